@@ -1,0 +1,362 @@
+"""The schema of a recipe: what is trained, on what, and how. Nothing here speaks of machines, and nothing imports torch.
+
+Every model is frozen and refuses unknown keys. The docstring under a field is its description in the JSON Schema.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+
+
+def _exactly_one(section: BaseModel, *names: str) -> None:
+    given = [name for name in names if getattr(section, name) is not None]
+    if len(given) != 1:
+        found = "none is given" if not given else "given: " + ", ".join(given)
+        raise ValueError(f"exactly one of {', '.join(names)} is needed; {found}")
+
+
+def _only_with(section: BaseModel, names: tuple[str, ...], condition: bool, needs: str) -> None:
+    """A setting that would have no effect is an error."""
+    for name in names:
+        if name in section.model_fields_set and getattr(section, name) is not None and not condition:
+            raise ValueError(f"{name} has no effect here: it needs {needs}")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class ModelSection(Section):
+    """The network: built from a config with random weights, or loaded from a directory or the Hub."""
+
+    config: dict[str, Any] | None = None
+    """A transformers config, as keyword arguments with `model_type` among them. The weights start random; the
+    vocabulary size, and the ids of special tokens, are taken from the tokenizer."""
+    path: str | None = None
+    """A local directory or a Hub name with weights to go on from."""
+    revision: str | None = None
+    """The commit, branch or tag of a Hub model."""
+    attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
+    """The attention kernel; `auto` leaves the choice to transformers."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
+    compile: bool = False
+    """torch.compile the network."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository carries. Off, unless you have read that code."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ModelSection:
+        _exactly_one(self, "config", "path")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config needs a model_type, such as llama, qwen3 or gpt2")
+        _only_with(self, ("revision",), self.path is not None, "model.path")
+        return self
+
+
+class TokenizerTraining(Section):
+    """A tokenizer learned from the training documents, as part of `prepare`."""
+
+    algorithm: Literal["bpe"] = "bpe"
+    """`bpe`: byte-level byte-pair encoding; every text can be encoded, nothing is unknown."""
+    vocab_size: Annotated[int, Field(ge=257)] = 8192
+    """Number of tokens, the 256 bytes and the special tokens included."""
+    min_frequency: PositiveInt = 2
+    """A pair of tokens seen fewer times than this is not merged."""
+    max_megabytes: Positive | None = None
+    """Learn from about the first this many MB of training text (documents in order); all of it when not given."""
+
+
+class TokenizerSection(Section):
+    """How text becomes token ids."""
+
+    path: str | None = None
+    """A local directory or a Hub name."""
+    revision: str | None = None
+    """The commit, branch or tag of a Hub tokenizer."""
+    train: TokenizerTraining | None = None
+    """Learn a tokenizer from the training documents."""
+    trust_remote_code: bool = False
+    """Run Python code that the tokenizer's repository carries."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizerSection:
+        _exactly_one(self, "path", "train")
+        _only_with(self, ("revision", "trust_remote_code"), self.path is not None, "tokenizer.path")
+        return self
+
+
+class Source(Section):
+    """Where documents come from: a built-in corpus, files, or a data set of the Hugging Face Hub."""
+
+    source: Literal["python-stdlib"] | None = None
+    """`python-stdlib`: the source text of the running interpreter's standard library, one document a module."""
+    path: str | None = None
+    """A file or a glob (`**` goes into folders): .txt, .jsonl, .json, .csv, .tsv, .parquet, also .gz and .zst.
+    A relative path starts at the recipe's directory."""
+    hub: str | None = None
+    """The name of a data set for `datasets.load_dataset`."""
+    config: str | None = None
+    """The configuration of a Hub data set."""
+    revision: str | None = None
+    """The commit, branch or tag of a Hub data set."""
+    split: str | None = None
+    """The split of a Hub data set; `train` when not given."""
+    field: str | None = None
+    """The column that holds the text, in every format but .txt; `text` when not given."""
+    document: Literal["file", "paragraph", "line"] | None = None
+    """What a document is in a .txt file: the whole file (when not given), each block between empty lines, or each
+    line."""
+    limit: PositiveInt | None = None
+    """Take only the first this many documents."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Source:
+        _exactly_one(self, "source", "path", "hub")
+        _only_with(self, ("config", "revision", "split"), self.hub is not None, "a hub data set")
+        _only_with(self, ("field",), self.source is None, "files or a hub data set")
+        _only_with(self, ("document",), self.path is not None, "a path")
+        return self
+
+
+class DataSection(Section):
+    """The documents, and how they are cut into rows."""
+
+    train: Annotated[list[Source], Field(min_length=1)]
+    """Training sources, read in this order."""
+    validation: Annotated[float, Field(gt=0.0, lt=1.0)] | Annotated[list[Source], Field(min_length=1)] | None = None
+    """A share of the training documents (chosen by a hash of their text), or sources of their own."""
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Tokens in a row at most; a longer document goes on in the next row."""
+    cache_dir: str | None = None
+    """Where prepared data are kept; the environment variable PTFT_CACHE, else the user's cache directory, if not
+    given."""
+    workers: Annotated[int, Field(ge=0)] | None = None
+    """Processes per rank that read ahead; 2 on an accelerator and 0 on a CPU when not given."""
+
+
+class ClmSection(Section):
+    """Settings of causal language modelling."""
+
+    packing: bool = True
+    """True: documents are laid end to end and cut into rows of exactly max_length tokens. False: each document is a
+    row (a longer one becomes several), padded only as far as its micro-batch needs."""
+    attention: Literal["document", "across"] | None = None
+    """With packing: may a token see earlier documents of its row? `document` (when not given): no, exactly as if each
+    document stood alone. `across`: yes."""
+    bos: bool = False
+    """Begin each document with the tokenizer's BOS token. It always ends with EOS."""
+    head: Literal["auto", "fused", "logits"] = "auto"
+    """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
+    they are, at the positions that carry a label. `auto`: fused on an accelerator, logits on a CPU."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ClmSection:
+        _only_with(self, ("attention",), self.packing, "clm.packing: true")
+        return self
+
+    @property
+    def attention_within_documents(self) -> bool:
+        return self.attention != "across"
+
+
+class BatchSection(Section):
+    """How much goes into one optimizer update, over all processes, and into one forward pass."""
+
+    global_size: PositiveInt | None = None
+    """Rows of one update, over all processes."""
+    global_tokens: PositiveInt | None = None
+    """Tokens of one update, over all processes: as many rows as fit, at least one."""
+    micro_size: PositiveInt | None = None
+    """Rows of one forward pass of one process. Accumulation follows: global_size / (processes x micro_size)."""
+    micro_tokens: PositiveInt | None = None
+    """Instead of micro_size: at most this many tokens, padding included, in one forward pass of one process."""
+    group_by_length: bool = True
+    """Sort the rows of one update by length before they are cut into micro-batches: less padding, the same update."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BatchSection:
+        _exactly_one(self, "global_size", "global_tokens")
+        _exactly_one(self, "micro_size", "micro_tokens")
+        return self
+
+
+class ParameterGroup(Section):
+    """Parameters that want a learning rate or a weight decay of their own."""
+
+    match: str
+    """A regular expression, searched in the parameter's name; the first group that matches takes the parameter."""
+    lr_scale: NonNegative = 1.0
+    """The learning rate is multiplied by this."""
+    weight_decay: NonNegative | None = None
+    """Replaces optim.weight_decay."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ParameterGroup:
+        try:
+            re.compile(self.match)
+        except re.error as error:
+            raise ValueError(f"match is not a regular expression: {error}") from None
+        return self
+
+
+OptimizerName = Literal["adamw", "sgd", "adafactor", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"]
+ScheduleName = Literal["constant", "linear", "cosine", "inverse_sqrt", "wsd", "polynomial"]
+
+
+class OptimSection(Section):
+    """The optimizer and the learning rate."""
+
+    name: OptimizerName = "adamw"
+    """`adamw` is PyTorch's, fused where it exists; the 8-bit and paged ones are bitsandbytes'."""
+    lr: Positive = 3e-4
+    """The peak learning rate."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of parameters with two or more dimensions; biases and norms get none. (For `sgd` it is
+    an L2 penalty, as in PyTorch.)"""
+    betas: tuple[Fraction, Fraction] | None = None
+    """Adam's decay rates; (0.9, 0.95) when not given."""
+    eps: Positive | None = None
+    """Adam's epsilon; 1e-8 when not given."""
+    momentum: Fraction | None = None
+    """SGD's momentum; 0 when not given."""
+    groups: list[ParameterGroup] = []
+    """Parameters with a learning rate or weight decay of their own."""
+    max_grad_norm: Positive | None = 1.0
+    """The gradient's global 2-norm is clipped to this; null: never clipped."""
+    schedule: ScheduleName = "cosine"
+    """The shape of the learning rate after the warmup. `wsd`: warmup, stable, decay."""
+    warmup: NonNegative = 0.0
+    """Linear warmup: a share of all updates if below 1, else a number of updates."""
+    min_lr_ratio: Fraction = 0.0
+    """The schedule ends at this share of the peak (linear, cosine, wsd, polynomial)."""
+    decay: Fraction | None = None
+    """`wsd`: the share of all updates that the final decay takes; 0.2 when not given."""
+    power: Positive | None = None
+    """`polynomial`: the exponent; 2 when not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> OptimSection:
+        adam = "adamw" in self.name
+        _only_with(self, ("betas", "eps"), adam, "an adamw optimizer")
+        _only_with(self, ("momentum",), self.name == "sgd", "optim.name: sgd")
+        _only_with(self, ("decay",), self.schedule == "wsd", "optim.schedule: wsd")
+        _only_with(self, ("power",), self.schedule == "polynomial", "optim.schedule: polynomial")
+        falls = self.schedule in ("linear", "cosine", "wsd", "polynomial")
+        _only_with(self, ("min_lr_ratio",), falls, "a schedule that falls: linear, cosine, wsd or polynomial")
+        if self.warmup >= 1 and self.warmup != int(self.warmup):
+            raise ValueError(f"warmup: {self.warmup} is neither a share below 1 nor a whole number of updates")
+        return self
+
+
+class TrainSection(Section):
+    """How long, from which seed, in which precision."""
+
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer updates."""
+    epochs: Positive | None = None
+    """Stop after this many passes over the rows; every row is seen, the last update may be smaller."""
+    max_tokens: PositiveInt | None = None
+    """Stop with the update that reaches this many tokens."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Weights, order and dropout follow from it."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """fp32; or bf16/fp16 mixed precision with fp32 master weights. fp16 needs a GPU."""
+    deterministic: bool = False
+    """Ask PyTorch for deterministic kernels everywhere (slower on a GPU); an operation without one is an error."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        _exactly_one(self, "max_steps", "epochs", "max_tokens")
+        return self
+
+
+class EvalSection(Section):
+    """Evaluation on the validation rows. It changes no bit of the training."""
+
+    every: PositiveInt | None = None
+    """Evaluate each time this many updates are done, and at the end; only at the end when not given."""
+    micro_size: PositiveInt | None = None
+    """Rows of one forward pass of one process; batch.micro_size, or what fits batch.micro_tokens, when not given."""
+    max_rows: PositiveInt | None = None
+    """Use only the first this many validation rows."""
+    metric: str = "loss"
+    """What `best` and `patience` look at: a name as it stands in the log, without the `eval/`."""
+    goal: Literal["min", "max"] = "min"
+    """Whether a smaller or a larger metric is better."""
+    patience: PositiveInt | None = None
+    """Stop after this many evaluations in a row without a better metric."""
+
+
+class SaveSection(Section):
+    """Checkpoints to resume from, and the final model."""
+
+    every: PositiveInt | None = None
+    """Save each time this many updates are done, and at the end; only at the end when not given."""
+    keep: PositiveInt | None = 2
+    """Keep the newest this many checkpoints (null: all), and the best one if `best` is set."""
+    best: bool = False
+    """Keep the checkpoint with the best eval.metric too, whatever its age. Evaluations save when they find it."""
+    export: Literal["last", "best"] = "last"
+    """Which weights become run_dir/model."""
+
+    @model_validator(mode="after")
+    def _check(self) -> SaveSection:
+        if self.export == "best" and not self.best:
+            raise ValueError("export: best needs best: true")
+        return self
+
+
+class LogSection(Section):
+    """metrics.jsonl is always written."""
+
+    every: PositiveInt = 1
+    """A row of metrics.jsonl and a TensorBoard point each this many updates."""
+    tensorboard: bool = True
+    """Write TensorBoard events to run_dir/tensorboard."""
+
+
+class Recipe(Section):
+    """What to train. `task` comes first in every recipe."""
+
+    task: Literal["clm"]
+    """`clm`: causal language modelling."""
+    model: ModelSection
+    tokenizer: TokenizerSection
+    data: DataSection
+    clm: ClmSection = ClmSection()
+    batch: BatchSection
+    optim: OptimSection = OptimSection()
+    train: TrainSection
+    eval: EvalSection = EvalSection()
+    save: SaveSection = SaveSection()
+    log: LogSection = LogSection()
+    run_dir: str
+    """Everything that the run writes goes here. A relative path starts at the current directory."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        validated = self.data.validation is not None
+        for name in ("every", "micro_size", "max_rows", "patience", "metric", "goal"):
+            if name in self.eval.model_fields_set and not validated:
+                raise ValueError(f"eval.{name} has no effect here: it needs data.validation")
+        for name, value in (("best", self.save.best), ("every", self.eval.patience)):
+            if value and self.eval.every is None:
+                what = "save.best" if name == "best" else "eval.patience"
+                raise ValueError(f"{what} has no effect here: it needs eval.every")
+        if self.batch.global_tokens is not None and self.clm.packing:
+            if self.batch.global_tokens % self.data.max_length:
+                low = self.batch.global_tokens // self.data.max_length * self.data.max_length
+                near = [n for n in (low, low + self.data.max_length) if n]
+                raise ValueError(
+                    f"batch.global_tokens: {self.batch.global_tokens} is not a multiple of data.max_length "
+                    f"({self.data.max_length}); the nearest that are: {', '.join(map(str, near))}"
+                )
+        return self
