@@ -1,0 +1,196 @@
+"""A token store: documents as one long run of token ids on disk, read back as rows through memory maps.
+
+    tokens.bin      uint16 (uint32 for vocabularies above 65,536), little-endian: every document, end to end
+    documents.npy   int64 [D + 1]: where each document begins in tokens.bin, and at the end their total length
+    rows.npy        int64 [R, 2]: where each row begins and ends; only without packing, where it cannot be computed
+    store.json      counts, settings and file sizes; written last, so a store without it is not one
+
+With packing, row i is tokens[i * max_length : (i + 1) * max_length], and only the last one may be shorter. Without, a
+document is cut into rows of its own. A piece of a single token has nothing to predict; it is left out and counted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptft_dist.errors import DataError
+
+STORE_VERSION = 1
+TOKENS, DOCUMENTS, ROWS, SUMMARY = "tokens.bin", "documents.npy", "rows.npy", "store.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of tokens."""
+
+    input_ids: np.ndarray
+    """int64 [T]."""
+    document_starts: np.ndarray
+    """int64, rising: the positions in the row at which a document begins. The first is 0 even in mid-document."""
+
+
+class StoreWriter:
+    """Writes a store as a stream: memory does not grow with the number of documents."""
+
+    def __init__(self, path: Path, *, vocab_size: int, max_length: int, packing: bool) -> None:
+        path.mkdir(parents=True)
+        self._path = path
+        self._max_length, self._packing = max_length, packing
+        self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self._tokens = (path / TOKENS).open("wb")
+        self._documents = _Int64Stream(path / DOCUMENTS)
+        self._rows = None if packing else _Int64Stream(path / ROWS, columns=2)
+        self._total = 0
+        self._dropped = 0
+
+    def add(self, ids: Sequence[int] | np.ndarray) -> None:
+        """Append one document.
+
+        Raises:
+            ValueError: it has no tokens.
+        """
+        if not len(ids):
+            raise ValueError("a document needs at least one token")
+        np.asarray(ids, dtype=self._dtype).tofile(self._tokens)
+        self._documents.append(self._total)
+        end = self._total + len(ids)
+        if self._rows is not None:
+            for start in range(self._total, end, self._max_length):
+                stop = min(start + self._max_length, end)
+                if stop - start > 1:
+                    self._rows.append(start, stop)
+                else:
+                    self._dropped += 1
+        self._total = end
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files and return what store.json says: rows, tokens, documents, dropped_tokens and settings."""
+        self._tokens.close()
+        documents = self._documents.count
+        self._documents.append(self._total)
+        self._documents.close()
+        if self._rows is None:
+            rows, rest = divmod(self._total, self._max_length)
+            rows, self._dropped = (rows, 1) if rest == 1 else (rows + bool(rest), 0)
+        else:
+            rows = self._rows.count
+            self._rows.close()
+        summary = {
+            "version": STORE_VERSION,
+            "rows": rows,
+            "tokens": self._total - self._dropped,
+            "documents": documents,
+            "dropped_tokens": self._dropped,
+            "max_length": self._max_length,
+            "packing": self._packing,
+            "dtype": self._dtype.str,
+            "files": {file.name: file.stat().st_size for file in sorted(self._path.iterdir())},
+        }
+        (self._path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        return summary
+
+
+class TokenStore:
+    """The rows of a finished store. Nothing but its index is held in memory, and a pickled copy holds only the path."""
+
+    def __init__(self, path: Path, summary: dict[str, Any]) -> None:
+        """Use `TokenStore.open`, which checks the files first."""
+        self.path = path
+        self.max_length: int = summary["max_length"]
+        self.packing: bool = summary["packing"]
+        self.tokens: int = summary["tokens"]  # in rows; what was dropped does not count
+        self.documents: int = summary["documents"]
+        self._count: int = summary["rows"]
+        self._total = self.tokens + summary["dropped_tokens"]
+        # Plain arrays over the maps: np.memmap as a class costs a few microseconds at every slice.
+        self._tokens = np.asarray(np.memmap(path / TOKENS, dtype=summary["dtype"], mode="r"))
+        self._documents = np.asarray(np.load(path / DOCUMENTS, mmap_mode="r"))
+        self._rows = None if self.packing else np.asarray(np.load(path / ROWS, mmap_mode="r"))
+
+    @classmethod
+    def open(cls, path: Path) -> TokenStore:
+        """Map a store into memory: milliseconds, whatever its size.
+
+        Raises:
+            DataError: the store is unfinished, or its files are not what store.json says.
+        """
+        try:
+            summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+            if summary["version"] != STORE_VERSION:
+                raise ValueError(f"its version is {summary['version']}, this program reads {STORE_VERSION}")
+            for name, size in summary["files"].items():
+                if (found := (path / name).stat().st_size) != size:
+                    raise ValueError(f"{name} has {found} bytes instead of {size}")
+            return cls(path, summary)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path}: this token store is damaged ({error}). Delete {path.parent} and start again: it will be "
+                "prepared anew."
+            ) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TokenStore.open, (self.path,)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """int64, the shape of `indices`: the number of tokens of those rows, without reading any token.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not (0 <= indices.min() and indices.max() < self._count):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
+        if self._rows is not None:
+            return self._rows[indices, 1] - self._rows[indices, 0]
+        return np.minimum(self._total - indices * self.max_length, self.max_length)
+
+    def row(self, i: int) -> Row:
+        """The row at index i.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if not 0 <= i < self._count:
+            raise IndexError(f"row {i} of a store of {self._count}")
+        if self._rows is not None:
+            start, stop = map(int, self._rows[i])
+            return Row(self._tokens[start:stop].astype(np.int64), np.zeros(1, dtype=np.int64))
+        start = i * self.max_length
+        stop = min(start + self.max_length, self._total)
+        first, last = np.searchsorted(self._documents, (start + 1, stop))
+        starts = np.concatenate(([0], self._documents[first:last] - start))
+        return Row(self._tokens[start:stop].astype(np.int64), starts)
+
+
+class _Int64Stream:
+    """A .npy file of int64, [N] or [N, columns], whose N is known only when it is closed."""
+
+    def __init__(self, path: Path, columns: int | None = None) -> None:
+        self._tail = () if columns is None else (columns,)
+        self._file = path.open("wb")
+        self.count = 0
+        self._header_bytes = self._write_header()
+
+    def append(self, *values: int) -> None:
+        self._file.write(np.array(values, dtype="<i8").tobytes())
+        self.count += 1
+
+    def close(self) -> None:
+        self._file.seek(0)
+        # NumPy pads the header so that a longer first dimension fits into the same number of bytes.
+        assert self._write_header() == self._header_bytes
+        self._file.close()
+
+    def _write_header(self) -> int:
+        header = {"descr": "<i8", "fortran_order": False, "shape": (self.count, *self._tail)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        return self._file.tell()
