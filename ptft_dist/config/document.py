@@ -1,0 +1,279 @@
+"""YAML 1.2 text and `key=value` overrides to plain values, with the line of every key.
+
+The text is only composed into nodes, never constructed into Python objects: no tag can run code, and each node knows
+its line.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError
+from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.reader import ReaderError
+
+KeyPath = tuple[str | int, ...]
+COMMAND_LINE = 0  # stands where a line number stands; files begin at line 1
+
+_TAG = "tag:yaml.org,2002:"
+_TEXT = {_TAG + name for name in ("str", "timestamp", "value")}  # a date and a lone `=` are text here
+_SCALARS = {_TAG + name for name in ("int", "float", "bool", "null")}
+_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^{}]*)\}|\$\{")
+_ENVIRONMENT = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-.*)?", re.DOTALL)
+
+
+class Mistake(NamedTuple):
+    """What is wrong with the value at `path`; it is reported at `line`."""
+
+    path: KeyPath
+    line: int
+    text: str
+
+
+class Written(NamedTuple):
+    """A text as it was written, with references, and the environment variables that they read."""
+
+    text: str
+    variables: tuple[str, ...]
+
+
+def dotted(path: KeyPath) -> str:
+    return ".".join(map(str, path))
+
+
+def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
+    """Every value that has no values inside, with its path. An empty list or mapping is one."""
+    if not value or not isinstance(value, dict | list):
+        yield path, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(inner, (*path, key))
+
+
+@dataclass
+class Document:
+    """A recipe before validation. Reading never raises for what the user wrote: it adds to `mistakes`."""
+
+    values: Any = None
+    lines: dict[KeyPath, int] = field(default_factory=dict)
+    written: dict[KeyPath, Written] = field(default_factory=dict)
+    """The texts that held a reference or an escape, as they stood before `resolve`."""
+    mistakes: list[Mistake] = field(default_factory=list)
+
+    def read(self, text: str) -> None:
+        """Take the values of a file's text."""
+        node = self._compose(text, (), None)
+        if not self.mistakes:
+            self.values = _Builder(self, None).build(node, ()) if node is not None else None
+
+    def override(self, assignment: str) -> None:
+        """Set one value from `a.b.c=value`; the value is YAML 1.2, and nothing after `=` is null."""
+        key, equals, text = assignment.partition("=")
+        path: KeyPath = tuple(re.sub(r"\[(\d+)\]", r".\1", key.strip()).split("."))
+        if not equals or "" in path:
+            self._mistake((), COMMAND_LINE, f"{key!r}: an override has the form section.key=value")
+            return
+        before = len(self.mistakes)
+        node = self._compose(text, path, COMMAND_LINE)
+        container = self._container(path) if len(self.mistakes) == before else None
+        if container is None:
+            return
+        parent, path = container
+        for known in [known for known in self.lines if known[: len(path)] == path]:
+            del self.lines[known]
+        self.lines[path] = COMMAND_LINE
+        parent[path[-1]] = _Builder(self, COMMAND_LINE).build(node, path) if node is not None else None
+
+    def resolve(self, environment: Mapping[str, str]) -> None:
+        """Replace `${env:NAME}`, `${env:NAME:-default}` and `${run_dir}` in all texts; `$${` stands for `${`."""
+        if not isinstance(self.values, dict):
+            return
+        run_dir = self.values.get("run_dir")
+        if isinstance(run_dir, str):
+            self.values["run_dir"] = run_dir = self._resolve(("run_dir",), run_dir, environment, None)
+        for path, value in list(leaves(self.values)):
+            if isinstance(value, str) and path != ("run_dir",):
+                put(self.values, path, self._resolve(path, value, environment, run_dir))
+
+    def check_leaves(self) -> None:
+        """Report what no field of a recipe accepts: numbers that are not finite, text that is not Unicode."""
+        for path, value in leaves(self.values):
+            if isinstance(value, float) and not math.isfinite(value):
+                self._mistake(path, self.line(path), f"expected a finite number, got {value}")
+            elif isinstance(value, int) and abs(value) > 10**300:
+                self._mistake(path, self.line(path), "this number is too large")
+            elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+                self._mistake(path, self.line(path), "this text is not valid Unicode")
+
+    def value(self, path: KeyPath) -> Any:
+        """The value at a path that exists."""
+        at = self.values
+        for key in path:
+            at = at[key]
+        return at
+
+    def line(self, path: KeyPath) -> int:
+        """The line of the value at `path`, or of the innermost section around it that was written."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path, 1)
+
+    def _mistake(self, path: KeyPath, line: int, text: str) -> None:
+        self.mistakes.append(Mistake(path, line, text))
+
+    def _compose(self, text: str, path: KeyPath, line: int | None) -> Node | None:
+        """The tree of nodes; `line` is the line to report instead of the text's own."""
+        try:
+            return YAML(typ="safe", pure=True).compose(text)
+        except MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            problem = ", ".join(part for part in (error.context, error.problem) if part)
+            own_line = mark.line + 1 if mark else 1
+        except ReaderError as error:
+            problem = f"the character {error.character!r} is not allowed; write it as an escape in double quotes"
+            own_line = text.count("\n", 0, error.position) + 1
+        except RecursionError:
+            problem, own_line = "lists and sections are nested too deeply", 1
+        hint = "" if line is None else "; put text with special characters into quotes: key='\"text\"'"
+        self._mistake(path, own_line if line is None else line, f"not valid YAML: {problem}{hint}")
+        return None
+
+    def _container(self, path: KeyPath) -> tuple[Any, KeyPath] | None:
+        """The list or mapping that holds `path`, made where it is missing, and the path with its indices as numbers."""
+        if self.values is None:
+            self.values = {}
+        at: Any = self.values
+        walked: KeyPath = ()
+        for position, key in enumerate(path):
+            if isinstance(at, list):
+                if not str(key).isdecimal() or int(key) >= len(at):
+                    choices = f"0 to {len(at) - 1}" if at else "none: it is empty"
+                    text = f"no item {key!r} in the list {dotted(walked)}; its items: {choices}"
+                    self._mistake(path, COMMAND_LINE, text)
+                    return None
+                key = int(key)
+            elif not isinstance(at, dict):
+                self._mistake(path, COMMAND_LINE, f"{dotted(walked)} has no keys: its value is not a section")
+                return None
+            walked = (*walked, key)
+            if position == len(path) - 1:
+                return at, walked
+            inner = at.get(key) if isinstance(at, dict) else at[int(key)]
+            if inner is None:
+                inner = at[key] = {}
+                self.lines[walked] = COMMAND_LINE
+            at = inner
+        return None
+
+    def _resolve(self, path: KeyPath, text: str, environment: Mapping[str, str], run_dir: object) -> str:
+        if "${" not in text:
+            return text
+        variables: list[str] = []
+
+        def replace(match: re.Match[str]) -> str:
+            if match[0] == "$${":
+                return "${"
+            body = match["body"]
+            if body == "run_dir" and isinstance(run_dir, str):
+                return run_dir
+            reference = body is not None and _ENVIRONMENT.fullmatch(body)
+            if not reference:
+                self._mistake(path, self.line(path), _bad_reference(match[0], path))
+                return match[0]
+            name, default = reference["name"], reference["default"]
+            variables.append(name)
+            value = environment.get(name)
+            if default is not None:  # as in a shell, `:-` also replaces an empty value
+                return value or default[2:]
+            if value is None:
+                text = (
+                    f"the environment variable {name} is not set; set it, or give a default: ${{env:{name}:-default}}"
+                )
+                self._mistake(path, self.line(path), text)
+                return match[0]
+            return value
+
+        resolved = _REFERENCE.sub(replace, text)
+        self.written[path] = Written(text, tuple(dict.fromkeys(variables)))
+        return resolved
+
+
+class _Builder:
+    """Turns nodes into plain values and notes their lines in the document."""
+
+    def __init__(self, document: Document, line: int | None) -> None:
+        self.document = document
+        self.line = line  # reported for every value instead of its own line
+        self.open: set[int] = set()  # nodes around the present one: an alias to one of them would never end
+
+    def build(self, node: Node, path: KeyPath) -> Any:
+        if id(node) in self.open:
+            return self._refuse(node, path, "an alias may not stand inside its own anchor")
+        self.open.add(id(node))
+        try:
+            return self._build(node, path)
+        finally:
+            self.open.remove(id(node))
+
+    def _build(self, node: Node, path: KeyPath) -> Any:
+        tag = str(node.tag)
+        if isinstance(node, MappingNode) and tag == _TAG + "map":
+            return self._mapping(node, path)
+        if isinstance(node, SequenceNode) and tag == _TAG + "seq":
+            for index, item in enumerate(node.value):
+                self.document.lines[*path, index] = self._line_of(item)
+            return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, ScalarNode) and tag in _TEXT:
+            return node.value
+        if isinstance(node, ScalarNode) and tag in _SCALARS:
+            try:
+                return YAML(typ="safe", pure=True).constructor.construct_object(node)
+            except (ValueError, KeyError):
+                return self._refuse(node, path, f"{node.value!r} is not a {tag.removeprefix(_TAG)}")
+        return self._refuse(node, path, f"the tag {tag.replace(_TAG, '!!')} is not allowed in a recipe")
+
+    def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
+        """Keys are text as written: in `{0: a}` the key is "0"."""
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, ScalarNode) or not key_node.value:
+                self._refuse(key_node, path, "a key must be a name")
+            elif key_node.value == "<<":
+                self._refuse(key_node, path, "merge keys (<<) are not part of YAML 1.2")
+            elif key_node.value in values:
+                first = self.document.lines[*path, key_node.value]
+                self._refuse(key_node, (*path, key_node.value), f"given twice, first in line {first}")
+            else:
+                key = key_node.value
+                self.document.lines[*path, key] = self._line_of(key_node)
+                values[key] = None  # a key inside the value may look for this one's line
+                values[key] = self.build(value_node, (*path, key))
+        return values
+
+    def _line_of(self, node: Node) -> int:
+        return node.start_mark.line + 1 if self.line is None else self.line
+
+    def _refuse(self, node: Node, path: KeyPath, text: str) -> None:
+        self.document.mistakes.append(Mistake(path, self._line_of(node), text))
+
+
+def put(values: Any, path: KeyPath, value: Any) -> None:
+    """Set the value at a path that exists."""
+    for key in path[:-1]:
+        values = values[key]
+    values[path[-1]] = value
+
+
+def _bad_reference(reference: str, path: KeyPath) -> str:
+    if reference == "${":
+        return "a reference that does not end, or holds another; $${ stands for a plain ${"
+    if reference == "${run_dir}":
+        return "${run_dir} cannot stand here: " + (
+            "it is this key" if path == ("run_dir",) else "run_dir is not a text"
+        )
+    return f"unknown reference {reference}; there are ${{env:NAME}}, ${{env:NAME:-default}} and ${{run_dir}}"

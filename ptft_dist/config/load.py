@@ -1,0 +1,146 @@
+"""From a recipe file and `key=value` overrides to a validated Recipe, or to one error that names every mistake."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from ptft_dist.config.document import COMMAND_LINE, Document, KeyPath, Mistake, Written, dotted, leaves, put
+from ptft_dist.config.mistakes import Node, Schema, explain
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.shipped import find_shipped
+from ptft_dist.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A valid recipe, and where each of its values came from."""
+
+    recipe: Recipe
+    path: Path
+    base: Path
+    """The directory where relative data paths start: the recipe's."""
+    origins: Mapping[str, str]
+    """For the dotted key of every value: `recipe.yaml:12`, `command line`, `env NAME (recipe.yaml:12)`, `default`."""
+    text: str
+    """The file, unchanged."""
+    written: Mapping[KeyPath, Written]
+    """The texts that hold references, as they were written."""
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
+    """Read, override and validate a recipe: a file, or the name of a shipped one. Raises RecipeError."""
+    path = find_shipped("recipes", name_or_path, ".yaml")
+    text = _read(path)
+    document = Document()
+    document.read(text)
+    _stop_on(document.mistakes, path, fatal=document.values is None)
+    if not isinstance(document.values, dict):
+        what = "the file is empty" if document.values is None else "a recipe is a set of `key: value` lines"
+        raise RecipeError(f"{path}:1: {what}; its required keys: {', '.join(Recipe.model_json_schema()['required'])}")
+    for assignment in overrides:
+        document.override(assignment)
+    document.resolve(os.environ)
+    document.check_leaves()
+    recipe = _validate(document, path)
+    return Loaded(recipe, path, path.resolve().parent, _origins(recipe, document, path), text, document.written)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise RecipeError(f"{path}:{line}: not UTF-8 text (byte {error.object[error.start]:#04x})") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _stop_on(mistakes: Iterable[Mistake], path: Path, fatal: bool = True) -> None:
+    """Raise one error with all mistakes in the order of the file, those of the command line last."""
+    if not mistakes or not fatal:
+        return
+    lines = []
+    for mistake in sorted(mistakes, key=lambda each: each.line or float("inf")):
+        place = "command line" if mistake.line == COMMAND_LINE else f"{path}:{mistake.line}"
+        lines.append(": ".join(part for part in (place, dotted(mistake.path), mistake.text) if part))
+    raise RecipeError("\n".join(lines))
+
+
+def _validate(document: Document, path: Path) -> Recipe:
+    schema = Schema(Recipe)
+    given = _without_defaults(document.values, schema.root, schema)
+    try:
+        # As JSON: pydantic's strict mode then takes lists for tuples, and still no text and no 8.0 for a whole number.
+        recipe = Recipe.model_validate_json(json.dumps(given), strict=True)
+    except ValidationError as error:
+        _stop_on([*document.mistakes, *explain(error, document, schema)], path)
+        raise
+    _stop_on(document.mistakes, path)
+    return recipe
+
+
+def _without_defaults(values: Any, node: Node | None, schema: Schema) -> Any:
+    """Values that equal their default count as not given.
+
+    The schema refuses a setting that was given and has no effect. A resolved recipe gives all settings, and one that
+    stands at its default does no harm where it has no effect.
+    """
+    if node is None or not isinstance(values, dict | list):
+        return values
+    if isinstance(values, list):
+        return [_without_defaults(value, schema.child(node, index), schema) for index, value in enumerate(values)]
+    kept = {}
+    for key, value in values.items():
+        child = schema.child(node, key)
+        default = child.get("default", ...) if child is not None else ...
+        if type(value) is not type(default) or value != default:
+            kept[key] = _without_defaults(value, child, schema)
+    return kept
+
+
+def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
+    origins = {}
+    for key, _ in leaves(recipe.model_dump(mode="json")):
+        if key not in document.lines:
+            origins[dotted(key)] = "default"
+            continue
+        line = document.lines[key]
+        place = "command line" if line == COMMAND_LINE else f"{path.name}:{line}"
+        variables = document.written[key].variables if key in document.written else ()
+        origins[dotted(key)] = f"env {', '.join(variables)} ({place})" if variables else place
+    return origins
+
+
+def _public_values(loaded: Loaded) -> dict[str, Any]:
+    """All values of the recipe, but references as they were written: what they stand for may be secret."""
+    values = loaded.recipe.model_dump(mode="json")
+    for path, written in loaded.written.items():
+        put(values, path, written.text)
+    return values
+
+
+def dump_resolved(loaded: Loaded) -> str:
+    """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
+    yaml = YAML()
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(_public_values(loaded), stream)
+    return f"# {loaded.path.name}, with every default. Relative data paths start at {loaded.base}\n{stream.getvalue()}"
+
+
+def describe(loaded: Loaded) -> str:
+    """A table for people: key, value, and where the value came from."""
+    rows = [("key", "value", "from")]
+    for path, value in leaves(_public_values(loaded)):
+        rows.append((dotted(path), json.dumps(value, ensure_ascii=False), loaded.origins[dotted(path)]))
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows)

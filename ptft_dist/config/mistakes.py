@@ -1,0 +1,205 @@
+"""What the schema refused, in plain sentences: the key, what was expected, what was found, and the nearest right."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from functools import cached_property
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from ptft_dist.config.document import Document, KeyPath, Mistake, dotted
+
+Node = dict[str, Any]  # of a JSON Schema
+
+
+class Schema:
+    """The JSON Schema of a model, to be walked along the keys of a value."""
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        self.root: Node = model.model_json_schema()
+
+    def branches(self, node: Node) -> list[Node]:
+        """The alternatives that a value at this node has, references followed."""
+        if "$ref" in node:
+            return self.branches(self.root["$defs"][node["$ref"].rpartition("/")[2]])
+        if "anyOf" in node:
+            return [branch for alternative in node["anyOf"] for branch in self.branches(alternative)]
+        return [node]
+
+    def child(self, node: Node, key: str | int) -> Node | None:
+        """The node of a key of a section, or of an item of a list."""
+        for branch in self.branches(node):
+            if key in branch.get("properties", {}):
+                return branch["properties"][key]
+            if isinstance(key, int) and key < len(branch.get("prefixItems", ())):
+                return branch["prefixItems"][key]
+            if isinstance(key, int) and "items" in branch:
+                return branch["items"]
+        return None
+
+    def at(self, path: KeyPath) -> Node | None:
+        node: Node | None = self.root
+        for key in path:
+            node = self.child(node, key) if node is not None else None
+        return node
+
+    def keys(self, node: Node | None) -> list[str]:
+        """The keys of a section."""
+        return [key for branch in (self.branches(node) if node else ()) for key in branch.get("properties", {})]
+
+    @cached_property
+    def all_keys(self) -> list[KeyPath]:
+        """Every key of every section; the items of a list add nothing to a path."""
+        return list(self._below(self.root, ()))
+
+    def _below(self, node: Node, path: KeyPath) -> Iterator[KeyPath]:
+        for branch in self.branches(node):
+            if "items" in branch:
+                yield from self._below(branch["items"], path)
+            for key, inner in branch.get("properties", {}).items():
+                yield (*path, key)
+                yield from self._below(inner, (*path, key))
+
+    def expectation(self, node: Node) -> str:
+        """What a node accepts, as the object of "expected ...". Null is mentioned only where nothing else is."""
+        branches = [branch for branch in self.branches(node) if branch.get("type") != "null"]
+        return " or ".join(dict.fromkeys(map(_expectation, branches))) or "null"
+
+
+def _expectation(node: Node) -> str:
+    if choices := _choices(node):
+        return f"one of {', '.join(choices)}" if len(choices) > 1 else choices[0]
+    kind = node.get("type")
+    if kind in ("integer", "number"):
+        name = "a whole number" if kind == "integer" else "a number"
+        words = {
+            "minimum": "of at least",
+            "exclusiveMinimum": "above",
+            "maximum": "of at most",
+            "exclusiveMaximum": "below",
+        }
+        return " and ".join([name, *(f"{words[bound]} {node[bound]:g}" for bound in words if bound in node)]).replace(
+            " and ", " ", 1
+        )
+    if kind == "array":
+        fixed, least = len(node.get("prefixItems", ())), node.get("minItems", 0)
+        if fixed:
+            return f"a list of {_items(fixed)}"
+        return f"a list of at least {_items(least)}" if least else "a list"
+    names = {"boolean": "true or false", "string": "text", "object": "a section (key: value)"}
+    return names.get(str(kind), "another value")
+
+
+def _choices(node: Node) -> list[str]:
+    return [str(choice) for choice in node.get("enum", [node["const"]] if "const" in node else [])]
+
+
+def _items(count: int) -> str:
+    return f"{count} item" if count == 1 else f"{count} items"
+
+
+def _found(value: Any) -> str:
+    """What stands in the place of an expected value. Of a list or section only its kind: it may hold secrets."""
+    if isinstance(value, dict):
+        return "a section (key: value)"
+    if isinstance(value, list):
+        return f"a list of {_items(len(value))}" if value else "an empty list"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return repr(value) if len(repr(value)) <= 80 else repr(value)[:80] + "..."
+
+
+def explain(error: ValidationError, document: Document, schema: Schema) -> Iterator[Mistake]:
+    """One mistake for each thing that is wrong; those about a value that is already reported are left out."""
+    reported = {mistake.path for mistake in document.mistakes if mistake.path}
+    details = [(detail, *_locate(detail["loc"], detail["type"], document.values)) for detail in error.errors()]
+    paths = {path for _, path, _ in details}
+    seen: set[tuple[KeyPath, str]] = set()
+    for detail, path, in_union in details:
+        if in_union and any(len(other) > len(path) and other[: len(path)] == path for other in paths):
+            continue  # another alternative of the union got further: its complaints are the ones that help
+        if any(path[:length] in reported for length in range(1, len(path) + 1)):
+            continue
+        path, text = _sentence(detail, path, document, schema)
+        if (path, text) not in seen:
+            seen.add((path, text))
+            yield Mistake(path, document.line(path), text)
+
+
+def _locate(loc: tuple[str | int, ...], kind: str, values: Any) -> tuple[KeyPath, bool]:
+    """The path in the values. Pydantic puts names of union alternatives into `loc`; returns whether there were any."""
+    path: list[str | int] = []
+    in_union = False
+    for position, key in enumerate(loc):
+        is_key = isinstance(values, dict) and key in values
+        is_item = isinstance(values, list) and isinstance(key, int) and key < len(values)
+        if is_key or is_item:
+            values = values[key]
+        elif not (kind == "missing" and position == len(loc) - 1):
+            in_union = True
+            continue
+        path.append(key)
+    return tuple(path), in_union
+
+
+def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) -> tuple[KeyPath, str]:
+    """The path to report, and the sentence."""
+    kind = detail["type"]
+    if kind == "extra_forbidden":
+        return path, _unknown_key(path, schema)
+    if kind == "missing" and isinstance(path[-1], str):
+        return path, "required, but not given"
+    if kind == "value_error":
+        return _from_validator(str(detail["ctx"]["error"]), path, document)
+    value = detail["input"]
+    if kind == "missing":  # an item of a list of fixed length
+        path = path[:-1]
+    node = schema.at(path)
+    if node is None:
+        return path, _masked(detail["msg"], path, document)
+    expected = schema.expectation(node)
+    written = document.written.get(path)
+    if written:
+        return path, f"expected {expected}, got the text of {written.text} (what a reference gives is always text)"
+    near = get_close_matches(value, _all_choices(node, schema), n=1) if isinstance(value, str) else []
+    return path, f"expected {expected}, got {_found(value)}" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _all_choices(node: Node, schema: Schema) -> list[str]:
+    return [choice for branch in schema.branches(node) for choice in _choices(branch)]
+
+
+def _unknown_key(path: KeyPath, schema: Schema) -> str:
+    section, key = path[:-1], str(path[-1])
+    siblings = schema.keys(schema.at(section))
+    near = [dotted((*section, name)) for name in get_close_matches(key, siblings, n=1)]
+    elsewhere = [dotted(other) for other in schema.all_keys if other[-1] == key]
+    hints = list(dict.fromkeys(near + elsewhere))[:3]
+    if hints:
+        return f"unknown key; did you mean {' or '.join(hints)}?"
+    return f"unknown key; the keys of {dotted(section) or 'a recipe'} are {', '.join(siblings)}"
+
+
+def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:
+    """A validator's own words. When they begin with the name of a key that is there, the mistake is at that key."""
+    text = _masked(text, path, document)
+    name = re.match(r"(?P<key>[\w.]+):? ", text)
+    if name:
+        inner = (*path, *name["key"].split("."))
+        if inner in document.lines:
+            return inner, text[name.end() :]
+    return path, text
+
+
+def _masked(text: str, path: KeyPath, document: Document) -> str:
+    """A message that may quote a value which came from the environment: the reference stands there instead."""
+    for place, written in document.written.items():
+        value = document.value(place)
+        if place[: len(path)] == path and written.variables and value:
+            text = text.replace(value, written.text)
+    return text
