@@ -1,0 +1,119 @@
+"""Where groups of micro-batches come from. A group is what one rank contributes to one optimizer update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ptft_dist.data.order import Plan, split_update
+from ptft_dist.data.store import Row, TokenStore
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    inputs: tensors [B, T] for the task's loss; count: what the loss is averaged over (for language models, the
+    tokens that carry a label); tokens: tokens read, padding left out.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    count: int
+    tokens: int
+
+
+Collate = Callable[[Sequence[Row]], Batch]
+
+
+class Batches(Protocol):
+    """A stateful source of groups. A phase is a run of groups after which the whole state is consistent."""
+
+    def next_phase(self) -> Iterator[Sequence[Batch]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows are laid out over ranks and forward passes."""
+
+    rank: int
+    world_size: int
+    micro_size: int | None
+    micro_tokens: int | None
+    group_by_length: bool
+
+    def split(self, lengths: np.ndarray) -> list[list[np.ndarray]]:
+        return split_update(
+            lengths,
+            self.world_size,
+            micro_size=self.micro_size,
+            micro_tokens=self.micro_tokens,
+            group_by_length=self.group_by_length,
+        )
+
+
+class UpdateDataset(Dataset):
+    """Item k is this rank's list of micro-batches for update k: a pure function of k, so any worker can make it."""
+
+    def __init__(self, store: TokenStore, plan: Plan, shape: Shape, collate: Collate) -> None:
+        self.store, self.plan, self.shape, self.collate = store, plan, shape, collate
+
+    def __len__(self) -> int:
+        return self.plan.total_steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        rows = self.plan.rows_of(step)
+        parts = self.shape.split(self.store.lengths(rows))
+        return [micro_batch(self.store, rows[part[self.shape.rank]], rows[0], self.collate) for part in parts]
+
+
+def micro_batch(store: TokenStore, rows: np.ndarray, spare: int, collate: Collate) -> Batch:
+    """The collated rows. A rank without rows gets the `spare` row as a batch that counts nothing: it must take part
+    in every forward and backward pass, or the others would wait for it."""
+    if len(rows):
+        return collate([store.row(int(i)) for i in rows])
+    batch = collate([store.row(int(spare))])
+    return Batch(mask_all(batch.inputs), count=0, tokens=0)
+
+
+def mask_all(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same batch with no label left."""
+    return {key: torch.full_like(x, -100) if key == "targets" else x for key, x in inputs.items()}
+
+
+class SupervisedBatches:
+    """Groups for training on rows that are known beforehand; a phase is one group."""
+
+    def __init__(self, dataset: UpdateDataset, workers: int, pin_memory: bool) -> None:
+        self.dataset, self.workers, self.pin_memory = dataset, workers, pin_memory
+        self.step = 0
+        self._updates: Iterator[list[Batch]] | None = None
+
+    def next_phase(self) -> Iterator[Sequence[Batch]]:
+        if self._updates is None:
+            loader = DataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=range(self.step, len(self.dataset)),
+                num_workers=self.workers,
+                prefetch_factor=2 if self.workers else None,
+                pin_memory=self.pin_memory,
+                # Seeds of workers come from this generator, so that the global one is left alone.
+                generator=torch.Generator(),
+            )
+            self._updates = iter(loader)
+        group = next(self._updates)
+        self.step += 1
+        yield group
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self._updates = int(state["step"]), None

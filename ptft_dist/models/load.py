@@ -1,0 +1,112 @@
+"""From the recipe's model section to a network: random weights from a config, or weights from a directory or the Hub."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
+
+
+def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PretrainedConfig:
+    """The network's config, fitted to the tokenizer. Raises RecipeError for keys or sizes that cannot work.
+
+    transformers keeps unknown config keys in silence; here they are errors, since a misspelt size has no effect.
+    """
+    if section.path is not None:
+        try:
+            config = AutoConfig.from_pretrained(
+                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+            )
+        except (OSError, ValueError) as error:
+            raise RecipeError(f"model.path: cannot load a config from {section.path!r}: {error}") from None
+    else:
+        assert section.config is not None
+        config = _config_from_keys(dict(section.config), tokenizer)
+    _check_sizes(config, tokenizer, max_length)
+    return config
+
+
+def _config_from_keys(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+    model_type = keys.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
+        raise RecipeError(f"model.config.model_type: transformers knows no {model_type!r}; nearest: {', '.join(near)}")
+    config_class = CONFIG_MAPPING[model_type]
+    known = set(config_class().to_dict()) | set(config_class.attribute_map)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, list(known), n=1)
+            hint = f"; did you mean model.config.{near[0]}?" if near else ""
+            raise RecipeError(f"model.config.{key}: a {model_type} config has no such key{hint}")
+    defaults = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    try:
+        return config_class(**{**defaults, **keys})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {error}") from None
+
+
+def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    text_config = config.get_text_config()
+    if text_config.vocab_size < len(tokenizer):
+        raise RecipeError(
+            f"the model has {text_config.vocab_size} token embeddings, the tokenizer {len(tokenizer)} tokens: "
+            "leave model.config.vocab_size out, or use the tokenizer that belongs to the model"
+        )
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < max_length:
+        raise RecipeError(
+            f"data.max_length: {max_length} is more than the model's max_position_embeddings ({positions}): "
+            "lower the one or raise the other"
+        )
+
+
+def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """The network in fp32, in training mode; from a config, its weights follow from `seed` alone on every machine."""
+    kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+    torch.manual_seed(seed)
+    try:
+        if section.path is None:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
+            )
+        else:
+            model = AutoModelForCausalLM.from_pretrained(
+                section.path,
+                config=config,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+                dtype=torch.float32,
+                **kernel,
+            )
+    except (OSError, ValueError, ImportError) as error:
+        where = "model.config" if section.path is None else f"model.path: {section.path!r}"
+        raise RecipeError(f"{where}: the model cannot be built: {error}") from None
+    if section.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    return model.train()
+
+
+def flops_per_token(model: torch.nn.Module, config: PretrainedConfig, parameters: int, length: float) -> float:
+    """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
+
+    6 N + 12 layers x heads x head size x length, where N counts the parameters without the input embedding, unless
+    that matrix is the output projection too. Recomputation by gradient checkpointing is not counted.
+    """
+    text = config.get_text_config()
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is not None and not text.tie_word_embeddings:
+        parameters -= text.vocab_size * text.hidden_size
+    layers = getattr(text, "num_hidden_layers", 0)
+    return 6.0 * parameters + 12.0 * layers * text.hidden_size * length

@@ -1,0 +1,65 @@
+"""Optimizers by name, and which parameter gets which learning rate and weight decay."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ptft_dist.config.recipe import OptimSection
+from ptft_dist.errors import RecipeError
+
+
+def parameter_groups(
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: OptimSection
+) -> list[dict[str, Any]]:
+    """Parameter groups with `lr_scale` and `weight_decay` each; parameters of fewer than two dimensions do not decay.
+
+    Raises RecipeError when a group of the recipe matches no parameter, since it would have no effect.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    unused = {group.match for group in optim.groups}
+    for name, parameter in named_parameters:
+        if not parameter.requires_grad:
+            continue
+        # Under ZeRO-3 a parameter is a placeholder of no elements; DeepSpeed keeps its real shape in ds_shape.
+        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        lr_scale, weight_decay = 1.0, optim.weight_decay if dimensions >= 2 else 0.0
+        chosen = next((group for group in optim.groups if re.search(group.match, name)), None)
+        if chosen is not None:
+            unused.discard(chosen.match)
+            lr_scale = chosen.lr_scale
+            if chosen.weight_decay is not None:
+                weight_decay = chosen.weight_decay
+        groups.setdefault((lr_scale, weight_decay), []).append(parameter)
+    if unused:
+        raise RecipeError(f"optim.groups: no parameter's name matches {', '.join(map(repr, sorted(unused)))}")
+    return [{"params": p, "lr_scale": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+
+
+def build_optimizer(groups: list[dict[str, Any]], optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
+    """The optimizer that `optim.name` names, over `groups`."""
+    if "adamw" in optim.name:
+        adam = {"lr": optim.lr, "betas": optim.betas or (0.9, 0.95), "eps": optim.eps or 1e-8}
+        if optim.name == "adamw":
+            return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "xpu", "mps"), **adam)
+        import bitsandbytes
+
+        classes = {
+            "adamw_8bit": bitsandbytes.optim.AdamW8bit,
+            "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
+            "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
+        }
+        if optim.name.startswith("paged") and device.type == "cpu":
+            raise RecipeError(f"optim.name: {optim.name} pages between a GPU and the host; on a CPU use adamw_8bit")
+        return classes[optim.name](groups, **adam)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum or 0.0)
+    return torch.optim.Adafactor(groups, lr=optim.lr)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]

@@ -1,0 +1,49 @@
+"""The tasks. One module each, one line each in TASKS; a module holds all that is special to its task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import Protocol
+
+import torch
+
+from ptft_dist.batches import Batch
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.store import Row
+
+TASKS = {"clm": "ptft_dist.tasks.clm:CausalLM"}
+
+
+@dataclass(frozen=True)
+class LossOut:
+    """loss_sum: the loss summed, not averaged, over what Batch.count counts; metrics: name -> (total, count)."""
+
+    loss_sum: torch.Tensor
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """What is special to a task. It owns no optimizer and no loop."""
+
+    def collate(self, rows: Sequence[Row]) -> Batch: ...
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut: ...
+    def install(self, model: torch.nn.Module) -> None: ...
+    def probe(self) -> Probe | None: ...
+    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]: ...
+
+
+class Probe(Protocol):
+    """A question put to the network before training, on made-up input; `check` raises RecipeError at a bad answer."""
+
+    inputs: dict[str, torch.Tensor]
+
+    def outputs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
+    def check(self, outputs: torch.Tensor) -> None: ...
+
+
+def build_task(recipe: Recipe, pad_id: int, vocab_size: int, device: torch.device) -> Task:
+    module, name = TASKS[recipe.task].split(":")
+    task: Task = getattr(import_module(module), name)(recipe, pad_id, vocab_size, device)
+    return task

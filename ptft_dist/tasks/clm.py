@@ -1,0 +1,133 @@
+"""Causal language modelling: predict each token from those before it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ptft_dist.batches import Batch
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
+from ptft_dist.tasks import LossOut
+
+IGNORE = -100
+LEAK_TOLERANCE = 1e-4  # log-probability; a network that keeps documents apart shows exactly 0
+
+
+class CausalLM:
+    """Rows of token ids in, the summed cross-entropy of next tokens out."""
+
+    def __init__(self, recipe: Recipe, pad_id: int, vocab_size: int, device: torch.device) -> None:
+        self.pad_id, self.vocab_size = pad_id, vocab_size
+        self.isolate = recipe.clm.packing and recipe.clm.attention_within_documents
+        on_cpu = device.type == "cpu"
+        self.fused = recipe.clm.head == "fused" or (recipe.clm.head == "auto" and not on_cpu)
+        self.pad_multiple = 1 if on_cpu else 8  # tensor cores want multiples of 8
+
+    def collate(self, rows: Sequence[Row]) -> Batch:
+        """Pad on the right: input_ids, targets (targets[t] is the token after input_ids[t]) and, for packed rows
+        whose documents must not see each other, position_ids that restart at every document; all [B, T].
+
+        Right padding needs no attention mask: in a causal network no token sees what stands after it.
+        """
+        longest = max(len(row.input_ids) for row in rows)
+        width = -(-longest // self.pad_multiple) * self.pad_multiple
+        input_ids = np.full((len(rows), width), self.pad_id, np.int64)
+        targets = np.full((len(rows), width), IGNORE, np.int64)
+        positions = np.zeros((len(rows), width), np.int64)
+        for i, row in enumerate(rows):
+            n = len(row.input_ids)
+            input_ids[i, :n] = row.input_ids
+            targets[i, : n - 1] = row.input_ids[1:]
+            if self.isolate:
+                starts = row.document_starts
+                # The last token of a document does not predict the first of the next one.
+                targets[i, starts[starts > 0] - 1] = IGNORE
+                positions[i, :n] = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
+                positions[i, n:] = np.arange(width - n)  # the padding is a document of its own
+        inputs = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets)}
+        if self.isolate:
+            inputs["position_ids"] = torch.from_numpy(positions)
+        return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
+
+    def install(self, model: torch.nn.Module) -> None:
+        """Give the network the fused head, if it is wanted; its ordinary forward, and generation, stay as they are."""
+        if self.fused:
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(model)
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        return LossOut(-self.logprobs(model, inputs, self.fused).sum())
+
+    def logprobs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
+        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T]."""
+        targets = inputs["targets"]
+        network_inputs = {key: x for key, x in inputs.items() if key != "targets"}
+        if fused:
+            output = model(**network_inputs, shift_labels=targets, fused_lm_head=True)
+            logprobs: torch.Tensor = output.log_probs
+            return logprobs
+        logits = model(**network_inputs, use_cache=False).logits
+        flat = F.cross_entropy(
+            logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=IGNORE, reduction="none"
+        )
+        return -flat.view(targets.shape)
+
+    def probe(self) -> DocumentProbe | None:
+        return DocumentProbe(self) if self.isolate or self.fused else None
+
+    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """loss: mean negative log-likelihood in nats; perplexity: its exponential."""
+        loss = totals["loss_sum"] / totals["count"]
+        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+
+
+@dataclass(frozen=True)
+class DocumentProbe:
+    """Two packed rows with the same second document behind different first ones, scored by both heads.
+
+    If the network keeps documents apart, the second documents get the same log-probabilities; if the fused head suits
+    the network, both heads agree. Architectures differ in both, in silence, so every run asks.
+    """
+
+    task: CausalLM
+    length: int = 8
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(self.task.vocab_size, (2, 2 * self.length), generator=generator)
+        ids[1, self.length :] = ids[0, self.length :]
+        starts = np.array([0, self.length] if self.task.isolate else [0])
+        return self.task.collate([Row(row.numpy(), starts) for row in ids]).inputs
+
+    def outputs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities [2 rows, 2 heads, T]; the second head is the first one again where none is fused."""
+        plain = self.task.logprobs(model, inputs, fused=False)
+        fused = self.task.logprobs(model, inputs, fused=True) if self.task.fused else plain
+        return torch.stack([plain.float(), fused.float()], dim=1)
+
+    def check(self, outputs: torch.Tensor) -> None:
+        second = slice(self.length, 2 * self.length)
+        if self.task.isolate:
+            leak = (outputs[0, :, second] - outputs[1, :, second]).abs().max().item()
+            if not leak <= LEAK_TOLERANCE:
+                raise RecipeError(
+                    f"clm.attention: in this architecture the documents of a packed row see each other (a change in "
+                    f"one moved log-probabilities of the next by {leak:.2g}): set clm.packing: false, or accept it with "
+                    "clm.attention: across"
+                )
+        # bf16 rounds logits of size ~10 to about 0.05; a head that misses a scale or a soft cap is off by far more.
+        apart = (outputs[:, 0] - outputs[:, 1]).abs().max().item()
+        if not apart <= 0.2:
+            raise RecipeError(
+                f"clm.head: the fused head does not reproduce this architecture's logits (log-probabilities differ by "
+                f"{apart:.2g}): set clm.head: logits"
+            )
