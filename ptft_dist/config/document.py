@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
+from ruamel.yaml.composer import MaxDepthExceededError
 from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
@@ -23,6 +24,7 @@ COMMAND_LINE = 0  # stands where a line number stands; files begin at line 1
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + name for name in ("str", "timestamp", "value")}  # a date and a lone `=` are text here
 _SCALARS = {_TAG + name for name in ("int", "float", "bool", "null")}
+_MAX_DEPTH = 50
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^{}]*)\}|\$\{")
 _ENVIRONMENT = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-.*)?", re.DOTALL)
 
@@ -63,12 +65,17 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     written: dict[KeyPath, Written] = field(default_factory=dict)
     """The texts that held a reference or an escape, as they stood before `resolve`."""
+    secrets: dict[str, str] = field(default_factory=dict)
+    """What the environment gave, and the reference to show instead."""
     mistakes: list[Mistake] = field(default_factory=list)
 
     def read(self, text: str) -> None:
         """Take the values of a file's text."""
-        node = self._compose(text, (), None)
-        if not self.mistakes:
+        try:
+            node = _compose(text)
+        except _UnreadableError as error:
+            self._mistake((), error.line, error.text)
+        else:
             self.values = _Builder(self, None).build(node, ()) if node is not None else None
 
     def override(self, assignment: str) -> None:
@@ -78,16 +85,19 @@ class Document:
         if not equals or "" in path:
             self._mistake((), COMMAND_LINE, f"{key!r}: an override has the form section.key=value")
             return
-        before = len(self.mistakes)
-        node = self._compose(text, path, COMMAND_LINE)
-        container = self._container(path) if len(self.mistakes) == before else None
-        if container is None:
-            return
-        parent, path = container
-        for known in [known for known in self.lines if known[: len(path)] == path]:
-            del self.lines[known]
-        self.lines[path] = COMMAND_LINE
-        parent[path[-1]] = _Builder(self, COMMAND_LINE).build(node, path) if node is not None else None
+        try:
+            node = _compose(text)
+            parent, path = self._container(path)
+        except _UnreadableError as error:
+            quote = f"; put text with special characters into quotes: {key}='\"...\"'"
+            self._mistake((), COMMAND_LINE, f"{key}: {error.text}{quote}")
+        except LookupError as error:
+            self._mistake((), COMMAND_LINE, f"{key}: {error.args[0]}")
+        else:
+            for known in [known for known in self.lines if known[: len(path)] == path]:
+                del self.lines[known]
+            self.lines[path] = COMMAND_LINE
+            parent[path[-1]] = _Builder(self, COMMAND_LINE).build(node, path) if node is not None else None
 
     def resolve(self, environment: Mapping[str, str]) -> None:
         """Replace `${env:NAME}`, `${env:NAME:-default}` and `${run_dir}` in all texts; `$${` stands for `${`."""
@@ -110,13 +120,6 @@ class Document:
             elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
                 self._mistake(path, self.line(path), "this text is not valid Unicode")
 
-    def value(self, path: KeyPath) -> Any:
-        """The value at a path that exists."""
-        at = self.values
-        for key in path:
-            at = at[key]
-        return at
-
     def line(self, path: KeyPath) -> int:
         """The line of the value at `path`, or of the innermost section around it that was written."""
         while path and path not in self.lines:
@@ -126,49 +129,22 @@ class Document:
     def _mistake(self, path: KeyPath, line: int, text: str) -> None:
         self.mistakes.append(Mistake(path, line, text))
 
-    def _compose(self, text: str, path: KeyPath, line: int | None) -> Node | None:
-        """The tree of nodes; `line` is the line to report instead of the text's own."""
-        try:
-            return YAML(typ="safe", pure=True).compose(text)
-        except MarkedYAMLError as error:
-            mark = error.problem_mark or error.context_mark
-            problem = ", ".join(part for part in (error.context, error.problem) if part)
-            own_line = mark.line + 1 if mark else 1
-        except ReaderError as error:
-            problem = f"the character {error.character!r} is not allowed; write it as an escape in double quotes"
-            own_line = text.count("\n", 0, error.position) + 1
-        except RecursionError:
-            problem, own_line = "lists and sections are nested too deeply", 1
-        hint = "" if line is None else "; put text with special characters into quotes: key='\"text\"'"
-        self._mistake(path, own_line if line is None else line, f"not valid YAML: {problem}{hint}")
-        return None
+    def _container(self, path: KeyPath) -> tuple[Any, KeyPath]:
+        """The list or section that holds `path`, made where it is missing, and `path` with list indices as numbers.
 
-    def _container(self, path: KeyPath) -> tuple[Any, KeyPath] | None:
-        """The list or mapping that holds `path`, made where it is missing, and the path with its indices as numbers."""
+        Raises LookupError where there is no such place.
+        """
         if self.values is None:
             self.values = {}
-        at: Any = self.values
-        walked: KeyPath = ()
-        for position, key in enumerate(path):
-            if isinstance(at, list):
-                if not str(key).isdecimal() or int(key) >= len(at):
-                    choices = f"0 to {len(at) - 1}" if at else "none: it is empty"
-                    text = f"no item {key!r} in the list {dotted(walked)}; its items: {choices}"
-                    self._mistake(path, COMMAND_LINE, text)
-                    return None
-                key = int(key)
-            elif not isinstance(at, dict):
-                self._mistake(path, COMMAND_LINE, f"{dotted(walked)} has no keys: its value is not a section")
-                return None
-            walked = (*walked, key)
-            if position == len(path) - 1:
-                return at, walked
-            inner = at.get(key) if isinstance(at, dict) else at[int(key)]
+        at, walked = self.values, path[:0]
+        for key in path[:-1]:
+            walked = (*walked, _own_key(at, key, walked))
+            inner = at.get(key) if isinstance(at, dict) else at[walked[-1]]
             if inner is None:
-                inner = at[key] = {}
+                inner = at[walked[-1]] = {}
                 self.lines[walked] = COMMAND_LINE
             at = inner
-        return None
+        return at, (*walked, _own_key(at, path[-1], walked))
 
     def _resolve(self, path: KeyPath, text: str, environment: Mapping[str, str], run_dir: object) -> str:
         if "${" not in text:
@@ -188,12 +164,12 @@ class Document:
             name, default = reference["name"], reference["default"]
             variables.append(name)
             value = environment.get(name)
+            if value and len(value) >= 4:  # a shorter one is no secret, and hiding it would garble messages
+                self.secrets[value] = f"${{env:{name}}}"
             if default is not None:  # as in a shell, `:-` also replaces an empty value
                 return value or default[2:]
             if value is None:
-                text = (
-                    f"the environment variable {name} is not set; set it, or give a default: ${{env:{name}:-default}}"
-                )
+                text = f"the environment variable {name} is not set; set it, or write ${{env:{name}:-default}}"
                 self._mistake(path, self.line(path), text)
                 return match[0]
             return value
@@ -203,12 +179,39 @@ class Document:
         return resolved
 
 
+class _UnreadableError(Exception):
+    """The text is not YAML."""
+
+    def __init__(self, line: int, text: str) -> None:
+        super().__init__(text)
+        self.line, self.text = line, text
+
+
+def _compose(text: str) -> Node | None:
+    """The tree of nodes; None if the text is empty. Raises _UnreadableError."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.max_depth = _MAX_DEPTH
+    try:
+        return yaml.compose(text)
+    except MaxDepthExceededError as error:
+        line, problem = error.problem_mark.line + 1, f"nested more than {_MAX_DEPTH} levels deep"
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        problem = ", ".join(part for part in (error.context, error.problem) if part)
+    except ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        problem = f"the character {error.character!r} is not allowed; in double quotes it can be written as an escape"
+    raise _UnreadableError(line, f"not valid YAML: {problem}") from None
+
+
 class _Builder:
     """Turns nodes into plain values and notes their lines in the document."""
 
     def __init__(self, document: Document, line: int | None) -> None:
         self.document = document
         self.line = line  # reported for every value instead of its own line
+        self.scalars = YAML(typ="safe", pure=True).constructor
         self.open: set[int] = set()  # nodes around the present one: an alias to one of them would never end
 
     def build(self, node: Node, path: KeyPath) -> Any:
@@ -232,7 +235,7 @@ class _Builder:
             return node.value
         if isinstance(node, ScalarNode) and tag in _SCALARS:
             try:
-                return YAML(typ="safe", pure=True).constructor.construct_object(node)
+                return self.scalars.construct_object(node)
             except (ValueError, KeyError):
                 return self._refuse(node, path, f"{node.value!r} is not a {tag.removeprefix(_TAG)}")
         return self._refuse(node, path, f"the tag {tag.replace(_TAG, '!!')} is not allowed in a recipe")
@@ -243,7 +246,7 @@ class _Builder:
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode) or not key_node.value:
                 self._refuse(key_node, path, "a key must be a name")
-            elif key_node.value == "<<":
+            elif str(key_node.tag) == _TAG + "merge":
                 self._refuse(key_node, path, "merge keys (<<) are not part of YAML 1.2")
             elif key_node.value in values:
                 first = self.document.lines[*path, key_node.value]
@@ -269,11 +272,22 @@ def put(values: Any, path: KeyPath, value: Any) -> None:
     values[path[-1]] = value
 
 
+def _own_key(container: Any, key: str | int, path: KeyPath) -> str | int:
+    """A key as its container knows it: an index is a number. Raises LookupError if the container cannot have it."""
+    if isinstance(container, dict):
+        return key
+    if not isinstance(container, list):
+        raise LookupError(f"{dotted(path)} is neither a section nor a list")
+    if not str(key).isdecimal() or int(key) >= len(container):
+        raise LookupError(f"no item {key} in the list {dotted(path)}, which has {len(container)} (the first is 0)")
+    return int(key)
+
+
 def _bad_reference(reference: str, path: KeyPath) -> str:
     if reference == "${":
         return "a reference that does not end, or holds another; $${ stands for a plain ${"
     if reference == "${run_dir}":
         return "${run_dir} cannot stand here: " + (
-            "it is this key" if path == ("run_dir",) else "run_dir is not a text"
+            "it would hold itself" if path == ("run_dir",) else "run_dir is not a text"
         )
     return f"unknown reference {reference}; there are ${{env:NAME}}, ${{env:NAME:-default}} and ${{run_dir}}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
     text = _read(path)
     document = Document()
     document.read(text)
-    _stop_on(document.mistakes, path, fatal=document.values is None)
+    if document.values is None:
+        _stop_on(document.mistakes, path)
     if not isinstance(document.values, dict):
         what = "the file is empty" if document.values is None else "a recipe is a set of `key: value` lines"
         raise RecipeError(f"{path}:1: {what}; its required keys: {', '.join(Recipe.model_json_schema()['required'])}")
@@ -64,9 +65,9 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _stop_on(mistakes: Iterable[Mistake], path: Path, fatal: bool = True) -> None:
+def _stop_on(mistakes: Sequence[Mistake], path: Path) -> None:
     """Raise one error with all mistakes in the order of the file, those of the command line last."""
-    if not mistakes or not fatal:
+    if not mistakes:
         return
     lines = []
     for mistake in sorted(mistakes, key=lambda each: each.line or float("inf")):
@@ -130,11 +131,14 @@ def _public_values(loaded: Loaded) -> dict[str, Any]:
 
 def dump_resolved(loaded: Loaded) -> str:
     """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
-    yaml = YAML()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False  # type: ignore[assignment]  # the library declares it as None
+    yaml.sort_base_mapping_type_on_output = False
     yaml.width = 4096
     stream = io.StringIO()
     yaml.dump(_public_values(loaded), stream)
-    return f"# {loaded.path.name}, with every default. Relative data paths start at {loaded.base}\n{stream.getvalue()}"
+    base = json.dumps(str(loaded.base))  # on one line, whatever the directory's name holds
+    return f"# All values of a recipe. Its relative data paths start at {base}.\n{stream.getvalue()}"
 
 
 def describe(loaded: Loaded) -> str:

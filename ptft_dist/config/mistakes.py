@@ -81,9 +81,8 @@ def _expectation(node: Node) -> str:
             "maximum": "of at most",
             "exclusiveMaximum": "below",
         }
-        return " and ".join([name, *(f"{words[bound]} {node[bound]:g}" for bound in words if bound in node)]).replace(
-            " and ", " ", 1
-        )
+        bounds = " and ".join(f"{words[bound]} {_number(node[bound])}" for bound in words if bound in node)
+        return f"{name} {bounds}".rstrip()
     if kind == "array":
         fixed, least = len(node.get("prefixItems", ())), node.get("minItems", 0)
         if fixed:
@@ -95,6 +94,10 @@ def _expectation(node: Node) -> str:
 
 def _choices(node: Node) -> list[str]:
     return [str(choice) for choice in node.get("enum", [node["const"]] if "const" in node else [])]
+
+
+def _number(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
 
 
 def _items(count: int) -> str:
@@ -161,17 +164,25 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
         path = path[:-1]
     node = schema.at(path)
     if node is None:
-        return path, _masked(detail["msg"], path, document)
+        return path, _masked(detail["msg"], document)
     expected = schema.expectation(node)
     written = document.written.get(path)
     if written:
         return path, f"expected {expected}, got the text of {written.text} (what a reference gives is always text)"
-    near = get_close_matches(value, _all_choices(node, schema), n=1) if isinstance(value, str) else []
-    return path, f"expected {expected}, got {_found(value)}" + (f"; did you mean {near[0]}?" if near else "")
+    return path, f"expected {expected}, got {_found(value)}{_hint(value, schema.branches(node))}"
 
 
-def _all_choices(node: Node, schema: Schema) -> list[str]:
-    return [choice for branch in schema.branches(node) for choice in _choices(branch)]
+def _hint(value: Any, branches: list[Node]) -> str:
+    kinds = {branch.get("type") for branch in branches}
+    if isinstance(value, str):
+        near = get_close_matches(value, [choice for branch in branches for choice in _choices(branch)], n=1)
+        if near:
+            return f"; did you mean {near[0]}?"
+        if kinds & {"integer", "number"} and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value.lower()):
+            return "; without the quotes it is a number"
+    if isinstance(value, int | float) and "string" in kinds and not any(map(_choices, branches)):
+        return "; in quotes it is text"
+    return ""
 
 
 def _unknown_key(path: KeyPath, schema: Schema) -> str:
@@ -187,7 +198,7 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:
     """A validator's own words. When they begin with the name of a key that is there, the mistake is at that key."""
-    text = _masked(text, path, document)
+    text = _masked(text, document)
     name = re.match(r"(?P<key>[\w.]+):? ", text)
     if name:
         inner = (*path, *name["key"].split("."))
@@ -196,10 +207,8 @@ def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPa
     return path, text
 
 
-def _masked(text: str, path: KeyPath, document: Document) -> str:
-    """A message that may quote a value which came from the environment: the reference stands there instead."""
-    for place, written in document.written.items():
-        value = document.value(place)
-        if place[: len(path)] == path and written.variables and value:
-            text = text.replace(value, written.text)
+def _masked(text: str, document: Document) -> str:
+    """A message that may quote what the environment gave: the reference stands there instead."""
+    for value, reference in document.secrets.items():
+        text = text.replace(value, reference).replace(repr(value)[1:-1], reference)
     return text

@@ -32,8 +32,12 @@ def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
     Raises RecipeError with the nearest name and all available ones.
     """
     given = Path(name).expanduser()
-    if given.is_file():
-        return given
+    try:
+        is_directory = given.is_dir()
+        if given.exists() and not is_directory:
+            return given
+    except OSError as error:
+        raise RecipeError(f"{name}: {error.strerror}") from None
     folder = shipped(kind)
     available = {
         path.relative_to(folder).as_posix().removesuffix(suffix): path for path in sorted(folder.rglob(f"*{suffix}"))
@@ -44,7 +48,7 @@ def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
     ]
     if len(found) == 1:
         return found[0]
-    if given.is_dir():
+    if is_directory:
         raise RecipeError(f"{name}: a {_ONE[kind]} is a file, but this is a directory")
     raise RecipeError(f"{name}: {_not_found(kind, wanted, found, available)}")
 

@@ -1,0 +1,60 @@
+"""The `ptft` command. Each verb is a small module that imports what is heavy only when it runs."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import Annotated
+
+import typer
+
+from ptft_dist import __version__
+from ptft_dist.errors import PtftError
+
+# name, module, function (or a Typer with verbs of its own), in the order of `ptft --help`
+VERBS: tuple[tuple[str, str, str], ...] = (("config", "ptft_dist.cli.config", "app"),)
+
+# Markup would import rich and wrap lines. Typer's tracebacks print local variables, and secrets may be among them.
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+for _name, _module, _attribute in VERBS:
+    _verb = getattr(import_module(_module), _attribute)
+    if isinstance(_verb, typer.Typer):
+        app.add_typer(_verb, name=_name)
+    else:
+        app.command(_name)(_verb)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """Distributed pretraining and fine-tuning of language models: one recipe, from one CPU to many nodes."""
+    if version:
+        print(f"ptft {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line, and turn what a user can cause into one plain message and an exit code.
+
+    All else keeps its traceback. (Typer's own runner would end quietly on an EOFError or a broken pipe, which a
+    training run meets for reasons that have nothing to do with a terminal.)
+    """
+    try:
+        with typer.main.get_command(app).make_context("ptft", sys.argv[1:]) as context:
+            context.command.invoke(context)
+    except typer.Exit as end:
+        sys.exit(end.exit_code)
+    except PtftError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except typer.TyperException as error:
+        print(f"error: {error.format_message()}\nSee `ptft --help` and `ptft VERB --help`.", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,58 @@
+"""`ptft config`: look at a recipe without running it. No torch, no accelerator, no network."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ptft_dist.config.recipe import Recipe
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A file, or the name of a shipped recipe.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Values to set, such as optim.lr=1e-4.")
+]
+
+app = typer.Typer(help="Check a recipe, show all its values, or print the schema.", rich_markup_mode=None)
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Report every mistake in a recipe, and data that are not there."""
+    from ptft_dist.config.load import load_recipe
+    from ptft_dist.data.sources import check_sources
+
+    loaded = load_recipe(recipe, overrides or ())
+    check_sources(loaded.recipe, loaded.base)
+    print(f"{loaded.path}: valid ({_summary(loaded.recipe)})")
+
+
+@app.command()
+def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+    """Print every value and where it came from: the file, the command line, the environment or a default."""
+    from ptft_dist.config.load import describe, load_recipe
+
+    print(describe(load_recipe(recipe, overrides or ())))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a recipe: each key, its type, default and meaning."""
+    import json
+
+    from ptft_dist.config.recipe import Recipe
+
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    print(json.dumps(head | Recipe.model_json_schema(), indent=2))
+
+
+def _summary(recipe: Recipe) -> str:
+    batch, train = recipe.batch, recipe.train
+    length = next(
+        f"{getattr(train, name):,} {unit}"
+        for name, unit in (("max_steps", "updates"), ("epochs", "epochs"), ("max_tokens", "tokens"))
+        if getattr(train, name) is not None
+    )
+    update = f"{batch.global_size:,} rows" if batch.global_size is not None else f"{batch.global_tokens:,} tokens"
+    return f"task {recipe.task}, {length}, {update} an update"
