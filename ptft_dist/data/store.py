@@ -53,13 +53,16 @@ class StoreWriter:
         """Append one document.
 
         Raises:
-            ValueError: it has no tokens.
+            ValueError: it has no tokens, or an id does not fit into the vocabulary's data type.
         """
-        if not len(ids):
+        tokens = np.asarray(ids, dtype=np.int64)
+        if not len(tokens):
             raise ValueError("a document needs at least one token")
-        np.asarray(ids, dtype=self._dtype).tofile(self._tokens)
+        if tokens.min() < 0 or tokens.max() > np.iinfo(self._dtype).max:  # astype would wrap around in silence
+            raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit into {self._dtype}")
+        self._tokens.write(tokens.astype(self._dtype).tobytes())
         self._documents.append(self._total)
-        end = self._total + len(ids)
+        end = self._total + len(tokens)
         if self._rows is not None:
             for start in range(self._total, end, self._max_length):
                 stop = min(start + self._max_length, end)
@@ -147,7 +150,7 @@ class TokenStore:
             IndexError: there is no such row.
         """
         indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and not (0 <= indices.min() and indices.max() < self._count):
+        if indices.size and (indices.min() < 0 or indices.max() >= self._count):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
         if self._rows is not None:
             return self._rows[indices, 1] - self._rows[indices, 0]

@@ -1,0 +1,214 @@
+"""Directories that are built once and shared by every run, and the memory of file hashes.
+
+A directory is built under another name beside its place and renamed when it is whole, so that a process killed at any
+moment leaves nothing that looks finished. A lock beside it lets one process build while the others wait for the result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ptft_dist.errors import DataError, PtftError, RecipeError
+
+# Two writes closer than this may carry the same time stamp, so a younger file's stamp does not prove its contents.
+SETTLED_AFTER_NS = 2_000_000_000
+
+
+def cache_root(cache_dir: str | None, base: Path) -> Path:
+    """The cache directory: `cache_dir` (relative to `base`), else PTFT_CACHE, else the user's own cache directory.
+
+    Raises:
+        RecipeError: it cannot be created.
+    """
+    import platformdirs
+
+    given = cache_dir or os.environ.get("PTFT_CACHE") or platformdirs.user_cache_dir("ptft")
+    root = base / Path(given).expanduser() if cache_dir else Path(given).expanduser().absolute()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"{root}: the cache directory cannot be created ({error.strerror}). Set data.cache_dir, or the environment "
+            "variable PTFT_CACHE, to a directory that can be written."
+        ) from error
+    return root
+
+
+def fingerprint(value: Any) -> str:
+    """32 hexadecimal digits that depend on every part of a JSON value."""
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def build_once(directory: Path, build: Callable[[Path], None], *, say: Callable[[str], None]) -> bool:
+    """Make sure that `directory` exists and is whole; return True if it did before.
+
+    Args:
+        build: fills the empty directory that it is given. What it raises goes through, and nothing is left behind.
+        say: is told in a line when another process is waited for.
+
+    Raises:
+        PtftError: the cache cannot be written.
+    """
+    if directory.exists():
+        return True
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(
+        _lock_path(directory), lambda: say(f"waiting for {_builder(directory)}, which prepares the same data")
+    ):
+        if directory.exists():
+            return True
+        _remove_dead_builds(directory)
+        unfinished = directory.with_name(f"{directory.name}.building-{os.getpid()}@{platform.node()}")
+        try:
+            unfinished.mkdir()
+            build(unfinished)
+            _flush(unfinished)
+            unfinished.rename(directory)
+            _fsync(directory.parent)
+        except OSError as error:
+            raise PtftError(
+                f"{directory}: the cache cannot be written ({error}). Make room, or set data.cache_dir or PTFT_CACHE "
+                "to another place."
+            ) from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    return False
+
+
+def _lock_path(directory: Path) -> Path:
+    return directory.with_name(f"{directory.name}.lock")
+
+
+@contextmanager
+def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        on_wait()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _builder(directory: Path) -> str:
+    """Who builds the directory, by the name of the unfinished one."""
+    names = [path.name for path in directory.parent.glob(f"{directory.name}.building-*")]
+    if len(names) != 1:
+        return "another process"
+    pid, _, host = names[0].partition(".building-")[2].partition("@")
+    return f"process {pid}" + (f" on {host}" if host != platform.node() else "")
+
+
+def _remove_dead_builds(directory: Path) -> None:
+    """Remove what killed builds left beside `directory`, whose lock is held. A build is dead if its lock is free."""
+    for leftover in directory.parent.glob("*.building-*"):
+        name = leftover.name.partition(".building-")[0]
+        if name == directory.name:
+            shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        lock = FileLock(_lock_path(leftover.with_name(name)))
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            continue
+        shutil.rmtree(leftover, ignore_errors=True)
+        lock.release()
+
+
+def _flush(directory: Path) -> None:
+    """Bring everything below `directory` to the disk."""
+    for path in (*directory.rglob("*"), directory):
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class HashMemo:
+    """Hashes of files' contents, remembered by path, size, inode and time stamps: an unchanged file is read once."""
+
+    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+        self._path = path
+        self._say = say
+        self._known = self._load()
+        self._unsettled: set[str] = set()
+
+    def digests(self, files: Sequence[Path]) -> list[str]:
+        """blake2b of the contents of each file.
+
+        Raises:
+            DataError: a file cannot be read, or changes while it is read.
+        """
+        keys = [os.path.realpath(file) for file in files]
+        if not all(self._is_known(key) for key in keys):
+            waiting = "waiting for another process, which reads the sources to see whether they have changed"
+            with _locked(self._path.with_suffix(".lock"), lambda: self._say(waiting)):
+                self._known = self._load() | {key: self._known[key] for key in self._unsettled}
+                for key in keys:
+                    if not self._is_known(key):
+                        self._hash(key)
+                self._save()
+        return [self._known[key][-1] for key in keys]
+
+    def _is_known(self, key: str) -> bool:
+        return key in self._known and self._known[key][:-1] == _identity(key)
+
+    def _hash(self, key: str) -> None:
+        before = _identity(key)
+        try:
+            with Path(key).open("rb") as file:
+                digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError as error:
+            raise DataError(f"{key}: cannot be read ({error.strerror}). Check the file and its permissions.") from error
+        if _identity(key) != before:
+            raise DataError(f"{key}: the file changes while it is read. Start again when it is complete.")
+        self._known[key] = [*before, digest]
+        _, _, modified_ns, changed_ns = before
+        if time.time_ns() - max(modified_ns, changed_ns) < SETTLED_AFTER_NS:
+            self._unsettled.add(key)
+        else:
+            self._unsettled.discard(key)
+
+    def _load(self) -> dict[str, list[Any]]:
+        try:
+            return json.loads(self._path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}  # a memo that is not there, or is damaged, costs one more reading of the files
+
+    def _save(self) -> None:
+        new = self._path.with_suffix(".new")  # one name is enough: the lock is held
+        new.write_text(json.dumps({k: v for k, v in self._known.items() if k not in self._unsettled}), encoding="utf-8")
+        new.rename(self._path)
+
+
+def _identity(path: str) -> list[int]:
+    """Size, inode, and the times in ns of the last change to the contents and to the inode."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116  # hundreds of files on the way to a cache hit: Path objects cost more
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
+    return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def to_stderr(line: str) -> None:
+    print(f"ptft: {line}", file=sys.stderr, flush=True)

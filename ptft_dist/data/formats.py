@@ -1,0 +1,314 @@
+"""One file of text, read as a stream of documents. Every complaint names the file and the line."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+from ptft_dist.errors import DataError
+
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+COMPRESSIONS = (".gz", ".zst")
+KNOWN = ", ".join(FORMATS) + ", and all but .parquet also as .gz or .zst"
+
+DocumentUnit = Literal["file", "paragraph", "line"]
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and where it stands, for messages: "file:line", "file", "file#row" or "hub:name[split]#row"."""
+
+    text: str
+    where: str
+
+
+def file_format(path: Path) -> tuple[str, str] | None:
+    """(format, compression) by the file's name, such as (".jsonl", ".gz") or (".csv", ""); None if not known."""
+    name = path.name.lower()
+    compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
+    found = next((suffix for suffix in FORMATS if name.removesuffix(compression).endswith(suffix)), None)
+    if found is None or (found == ".parquet" and compression):
+        return None
+    return found, compression
+
+
+def read_file(path: Path, *, field: str, unit: DocumentUnit) -> Iterator[Document]:
+    """The documents of one file, in order.
+
+    Args:
+        field: the column that holds the text, in every format but .txt.
+        unit: what a document is in a .txt file. Line endings inside a document stay as they are.
+
+    Raises:
+        DataError: the file cannot be read, is malformed or has no document.
+    """
+    kind = file_format(path)
+    if kind is None:
+        raise DataError(f"{path}: the type of this file is not known. Known are: {KNOWN}")
+    documents = _read_parquet(path, field) if kind[0] == ".parquet" else _read_text(path, *kind, field, unit)
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
+        raise DataError(f"{path}: the file has no documents. Remove it, or leave it out of the glob.")
+
+
+def _read_text(path: Path, kind: str, compression: str, field: str, unit: DocumentUnit) -> Iterator[Document]:
+    with _open(path, compression) as stream:
+        lines = _decode(stream, path)
+        if kind == ".txt":
+            yield from _read_txt(lines, path, unit)
+        elif kind == ".jsonl":
+            yield from _read_jsonl(lines, path, field)
+        elif kind == ".json":
+            yield from _read_json("".join(lines), path, field)
+        else:
+            yield from _read_table(lines, path, field, tabs=kind == ".tsv")
+
+
+def _read_txt(lines: Iterator[str], path: Path, unit: DocumentUnit) -> Iterator[Document]:
+    if unit == "file":
+        text = "".join(lines)
+        if text:
+            yield Document(text, str(path))
+        return
+    if unit == "line":
+        for number, line in enumerate(lines, 1):
+            yield Document(line.rstrip("\r\n"), f"{path}:{number}")
+        return
+    block: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            block.append(line)
+        elif block:
+            yield Document("".join(block).rstrip("\r\n"), f"{path}:{number - len(block)}")
+            block = []
+    if block:
+        yield Document("".join(block).rstrip("\r\n"), f"{path}:{number - len(block) + 1}")
+
+
+def _read_jsonl(lines: Iterator[str], path: Path, field: str) -> Iterator[Document]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}). {_A_ROW}") from None
+        except RecursionError:
+            raise DataError(f"{where}: the JSON is nested too deeply") from None
+        yield row_document(row, field, where)
+
+
+def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
+    """An array of objects, parsed one by one, so that each error knows its line."""
+    decoder = json.JSONDecoder()
+    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]  # there since Python 2.6, absent from typeshed
+    line, counted = 1, 0
+
+    def refuse(position: int, problem: str) -> DataError:
+        number = line + text.count("\n", counted, position)
+        return DataError(
+            f"{path}:{number}: {problem}. A .json file must be one array of objects; one object a line is .jsonl."
+        )
+
+    position = skip(text, 0).end()
+    if text[position : position + 1] != "[":
+        raise refuse(position, "this is not an array")
+    position = skip(text, position + 1).end()
+    if text[position : position + 1] == "]":
+        return
+    while True:
+        line, counted = line + text.count("\n", counted, position), position
+        try:
+            row, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
+        except RecursionError:
+            raise refuse(position, "the JSON is nested too deeply") from None
+        yield row_document(row, field, f"{path}:{line}")
+        position = skip(text, end).end()
+        separator = text[position : position + 1]
+        if separator == "]":
+            break
+        if separator != ",":
+            raise refuse(position, "expected a comma or the closing bracket")
+        position = skip(text, position + 1).end()
+    position = skip(text, position + 1).end()
+    if position < len(text):
+        raise refuse(position, "there is text after the end of the array")
+
+
+def _read_table(lines: Iterator[str], path: Path, field: str, *, tabs: bool) -> Iterator[Document]:
+    """CSV with RFC 4180 quotes, or tab-separated values, where a quote is a character like any other."""
+    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than many a document
+    rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
+    header: list[str] | None = None
+    column, first_line = 0, 1
+    try:
+        for row in rows:
+            where = f"{path}:{first_line}"
+            first_line = rows.line_num + 1
+            if not row:
+                continue  # an empty line
+            if header is None:
+                header, column = row, _column(row, field, where)
+            elif len(row) != len(header):
+                raise DataError(
+                    f"{where}: this row has {len(row)} columns and the header {len(header)}. Look for a stray "
+                    f"{'tab' if tabs else 'comma or quote'}."
+                )
+            else:
+                yield row_document({field: row[column]}, field, where)
+    except csv.Error as error:
+        raise DataError(
+            f"{path}:{first_line}: not {'TSV' if tabs else 'CSV'} ({error}). Look for a stray quote."
+        ) from None
+
+
+def _column(header: list[str], field: str, where: str) -> int:
+    if field not in header:
+        raise DataError(f"{where}: {_no_field(field, header)}")
+    if header.count(field) > 1:
+        raise DataError(f"{where}: the header has {header.count(field)} columns named {field!r}. Rename all but one.")
+    return header.index(field)
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Document]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        with pq.ParquetFile(path) as file:
+            if field not in file.schema_arrow.names:
+                raise DataError(f"{path}: {_no_field(field, file.schema_arrow.names)}")
+            number = 0
+            for batch in file.iter_batches(batch_size=1000, columns=[field]):
+                for text in batch.column(0).to_pylist():
+                    yield row_document({field: text}, field, f"{path}#{number}")
+                    number += 1
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: this Parquet file is damaged or not one ({error}). Make or fetch it anew.") from error
+
+
+_A_ROW = 'Each line must be one object, such as {"text": "..."}.'
+
+
+def row_document(row: Any, field: str, where: str) -> Document:
+    """The document in a row.
+
+    Raises:
+        DataError: the row is not an object, or the field is missing or not text.
+    """
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: this row is {_json_type(row)} and not an object. {_A_ROW}")
+    if field not in row:
+        raise DataError(f"{where}: {_no_field(field, list(row))}")
+    text = row[field]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: the field {field!r} holds {_json_type(text)} and not text. Remove or correct the row."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+        raise DataError(
+            f"{where}: character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and "
+            "not Unicode text. Correct the row."
+        ) from None
+    return Document(text, where)
+
+
+def _no_field(field: str, found: list[str]) -> str:
+    has = ", ".join(map(repr, found)) if found else "none"
+    return f"there is no field {field!r}; the fields are: {has}. Name the one that holds the text with `field:`."
+
+
+def _json_type(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
+
+
+def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
+    """The lines of a UTF-8 stream, endings kept, without the byte order mark that some editors put in front."""
+    offset = 0
+    for number, line in enumerate(stream, 1):
+        body = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+        offset += len(line)
+        try:
+            text = body.decode()
+        except UnicodeDecodeError as error:
+            position = offset - len(body) + error.start
+            raise DataError(
+                f"{path}:{number}: byte 0x{body[error.start]:02x} at offset {position} of the file is not UTF-8 "
+                f"({error.reason}). Convert the file, for example with: iconv -f OLD_ENCODING -t UTF-8"
+            ) from None
+        yield text
+
+
+@contextmanager
+def _open(path: Path, compression: str) -> Iterator[BinaryIO]:
+    """The file's bytes, decompressed."""
+    import zstandard
+
+    try:
+        with path.open("rb") as raw:
+            if compression == ".gz":
+                yield cast(BinaryIO, gzip.GzipFile(fileobj=raw))
+            elif compression == ".zst":
+                yield cast(BinaryIO, io.BufferedReader(_ZstdStream(raw), buffer_size=2**17))
+            else:
+                yield raw
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(
+            f"{path}: the compressed file is truncated or damaged ({error}). Make or fetch it anew."
+        ) from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}). Check the file and its permissions.") from error
+
+
+class _ZstdStream(io.RawIOBase):
+    """Zstandard frames, decompressed. The library's own reader takes the end of a truncated file for its end."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        import zstandard
+
+        self._raw = raw
+        self._new_frame = lambda: zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+        self._frame = self._new_frame()
+        self._in_frame = False
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            if self._frame.eof:
+                rest = self._frame.unused_data
+                self._frame, self._in_frame = self._new_frame(), False
+            else:
+                rest = b""
+            compressed = rest or self._raw.read(2**17)
+            if not compressed:
+                if self._in_frame:
+                    raise EOFError("a frame ends too early")
+                return 0
+            self._in_frame = True
+            self._ready = memoryview(self._frame.decompress(compressed))
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size

@@ -1,0 +1,199 @@
+"""Where documents come from: files and globs, data sets of the Hub, and the standard library's own source text."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import logging
+import os
+import sysconfig
+import tokenize
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.config.recipe import Recipe, Source
+from ptft_dist.data.cache import HashMemo, fingerprint
+from ptft_dist.data.formats import KNOWN, Document, file_format, read_file, row_document
+from ptft_dist.errors import DataError
+
+__all__ = ["Document", "HashMemo", "check_sources", "fingerprint_source", "read_documents", "recipe_sources"]
+
+# Tests hold broken text on purpose; the rest is not part of the library.
+_NOT_STDLIB = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
+_SHOWN_FILES = 5
+
+
+def read_documents(source: Source, base: Path) -> Iterator[Document]:
+    """The documents of a source as a stream, always in the same order.
+
+    Args:
+        base: where relative paths and globs start: the recipe's directory.
+
+    Raises:
+        DataError: a file is missing, unreadable, empty or malformed, or a data set cannot be loaded.
+    """
+    if source.source is not None:
+        documents = _read_stdlib()
+    elif source.hub is not None:
+        documents = _read_hub(source)
+    else:
+        documents = _read_files(source, base)
+    return islice(documents, source.limit)
+
+
+def check_sources(recipe: Recipe, base: Path) -> None:
+    """See that every path of the recipe leads to files that can be read. Cheap: looks at names and sizes only.
+
+    Raises:
+        DataError: lists everything that is wrong, each line with its key in the recipe, the path and the remedy.
+    """
+    problems: list[str] = []
+    for key, source in recipe_sources(recipe):
+        try:
+            if source.source is not None:
+                _stdlib_modules()
+            elif source.path is not None:
+                _source_files(source, base)
+        except DataError as error:
+            problems += [f"{key}.{line}" for line in str(error).splitlines()]
+    if problems:
+        raise DataError("\n".join(problems))
+
+
+def recipe_sources(recipe: Recipe) -> list[tuple[str, Source]]:
+    """Every source of the recipe with its key, such as `data.train[0]`."""
+    sides = {"train": recipe.data.train, "validation": recipe.data.validation}
+    return [
+        (f"data.{side}[{i}]", source)
+        for side, sources in sides.items()
+        if isinstance(sources, list)
+        for i, source in enumerate(sources)
+    ]
+
+
+def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
+    """A hash of what the source holds and of the settings that decide what is taken from it; not of where it lies.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    settings: dict[str, Any] = source.model_dump(exclude={"path"}, exclude_none=True)
+    if source.source is not None:
+        settings["contents"] = memo.digests(_stdlib_modules())
+    elif source.hub is not None:
+        settings["contents"] = _load_hub(source)._fingerprint
+    else:
+        files = _source_files(source, base)
+        settings["contents"] = list(zip(map(file_format, files), memo.digests(files), strict=True))
+    return fingerprint(settings)
+
+
+def _read_files(source: Source, base: Path) -> Iterator[Document]:
+    for file in _source_files(source, base):
+        yield from read_file(file, field=source.field or "text", unit=source.document or "file")
+
+
+def _source_files(source: Source, base: Path) -> list[Path]:
+    """The files of a path or glob, sorted.
+
+    Raises:
+        DataError: one line for each mistake.
+    """
+    assert source.path is not None
+    pattern = Path(source.path).expanduser()
+    if (base / pattern).is_file():  # a name may hold brackets without being a glob
+        found = [base / pattern]
+    else:
+        names = glob.glob(str(pattern), root_dir=base, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute one
+        found = [base / name for name in sorted(names)]
+    files = [file for file in found if not file.is_dir()]
+    if not files:
+        raise DataError(f"path: {source.path}: {_why_nothing(found, base)}")
+
+    problems = [f"path: {file}: {problem}" for file in files if (problem := _file_problem(file))]
+    if not problems:
+        problems = _settings_without_effect(source, files)
+    if len(problems) > _SHOWN_FILES:
+        problems[_SHOWN_FILES:] = [f"path: {source.path}: and {len(problems) - _SHOWN_FILES} more files like these"]
+    if problems:
+        raise DataError("\n".join(problems))
+    return files
+
+
+def _why_nothing(found: list[Path], base: Path) -> str:
+    if found:
+        return "this is a folder. Say which files: for all below it, add /**/*.jsonl or another ending."
+    return f"no such file. A relative path starts at the recipe's directory, {base.resolve()}."
+
+
+def _file_problem(file: Path) -> str | None:
+    if file_format(file) is None:
+        return f"the type of this file is not known. Known are: {KNOWN}. Rename it or narrow the glob."
+    if not file.is_file():
+        return "this is not a regular file, or a link to nowhere. Correct or remove it."
+    if not os.access(file, os.R_OK):
+        return "the file cannot be read. Check its permissions."
+    if not file.stat().st_size:
+        return "the file is empty. Remove it or narrow the glob."
+    return None
+
+
+def _settings_without_effect(source: Source, files: list[Path]) -> list[str]:
+    """`document` says how to cut .txt files, `field` which column of all other files."""
+    formats = {kind[0] for file in files if (kind := file_format(file))}
+    problems = []
+    if source.document is not None and ".txt" not in formats:
+        problems.append("document: has no effect here, for there is no .txt file. Remove it.")
+    if source.field is not None and formats == {".txt"}:
+        problems.append("field: has no effect on .txt files. Remove it.")
+    return problems
+
+
+def _read_stdlib() -> Iterator[Document]:
+    for module in _stdlib_modules():
+        try:
+            with tokenize.open(module) as file:  # decodes as the interpreter does, by the module's declaration
+                text = file.read()
+        except (SyntaxError, UnicodeDecodeError) as error:
+            logging.getLogger("ptft").warning("python-stdlib: left out %s, which cannot be decoded: %s", module, error)
+            continue
+        yield Document(text, str(module))
+
+
+@functools.cache
+def _stdlib_modules() -> list[Path]:
+    """Every module of the running interpreter's standard library, sorted by its path below the library."""
+    root = Path(sysconfig.get_path("stdlib"))
+    modules = []
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_STDLIB]
+        modules += [Path(folder, name) for name in names if name.endswith(".py")]
+    if not modules:
+        raise DataError(f"source: python-stdlib: there are no .py files in {root}. Use another source.")
+    return sorted(modules, key=lambda module: module.relative_to(root).as_posix())
+
+
+def _read_hub(source: Source) -> Iterator[Document]:
+    dataset, field = _load_hub(source), source.field or "text"
+    name = f"hub:{source.hub}[{source.split or 'train'}]"
+    if field not in dataset.column_names:
+        row_document(dict.fromkeys(dataset.column_names), field, name)  # raises, with the columns that there are
+    for number, row in enumerate(dataset.select_columns([field])):
+        yield row_document(row, field, f"{name}#{number}")
+
+
+@functools.lru_cache(maxsize=8)
+def _load_hub(source: Source) -> Any:
+    import datasets
+
+    split = source.split or "train"
+    try:
+        return datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+    except Exception as error:  # the library raises a dozen unrelated types; all mean the same here
+        raise DataError(
+            f"hub: {source.hub} (config {source.config}, split {split}): the data set cannot be loaded. {error} Check "
+            "its name, config and split, and that this machine reaches the Hub or has the data set in its cache "
+            "(HF_HOME)."
+        ) from error

@@ -1,0 +1,181 @@
+"""How text becomes token ids: learning a tokenizer, loading one, and encoding documents as text and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.data.cache import fingerprint
+from ptft_dist.data.formats import Document
+from ptft_dist.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+EOS, BOS, PAD = "<|endoftext|>", "<|bos|>", "<|pad|>"
+
+
+def train_tokenizer(settings: TokenizerTraining, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Learn a byte-level BPE tokenizer. The same texts give the same tokenizer, byte for byte.
+
+    If the texts do not hold enough repetition for settings.vocab_size, the tokenizer is smaller, and a warning says so.
+
+    Raises:
+        RecipeError: the vocabulary is too small for the bytes and the special tokens.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [EOS, BOS, PAD]
+    least = len(alphabet) + len(special)
+    if settings.vocab_size < least:
+        raise RecipeError(
+            f"tokenizer.train.vocab_size: {settings.vocab_size} is too small; the 256 bytes and the special tokens "
+            f"{', '.join(special)} alone need {least}."
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocab_size,
+        min_frequency=settings.min_frequency,
+        special_tokens=special,
+        initial_alphabet=sorted(alphabet),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_first_megabytes(texts, settings.max_megabytes), trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, bos_token=BOS, pad_token=PAD)
+    if len(tokenizer) < settings.vocab_size:
+        logging.getLogger("ptft").warning(
+            "tokenizer.train.vocab_size: %d tokens were asked for, but the training text gives only %d: no further "
+            "pair of tokens stands in it %d times or more",
+            settings.vocab_size,
+            len(tokenizer),
+            settings.min_frequency,
+        )
+    return tokenizer
+
+
+def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
+    """Whole texts until they reach that size in UTF-8."""
+    size = 0
+    for text in texts:
+        yield text
+        if megabytes is not None and (size := size + len(text.encode())) >= megabytes * 1e6:
+            return
+
+
+def load_tokenizer(
+    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a local directory or of the Hub.
+
+    Raises:
+        RecipeError: there is no tokenizer, or it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(path).is_file():
+        raise RecipeError(f"tokenizer.path: {path} is a file. Give the directory that holds tokenizer.json.")
+    try:
+        return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+    except Exception as error:  # a dozen unrelated types, and all mean that there is no tokenizer to go on with
+        raise RecipeError(
+            f"tokenizer.path: no tokenizer can be loaded from {path}. {error}\nGive a directory with tokenizer.json "
+            "and tokenizer_config.json, or a Hub name that this machine can reach or has in its cache (HF_HOME)."
+        ) from error
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of everything that decides which ids a text or a chat becomes."""
+    return fingerprint(
+        {
+            "backend": _backend_state(tokenizer),
+            "vocabulary": tokenizer.get_vocab(),
+            "added": {i: repr(token) for i, token in sorted(tokenizer.added_tokens_decoder.items())},
+            "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+            "chat_template": tokenizer.chat_template,
+        }
+    )
+
+
+def _backend_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The Rust tokenizer as JSON, less the two settings that every call to it may change."""
+    if not tokenizer.is_fast:
+        return None
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {key: value for key, value in state.items() if key not in ("truncation", "padding")}
+
+
+class DocumentEncoder:
+    """Encodes documents as [BOS] text EOS. What a text spells is text, even if it spells a special token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, bos: bool) -> None:
+        """
+        Raises:
+            RecipeError: the tokenizer has no EOS, or no BOS although it is wanted.
+        """
+        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.unknown = 0
+        """How many tokens came out as the tokenizer's "unknown" token."""
+        self._prefix = [_special_id(tokenizer, "bos")] if bos else []
+        self._eos = _special_id(tokenizer, "eos")
+        # A text that became one of these would end or begin a document in its middle.
+        self._control = {self._eos, *self._prefix}
+        self._unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
+        self._tokenizer = tokenizer
+        self._backend = _text_only_backend(tokenizer) if tokenizer.is_fast else None
+
+    def encode(self, documents: Sequence[Document]) -> list[list[int]]:
+        """The ids of each document; an empty list for one whose text comes to nothing in this tokenizer.
+
+        Raises:
+            DataError: a text spells a special token, and this tokenizer cannot write it otherwise.
+        """
+        encoded = []
+        for document, ids in zip(documents, self._text_ids([d.text for d in documents]), strict=True):
+            found = self._control.intersection(ids)
+            if found:
+                raise DataError(
+                    f"{document.where}: the text spells {self._tokenizer.convert_ids_to_tokens(found.pop())!r}, and "
+                    "this tokenizer can only read that as the special token. Remove it from the text."
+                )
+            if self._unknown_id is not None:
+                self.unknown += ids.count(self._unknown_id)
+            encoded.append([*self._prefix, *ids, self._eos] if ids else [])
+        return encoded
+
+    def _text_ids(self, texts: list[str]) -> Iterator[list[int]]:
+        if self._backend is not None:
+            return (e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False))
+        encode = self._tokenizer.encode
+        return (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
+
+
+def _text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of the Rust tokenizer that neither cuts, nor pads, nor looks for special tokens in a text.
+
+    Its batches run on all cores, and unlike `tokenizer(texts)` they make no attention masks and offsets.
+    """
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
+
+
+def _special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+    token_id = getattr(tokenizer, f"{name}_token_id")
+    if token_id is None:
+        need = "each document ends with it" if name == "eos" else "clm.bos: true asks for it"
+        raise RecipeError(
+            f"tokenizer: {tokenizer.name_or_path} has no {name.upper()} token, and {need}. Name one as {name}_token in "
+            "its tokenizer_config.json, or use another tokenizer."
+        )
+    return token_id
