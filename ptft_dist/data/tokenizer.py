@@ -120,13 +120,11 @@ class DocumentEncoder:
             RecipeError: the tokenizer has no EOS, or no BOS although it is wanted.
         """
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-        self.unknown = 0
-        """How many tokens came out as the tokenizer's "unknown" token."""
         self._prefix = [_special_id(tokenizer, "bos")] if bos else []
         self._eos = _special_id(tokenizer, "eos")
         # A text that became one of these would end or begin a document in its middle.
         self._control = {self._eos, *self._prefix}
-        self._unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
+        self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
         self._backend = _text_only_backend(tokenizer) if tokenizer.is_fast else None
 
@@ -144,8 +142,6 @@ class DocumentEncoder:
                     f"{document.where}: the text spells {self._tokenizer.convert_ids_to_tokens(found.pop())!r}, and "
                     "this tokenizer can only read that as the special token. Remove it from the text."
                 )
-            if self._unknown_id is not None:
-                self.unknown += ids.count(self._unknown_id)
             encoded.append([*self._prefix, *ids, self._eos] if ids else [])
         return encoded
 

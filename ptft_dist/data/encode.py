@@ -1,0 +1,210 @@
+"""Documents into token stores, as a stream: read, put on a side, encode in chunks on all cores, write."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.cache import to_stderr
+from ptft_dist.data.formats import Document
+from ptft_dist.data.sources import read_documents
+from ptft_dist.data.store import StoreWriter
+from ptft_dist.data.tokenizer import DocumentEncoder
+from ptft_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+CHUNK_CHARACTERS = 2_000_000  # in one call of the tokenizer, which takes about 100 bytes for each
+_CHUNKS_AHEAD = 2
+_SHOWN_EMPTY = 5
+
+SidedDocument = tuple[str, Document]
+"""("train" or "validation", the document)."""
+
+
+def split_documents(recipe: Recipe, base: Path) -> Iterator[SidedDocument]:
+    """Every document with its side, in the recipe's order.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    yield from _training_sources(recipe, base)
+    if isinstance(recipe.data.validation, list):
+        for source in recipe.data.validation:
+            for document in read_documents(source, base):
+                yield "validation", document
+
+
+def training_texts(recipe: Recipe, base: Path) -> Iterator[str]:
+    """The texts of the training side: what a tokenizer may learn from."""
+    return (document.text for side, document in _training_sources(recipe, base) if side == "train")
+
+
+def _training_sources(recipe: Recipe, base: Path) -> Iterator[SidedDocument]:
+    share = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
+    for source in recipe.data.train:
+        for document in read_documents(source, base):
+            yield "validation" if _fraction(document.text) < share else "train", document
+
+
+def _fraction(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone: equal documents fall on the same side of a split."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+@dataclass
+class _Count:
+    """What happened to the documents on their way into the stores."""
+
+    read: int = 0
+    empty: int = 0
+    empty_at: list[str] = field(default_factory=list)
+    unknown_tokens: int = 0
+
+    def drop(self, document: Document) -> None:
+        self.empty += 1
+        if len(self.empty_at) < _SHOWN_EMPTY:
+            self.empty_at.append(document.where)
+
+
+def write_stores(
+    recipe: Recipe, base: Path, directory: Path, tokenizer: PreTrainedTokenizerBase, *, progress: bool
+) -> dict[str, Any]:
+    """Encode every document into the stores `directory`/train and, if the recipe has it, `directory`/validation.
+
+    Returns the report: for each side its documents, tokens, rows, dropped_tokens and text_bytes (validation: None if
+    there is none); documents_read, documents_empty, empty_at (the first few); max_length, packing; vocabulary (number
+    of tokens that the tokenizer knows) and unknown_tokens.
+
+    Raises:
+        RecipeError: the tokenizer has no EOS, or no BOS although the recipe wants it.
+        DataError: as `read_documents`; or a text spells a special token that the tokenizer cannot write as text; or a
+            side has no document.
+    """
+    encoder = DocumentEncoder(tokenizer, bos=recipe.clm.bos)
+    max_length, packing = recipe.data.max_length, recipe.clm.packing
+    writers = {
+        side: StoreWriter(directory / side, vocab_size=encoder.vocab_size, max_length=max_length, packing=packing)
+        for side in ("train", "validation")
+        if side == "train" or recipe.data.validation is not None
+    }
+    text_bytes = dict.fromkeys(writers, 0)
+    count = _Count()
+    with _progress(progress) as advance:
+        for (side, document), ids in _encoded(_chunks(split_documents(recipe, base), count), encoder):
+            if not ids:
+                count.drop(document)
+                continue
+            writers[side].add(ids)
+            count.unknown_tokens += ids.count(encoder.unknown_id) if encoder.unknown_id is not None else 0
+            size = len(document.text.encode())
+            text_bytes[side] += size
+            advance(size)
+    written = {side: writer.close() for side, writer in writers.items()}
+    _check_sides(recipe, count, written)
+    shown = ("documents", "tokens", "rows", "dropped_tokens")
+    sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
+    return {
+        "train": sides["train"],
+        "validation": sides.get("validation"),
+        "documents_read": count.read,
+        "documents_empty": count.empty,
+        "empty_at": count.empty_at,
+        "max_length": max_length,
+        "packing": packing,
+        "vocabulary": len(tokenizer),
+        "unknown_tokens": count.unknown_tokens,
+    }
+
+
+def _chunks(documents: Iterator[SidedDocument], count: _Count) -> Iterator[list[SidedDocument]]:
+    """The documents that are not empty, in lists of a few MB."""
+    chunk: list[SidedDocument] = []
+    size = 0
+    for side, document in documents:
+        count.read += 1
+        if not document.text.strip():
+            count.drop(document)
+            continue
+        chunk.append((side, document))
+        size += len(document.text)
+        if size >= CHUNK_CHARACTERS:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _encoded(
+    chunks: Iterator[list[SidedDocument]], encoder: DocumentEncoder
+) -> Iterator[tuple[SidedDocument, list[int]]]:
+    """Each document with its ids, in order. The tokenizer's threads work ahead while the caller reads and writes."""
+    waiting: deque[tuple[list[SidedDocument], Future[list[list[int]]]]] = deque()
+    with ThreadPoolExecutor(max_workers=_CHUNKS_AHEAD) as pool:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(encoder.encode, [document for _, document in chunk])))
+            if len(waiting) > _CHUNKS_AHEAD:
+                done, ids = waiting.popleft()
+                yield from zip(done, ids.result(), strict=True)
+        for done, ids in waiting:
+            yield from zip(done, ids.result(), strict=True)
+
+
+def _check_sides(recipe: Recipe, count: _Count, written: dict[str, dict[str, Any]]) -> None:
+    empty = [side for side, summary in written.items() if not summary["documents"]]
+    if not empty:
+        return
+    if isinstance(recipe.data.validation, float):
+        remedy = (
+            f"A share (data.validation: {recipe.data.validation}) is made of whole documents. Take a larger share, "
+            "smaller documents (document: paragraph), more data, or sources of their own for validation."
+        )
+    else:
+        remedy = "Look at the sources."
+    raise DataError(
+        f"data: nothing is left for {' and '.join(empty)}: {count.read} documents were read, {count.empty} of them "
+        f"empty. {remedy}"
+    )
+
+
+@contextmanager
+def _progress(wanted: bool) -> Iterator[Callable[[int], None]]:
+    """Show how many bytes of text are done: a moving line on a terminal, else a line at the start and at the end."""
+    if not wanted:
+        yield lambda _: None
+        return
+    if sys.stderr.isatty():
+        from rich import progress
+        from rich.console import Console
+
+        columns = (
+            progress.SpinnerColumn(),
+            progress.TextColumn("encoding"),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeElapsedColumn(),
+        )
+        with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("encoding", total=None)
+            yield lambda size: bar.advance(task, size)
+        return
+
+    done, started = 0, time.monotonic()
+
+    def advance(size: int) -> None:
+        nonlocal done
+        done += size
+
+    to_stderr("encoding the documents")
+    yield advance
+    to_stderr(f"encoded {done / 1e6:,.1f} MB of text in {time.monotonic() - started:,.1f} s")
