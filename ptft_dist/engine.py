@@ -15,6 +15,7 @@ import copy
 import json
 import logging
 import os
+import resource
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -267,6 +268,12 @@ class Engine:
         self.optimizer.optimizer.load_state_dict(unflatten_optimizer(tensors, rest))
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(rest["scaler"])
+
+    def peak_memory_bytes(self) -> int:
+        """The most memory this process has held: the accelerator's, or the process's own on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def state_bytes(self) -> int:
         """About how many bytes save_state writes on all ranks together (fp32 weights and two moments)."""

@@ -12,7 +12,14 @@ from ptft_dist import __version__
 from ptft_dist.errors import PtftError
 
 # name, module, function (or a Typer with verbs of its own), in the order of `ptft --help`
-VERBS: tuple[tuple[str, str, str], ...] = (("config", "ptft_dist.cli.config", "app"),)
+VERBS: tuple[tuple[str, str, str], ...] = (
+    ("train", "ptft_dist.cli.train", "train"),
+    ("prepare", "ptft_dist.cli.prepare", "prepare"),
+    ("config", "ptft_dist.cli.config", "app"),
+    ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
+    ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
+    ("generate", "ptft_dist.cli.generate", "generate"),
+)
 
 # Markup would import rich and wrap lines. Typer's tracebacks print local variables, and secrets may be among them.
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)

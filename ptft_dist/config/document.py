@@ -117,7 +117,8 @@ class Document:
                 self._mistake(path, self.line(path), f"expected a finite number, got {value}")
             elif isinstance(value, int) and abs(value) > 10**300:
                 self._mistake(path, self.line(path), "this number is too large")
-            elif isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            text = dotted(path) + (value if isinstance(value, str) else "")
+            if any("\ud800" <= character <= "\udfff" for character in text):
                 self._mistake(path, self.line(path), "this text is not valid Unicode")
 
     def line(self, path: KeyPath) -> int:
@@ -201,7 +202,7 @@ def _compose(text: str) -> Node | None:
         problem = ", ".join(part for part in (error.context, error.problem) if part)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problem = f"the character {error.character!r} is not allowed; in double quotes it can be written as an escape"
+        problem = f"the character U+{error.character:04X} is not allowed; in double quotes it can be an escape"
     raise _UnreadableError(line, f"not valid YAML: {problem}") from None
 
 

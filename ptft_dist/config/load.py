@@ -42,8 +42,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
     text = _read(path)
     document = Document()
     document.read(text)
-    if document.values is None:
-        _stop_on(document.mistakes, path)
+    if document.values is None and document.mistakes:
+        raise _refusal(document.mistakes, path)
     if not isinstance(document.values, dict):
         what = "the file is empty" if document.values is None else "a recipe is a set of `key: value` lines"
         raise RecipeError(f"{path}:1: {what}; its required keys: {', '.join(Recipe.model_json_schema()['required'])}")
@@ -65,15 +65,13 @@ def _read(path: Path) -> str:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _stop_on(mistakes: Sequence[Mistake], path: Path) -> None:
-    """Raise one error with all mistakes in the order of the file, those of the command line last."""
-    if not mistakes:
-        return
+def _refusal(mistakes: Sequence[Mistake], path: Path) -> RecipeError:
+    """One error with all mistakes in the order of the file, those of the command line last."""
     lines = []
     for mistake in sorted(mistakes, key=lambda each: each.line or float("inf")):
         place = "command line" if mistake.line == COMMAND_LINE else f"{path}:{mistake.line}"
         lines.append(": ".join(part for part in (place, dotted(mistake.path), mistake.text) if part))
-    raise RecipeError("\n".join(lines))
+    return RecipeError("\n".join(lines))
 
 
 def _validate(document: Document, path: Path) -> Recipe:
@@ -81,11 +79,13 @@ def _validate(document: Document, path: Path) -> Recipe:
     given = _without_defaults(document.values, schema.root, schema)
     try:
         # As JSON: pydantic's strict mode then takes lists for tuples, and still no text and no 8.0 for a whole number.
-        recipe = Recipe.model_validate_json(json.dumps(given), strict=True)
+        text = json.dumps(given, ensure_ascii=False).encode(errors="replace")  # bad Unicode is already reported
+        recipe = Recipe.model_validate_json(text, strict=True)
     except ValidationError as error:
-        _stop_on([*document.mistakes, *explain(error, document, schema)], path)
-        raise
-    _stop_on(document.mistakes, path)
+        # Without the cause, which quotes values: they may be secret.
+        raise _refusal([*document.mistakes, *explain(error, document, schema)], path) from None
+    if document.mistakes:
+        raise _refusal(document.mistakes, path)
     return recipe
 
 
@@ -132,8 +132,8 @@ def _public_values(loaded: Loaded) -> dict[str, Any]:
 def dump_resolved(loaded: Loaded) -> str:
     """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
     yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False  # type: ignore[assignment]  # the library declares it as None
-    yaml.sort_base_mapping_type_on_output = False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 4096
     stream = io.StringIO()
     yaml.dump(_public_values(loaded), stream)

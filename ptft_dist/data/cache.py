@@ -51,7 +51,7 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def build_once(directory: Path, build: Callable[[Path], None], *, say: Callable[[str], None]) -> bool:
+def build_once(directory: Path, build: Callable[[Path], object], *, say: Callable[[str], None]) -> bool:
     """Make sure that `directory` exists and is whole; return True if it did before.
 
     Args:

@@ -133,7 +133,7 @@ class _Job:
     def provide_tokenizer(self) -> tuple[str, Path]:
         """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded."""
         section = self.recipe.tokenizer
-        build: Callable[[Path], Any]
+        build: Callable[[Path], object]
         if section.train is not None:
             name, build = self._trained_fingerprint(), self._train_tokenizer
         else:

@@ -1,0 +1,248 @@
+"""Checkpoints on disk: named files, a manifest with their hashes written last, atomic commit, retention.
+
+A checkpoint is a directory `step-00000100` with a manifest. It is built under a hidden name and renamed when whole, so
+at any moment every directory with that name is either whole or was damaged from outside, and the hashes tell which.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ptft_dist.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_PARTIAL, _TRASH = ".partial-", ".trash-"
+
+
+class Ranks(Protocol):
+    """The processes that write a checkpoint together; the engine is one, `OneProcess` another."""
+
+    rank: int
+    world_size: int
+
+    def gather_objects(self, value: Any) -> list[Any]: ...
+
+
+class OneProcess:
+    rank, world_size = 0, 1
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value]
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; those that exist are untouched."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+    manifest: dict[str, Any]
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """The checkpoint at `path`. Raises CheckpointError if its manifest is missing, unreadable or altered."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        claimed = manifest.pop("sha256")
+    except FileNotFoundError:
+        what = f"has no {MANIFEST}: it is not a checkpoint, or was damaged" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {what}") from None
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
+    if claimed != _manifest_hash(manifest):
+        raise CheckpointError(f"{path / MANIFEST} was altered: its own hash does not match")
+    if manifest["format"] != FORMAT:
+        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
+    return Checkpoint(path, int(manifest["step"]), manifest)
+
+
+def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
+    """What is wrong with the files, on every rank, each file hashed by one of them; empty if all is well."""
+    ranks = ranks or OneProcess()
+    problems = []
+    for name, expected in sorted(checkpoint.manifest["files"].items())[ranks.rank :: ranks.world_size]:
+        path = checkpoint.path / name
+        if not path.is_file():
+            problems.append(f"{path} is missing")
+        elif path.stat().st_size != expected["bytes"]:
+            problems.append(f"{path} has {path.stat().st_size} bytes instead of {expected['bytes']}")
+        elif _file_hash(path) != expected["sha256"]:
+            problems.append(f"{path} was altered: its SHA-256 does not match the manifest")
+    return sorted(problem for part in ranks.gather_objects(problems) for problem in part)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def paths(self) -> list[Path]:
+        """Directories with a checkpoint's name, by step; whole or damaged."""
+        found = [p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name)] if self.folder.is_dir() else []
+        return sorted(found, key=lambda p: int(p.name[5:]))
+
+    def newest_good(self, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is as written; None if there never was one.
+
+        Damaged ones are named through `warn`. Raises CheckpointError if there are some and none is good: to start
+        from zero then is for the user to say.
+        """
+        paths = self.paths()
+        for path in reversed(paths):
+            try:
+                checkpoint = read_checkpoint(path)
+                problems = verify(checkpoint, ranks)
+            except CheckpointError as error:
+                problems = [str(error)]
+            if not problems:
+                return checkpoint
+            warn("DAMAGED CHECKPOINT, not used: " + "; ".join(problems))
+        if paths:
+            raise CheckpointError(
+                f"every checkpoint in {self.folder} is damaged (see above): restore one, or start over with "
+                "--resume never"
+            )
+        return None
+
+    def commit(
+        self, step: int, write: Callable[[Path], None], facts: dict[str, Any], ranks: Ranks, need_bytes: int = 0
+    ) -> Checkpoint:
+        """Write a checkpoint on all ranks: `write(folder)` writes this rank's files, `facts` go into the manifest.
+
+        need_bytes: about how large it will be; with less space free it is not begun, since a rank that fails in the
+        middle of a sharded write leaves the others waiting. Raises SaveError on every rank if any of them failed; nothing is left behind then.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f"{_PARTIAL}{final.name}"
+        main = ranks.rank == 0
+
+        def start() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            free = shutil.disk_usage(self.folder).free
+            if free < need_bytes:
+                raise OSError(errno.ENOSPC, f"about {need_bytes:,} bytes are needed, {free:,} are free", self.folder)
+            partial.mkdir()
+
+        def seal() -> dict[str, Any]:
+            return {name: _seal(partial / name) for name in _files(partial)[ranks.rank :: ranks.world_size]}
+
+        def finish() -> None:
+            manifest = {"format": FORMAT, "step": step, **facts, "files": files}
+            manifest["sha256"] = _manifest_hash(manifest)
+            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+            for folder in {partial, *(p for p in partial.rglob("*") if p.is_dir())}:
+                _fsync(folder)
+            partial.rename(final)
+            _fsync(self.folder)
+
+        try:
+            _together(ranks, start if main else None)
+            _together(ranks, lambda: write(partial))
+            files = {name: facts for part in _together(ranks, seal) for name, facts in part.items()}
+            _together(ranks, finish if main else None)
+        except SaveError:
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        return read_checkpoint(final)
+
+    def set_aside_after(self, step: int, log: Callable[[str], None]) -> None:
+        """Rename every checkpoint after `step`: damaged ones, and a future that a resume from an older one gave up.
+
+        They would otherwise be found again as the newest. Nothing of them is deleted.
+        """
+        for path in self.paths():
+            if int(path.name[5:]) > step:
+                aside = path.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}")
+                path.rename(aside)
+                log(f"{path.name} is not part of this run any more: it is now {aside.name}")
+
+    def retain(self, keep: int | None, best_step: int | None) -> None:
+        """Delete all but the newest `keep` (None: all) and the best; never while a new one is not yet whole."""
+        if keep is None:
+            return
+        for path in self.paths()[:-keep]:
+            if int(path.name[5:]) != best_step:
+                _discard(path)
+
+    def clean(self, log: Callable[[str], None]) -> None:
+        """Remove what an interrupted save or deletion left behind."""
+        for path in self.folder.glob(".*") if self.folder.is_dir() else ():
+            if path.name.startswith((_PARTIAL, _TRASH)):
+                shutil.rmtree(path)
+                if path.name.startswith(_PARTIAL):
+                    log(f"removed the unfinished checkpoint {path.name.removeprefix(_PARTIAL)}")
+
+
+def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
+    """Run `action` on each rank that has one; the results of all, or SaveError on all if one failed.
+
+    Whatever was raised must reach the other ranks, or they would wait for this one for ever.
+    """
+    result, failure = None, None
+    try:
+        result = action() if action is not None else None
+    except Exception as error:
+        failure = f"rank {ranks.rank}: {type(error).__name__}: {error}"
+    outcomes = ranks.gather_objects((result, failure))
+    failures = [failure for _, failure in outcomes if failure is not None]
+    if failures:
+        raise SaveError("the checkpoint was not written; earlier ones are untouched: " + "; ".join(failures))
+    return [result for result, _ in outcomes]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    _fsync(path)
+    return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _manifest_hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: Path) -> None:
+    """Delete a directory in such a way that it is never seen half-deleted under its own name."""
+    trash = path.with_name(_TRASH + path.name)
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash)

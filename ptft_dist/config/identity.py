@@ -1,0 +1,55 @@
+"""What a checkpoint must have in common with the recipe that resumes it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ptft_dist.config.recipe import Recipe
+
+# Keys (or sections) that may change between the parts of one run: where it writes, how it looks at itself, and how the
+# machine computes the same mathematics. Everything else matters, new keys too.
+FREE = (
+    "run_dir",
+    "save",
+    "eval",
+    "log",
+    "data.cache_dir",
+    "data.workers",
+    "data.train",  # what the documents say is compared by the prepared data's fingerprint, not where they lie
+    "data.validation",
+    "tokenizer",
+    "batch.micro_size",
+    "batch.micro_tokens",
+    "batch.group_by_length",
+    "clm.head",
+    "model.attention",
+    "model.gradient_checkpointing",
+    "model.compile",
+    "train.deterministic",
+)
+
+
+def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {dotted key: value}; lists are values."""
+    if isinstance(value, dict) and value:
+        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{prefix}{key}.").items()}
+    return {prefix.removesuffix("."): value}
+
+
+def identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
+    """The values that make two runs the same run."""
+    free = tuple(f"{key}." for key in FREE)
+    values = leaves(recipe.model_dump(mode="json"))
+    kept = {key: value for key, value in values.items() if not f"{key}.".startswith(free)}
+    return {**kept, "prepared data": data_fingerprint}
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
+    """Key -> "saved value -> current value", for each key that differs."""
+    keys = sorted(saved.keys() | current.keys())
+    absent = "(not set)"
+    return {
+        key: f"{saved.get(key, absent)!r} in the checkpoint, {current.get(key, absent)!r} now"
+        for key in keys
+        if saved.get(key, absent) != current.get(key, absent)
+    }

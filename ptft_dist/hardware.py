@@ -1,0 +1,41 @@
+"""What the machine can do at best: the yardstick of MFU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+# Dense peak in FLOP/s of tensor cores, from the vendors' datasheets: name part -> {precision: peak}.
+# fp32 matrix products run on TF32 only if asked to; the plain fp32 rate is meant here.
+PEAKS: dict[str, dict[str, float]] = {
+    "B200": {"bf16": 2250e12, "fp16": 2250e12, "fp32": 80e12},
+    "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "H100 PCIe": {"bf16": 756e12, "fp16": 756e12, "fp32": 51e12},
+    "H100": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
+    "A100": {"bf16": 312e12, "fp16": 312e12, "fp32": 19.5e12},
+    "L40S": {"bf16": 362e12, "fp16": 362e12, "fp32": 91.6e12},
+    "A10": {"bf16": 125e12, "fp16": 125e12, "fp32": 31.2e12},
+    "V100": {"fp16": 125e12, "fp32": 15.7e12},
+    "T4": {"fp16": 65e12, "fp32": 8.1e12},
+}
+
+
+def peak_flops(device: torch.device, precision: str) -> float:
+    """FLOP/s of this device: from the datasheet where it is known, measured with a matrix product on a CPU, else 0."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = next((rates for part, rates in PEAKS.items() if part in name), {})
+        return known.get(precision, 0.0)
+    return measure_matmul_flops() if device.type == "cpu" and precision == "fp32" else 0.0
+
+
+def measure_matmul_flops(size: int = 768, repeats: int = 4) -> float:
+    """The best of a few fp32 matrix products with this process's threads: about 0.1 s."""
+    a = torch.ones(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * size**3 / best

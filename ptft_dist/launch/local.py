@@ -1,0 +1,108 @@
+"""Start several processes on this machine through stock `accelerate launch`, and bring back one exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ptft_dist.config.shipped import find_shipped
+from ptft_dist.errors import RecipeError
+from ptft_dist.launch.deepspeed_config import read_deepspeed_config
+
+SHUTDOWN_S = 30.0
+
+
+def default_launch() -> str:
+    """`multi_gpu` where the machine has an NVIDIA device, else `cpu`."""
+    return "multi_gpu" if Path("/dev/nvidia0").exists() else "cpu"
+
+
+def launch_config(name: str) -> tuple[Path, Path | None]:
+    """A launch config by name or path, and the DeepSpeed JSON it names. Raises RecipeError if either is wrong."""
+    path = find_shipped("launch_configs", name, ".yaml")
+    try:
+        config = YAML(typ="safe").load(path)
+    except (OSError, YAMLError) as error:
+        raise RecipeError(f"{path}: the launch config cannot be read: {error}") from None
+    if not isinstance(config, dict) or "distributed_type" not in config:
+        raise RecipeError(f"{path}: this is no accelerate config: it has no distributed_type")
+    if config["distributed_type"] != "DEEPSPEED":
+        return path, None
+    named = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
+    if not named:
+        raise RecipeError(f"{path}: deepspeed_config.deepspeed_config_file is missing; see launch_configs/zero2.yaml")
+    # Accelerate looks from the current directory; the shipped configs mean the folder beside theirs.
+    beside = path.parent.parent / named
+    deepspeed = Path(named) if Path(named).is_file() else beside if beside.is_file() else None
+    if deepspeed is None:
+        deepspeed = find_shipped("ds_configs", Path(named).stem, ".json")
+    read_deepspeed_config(deepspeed)
+    return path, deepspeed.resolve()
+
+
+def command(launch: str, processes: int | None, arguments: Sequence[str]) -> list[str]:
+    """The `accelerate launch` command line that runs `ptft` with `arguments` on every rank."""
+    path, deepspeed = launch_config(launch)
+    words = ["accelerate", "launch", "--config_file", str(path)]
+    if processes is not None:
+        words += ["--num_processes", str(processes)]
+    if deepspeed is not None:
+        words += ["--deepspeed_config_file", str(deepspeed)]
+    if YAML(typ="safe").load(path).get("num_machines", 1) == 1:
+        words += ["--main_process_port", "0"]  # any free one, so that two runs do not meet
+    return [*words, "-m", "ptft_dist", *arguments]
+
+
+def launch(words: Sequence[str], run_dir: Path) -> int:
+    """Run the command and return the run's own exit code, which `accelerate launch` does not pass on.
+
+    SIGTERM and SIGINT become the run directory's stop file: torchrun would kill the ranks 30 s after a signal, in the
+    middle of a save. A second SIGINT ends the ranks at once.
+    """
+    print("+ " + shlex.join(words), file=sys.stderr, flush=True)
+    started = time.time()
+    python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    # A session of their own keeps a terminal's Ctrl-C from the ranks; torchrun's own wait after a death is cut short.
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", **os.environ}
+    child = subprocess.Popen(python, start_new_session=True, env=environment)
+    asked = 0
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        nonlocal asked
+        asked += 1
+        if asked > 1 and number == signal.SIGINT:
+            os.killpg(child.pid, signal.SIGKILL)
+        elif asked == 1:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            (run_dir / "stop").touch()
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return own_exit_code(code, run_dir / "result.json", started)
+
+
+def own_exit_code(code: int, result: Path, started: float) -> int:
+    """What the ranks said in result.json, if they wrote it after `started`; else the launcher's own code, never 0."""
+    if code == 0:
+        return 0
+    try:
+        if result.stat().st_mtime >= started - 1:
+            return int(json.loads(result.read_text())["exit_code"]) or 1
+    except (OSError, ValueError, KeyError):
+        pass  # the ranks died before they could say anything
+    return code if code > 0 else 1

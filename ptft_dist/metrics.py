@@ -1,0 +1,157 @@
+"""Where numbers go: metrics.jsonl always, TensorBoard, and a line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+# Keys of metrics.jsonl that depend on the clock or the machine; all others are the same in a repeated run.
+TIMING_KEYS = frozenset({"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s"})
+
+
+class Sink(Protocol):
+    def write(self, row: Mapping[str, Any]) -> None: ...
+    def flush(self) -> None: ...
+    def close(self) -> None: ...
+
+
+class JsonLines:
+    """metrics.jsonl: one object a line. On resume, rows after the checkpoint's step are cut off first.
+
+    A full disk must not end a run whose checkpoints are elsewhere or come back: rows that could not be written are
+    kept and written with the next ones.
+    """
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        self.pending: list[str] = []
+        if path.exists():
+            _cut_after(path, last_step)
+        self.file = path.open("a")
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        self.pending.append(json.dumps(row) + "\n")
+        position = self.file.tell()
+        try:
+            self.file.write("".join(self.pending))
+            self.file.flush()
+        except OSError as error:
+            if len(self.pending) == 1:
+                say(f"{self.path}: {error.strerror}; {self.path.name} goes on when it can be written again")
+            self._drop_torn_bytes(position)
+        else:
+            self.pending.clear()
+
+    def _drop_torn_bytes(self, position: int) -> None:
+        descriptor = os.dup(self.file.fileno())
+        try:
+            self.file.close()
+        except OSError:
+            # The buffer that cannot be flushed is the text that `pending` still holds.
+            pass
+        os.ftruncate(descriptor, position)
+        os.close(descriptor)
+        self.file = self.path.open("a")
+
+    def flush(self) -> None:
+        """Put every row on the disk: called before a checkpoint says that they are there."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        if self.pending:
+            say(f"{self.path}: {len(self.pending)} rows could not be written")
+        self.file.close()
+
+
+def _cut_after(path: Path, last_step: int) -> None:
+    """Keep the rows up to `last_step`; a torn last line, left by a kill, goes too. The file is replaced whole."""
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith("\n") and row["step"] <= last_step:
+            kept.append(line)
+    replacement = path.with_name(path.name + ".new")
+    replacement.write_text("".join(kept))
+    replacement.replace(path)
+
+
+class TensorBoard:
+    """Scalars by step. On resume the curves go on at the checkpoint; points after it are purged."""
+
+    def __init__(self, folder: Path, last_step: int, recipe_text: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
+        if not last_step:
+            fenced = "\n".join("    " + line for line in recipe_text.splitlines())
+            self.writer.add_text("recipe", fenced, 0)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        for key, value in row.items():
+            if key != "step" and isinstance(value, int | float):
+                self.writer.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
+
+    def flush(self) -> None:
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Terminal:
+    """A live line on a terminal; elsewhere a plain line now and then, so that logs stay short."""
+
+    PLAIN_EVERY_S = 10.0
+
+    def __init__(self, total_steps: int, first_step: int, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.total_steps, self.first_step = total_steps, first_step
+        self.started, self.last_plain = time.monotonic(), 0.0
+        self.live = self.stream.isatty()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        if any(key.startswith("eval/") for key in row):
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith("eval/") and k != "eval/time_s")
+            self._line(f"step {row['step']:,}  {shown}", keep=True)
+            return
+        step, now = row["step"], time.monotonic()
+        ended = step == self.total_steps
+        if not self.live and not ended and now - self.last_plain < self.PLAIN_EVERY_S:
+            return
+        self.last_plain = now
+        left_s = (now - self.started) / max(1, step - self.first_step) * (self.total_steps - step)
+        text = f"step {step:,}/{self.total_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
+        text += f"  {row['tokens_per_s']:,.0f} tokens/s  {clock(left_s)} left"
+        self._line(text, keep=not self.live or ended)
+
+    def _line(self, text: str, keep: bool) -> None:
+        start, end = ("\r\x1b[2K", "\n" if keep else "") if self.live else ("", "\n")
+        print(start + text, end=end, file=self.stream, flush=True)
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if self.live:
+            print(file=self.stream, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+def say(text: str) -> None:
+    """A line for the person who watches."""
+    print(text, file=sys.stderr, flush=True)

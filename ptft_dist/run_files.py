@@ -1,0 +1,86 @@
+"""The files of a run beside its checkpoints and metrics: recipe, environment, result, and what is told of a failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import socket
+import sys
+import time
+import traceback
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.errors import PtftError, RecipeError
+from ptft_dist.launch.environment import Place
+from ptft_dist.metrics import say
+
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl", "ptft-dist")
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Create the directory. Raises RecipeError if it cannot be written."""
+    try:
+        (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+        probe = run_dir / f".writable-{socket.gethostname()}-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise RecipeError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from None
+
+
+def write_start(run_dir: Path, loaded: Loaded, facts: dict[str, Any]) -> None:
+    """recipe.yaml as it was given, resolved.yaml with every value, environment.json with versions and machine."""
+    (run_dir / "recipe.yaml").write_text(loaded.text)
+    (run_dir / "resolved.yaml").write_text(dump_resolved(loaded))
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "command": sys.argv,
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        **facts,
+    }
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
+    (run_dir / "result.json").unlink(missing_ok=True)
+
+
+def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+    """result.json, replaced whole."""
+    partial = run_dir / f".result-{os.getpid()}.json"
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(run_dir / "result.json")
+
+
+class FailureReport:
+    """Tells of the first failure on this machine's ranks, once; every rank's own goes to its log."""
+
+    def __init__(self, run_dir: Path, where: Place) -> None:
+        self.run_dir, self.where = run_dir, where
+        self.log = run_dir / "logs" / f"rank-{where.rank}.log"
+        # The launcher's process is the parent of all local ranks, so its number names this start.
+        self.claim = run_dir / "logs" / f".failed-{socket.gethostname()}-{os.getppid()}"
+        self.claim.unlink(missing_ok=True)
+
+    def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
+        trace = traceback.format_exc()
+        with self.log.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.where.rank} failed\n{trace}\n")
+        try:
+            self.claim.touch(exist_ok=False)
+        except FileExistsError:
+            return  # another rank failed first; this failure most likely follows from that one
+        who = f"rank {self.where.rank} failed first: " if self.where.world_size > 1 else ""
+        what = str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}"
+        if "closed by peer" in what or "reset by peer" in what:
+            what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
+        if not isinstance(error, PtftError):
+            say(trace)
+        say(f"error: {who}{what}" + ("" if isinstance(error, PtftError) else f"\nlog: {self.log}"))
+        write_result(
+            self.run_dir,
+            {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"},
+        )

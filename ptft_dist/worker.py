@@ -1,0 +1,287 @@
+"""What one rank does: recipe -> data -> network -> engine -> trainer -> result.
+
+Everything that can be wrong with the recipe, the data or the machine is looked at before the process group forms.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from ptft_dist.batches import Batch, Shape, SupervisedBatches, UpdateDataset, micro_batch
+from ptft_dist.checkpoint import Checkpoints, read_checkpoint, verify
+from ptft_dist.config.identity import identity
+from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.resolve import BatchShape, batch_shape
+from ptft_dist.data.order import Plan, make_plan
+from ptft_dist.data.prepare import Prepared, describe, prepare
+from ptft_dist.data.sources import check_sources
+from ptft_dist.data.store import Row, TokenStore
+from ptft_dist.data.tokenizer import load_tokenizer
+from ptft_dist.engine import Engine, complete_deepspeed_config
+from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, DataError, PtftError
+from ptft_dist.hardware import peak_flops
+from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
+from ptft_dist.launch.environment import Place, place
+from ptft_dist.metrics import JsonLines, Sink, TensorBoard, Terminal, say
+from ptft_dist.models.load import build_config, build_model, flops_per_token
+from ptft_dist.resume import Resume
+from ptft_dist.run_files import FailureReport, make_run_dir, write_result, write_start
+from ptft_dist.stopping import StopRequest
+from ptft_dist.tasks import Task, build_task
+from ptft_dist.trainer import Outcome, Trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the command line wants the run to start. resume: auto, never, or the path of a checkpoint."""
+
+    resume: str = "auto"
+    accept: tuple[str, ...] = ()
+
+
+def run(loaded: Loaded, options: Options) -> int:
+    """Train as this process's rank; the exit code. A failure is told once, logged, and written to result.json."""
+    where, run_dir = place(), Path(loaded.recipe.run_dir)
+    make_run_dir(run_dir)
+    report = FailureReport(run_dir, where)
+    stop = StopRequest(run_dir / "stop" if where.is_main else None)
+    stop.listen()
+    started = time.monotonic()
+    try:
+        return train(loaded, options, where, stop)
+    except Exception as error:
+        code = error.exit_code if isinstance(error, PtftError) else 1
+        report.write(error, code, time.monotonic() - started)
+        if where.world_size > 1:
+            # The others may wait in a collective; tearing the group down politely would wait for them.
+            sys.stderr.flush()
+            os._exit(code)
+        return code
+
+
+def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> int:
+    recipe, run_dir, started = loaded.recipe, Path(loaded.recipe.run_dir), time.monotonic()
+    tell: Callable[[str], None] = say if where.is_main else lambda text: None
+    quiet_libraries()
+    prepared = get_data(loaded, where, tell)
+    shape = batch_shape(recipe, where.world_size)
+    plan = plan_updates(recipe, prepared, shape)
+    tokenizer = load_tokenizer(prepared.tokenizer_path)
+    config = build_config(recipe.model, tokenizer, recipe.data.max_length)
+    knobs = deepspeed_config_of_launch()
+    kind = f"zero{knobs['zero_optimization']['stage']}" if knobs else "single" if where.world_size == 1 else "ddp"
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    who = identity(recipe, prepared.fingerprint)
+    resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
+    resume.look()
+
+    torch.use_deterministic_algorithms(recipe.train.deterministic)
+    engine = Engine(recipe.train.precision, deepspeed_settings(recipe, shape, knobs))
+    task = build_task(recipe, pad_id(tokenizer), len(tokenizer), engine.device)
+    model = prepare_network(recipe, engine, task, config)
+    checkpoint = resume.choose(engine, tell)
+    first_step = 0 if checkpoint is None else checkpoint.step
+    facts = {"identity": who, "kind": engine.kind, "world_size": engine.world_size, "total_steps": plan.total_steps}
+    if engine.is_main:
+        devices = {"device": device_name(engine), "kind": engine.kind, "world_size": engine.world_size}
+        write_start(run_dir, loaded, devices)
+    layout = Shape(
+        engine.rank, engine.world_size, shape.micro_size, shape.micro_tokens, recipe.batch.group_by_length
+    )
+    dataset = UpdateDataset(prepared.train, plan, layout, task.collate)
+    workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
+    trainer = Trainer(
+        recipe,
+        engine,
+        task,
+        SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
+        plan.total_steps,
+        validation(recipe, prepared.validation, layout, task),
+        checkpoints,
+        facts,
+        open_sinks(loaded, first_step, plan.total_steps) if engine.is_main else [],
+        stop,
+        flops_per_token(model, config, engine.parameter_count, mean_length(prepared.train)),
+        peak_flops(engine.device, recipe.train.precision) * engine.world_size,
+    )
+    if checkpoint is not None:
+        trainer.restore(checkpoint)
+        tell(f"resumed from {checkpoint.path}, update {checkpoint.step} of {plan.total_steps}")
+    tell(
+        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {device_name(engine)}, "
+        f"{recipe.train.precision}, {plan.total_steps:,} updates"
+    )
+    torch.manual_seed(recipe.train.seed)
+    longest = np.zeros(recipe.data.max_length, np.int64)
+    rows = [Row(longest, np.zeros(1, np.int64))] * (shape.micro_size or 1)
+    engine.warm_up(task.loss, task.collate(rows).inputs)
+    outcome = trainer.fit()
+    if outcome.finished:
+        export(recipe, engine, trainer, tokenizer, run_dir / "model", tell)
+    for sink in trainer.sinks:
+        sink.close()
+    if engine.is_main:
+        finish(run_dir, trainer, outcome, time.monotonic() - started)
+        stop.honoured()
+    engine.barrier()
+    engine.close()
+    return EXIT_FINISHED if outcome.finished else EXIT_PREEMPTED
+
+
+def quiet_libraries() -> None:
+    """Progress bars and deprecation notes of libraries, repeated by every rank, would bury what we have to say."""
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed|accelerate|transformers")
+
+
+def get_data(loaded: Loaded, where: Place, tell: Callable[[str], None]) -> Prepared:
+    check_sources(loaded.recipe, loaded.base)
+    prepared = prepare(loaded.recipe, loaded.base, progress=where.is_main)
+    if not prepared.from_cache:
+        tell(describe(prepared.report))
+    return prepared
+
+
+def plan_updates(recipe: Recipe, prepared: Prepared, shape: BatchShape) -> Plan:
+    rows, train = len(prepared.train), recipe.train
+    if shape.global_size is not None and rows < shape.global_size:
+        raise DataError(
+            f"batch: one update needs {shape.global_size} rows, the training data have {rows}: lower "
+            "batch.global_size (or global_tokens) or data.max_length, or add data"
+        )
+    return make_plan(
+        rows,
+        prepared.train.lengths,
+        train.seed,
+        global_size=shape.global_size,
+        global_tokens=shape.global_tokens,
+        max_steps=train.max_steps,
+        epochs=train.epochs,
+        max_tokens=train.max_tokens,
+    )
+
+
+def deepspeed_settings(recipe: Recipe, shape: BatchShape, knobs: dict[str, Any] | None) -> dict[str, Any] | None:
+    if knobs is None:
+        return None
+    norm, micro_size = recipe.optim.max_grad_norm, shape.micro_size or 1
+    return complete_deepspeed_config(knobs, recipe.train.precision, norm, micro_size, shape.accumulation)
+
+
+def prepare_network(recipe: Recipe, engine: Engine, task: Task, config: PretrainedConfig) -> PreTrainedModel:
+    """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
+    with engine.building(pretrained=recipe.model.path is not None):
+        model = build_model(recipe.model, config, recipe.train.seed)
+    task.install(model)
+    if recipe.model.compile:
+        model.compile(dynamic=True)
+    engine.prepare(model, recipe.optim)
+    probe = task.probe()
+    if probe is not None:
+        with engine.evaluating():
+            probe.check(engine.forward(probe.outputs, probe.inputs))
+    return model
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows on the right. It carries no label and nothing sees it, so any id will do."""
+    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+
+
+def mean_length(store: TokenStore) -> float:
+    return store.tokens / max(1, len(store))
+
+
+def device_name(engine: Engine) -> str:
+    return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type.upper()
+
+
+def validation(
+    recipe: Recipe, store: TokenStore | None, layout: Shape, task: Task
+) -> Callable[[], Iterator[Batch]] | None:
+    """A function that passes over this rank's validation micro-batches; every row stands in exactly one of them."""
+    if store is None:
+        return None
+    rows = np.arange(min(len(store), recipe.eval.max_rows or len(store)))
+    micro_size = recipe.eval.micro_size or layout.micro_size
+    micro_tokens = None if micro_size is not None else layout.micro_tokens
+    shape = Shape(layout.rank, layout.world_size, micro_size, micro_tokens, group_by_length=True)
+    parts = shape.split(store.lengths(rows))
+
+    def one_pass() -> Iterator[Batch]:
+        for part in parts:
+            yield micro_batch(store, rows[part[layout.rank]], rows[0], task.collate)
+
+    return one_pass
+
+
+def open_sinks(loaded: Loaded, first_step: int, total_steps: int) -> list[Sink]:
+    run_dir = Path(loaded.recipe.run_dir)
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", first_step), Terminal(total_steps, first_step)]
+    if loaded.recipe.log.tensorboard:
+        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, dump_resolved(loaded)))
+    return sinks
+
+
+def export(
+    recipe: Recipe,
+    engine: Engine,
+    trainer: Trainer,
+    tokenizer: PreTrainedTokenizerBase,
+    target: Path,
+    tell: Callable[[str], None],
+) -> None:
+    """Write the chosen weights as a Hugging Face directory, under another name until it is whole."""
+    progress = trainer.progress
+    if recipe.save.export == "best" and progress.best_step not in (None, progress.step):
+        best = read_checkpoint(trainer.checkpoints.folder / f"step-{progress.best_step:08d}")
+        problems = verify(best, engine)
+        if problems:
+            raise CheckpointError("the best checkpoint is damaged: " + "; ".join(problems))
+        engine.load_state(best.path)
+    partial, old = target.with_name("model.partial"), target.with_name("model.old")
+    if engine.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+    engine.barrier()
+    engine.save_pretrained(partial)
+    if engine.is_main:
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    tell(f"model: {target}")
+
+
+def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> None:
+    progress = trainer.progress
+    result = {
+        "status": "finished" if outcome.finished else "preempted",
+        "exit_code": EXIT_FINISHED if outcome.finished else EXIT_PREEMPTED,
+        "reason": outcome.reason,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "wall_s": round(wall_s, 2),
+        "tokens_per_s": round(trainer.tokens_here / max(trainer.seconds_here, 1e-9), 1),
+        "peak_memory_bytes": trainer.engine.peak_memory_bytes(),
+        "metrics": progress.metrics,
+        "best": {"step": progress.best_step, trainer.recipe.eval.metric: progress.best},
+    }
+    write_result(run_dir, result)
+    say(f"{result['status']} after update {progress.step}: {outcome.reason}")

@@ -1,0 +1,160 @@
+"""The `ptft` command as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ptft_dist import __version__
+
+ROOT = Path(__file__).parent.parent
+
+GOOD = """\
+task: clm
+model: {config: {model_type: llama}}
+tokenizer: {train: {vocab_size: 512}}
+data: {train: [{source: python-stdlib}]}
+batch: {global_size: 1024, micro_size: 8}
+train: {max_steps: 3000}
+run_dir: run
+"""
+
+
+def python(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def ptft(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return python(folder, "-m", "ptft_dist", *arguments)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(GOOD)
+    return tmp_path
+
+
+def imported(folder: Path, *arguments: str) -> set[str]:
+    """The packages that a command has imported when it ends."""
+    probe = (
+        "import atexit, sys; from ptft_dist.cli import main; sys.argv[1:] = sys.argv[1:];"
+        "atexit.register(lambda: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)); main()"
+    )
+    done = python(folder, "-c", probe, *arguments)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.split())
+
+
+def test_help_imports_nothing_heavy(folder: Path) -> None:
+    packages = imported(folder, "--help")
+    assert "typer" in packages  # the probe works
+    assert not packages & {"torch", "pydantic", "ruamel", "numpy", "rich", "transformers", "accelerate"}
+
+
+@pytest.mark.parametrize("arguments", [("check", "recipe.yaml"), ("show", "recipe.yaml"), ("schema",)])
+def test_config_imports_no_torch(folder: Path, arguments: tuple[str, ...]) -> None:
+    assert not imported(folder, "config", *arguments) & {"torch", "transformers", "accelerate", "deepspeed", "datasets"}
+
+
+def test_help_and_version(folder: Path) -> None:
+    for arguments in ((), ("--help",)):
+        done = ptft(folder, *arguments)
+        assert done.returncode == 0
+        assert "config" in done.stdout
+    assert ptft(folder, "--version").stdout == f"ptft {__version__}\n"
+    assert "KEY=VALUE" in ptft(folder, "config", "check", "--help").stdout
+
+
+def test_check(folder: Path) -> None:
+    done = ptft(folder, "config", "check", "recipe.yaml", "optim.lr=1e-4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "recipe.yaml: valid (task clm, 3,000 updates, 1,024 rows an update)\n"
+    overrides = ("batch.global_size=", "batch.global_tokens=5120", "train.max_steps=", "train.epochs=0.5")
+    done = ptft(folder, "config", "check", "recipe.yaml", *overrides)
+    assert done.stdout == "recipe.yaml: valid (task clm, 0.5 epochs, 5,120 tokens an update)\n"
+
+
+def test_show(folder: Path) -> None:
+    done = ptft(folder, "config", "show", "recipe.yaml", "optim.lr=1e-4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ["optim.lr", "0.0001", "command", "line"] in [line.split() for line in done.stdout.splitlines()]
+
+
+def test_schema(folder: Path) -> None:
+    schema = json.loads(ptft(folder, "config", "schema").stdout)
+    assert schema["$schema"].startswith("https://json-schema.org/")
+    assert schema["title"] == "Recipe"
+    assert schema["description"]
+    assert {"model", "data", "batch", "optim", "train"} <= set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("confg",), 2, "error: No such command 'confg'"),
+        (("config", "check"), 2, "error: Missing argument 'RECIPE'"),
+        (("config", "check", "recipe.yaml", "--fast"), 2, "error: No such option: --fast"),
+        (("config", "check", "missing.yaml"), 2, "error: missing.yaml: no such file"),
+        (
+            ("config", "check", "recipe.yaml", "optim.lrr=1"),
+            2,
+            "error: command line: optim.lrr: unknown key; did you mean optim.lr?\n",
+        ),
+        (("config", "show", "recipe.yaml", "task=x"), 2, "error: command line: task: expected clm, got 'x'\n"),
+        (("config", "check", "recipe.yaml", "data.train=[{path: no/*.txt}]"), 3, "error: data.train"),
+    ],
+)
+def test_a_failure_is_one_message_and_an_exit_code(
+    folder: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = ptft(folder, *arguments)
+    assert done.returncode == code
+    assert done.stdout == ""
+    assert done.stderr.startswith(message)
+    assert "Traceback" not in done.stderr
+
+
+def test_long_messages_are_not_wrapped(folder: Path) -> None:
+    key = "x" * 300
+    assert f"command line: {key}: unknown key" in ptft(folder, "config", "show", "recipe.yaml", f"{key}=1").stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "end"),
+    [
+        ("KeyboardInterrupt()", 130, ""),
+        ("errors.CheckpointError('gone')", 4, "error: gone\n"),
+        ("EOFError('cut short')", 1, "EOFError: cut short\n"),
+        ("BrokenPipeError(32, 'worker')", 1, "BrokenPipeError: [Errno 32] worker\n"),
+        ("ValueError('a bug')", 1, "ValueError: a bug\n"),
+    ],
+)
+def test_how_a_verb_can_end(folder: Path, raised: str, code: int, end: str) -> None:
+    """What nobody foresaw keeps its traceback, without the values of local variables; the rest has none."""
+    (folder / "verb.py").write_text(
+        "from ptft_dist import cli, errors\n"
+        "def verb():\n"
+        "    password = 'hun' + 'ter2'\n"
+        f"    raise {raised}\n"
+        "cli.app.command('verb')(verb)\n"
+        "cli.main()\n"
+    )
+    done = python(folder, "verb.py", "verb")
+    assert done.returncode == code
+    assert done.stderr.endswith(end) if end else done.stderr == ""
+    assert ("Traceback" in done.stderr) == (code == 1)
+    assert "hunter2" not in done.stderr

@@ -1,0 +1,512 @@
+"""Recipes: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+from ptft_dist.config.load import Loaded, describe, dump_resolved, load_recipe
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.shipped import find_shipped, shipped
+from ptft_dist.errors import RecipeError
+
+GOOD = """\
+task: clm
+model:
+  config: {model_type: llama, hidden_size: 64}
+tokenizer:
+  train: {vocab_size: 512}
+data:
+  train:
+    - source: python-stdlib
+    - path: texts/*.txt
+  validation: 0.02
+batch:
+  global_size: 64
+  micro_size: 8
+optim:
+  lr: 1e-3
+  betas: [0.9, 0.95]
+train:
+  max_steps: 300
+run_dir: runs/clm
+"""
+
+
+def load(folder: Path, text: str = GOOD, *overrides: str) -> Loaded:
+    file = folder / "recipe.yaml"
+    file.write_text(text, encoding="utf-8")
+    return load_recipe(str(file), overrides)
+
+
+def refused(folder: Path, text: str = GOOD, *overrides: str) -> list[str]:
+    """The lines of the error, without the folder."""
+    with pytest.raises(RecipeError) as error:
+        load(folder, text, *overrides)
+    assert error.value.exit_code == 2
+    message = str(error.value)
+    assert "pydantic" not in message
+    assert "Input should" not in message
+    return message.replace(f"{folder}/", "").splitlines()
+
+
+# Each: what stands in GOOD, what stands there instead, and the one line that has to come of it.
+BROKEN = [
+    ("lr: 1e-3", "lrr: 1e-3", "recipe.yaml:15: optim.lrr: unknown key; did you mean optim.lr?"),
+    ("max_steps: 300", "max_steps: 300\n  lr: 1", "recipe.yaml:19: train.lr: unknown key; did you mean optim.lr?"),
+    (
+        "lr: 1e-3",
+        "micro_size: 3",
+        "recipe.yaml:15: optim.micro_size: unknown key; did you mean batch.micro_size or eval.micro_size?",
+    ),
+    (
+        "max_steps: 300",
+        "max_steps: 300\n  zzz: 1",
+        "recipe.yaml:19: train.zzz: unknown key; the keys of train are max_steps, epochs, max_tokens, seed, precision, "
+        "deterministic",
+    ),
+    ("run_dir: runs/clm", "run_dir: a\nrundir: b", "recipe.yaml:20: rundir: unknown key; did you mean run_dir?"),
+    (
+        "- path: texts/*.txt",
+        "- path: x\n      documents: line",
+        "recipe.yaml:10: data.train.1.documents: unknown key; did you mean data.train.1.document?",
+    ),
+    ("run_dir: runs/clm\n", "", "recipe.yaml:1: run_dir: required, but not given"),
+    ("train:\n  max_steps: 300\n", "", "recipe.yaml:1: train: required, but not given"),
+    (
+        "  train:\n    - source: python-stdlib\n    - path: texts/*.txt\n",
+        "",
+        "recipe.yaml:6: data.train: required, but not given",
+    ),
+    ("task: clm", "task: clmm", "recipe.yaml:1: task: expected clm, got 'clmm'; did you mean clm?"),
+    (
+        "lr: 1e-3",
+        "schedule: cosin",
+        "recipe.yaml:15: optim.schedule: expected one of constant, linear, cosine, inverse_sqrt, wsd, polynomial, "
+        "got 'cosin'; did you mean cosine?",
+    ),
+    ("_size: 64\n  m", "_size: x\n  m", "recipe.yaml:12: batch.global_size: expected a whole number above 0, got 'x'"),
+    (
+        "global_size: 64",
+        'global_size: "64"',
+        "recipe.yaml:12: batch.global_size: expected a whole number above 0, got '64'; "
+        "without the quotes it is a number",
+    ),
+    (
+        "global_size: 64",
+        "global_size: true",
+        "recipe.yaml:12: batch.global_size: expected a whole number above 0, got true",
+    ),
+    (
+        "global_size: 64",
+        "global_size: 64.0",
+        "recipe.yaml:12: batch.global_size: expected a whole number above 0, got 64.0",
+    ),
+    ("global_size: 64", "global_size: 0", "recipe.yaml:12: batch.global_size: expected a whole number above 0, got 0"),
+    (
+        "vocab_size: 512",
+        "vocab_size: 7",
+        "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 257, got 7",
+    ),
+    ("lr: 1e-3", "lr: true", "recipe.yaml:15: optim.lr: expected a number above 0, got true"),
+    ("lr: 1e-3", "lr: -1", "recipe.yaml:15: optim.lr: expected a number above 0, got -1"),
+    ("lr: 1e-3", "lr: .inf", "recipe.yaml:15: optim.lr: expected a finite number, got inf"),
+    (
+        "hidden_size: 64",
+        "hidden_size: .nan",
+        "recipe.yaml:3: model.config.hidden_size: expected a finite number, got nan",
+    ),
+    ("lr: 1e-3", f"lr: 1{'0' * 400}", "recipe.yaml:15: optim.lr: this number is too large"),
+    ("lr: 1e-3", "lr: null", "recipe.yaml:15: optim.lr: expected a number above 0, got null"),
+    ("[0.9, 0.95]", "[0.9]", "recipe.yaml:16: optim.betas: expected a list of 2 items, got a list of 1 item"),
+    ("[0.9, 0.95]", "[0.9, 1, 1]", "recipe.yaml:16: optim.betas: expected a list of 2 items, got a list of 3 items"),
+    ("[0.9, 0.95]", "0.9", "recipe.yaml:16: optim.betas: expected a list of 2 items, got 0.9"),
+    (
+        "[0.9, 0.95]",
+        "[0.9, 2]",
+        "recipe.yaml:16: optim.betas.1: expected a number of at least 0 and of at most 1, got 2",
+    ),
+    (
+        "micro_size: 8",
+        "micro_size: 8\n  group_by_length: yes",
+        "recipe.yaml:14: batch.group_by_length: expected true or false, got 'yes'",
+    ),
+    ("run_dir: runs/clm", "run_dir: 3", "recipe.yaml:19: run_dir: expected text, got 3; in quotes it is text"),
+    (
+        "  lr: 1e-3\n  betas: [0.9, 0.95]",
+        "  - lr: 1e-3",
+        "recipe.yaml:14: optim: expected a section (key: value), got a list of 1 item",
+    ),
+    ("  lr: 1e-3\n  betas: [0.9, 0.95]", "", "recipe.yaml:14: optim: expected a section (key: value), got null"),
+    (
+        "validation: 0.02",
+        "validation: 1.5",
+        "recipe.yaml:10: data.validation: expected a number above 0 and below 1 or a list of at least 1 item, got 1.5",
+    ),
+    (
+        "validation: 0.02",
+        "validation: []",
+        "recipe.yaml:10: data.validation: expected a number above 0 and below 1 or a list of at least 1 item, "
+        "got an empty list",
+    ),
+    (
+        "validation: 0.02",
+        "validation: {path: x}",
+        "recipe.yaml:10: data.validation: expected a number above 0 and below 1 or a list of at least 1 item, "
+        "got a section (key: value)",
+    ),
+    (
+        "validation: 0.02",
+        "validation:\n    - pth: x",
+        "recipe.yaml:11: data.validation.0.pth: unknown key; did you mean data.validation.0.path?",
+    ),
+    (
+        "    - source: python-stdlib\n    - path: texts/*.txt",
+        "    []",
+        "recipe.yaml:7: data.train: expected a list of at least 1 item, got an empty list",
+    ),
+    (
+        "micro_size: 8",
+        "micro_size: 8\n  micro_tokens: 9",
+        "recipe.yaml:11: batch: exactly one of micro_size, micro_tokens is needed; given: micro_size, micro_tokens",
+    ),
+    (
+        "  micro_size: 8\n",
+        "",
+        "recipe.yaml:11: batch: exactly one of micro_size, micro_tokens is needed; none is given",
+    ),
+    ("lr: 1e-3", "momentum: 0.9", "recipe.yaml:15: optim.momentum: has no effect here: it needs optim.name: sgd"),
+    (
+        "  validation: 0.02\n",
+        "eval:\n  every: 3\n",
+        "recipe.yaml:11: eval.every: has no effect here: it needs data.validation",
+    ),
+    (
+        "lr: 1e-3",
+        "groups: [{match: '('}]",
+        "recipe.yaml:15: optim.groups.0.match: is not a regular expression: "
+        "missing ), unterminated subpattern at position 0",
+    ),
+    ("lr: 1e-3", "lr: 1\n  lr: 2", "recipe.yaml:16: optim.lr: given twice, first in line 15"),
+    ("lr: 1e-3", "<<: {lr: 1}", "recipe.yaml:15: optim: merge keys (<<) are not part of YAML 1.2"),
+    ("lr: 1e-3", "[1]: 2", "recipe.yaml:15: optim: a key must be a name"),
+    ("lr: 1e-3", "lr: !!int x", "recipe.yaml:15: optim.lr: 'x' is not a int"),
+    (
+        "lr: 1e-3",
+        "lr: !!python/object/apply:os.getcwd []",
+        "recipe.yaml:15: optim.lr: the tag !!python/object/apply:os.getcwd is not allowed in a recipe",
+    ),
+    (
+        "runs/clm",
+        "${env:NOT_SET_9}",
+        "recipe.yaml:19: run_dir: the environment variable NOT_SET_9 is not set; set it, "
+        "or write ${env:NOT_SET_9:-default}",
+    ),
+    ("runs/clm", "runs/${run_dir}", "recipe.yaml:19: run_dir: ${run_dir} cannot stand here: it would hold itself"),
+    (
+        "runs/clm",
+        "${home}",
+        "recipe.yaml:19: run_dir: unknown reference ${home}; there are ${env:NAME}, ${env:NAME:-default} "
+        "and ${run_dir}",
+    ),
+    (
+        "runs/clm",
+        "a${env:X",
+        "recipe.yaml:19: run_dir: a reference that does not end, or holds another; $${ stands for a plain ${",
+    ),
+    ("clm\n", 'clm\nx: "\\ud800"\n', "recipe.yaml:2: x: this text is not valid Unicode"),
+]
+
+
+@pytest.mark.parametrize(("good", "bad", "expected"), BROKEN, ids=[bad.strip()[:30] for _, bad, _ in BROKEN])
+def test_a_mistake_is_named_with_its_line_and_key(tmp_path: Path, good: str, bad: str, expected: str) -> None:
+    assert good in GOOD
+    assert refused(tmp_path, GOOD.replace(good, bad, 1)) == [expected]
+
+
+UNREADABLE = [
+    ("", "recipe.yaml:1: the file is empty; its required keys: task, model, tokenizer, data, batch, train, run_dir"),
+    ("# nothing\n", "recipe.yaml:1: the file is empty"),
+    ("- task: clm\n", "recipe.yaml:1: a recipe is a set of `key: value` lines"),
+    ("task: clm\nmodel: {a: b\nbatch: 3\n", "recipe.yaml:3: not valid YAML: while parsing a flow mapping"),
+    ("task: clm\n\tmodel: 3\n", "recipe.yaml:2: not valid YAML: while scanning"),
+    ("task: clm\nx: \x07\n", "recipe.yaml:2: not valid YAML: the character U+0007 is not allowed"),
+    ("task: clm\n---\ntask: clm\n", "recipe.yaml:2: not valid YAML: expected a single document"),
+    ("x: " + "[" * 60, "recipe.yaml:1: not valid YAML: nested more than 50 levels deep"),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), UNREADABLE)
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str, expected: str) -> None:
+    (line,) = refused(tmp_path, text)
+    assert line.startswith(expected)
+
+
+def test_a_path_that_is_no_text_file(tmp_path: Path) -> None:
+    latin1 = tmp_path / "latin1.yaml"
+    latin1.write_bytes(b"task: clm\nrun_dir: caf\xe9\n")
+    with pytest.raises(RecipeError, match=r"latin1\.yaml:2: not UTF-8 text \(byte 0xe9\)"):
+        load_recipe(str(latin1))
+    with pytest.raises(RecipeError, match="a recipe is a file, but this is a directory"):
+        load_recipe(str(tmp_path))
+    with pytest.raises(RecipeError, match="no such file"):
+        load_recipe(str(tmp_path / "missing.yaml"))
+
+
+def test_an_alias_inside_its_own_anchor_ends(tmp_path: Path) -> None:
+    lines = refused(tmp_path, GOOD.replace("{model_type: llama, hidden_size: 64}", "&a {model_type: llama, x: *a}"))
+    assert lines == ["recipe.yaml:3: model.config.x: an alias may not stand inside its own anchor"]
+
+
+def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
+    text = (
+        GOOD.replace("task: clm", "task: mlm")
+        .replace("lr: 1e-3", "lr: fast\n  lr: 2")
+        .replace("micro_size: 8", "zzz: 8")
+    )
+    text = text.replace("runs/clm", "${env:NOT_SET_9}/${env:NOT_SET_8}").replace("max_steps: 300", "max_steps: 3.5")
+    lines = refused(tmp_path, text, "data.max_length=1", "nonsense", "optim.eps=small")
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["recipe.yaml:1", "task"],
+        ["recipe.yaml:13", "batch.zzz"],
+        ["recipe.yaml:16", "optim.lr"],  # given twice
+        ["recipe.yaml:19", "train.max_steps"],
+        ["recipe.yaml:20", "run_dir"],
+        ["recipe.yaml:20", "run_dir"],
+        ["command line", "'nonsense'"],
+        ["command line", "data.max_length"],
+        ["command line", "optim.eps"],
+    ]
+
+
+def test_yaml_is_1_2(tmp_path: Path) -> None:
+    scalars = (
+        "{model_type: llama, a: 1e-4, b: no, c: 010, d: 0o17, e: 2024-01-01, f: 12:30:45, g: off, h: ~, 0: x, i: =}"
+    )
+    loaded = load(tmp_path, GOOD.replace("{model_type: llama, hidden_size: 64}", scalars))
+    expected = {"a": 1e-4, "b": "no", "c": 10, "d": 15, "e": "2024-01-01", "f": "12:30:45", "g": "off", "h": None}
+    assert loaded.recipe.model.config == {"model_type": "llama", **expected, "0": "x", "i": "="}
+    assert load(tmp_path, GOOD.replace("1e-3", "1")).recipe.optim.lr == 1.0  # a whole number is a number
+
+
+def test_anchors_and_aliases(tmp_path: Path) -> None:
+    text = GOOD.replace("- source: python-stdlib", "- &s {path: a}").replace("- path: texts/*.txt", "- *s")
+    loaded = load(tmp_path, text, "data.train.1.path=b")
+    assert [source.path for source in loaded.recipe.data.train] == ["a", "b"]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    loaded = load(
+        tmp_path,
+        GOOD,
+        "optim.lr=1e-4",
+        "data.train[0].source=",
+        "data.train.0.path='*.txt'",
+        "data.train[1]={hub: wikitext}",
+        "data.validation=null",
+        "log.every=7",
+        "model.config.rope.factor=2",
+        "run_dir=a=b",
+    )
+    recipe = loaded.recipe
+    assert recipe.optim.lr == 1e-4
+    assert (recipe.data.train[0].source, recipe.data.train[0].path) == (None, "*.txt")
+    assert (recipe.data.train[1].path, recipe.data.train[1].hub) == (None, "wikitext")
+    assert recipe.data.validation is None
+    assert recipe.log.every == 7
+    assert recipe.model.config == {"model_type": "llama", "hidden_size": 64, "rope": {"factor": 2}}
+    assert recipe.run_dir == "a=b"
+
+
+BAD_OVERRIDES = [
+    ("optim.lr", "command line: 'optim.lr': an override has the form section.key=value"),
+    ("=3", "command line: '': an override has the form section.key=value"),
+    ("optim..lr=3", "command line: 'optim..lr': an override has the form section.key=value"),
+    ("optim.lrr=3", "command line: optim.lrr: unknown key; did you mean optim.lr?"),
+    ("optm.lr=3", "command line: optm: unknown key; did you mean optim?"),
+    ("optim.lr=x", "command line: optim.lr: expected a number above 0, got 'x'"),
+    ("optim.lr=", "command line: optim.lr: expected a number above 0, got null"),
+    ("run_dir.x=3", "command line: run_dir.x: run_dir is neither a section nor a list"),
+    (
+        "data.train.2.path=x",
+        "command line: data.train.2.path: no item 2 in the list data.train, which has 2 (the first is 0)",
+    ),
+    (
+        "data.train.path=x",
+        "command line: data.train.path: no item path in the list data.train, which has 2 (the first is 0)",
+    ),
+    (
+        "data.train=[{source: python-stdlb}]",
+        "command line: data.train.0.source: expected python-stdlib, got 'python-stdlb'; did you mean python-stdlib?",
+    ),
+    (
+        "data.train.1.path=*.txt",
+        "command line: data.train.1.path: not valid YAML: found undefined alias '.txt'; put text with special "
+        "characters into quotes: data.train.1.path='\"...\"'",
+    ),
+    (
+        "run_dir=${env:NOT_SET_9}",
+        "command line: run_dir: the environment variable NOT_SET_9 is not set; set it, "
+        "or write ${env:NOT_SET_9:-default}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), BAD_OVERRIDES)
+def test_a_mistake_on_the_command_line(tmp_path: Path, override: str, expected: str) -> None:
+    assert refused(tmp_path, GOOD, override) == [expected]
+
+
+def test_references(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCRATCH_9", "/scratch")
+    monkeypatch.setenv("EMPTY_9", "")
+    monkeypatch.delenv("NOT_SET_9", raising=False)
+    text = GOOD.replace("runs/clm", "${env:SCRATCH_9}/runs").replace(
+        "  validation", "  cache_dir: ${run_dir}/cache\n  validation"
+    )
+    text = text.replace("texts/*.txt", "${env:NOT_SET_9:-a b}/${env:EMPTY_9:-c}${env:EMPTY_9}/$${x}/$5")
+    recipe = load(tmp_path, text).recipe
+    assert recipe.run_dir == "/scratch/runs"
+    assert recipe.data.cache_dir == "/scratch/runs/cache"
+    assert recipe.data.train[1].path == "a b/c/${x}/$5"
+
+
+def test_what_a_reference_gives_is_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LR_9", "1e-3")
+    assert refused(tmp_path, GOOD.replace("1e-3", "${env:LR_9}")) == [
+        "recipe.yaml:15: optim.lr: expected a number above 0, got the text of ${env:LR_9} "
+        "(what a reference gives is always text)"
+    ]
+
+
+def test_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_9", "a")
+    text = GOOD.replace("runs/clm", "${env:A_9}/${env:B_9:-b}").replace("texts/*.txt", "${run_dir}/x")
+    loaded = load(tmp_path, text, "optim.weight_decay=0.2", "data.train.0={path: '${env:A_9}'}", "train.seed=0")
+    origins = loaded.origins
+    assert origins["optim.lr"] == "recipe.yaml:15"
+    assert origins["optim.betas.1"] == "recipe.yaml:16"
+    assert origins["model.config.hidden_size"] == "recipe.yaml:3"
+    assert origins["data.train.1.path"] == "recipe.yaml:9"
+    assert origins["optim.weight_decay"] == origins["train.seed"] == "command line"
+    assert origins["data.train.0.path"] == "env A_9 (command line)"
+    assert origins["data.train.0.source"] == origins["optim.schedule"] == origins["log.every"] == "default"
+    assert origins["run_dir"] == "env A_9, B_9 (recipe.yaml:19)"
+    assert loaded.text == text
+    assert loaded.base == tmp_path.resolve()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no", "1e-4", "010", "null", "~", "", " a ", "a: b", "# x", "two\nlines\n", "é漢😀", "2024-01-01", "=", "yes",
+        "$${x}", "*x", "!x", "a'b\"c", "\\", "\u2028", "${env:A_9}b", "-", "x" * 5000, "a " * 3000,
+    ],
+)  # fmt: skip
+def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("A_9", "a ${b} $${c}")
+    loaded = load(
+        tmp_path,
+        GOOD,
+        f"model.config.text={json.dumps(text, ensure_ascii=False)}",
+        "optim.lr=1e-5",
+        "optim.schedule=constant",
+    )
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_resolved(loaded), encoding="utf-8")
+    again = load_recipe(str(resolved))
+    assert again.recipe == loaded.recipe
+    assert dump_resolved(again) == dump_resolved(loaded)
+
+
+def test_the_resolved_recipe_holds_every_value(tmp_path: Path) -> None:
+    resolved = YAML(typ="safe").load(dump_resolved(load(tmp_path)))
+    assert list(resolved) == list(Recipe.model_fields)
+    assert resolved["optim"]["schedule"] == "cosine"
+    assert resolved["optim"]["betas"] == [0.9, 0.95]
+    assert resolved["eval"]["every"] is None
+
+
+def test_describe_is_a_table(tmp_path: Path) -> None:
+    lines = describe(load(tmp_path, GOOD, "optim.lr=0.5")).splitlines()
+    assert lines[0].split() == ["key", "value", "from"]
+    assert ["optim.lr", "0.5", "command", "line"] in [line.split() for line in lines]
+    assert ["train.max_steps", "300", "recipe.yaml:18"] in [line.split() for line in lines]
+    assert len({line.index(line.split()[1]) for line in lines}) == 1  # the columns stand below each other
+
+
+def test_the_schema_names_every_section_and_describes_every_key() -> None:
+    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    assert {"task", "model", "tokenizer", "data", "clm", "batch", "optim", "train", "eval", "save", "log"} <= set(
+        schema["properties"]
+    )
+    for section in schema["$defs"].values():
+        assert section["description"]
+        assert all("description" in key for key in section["properties"].values())
+
+
+def test_pydantic_alone_would_not_be_strict() -> None:
+    """Why load.py validates in strict mode: without it, text and true pass for numbers."""
+    data = YAML(typ="safe").load(GOOD)
+    data["batch"] = {"global_size": "64", "micro_size": True}
+    assert Recipe.model_validate(data).batch.micro_size == 1
+    with pytest.raises(ValidationError):
+        Recipe.model_validate_json(json.dumps(data), strict=True)
+
+
+def test_the_shipped_folder_is_the_package_s_or_else_the_checkout_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptft_dist.config.shipped.__file__", str(tmp_path / "ptft_dist" / "config" / "shipped.py"))
+    assert shipped("ds_configs") == tmp_path / "ds_configs"
+    (tmp_path / "ptft_dist" / "shipped" / "ds_configs").mkdir(parents=True)
+    assert shipped("ds_configs") == tmp_path / "ptft_dist" / "shipped" / "ds_configs"
+
+
+@pytest.fixture
+def shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "shipped"
+    for name in ("clm", "mlm", "peft/lora", "a/same", "b/same"):
+        file = folder / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(GOOD)
+    monkeypatch.setattr("ptft_dist.config.shipped.shipped", lambda _kind: folder)
+    monkeypatch.chdir(tmp_path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [("clm", "clm"), ("clm.yaml", "clm"), ("peft/lora", "peft/lora"), ("lora", "peft/lora"), ("b/same", "b/same")],
+)
+def test_a_shipped_recipe_is_found_by_name(shipped_recipes: Path, name: str, file: str) -> None:
+    assert find_shipped("recipes", name, ".yaml") == shipped_recipes / f"{file}.yaml"
+    assert load_recipe(name).recipe.task == "clm"
+
+
+def test_a_file_comes_before_a_shipped_recipe(shipped_recipes: Path) -> None:
+    Path("clm").write_text("")
+    assert find_shipped("recipes", "clm", ".yaml") == Path("clm")
+    Path("mlm").mkdir()
+    assert find_shipped("recipes", "mlm", ".yaml") == shipped_recipes / "mlm.yaml"
+
+
+@pytest.mark.usefixtures("shipped_recipes")
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("clmm", "no such file, and no shipped recipe has this name; did you mean clm?"),
+        ("recipes/lor.yaml", "no such file, and no shipped recipe has this name; did you mean peft/lora?"),
+        ("qqqq", "no such file, and no shipped recipe has this name."),
+        ("same", "this name has more than one shipped recipe: a/same, b/same"),
+    ],
+)
+def test_a_name_that_is_not_shipped(name: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        find_shipped("recipes", name, ".yaml")
+    listing = "" if "more than one" in expected else " Shipped: a/same, b/same, clm, mlm, peft/lora"
+    assert str(error.value) == f"{name}: {expected}{listing}"
