@@ -96,6 +96,6 @@ def test_a_validator_that_quotes_it_is_masked(file: str, monkeypatch: pytest.Mon
         raise ValueError(f"bad {pattern} and {pattern!r}")
 
     monkeypatch.setattr("ptft_dist.config.recipe.re", SimpleNamespace(compile=quote, error=re.error))
-    with pytest.raises(RecipeError, match="optim.groups.0: bad") as error:
+    with pytest.raises(RecipeError, match=r"optim\.groups\.0: bad") as error:
         load_recipe(file, ["optim.groups=[{match: '${env:PTFT_TEST_SECRET}'}]"])
     assert hidden(str(error.value))
