@@ -112,6 +112,16 @@ BROKEN = [
         "vocab_size: 7",
         "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 257, got 7",
     ),
+    (
+        "max_steps: 300",  # equal to the default in Python's eyes
+        "max_steps: 300\n  seed: 0.0",
+        "recipe.yaml:19: train.seed: expected a whole number of at least 0 and below 9223372036854775808, got 0.0",
+    ),
+    (
+        "run_dir: runs/clm",  # the same, for a whole section
+        "run_dir: runs/clm\nlog: {every: true, tensorboard: true}",
+        "recipe.yaml:20: log.every: expected a whole number above 0, got true",
+    ),
     ("lr: 1e-3", "lr: true", "recipe.yaml:15: optim.lr: expected a number above 0, got true"),
     ("lr: 1e-3", "lr: -1", "recipe.yaml:15: optim.lr: expected a number above 0, got -1"),
     ("lr: 1e-3", "lr: .inf", "recipe.yaml:15: optim.lr: expected a finite number, got inf"),

@@ -11,7 +11,7 @@ import typer
 from ptft_dist import __version__
 from ptft_dist.errors import PtftError
 
-# name, module, function (or a Typer with verbs of its own), in the order of `ptft --help`
+# name, module, function (or a Typer with verbs of its own)
 VERBS: tuple[tuple[str, str, str], ...] = (
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
@@ -22,7 +22,12 @@ VERBS: tuple[tuple[str, str, str], ...] = (
 )
 
 # Markup would import rich and wrap lines. Typer's tracebacks print local variables, and secrets may be among them.
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"max_content_width": 120},
+)
 
 for _name, _module, _attribute in VERBS:
     _verb = getattr(import_module(_module), _attribute)

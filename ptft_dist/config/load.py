@@ -102,8 +102,8 @@ def _without_defaults(values: Any, node: Node | None, schema: Schema) -> Any:
     kept = {}
     for key, value in values.items():
         child = schema.child(node, key)
-        default = child.get("default", ...) if child is not None else ...
-        if type(value) is not type(default) or value != default:
+        # Compared as JSON, where 1, 1.0 and true differ: `every: true` is a mistake, though it equals the default 1.
+        if child is None or "default" not in child or json.dumps(value) != json.dumps(child["default"]):
             kept[key] = _without_defaults(value, child, schema)
     return kept
 
