@@ -105,7 +105,7 @@ def describe(report: dict[str, Any]) -> str:
         first = ", ".join(report["empty_at"])
         lines.append(("left out", f"{empty:,} empty documents: {first}{', ...' * (empty > len(report['empty_at']))}"))
     if remnants := sum(side["dropped_tokens"] for side in sides.values()):
-        lines.append(("left out", f"{remnants:,} tokens that would have been alone in their rows"))
+        lines.append(("left out", f"{remnants:,} x a single token that would have been a row of its own"))
     if unknown := report["unknown_tokens"]:
         lines.append(("warning", f"{unknown:,} tokens stand for text that the tokenizer does not know"))
     lines.append(("prepared in", f"{report['seconds']:,.1f} s"))

@@ -1,0 +1,419 @@
+"""From a recipe to stores: what is read, split, encoded, counted, cached; and what is left after a violent end."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data import cache, encode
+from ptft_dist.data import prepare as module
+from ptft_dist.data.formats import Document
+from ptft_dist.data.prepare import Prepared, describe, prepare
+from ptft_dist.data.store import StoreWriter, TokenStore
+from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from ptft_dist.errors import DataError, PtftError, RecipeError
+
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards watch in silence and it's 42"
+DOCUMENTS = [f"{SENTENCE[i % 17 :: 1 + i % 3]} number {i}" for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(TokenizerTraining(vocab_size=300), DOCUMENTS).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A recipe's directory with one file, a document a line."""
+    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
+    return tmp_path
+
+
+def recipe(tokenizer: Path | str | dict[str, Any], clm: dict[str, Any] | None = None, **data: Any) -> Recipe:
+    train = [{"path": "text.txt", "document": "line"}]
+    return Recipe.model_validate(
+        {
+            "task": "clm",
+            "model": {"config": {"model_type": "llama"}},
+            "tokenizer": {"train": tokenizer} if isinstance(tokenizer, dict) else {"path": str(tokenizer)},
+            "data": {"train": train, "max_length": 16, "cache_dir": "cache"} | data,
+            "clm": clm or {},
+            "batch": {"global_size": 1, "micro_size": 1},
+            "train": {"max_steps": 1},
+            "run_dir": "run",
+        }
+    )
+
+
+def all_ids(store: TokenStore) -> list[int]:
+    return [token for i in range(len(store)) for token in store.row(i).input_ids.tolist()]
+
+
+def ends_with_eos(tokenizer_path: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = load_tokenizer(tokenizer_path)
+    return [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time stamp of each file but the locks."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+def test_packed_rows_hold_every_document_in_order(base: Path, tokenizer_dir: Path) -> None:
+    prepared = prepare(recipe(tokenizer_dir), base, progress=False)
+    expected = [token for ids in ends_with_eos(tokenizer_dir, DOCUMENTS) for token in ids]
+    expected = expected[: -1 if len(expected) % 16 == 1 else None]
+    assert all_ids(prepared.train) == expected
+    assert prepared.validation is None
+    assert not prepared.from_cache
+    assert prepared.tokenizer_path == tokenizer_dir
+
+
+def test_unpacked_rows_and_bos(base: Path, tokenizer_dir: Path) -> None:
+    prepared = prepare(recipe(tokenizer_dir, clm={"packing": False, "bos": True}), base, progress=False)
+    bos = load_tokenizer(tokenizer_dir).bos_token_id
+    expected: list[list[int]] = []
+    for ids in ends_with_eos(tokenizer_dir, DOCUMENTS):
+        document = [bos, *ids]
+        expected += [document[i : i + 16] for i in range(0, len(document), 16) if len(document[i : i + 16]) > 1]
+    assert [prepared.train.row(i).input_ids.tolist() for i in range(len(prepared.train))] == expected
+
+
+def test_a_share_for_validation_depends_on_the_text_alone(base: Path, tokenizer_dir: Path) -> None:
+    (base / "text.txt").write_text("\n".join(DOCUMENTS * 2))
+    prepared = prepare(recipe(tokenizer_dir, validation=0.25, clm={"packing": False}, max_length=100), base)
+    sides: dict[bool, list[str]] = {True: [], False: []}
+    for text in DOCUMENTS * 2:
+        number = int(hashlib.blake2b(text.encode(), digest_size=8).hexdigest(), 16)
+        sides[number < 0.25 * 2**64].append(text)
+    assert 5 < len(sides[True]) < 60
+    for store, texts in ((prepared.train, sides[False]), (prepared.validation, sides[True])):
+        assert store is not None
+        rows = [store.row(i).input_ids.tolist() for i in range(len(store))]
+        assert rows == ends_with_eos(tokenizer_dir, texts)
+
+
+def test_validation_sources_of_their_own(base: Path, tokenizer_dir: Path) -> None:
+    (base / "held_out.jsonl").write_text('{"text": "held out"}\n')
+    prepared = prepare(recipe(tokenizer_dir, validation=[{"path": "held_out.jsonl"}]), base)
+    assert prepared.validation is not None
+    assert all_ids(prepared.validation) == ends_with_eos(tokenizer_dir, ["held out"])[0]
+    assert prepared.train.documents == 60
+
+
+@pytest.mark.parametrize(("share", "side"), [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_a_side_without_documents_is_an_error(base: Path, tokenizer_dir: Path, share: float, side: str) -> None:
+    with pytest.raises(DataError, match=f"nothing is left for {side}: 60 documents.*paragraph") as caught:
+        prepare(recipe(tokenizer_dir, validation=share), base)
+    assert caught.value.exit_code == 3
+    assert list((base / "cache/stores").glob("*/")) == []
+
+
+def test_documents_without_text_are_dropped_and_counted(base: Path, tokenizer_dir: Path) -> None:
+    (base / "text.txt").write_text("a b\n\n \t\nc d\n" + "\n" * 7)
+    prepared = prepare(recipe(tokenizer_dir), base)
+    assert all_ids(prepared.train) == list(chain(*ends_with_eos(tokenizer_dir, ["a b", "c d"])))
+    report = prepared.report
+    assert (report["documents_read"], report["documents_empty"]) == (11, 9)
+    assert report["empty_at"] == [f"{base}/text.txt:{line}" for line in (2, 3, 5, 6, 7)]
+    assert "9 empty documents" in describe(report)
+
+
+def test_the_report_counts_right(base: Path, tokenizer_dir: Path) -> None:
+    (base / "text.txt").write_text("QQQ\nQQ\nÜQQ")  # letters that the tokenizer never met: a token for each byte
+    prepared = prepare(recipe(tokenizer_dir, clm={"packing": False}, max_length=3), base)
+    # With EOS they have 4, 3 and 5 tokens: 3 and a lonely 1, 3, 3 + 2.
+    assert prepared.report["train"] == {"documents": 3, "tokens": 11, "rows": 4, "dropped_tokens": 1, "text_bytes": 9}
+    assert prepared.report["vocabulary"] == len(load_tokenizer(tokenizer_dir))
+    assert prepared.report["unknown_tokens"] == 0
+    lines = describe(prepared.report)
+    assert "1 x a single token" in lines
+    assert "3 documents" in lines
+
+
+def test_a_text_that_spells_a_special_token_stays_text(base: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    text = "a <|endoftext|> b<|pad|><|bos|>"
+    trained = train_tokenizer(TokenizerTraining(vocab_size=300), DOCUMENTS)
+    trained.save_pretrained(tmp_path / "again")
+    for tokenizer in (trained, load_tokenizer(tmp_path / "again")):
+        (ids,) = DocumentEncoder(tokenizer, bos=True).encode([Document(text, "x")])
+        assert not set(tokenizer.all_special_ids) & set(ids[1:-1])
+        assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        assert tokenizer.decode(ids[1:-1]) == text
+
+    (base / "text.txt").write_text(text)
+    store = prepare(recipe(tokenizer_dir, clm={"packing": False}, max_length=100), base).train
+    eos = load_tokenizer(tokenizer_dir).eos_token_id
+    assert [i for i, token in enumerate(all_ids(store)) if token == eos] == [len(all_ids(store)) - 1]
+
+
+def test_ids_are_those_of_transformers(tokenizer_dir: Path) -> None:
+    """Our encoder calls the Rust tokenizer directly; the library's own way is slower and must agree."""
+    texts = [*DOCUMENTS, "  two  spaces\n\n\ttab", "你好 🙂", "x" * 5000]
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.backend_tokenizer.enable_truncation(3)  # as a saved tokenizer may have it
+    encoder = DocumentEncoder(tokenizer, bos=False)
+    expected = load_tokenizer(tokenizer_dir)(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert [ids[:-1] for ids in encoder.encode([Document(text, "") for text in texts])] == expected
+
+
+def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
+    encoder = DocumentEncoder(tokenizer, bos=False)
+    assert encoder.encode([Document("a b", "")]) == [[1, 2, 0]]
+    with pytest.raises(DataError, match="file:7: the text spells '</s>'"):
+        encoder.encode([Document("a </s> a", "file:7")])
+
+    tokenizer.save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("a b\na c")
+    report = prepare(recipe(tmp_path / "words"), tmp_path).report
+    assert report["unknown_tokens"] == 2
+    assert "2 tokens stand for text that the tokenizer does not know" in describe(report)
+
+
+@pytest.mark.parametrize(("missing", "clm"), [("eos", {}), ("bos", {"bos": True})])
+def test_a_tokenizer_without_the_special_token(
+    base: Path, tokenizer_dir: Path, missing: str, clm: dict[str, Any]
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    setattr(tokenizer, f"{missing}_token", None)
+    tokenizer.save_pretrained(base / "lacking")
+    with pytest.raises(RecipeError, match=f"no {missing.upper()} token") as caught:
+        prepare(recipe(base / "lacking", clm=clm), base)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("path", ["./nowhere", "a/b/c", "/nowhere/at/all", "text.txt"])
+def test_a_tokenizer_that_is_not_there(base: Path, path: str) -> None:
+    if path == "text.txt":
+        path = str(base / path)
+    with pytest.raises(RecipeError, match=r"tokenizer\.path: ") as caught:
+        prepare(recipe(path), base)
+    assert path in str(caught.value)
+
+
+def test_a_trained_tokenizer_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    settings = TokenizerTraining(vocab_size=320)
+    code = (
+        "import sys; from ptft_dist.data.tokenizer import *; from ptft_dist.config.recipe import TokenizerTraining;"
+        f"train_tokenizer(TokenizerTraining(vocab_size=320), {DOCUMENTS!r}).save_pretrained(sys.argv[1])"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "other")], check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
+    )
+    train_tokenizer(settings, DOCUMENTS).save_pretrained(tmp_path / "here")
+    assert (tmp_path / "here/tokenizer.json").read_bytes() == (tmp_path / "other/tokenizer.json").read_bytes()
+
+
+def test_the_trained_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=290), DOCUMENTS)
+    assert len(tokenizer) == 290
+    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|bos|>", "<|pad|>")
+    assert len({tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}) == 3
+    for text in ("ünïcödé 你好 🙂\x00\r\n", "  spaces  ", " x", "it's"):
+        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert not caplog.records
+
+    assert len(train_tokenizer(TokenizerTraining(vocab_size=5000), DOCUMENTS)) < 5000
+    assert "5000 tokens were asked for" in caplog.text
+    with pytest.raises(RecipeError, match=r"258 is too small.*259"):
+        train_tokenizer(TokenizerTraining(vocab_size=258), DOCUMENTS)
+
+
+def test_max_megabytes_takes_the_first_documents() -> None:
+    taken = []
+
+    def texts() -> Any:
+        for text in ("a" * 600, "b" * 600, "c" * 600):
+            taken.append(text[0])
+            yield text
+
+    train_tokenizer(TokenizerTraining(vocab_size=260, max_megabytes=0.001), texts())
+    assert taken == ["a", "b"]
+
+
+def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(
+        module, "train_tokenizer", lambda settings, texts: train_tokenizer(settings, seen_too(list(texts)))
+    )
+
+    def seen_too(texts: list[str]) -> list[str]:
+        seen.extend(texts)
+        return texts
+
+    prepared = prepare(recipe({"vocab_size": 300}, validation=0.3), base)
+    assert prepared.validation is not None
+    assert len(seen) == prepared.train.documents
+    assert len(seen) + prepared.validation.documents == 60
+    assert prepared.report["vocabulary"] == 300
+    assert len(load_tokenizer(prepared.tokenizer_path)) == 300
+
+
+def test_documents_beyond_one_chunk_keep_their_order(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = all_ids(prepare(recipe(tokenizer_dir), base).train)
+    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 100)
+    assert all_ids(prepare(recipe(tokenizer_dir, cache_dir="other"), base).train) == whole
+
+
+def test_a_source_that_changes_underneath_is_an_error(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def close_and_change(writer: StoreWriter) -> dict[str, Any]:
+        with (base / "text.txt").open("a") as file:
+            file.write("one more\n")
+        return close(writer)
+
+    close = StoreWriter.close
+    monkeypatch.setattr(StoreWriter, "close", close_and_change)
+    with pytest.raises(DataError, match="changed while"):
+        prepare(recipe(tokenizer_dir), base)
+    assert list((base / "cache/stores").glob("*/")) == []
+
+
+def test_where_the_cache_is(base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PTFT_CACHE", str(tmp_path / "by environment"))
+    assert prepare(recipe(tokenizer_dir, cache_dir=None), base).train.path.is_relative_to(tmp_path / "by environment")
+    assert prepare(recipe(tokenizer_dir), base).train.path.is_relative_to(base / "cache")
+    (base / "in the way").write_text("")
+    with pytest.raises(RecipeError, match=r"cannot be created.*PTFT_CACHE"):
+        prepare(recipe(tokenizer_dir, cache_dir="in the way/cache"), base)
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(_: StoreWriter) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StoreWriter, "close", disk_full)
+    with pytest.raises(PtftError, match=r"No space left on device.*PTFT_CACHE"):
+        prepare(recipe(tokenizer_dir), base)
+    assert [path for path in (base / "cache/stores").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_the_same_again_is_found_and_nothing_is_written(base: Path) -> None:
+    wanted = recipe({"vocab_size": 300}, validation=0.3)
+    first = prepare(wanted, base)
+    before = snapshot(base / "cache/stores") | snapshot(base / "cache/tokenizers")
+    started = time.perf_counter()
+    second = prepare(wanted, base)
+    assert time.perf_counter() - started < 0.5
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert snapshot(base / "cache/stores") | snapshot(base / "cache/tokenizers") == before
+    assert all_ids(second.train) == all_ids(first.train)
+    assert (second.fingerprint, second.report) == (first.fingerprint, first.report)
+
+
+def test_a_hit_imports_nothing_heavy(base: Path) -> None:
+    wanted = recipe({"vocab_size": 300})
+    prepare(wanted, base)
+    code = (
+        "import sys; from pathlib import Path; from ptft_dist.config.recipe import Recipe\n"
+        "from ptft_dist.data.prepare import prepare\n"
+        f"prepared = prepare(Recipe.model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
+        "print(prepared.from_cache, {'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, wanted.model_dump_json(exclude_unset=True)]
+    assert subprocess.check_output(command, text=True).strip() == "True set()"
+
+
+def test_a_deleted_tokenizer_comes_back(base: Path) -> None:
+    wanted = recipe({"vocab_size": 300})
+    first = prepare(wanted, base)
+    before = tokenizer_fingerprint(load_tokenizer(first.tokenizer_path))
+    for file in first.tokenizer_path.iterdir():
+        file.unlink()
+    first.tokenizer_path.rmdir()
+    again = prepare(wanted, base)
+    assert again.from_cache
+    assert tokenizer_fingerprint(load_tokenizer(again.tokenizer_path)) == before
+
+
+def kill(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED_AT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "learning the tokenizer": (module, "train_tokenizer", kill),
+    "encoding": (DocumentEncoder, "encode", kill),
+    "finishing a store": (StoreWriter, "close", kill),
+    "flushing": (cache, "_flush", kill),
+    "after the rename": (cache, "_fsync", lambda path: kill() if path.name in ("stores", "tokenizers") else None),
+    "writing the memo": (cache.HashMemo, "_save", kill),
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_killed_at_any_moment_the_cache_stays_whole(base: Path, moment: str) -> None:
+    wanted = recipe({"vocab_size": 300}, validation=0.3)
+    owner, name, deadly = KILLED_AT[moment]
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, deadly)
+        try:
+            prepare(wanted, base, progress=False)
+        finally:
+            os._exit(1)  # not reached if the child was killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+    again = prepare(wanted, base, progress=False)
+    expected = prepare(recipe({"vocab_size": 300}, validation=0.3, cache_dir="fresh"), base, progress=False)
+    assert all_ids(again.train) == all_ids(expected.train)
+    assert list((base / "cache").rglob("*.building-*")) == []
+    assert prepare(wanted, base, progress=False).from_cache
+
+
+def test_what_a_killed_build_of_something_else_left_is_removed(base: Path, tokenizer_dir: Path) -> None:
+    dead = base / "cache/stores/0123.building-99999@host"
+    (dead / "train").mkdir(parents=True)
+    alive = base / "cache/stores/4567.building-99998@host"
+    alive.mkdir()
+    with cache.FileLock(base / "cache/stores/4567.lock"):
+        prepare(recipe(tokenizer_dir), base)
+        assert not dead.exists()
+        assert alive.exists()
+
+
+def test_progress_tells_and_silence_is_silent(
+    base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(recipe({"vocab_size": 300}), base, progress=False)
+    assert capsys.readouterr() == ("", "")
+    prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ["learning" in err, "encoding the documents" in err, "MB of text in" in err] == [True] * 3
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    prepare(recipe({"vocab_size": 300}, cache_dir="third"), base)
+    assert "encoding" in capsys.readouterr().err
+
+
+def test_a_report_that_was_damaged(base: Path, tokenizer_dir: Path) -> None:
+    prepared: Prepared = prepare(recipe(tokenizer_dir), base)
+    (prepared.train.path.parent / "report.json").write_text(json.dumps({"train": 1})[:-3])
+    with pytest.raises(DataError, match=r"report\.json is damaged.*Delete"):
+        prepare(recipe(tokenizer_dir), base)
