@@ -125,7 +125,8 @@ class Checkpoints:
         """Write a checkpoint on all ranks: `write(folder)` writes this rank's files, `facts` go into the manifest.
 
         need_bytes: about how large it will be; with less space free it is not begun, since a rank that fails in the
-        middle of a sharded write leaves the others waiting. Raises SaveError on every rank if any of them failed; nothing is left behind then.
+        middle of a sharded write leaves the others waiting. Raises SaveError on every rank if any of them failed;
+        nothing is left behind then.
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"{_PARTIAL}{final.name}"

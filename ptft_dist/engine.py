@@ -28,6 +28,8 @@ from accelerate.state import AcceleratorState, DistributedType, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ptft_dist.config.recipe import OptimSection
 from ptft_dist.errors import RecipeError
@@ -64,6 +66,8 @@ class Engine:
         on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         if precision == "fp16" and on_cpu:
             raise RecipeError("train.precision: fp16 needs a GPU; on a CPU use fp32 or bf16")
+        if on_cpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
         self.deepspeed_config = deepspeed_config
         mixed = MIXED_PRECISION[precision]
         group = InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)
@@ -99,14 +103,19 @@ class Engine:
 
         A network with random weights is built whole, so that it starts from the same weights as on any machine.
         """
-        plugin = self.accelerator.state.deepspeed_plugin if self.sharded else None
-        if plugin is None or self.kind != "zero3":
+        if self.kind != "zero3" or pretrained:
             yield
-        else:
-            with plugin.zero3_init_context_manager(enable=pretrained):
-                yield
+            return
+        # transformers shards at construction when it finds a ZeRO-3 config in this module's global, whatever
+        # Accelerate's zero3_init_flag says.
+        plugin = self.accelerator.state.deepspeed_plugin
+        unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            set_hf_deepspeed_config(plugin.dschf)
 
-    def prepare(self, model: torch.nn.Module, optim: OptimSection) -> None:
+    def prepare(self, model: PreTrainedModel, optim: OptimSection) -> None:
         """Wrap the network and build its optimizer."""
         self.model, self.optim = model, optim
         module = LossModule(model)

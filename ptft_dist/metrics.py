@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -49,11 +50,8 @@ class JsonLines:
 
     def _drop_torn_bytes(self, position: int) -> None:
         descriptor = os.dup(self.file.fileno())
-        try:
+        with contextlib.suppress(OSError):  # the buffer that cannot be flushed is what `pending` still holds
             self.file.close()
-        except OSError:
-            # The buffer that cannot be flushed is the text that `pending` still holds.
-            pass
         os.ftruncate(descriptor, position)
         os.close(descriptor)
         self.file = self.path.open("a")

@@ -42,7 +42,7 @@ def parameter_groups(
 def build_optimizer(groups: list[dict[str, Any]], optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
     """The optimizer that `optim.name` names, over `groups`."""
     if "adamw" in optim.name:
-        adam = {"lr": optim.lr, "betas": optim.betas or (0.9, 0.95), "eps": optim.eps or 1e-8}
+        adam: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas or (0.9, 0.95), "eps": optim.eps or 1e-8}
         if optim.name == "adamw":
             return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda", "xpu", "mps"), **adam)
         import bitsandbytes

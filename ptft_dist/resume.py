@@ -69,7 +69,7 @@ class Resume:
         sharded = saved_kind.startswith("zero") or self.kind.startswith("zero")
         if sharded and (saved_kind, saved_ranks) != (self.kind, self.ranks):
             raise CheckpointError(
-                f"{checkpoint.path} holds the shards of {saved_ranks} processes under {saved_kind}, and this run has "
-                f"{self.ranks} under {self.kind}: start it as before (--launch {saved_kind} --processes {saved_ranks}), "
+                f"{checkpoint.path} holds the shards of {saved_ranks} processes under {saved_kind}; this run has "
+                f"{self.ranks} under {self.kind}. Start it as before (--launch {saved_kind} --processes {saved_ranks}), "
                 "or choose another run_dir and begin with model.path set to an exported model"
             )

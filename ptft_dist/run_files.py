@@ -13,12 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.environment import Place
 from ptft_dist.metrics import say
 
-PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl", "ptft-dist")
+PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
 
 
 def make_run_dir(run_dir: Path) -> None:
@@ -34,13 +35,14 @@ def make_run_dir(run_dir: Path) -> None:
 
 def write_start(run_dir: Path, loaded: Loaded, facts: dict[str, Any]) -> None:
     """recipe.yaml as it was given, resolved.yaml with every value, environment.json with versions and machine."""
-    (run_dir / "recipe.yaml").write_text(loaded.text)
-    (run_dir / "resolved.yaml").write_text(dump_resolved(loaded))
+    (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
+    (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": socket.gethostname(),
         "command": sys.argv,
+        "ptft_dist": __version__,
         "packages": {name: metadata.version(name) for name in PACKAGES},
         **facts,
     }

@@ -82,6 +82,8 @@ class Trainer:
     def fit(self) -> Outcome:
         """Train to the end, or until all ranks have agreed to stop."""
         progress, recipe = self.progress, self.recipe
+        if recipe.eval.at_start and progress.evaluated_step < 0:
+            self.evaluate()
         while progress.step < self.total_steps and not self.out_of_patience():
             stop, started = False, time.perf_counter()
             for group in self.batches.next_phase():

@@ -75,7 +75,7 @@ def run(loaded: Loaded, options: Options) -> int:
 
 def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> int:
     recipe, run_dir, started = loaded.recipe, Path(loaded.recipe.run_dir), time.monotonic()
-    tell: Callable[[str], None] = say if where.is_main else lambda text: None
+    tell: Callable[[str], None] = say if where.is_main else lambda _text: None
     quiet_libraries()
     prepared = get_data(loaded, where, tell)
     shape = batch_shape(recipe, where.world_size)
@@ -85,7 +85,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     knobs = deepspeed_config_of_launch()
     kind = f"zero{knobs['zero_optimization']['stage']}" if knobs else "single" if where.world_size == 1 else "ddp"
     checkpoints = Checkpoints(run_dir / "checkpoints")
-    who = identity(recipe, prepared.fingerprint)
+    who = identity(loaded, prepared.fingerprint)
     resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
     resume.look()
 
@@ -99,9 +99,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     if engine.is_main:
         devices = {"device": device_name(engine), "kind": engine.kind, "world_size": engine.world_size}
         write_start(run_dir, loaded, devices)
-    layout = Shape(
-        engine.rank, engine.world_size, shape.micro_size, shape.micro_tokens, recipe.batch.group_by_length
-    )
+    layout = Shape(engine.rank, engine.world_size, shape.micro_size, shape.micro_tokens, recipe.batch.group_by_length)
     dataset = UpdateDataset(prepared.train, plan, layout, task.collate)
     workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
     trainer = Trainer(

@@ -138,7 +138,7 @@ BROKEN = [
     (
         "[0.9, 0.95]",
         "[0.9, 2]",
-        "recipe.yaml:16: optim.betas.1: expected a number of at least 0 and of at most 1, got 2",
+        "recipe.yaml:16: optim.betas.1: expected a number of at least 0 and below 1, got 2",
     ),
     (
         "micro_size: 8",

@@ -16,7 +16,13 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="A run directory.")]) -
     paths = Checkpoints(run / "checkpoints").paths()
     if not paths:
         raise CheckpointError(f"{run / 'checkpoints'} holds no checkpoint")
-    damaged = 0
+    damaged, best_step = 0, None
+    for path in reversed(paths):  # the newest knows which is the best
+        try:
+            best_step = read_checkpoint(path).manifest["progress"]["best_step"]
+        except CheckpointError:
+            continue
+        break
     for path in paths:
         try:
             checkpoint = read_checkpoint(path)
@@ -26,7 +32,7 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="A run directory.")]) -
         else:
             manifest = checkpoint.manifest
             size = sum(file["bytes"] for file in manifest["files"].values())
-            best = "  best" if manifest["progress"]["best_step"] == checkpoint.step else ""
+            best = "  best" if best_step == checkpoint.step else ""
             facts = f"{manifest['kind']} x {manifest['world_size']}  {size / 1e6:,.1f} MB"
             print(f"{path.name}  {facts}{best}  {'DAMAGED' if problems else 'good'}")
         for problem in problems:

@@ -28,7 +28,7 @@ def generate(
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir).to(device).eval()
     torch.manual_seed(seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def _launch(
     from ptft_dist.config.resolve import batch_shape
     from ptft_dist.data.prepare import describe, prepare
     from ptft_dist.data.sources import check_sources
-    from ptft_dist.launch.local import command, default_launch
+    from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
     from ptft_dist.metrics import say
     from ptft_dist.run_files import make_run_dir
@@ -49,7 +50,8 @@ def _launch(
     loaded = load_recipe(recipe, overrides)
     arguments = ["train", recipe, *overrides, "--resume", resume]
     arguments += [word for key in accept for word in ("--accept", key)]
-    words = command(launch or default_launch(), processes, arguments)
+    name = launch or default_launch()
+    words = command(name, processes, arguments)
     check_sources(loaded.recipe, loaded.base)
     if processes is not None:
         batch_shape(loaded.recipe, processes)
@@ -58,4 +60,5 @@ def _launch(
     prepared = prepare(loaded.recipe, loaded.base)
     if not prepared.from_cache:
         say(describe(prepared.report))
-    return start(words, run_dir)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return start(words, run_dir, max(1, cores // local_processes(name, processes)))

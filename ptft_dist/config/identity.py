@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.load import Loaded, public_values
 
 # Keys (or sections) that may change between the parts of one run: where it writes, how it looks at itself, and how the
 # machine computes the same mathematics. Everything else matters, new keys too.
@@ -36,12 +37,17 @@ def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.removesuffix("."): value}
 
 
-def identity(recipe: Recipe, data_fingerprint: str) -> dict[str, Any]:
-    """The values that make two runs the same run."""
+def identity(loaded: Loaded, data_fingerprint: str) -> dict[str, Any]:
+    """The values that make two runs the same run. What a reference stands for may be secret: its hash stands in."""
     free = tuple(f"{key}." for key in FREE)
-    values = leaves(recipe.model_dump(mode="json"))
+    plain, public = leaves(loaded.recipe.model_dump(mode="json")), leaves(public_values(loaded))
+    values = {key: value if public[key] == value else _hidden(public[key], value) for key, value in plain.items()}
     kept = {key: value for key, value in values.items() if not f"{key}.".startswith(free)}
     return {**kept, "prepared data": data_fingerprint}
+
+
+def _hidden(written: Any, value: Any) -> str:
+    return f"{written} (sha256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
 
 
 def differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:

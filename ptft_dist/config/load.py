@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ptft_dist.config.document import COMMAND_LINE, Document, KeyPath, Mistake, Written, dotted, leaves, put
-from ptft_dist.config.mistakes import Node, Schema, explain
+from ptft_dist.config.mistakes import Schema, explain
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
@@ -76,10 +76,11 @@ def _refusal(mistakes: Sequence[Mistake], path: Path) -> RecipeError:
 
 def _validate(document: Document, path: Path) -> Recipe:
     schema = Schema(Recipe)
-    given = _without_defaults(document.values, schema.root, schema)
     try:
         # As JSON: pydantic's strict mode then takes lists for tuples, and still no text and no 8.0 for a whole number.
-        text = json.dumps(given, ensure_ascii=False).encode(errors="replace")  # bad Unicode is already reported
+        text = json.dumps(document.values, ensure_ascii=False).encode(
+            errors="replace"
+        )  # bad Unicode is already reported
         recipe = Recipe.model_validate_json(text, strict=True)
     except ValidationError as error:
         # Without the cause, which quotes values: they may be secret.
@@ -87,25 +88,6 @@ def _validate(document: Document, path: Path) -> Recipe:
     if document.mistakes:
         raise _refusal(document.mistakes, path)
     return recipe
-
-
-def _without_defaults(values: Any, node: Node | None, schema: Schema) -> Any:
-    """Values that equal their default count as not given.
-
-    The schema refuses a setting that was given and has no effect. A resolved recipe gives all settings, and one that
-    stands at its default does no harm where it has no effect.
-    """
-    if node is None or not isinstance(values, dict | list):
-        return values
-    if isinstance(values, list):
-        return [_without_defaults(value, schema.child(node, index), schema) for index, value in enumerate(values)]
-    kept = {}
-    for key, value in values.items():
-        child = schema.child(node, key)
-        # Compared as JSON, where 1, 1.0 and true differ: `every: true` is a mistake, though it equals the default 1.
-        if child is None or "default" not in child or json.dumps(value) != json.dumps(child["default"]):
-            kept[key] = _without_defaults(value, child, schema)
-    return kept
 
 
 def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
@@ -121,7 +103,7 @@ def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
     return origins
 
 
-def _public_values(loaded: Loaded) -> dict[str, Any]:
+def public_values(loaded: Loaded) -> dict[str, Any]:
     """All values of the recipe, but references as they were written: what they stand for may be secret."""
     values = loaded.recipe.model_dump(mode="json")
     for path, written in loaded.written.items():
@@ -136,7 +118,7 @@ def dump_resolved(loaded: Loaded) -> str:
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 4096
     stream = io.StringIO()
-    yaml.dump(_public_values(loaded), stream)
+    yaml.dump(public_values(loaded), stream)
     base = json.dumps(str(loaded.base))  # on one line, whatever the directory's name holds
     return f"# All values of a recipe. Its relative data paths start at {base}.\n{stream.getvalue()}"
 
@@ -144,7 +126,7 @@ def dump_resolved(loaded: Loaded) -> str:
 def describe(loaded: Loaded) -> str:
     """A table for people: key, value, and where the value came from."""
     rows = [("key", "value", "from")]
-    for path, value in leaves(_public_values(loaded)):
+    for path, value in leaves(public_values(loaded)):
         rows.append((dotted(path), json.dumps(value, ensure_ascii=False), loaded.origins[dotted(path)]))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows)

@@ -1,4 +1,4 @@
-"""The schema of a recipe: what is trained, on what, and how. Nothing here speaks of machines, and nothing imports torch.
+"""The schema of a recipe: what is trained, on what, and how. Nothing here speaks of machines or imports torch.
 
 Every model is frozen and refuses unknown keys. The docstring under a field is its description in the JSON Schema.
 """
@@ -8,11 +8,13 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Text = Annotated[str, Field(min_length=1)]
 
 
 def _exactly_one(section: BaseModel, *names: str) -> None:
@@ -25,7 +27,7 @@ def _exactly_one(section: BaseModel, *names: str) -> None:
 def _only_with(section: BaseModel, names: tuple[str, ...], condition: bool, needs: str) -> None:
     """A setting that would have no effect is an error."""
     for name in names:
-        if name in section.model_fields_set and getattr(section, name) is not None and not condition:
+        if getattr(section, name) != type(section).model_fields[name].default and not condition:
             raise ValueError(f"{name} has no effect here: it needs {needs}")
 
 
@@ -39,9 +41,9 @@ class ModelSection(Section):
     config: dict[str, Any] | None = None
     """A transformers config, as keyword arguments with `model_type` among them. The weights start random; the
     vocabulary size, and the ids of special tokens, are taken from the tokenizer."""
-    path: str | None = None
+    path: Text | None = None
     """A local directory or a Hub name with weights to go on from."""
-    revision: str | None = None
+    revision: Text | None = None
     """The commit, branch or tag of a Hub model."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] = "auto"
     """The attention kernel; `auto` leaves the choice to transformers."""
@@ -77,9 +79,9 @@ class TokenizerTraining(Section):
 class TokenizerSection(Section):
     """How text becomes token ids."""
 
-    path: str | None = None
+    path: Text | None = None
     """A local directory or a Hub name."""
-    revision: str | None = None
+    revision: Text | None = None
     """The commit, branch or tag of a Hub tokenizer."""
     train: TokenizerTraining | None = None
     """Learn a tokenizer from the training documents."""
@@ -98,18 +100,18 @@ class Source(Section):
 
     source: Literal["python-stdlib"] | None = None
     """`python-stdlib`: the source text of the running interpreter's standard library, one document a module."""
-    path: str | None = None
+    path: Text | None = None
     """A file or a glob (`**` goes into folders): .txt, .jsonl, .json, .csv, .tsv, .parquet, also .gz and .zst.
     A relative path starts at the recipe's directory."""
-    hub: str | None = None
+    hub: Text | None = None
     """The name of a data set for `datasets.load_dataset`."""
-    config: str | None = None
+    config: Text | None = None
     """The configuration of a Hub data set."""
-    revision: str | None = None
+    revision: Text | None = None
     """The commit, branch or tag of a Hub data set."""
-    split: str | None = None
+    split: Text | None = None
     """The split of a Hub data set; `train` when not given."""
-    field: str | None = None
+    field: Text | None = None
     """The column that holds the text, in every format but .txt; `text` when not given."""
     document: Literal["file", "paragraph", "line"] | None = None
     """What a document is in a .txt file: the whole file (when not given), each block between empty lines, or each
@@ -221,11 +223,11 @@ class OptimSection(Section):
     weight_decay: NonNegative = 0.1
     """Decoupled weight decay of parameters with two or more dimensions; biases and norms get none. (For `sgd` it is
     an L2 penalty, as in PyTorch.)"""
-    betas: tuple[Fraction, Fraction] | None = None
+    betas: tuple[BelowOne, BelowOne] | None = None
     """Adam's decay rates; (0.9, 0.95) when not given."""
     eps: Positive | None = None
     """Adam's epsilon; 1e-8 when not given."""
-    momentum: Fraction | None = None
+    momentum: BelowOne | None = None
     """SGD's momentum; 0 when not given."""
     groups: list[ParameterGroup] = []
     """Parameters with a learning rate or weight decay of their own."""
@@ -283,6 +285,8 @@ class EvalSection(Section):
 
     every: PositiveInt | None = None
     """Evaluate each time this many updates are done, and at the end; only at the end when not given."""
+    at_start: bool = False
+    """Evaluate before the first update too."""
     micro_size: PositiveInt | None = None
     """Rows of one forward pass of one process; batch.micro_size, or what fits batch.micro_tokens, when not given."""
     max_rows: PositiveInt | None = None
@@ -338,25 +342,25 @@ class Recipe(Section):
     eval: EvalSection = EvalSection()
     save: SaveSection = SaveSection()
     log: LogSection = LogSection()
-    run_dir: str
+    run_dir: Text
     """Everything that the run writes goes here. A relative path starts at the current directory."""
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         validated = self.data.validation is not None
-        for name in ("every", "micro_size", "max_rows", "patience", "metric", "goal"):
-            if name in self.eval.model_fields_set and not validated:
+        for name in ("every", "at_start", "micro_size", "max_rows", "patience", "metric", "goal"):
+            if getattr(self.eval, name) != EvalSection.model_fields[name].default and not validated:
                 raise ValueError(f"eval.{name} has no effect here: it needs data.validation")
         for name, value in (("best", self.save.best), ("every", self.eval.patience)):
             if value and self.eval.every is None:
                 what = "save.best" if name == "best" else "eval.patience"
                 raise ValueError(f"{what} has no effect here: it needs eval.every")
-        if self.batch.global_tokens is not None and self.clm.packing:
-            if self.batch.global_tokens % self.data.max_length:
-                low = self.batch.global_tokens // self.data.max_length * self.data.max_length
-                near = [n for n in (low, low + self.data.max_length) if n]
-                raise ValueError(
-                    f"batch.global_tokens: {self.batch.global_tokens} is not a multiple of data.max_length "
-                    f"({self.data.max_length}); the nearest that are: {', '.join(map(str, near))}"
-                )
+        tokens, length = self.batch.global_tokens, self.data.max_length
+        if tokens is not None and self.clm.packing and tokens % length:
+            low = tokens // length * length
+            near = [n for n in (low, low + length) if n]
+            raise ValueError(
+                f"batch.global_tokens: {tokens} is not a multiple of data.max_length ({length}); the nearest that "
+                f"are: {', '.join(map(str, near))}"
+            )
         return self

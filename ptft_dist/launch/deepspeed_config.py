@@ -1,4 +1,4 @@
-"""A DeepSpeed JSON may say how ZeRO works. What the recipe says (batches, clipping, precision, optimizer) it may not."""
+"""A DeepSpeed JSON may say how ZeRO works. What the recipe says (batches, precision, optimizer) it may not."""
 
 from __future__ import annotations
 

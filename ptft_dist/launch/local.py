@@ -20,8 +20,6 @@ from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import read_deepspeed_config
 
-SHUTDOWN_S = 30.0
-
 
 def default_launch() -> str:
     """`multi_gpu` where the machine has an NVIDIA device, else `cpu`."""
@@ -51,6 +49,12 @@ def launch_config(name: str) -> tuple[Path, Path | None]:
     return path, deepspeed.resolve()
 
 
+def local_processes(launch: str, processes: int | None) -> int:
+    """How many of the run's processes this machine gets."""
+    config = YAML(typ="safe").load(launch_config(launch)[0])
+    return max(1, (processes or config.get("num_processes", 1)) // config.get("num_machines", 1))
+
+
 def command(launch: str, processes: int | None, arguments: Sequence[str]) -> list[str]:
     """The `accelerate launch` command line that runs `ptft` with `arguments` on every rank."""
     path, deepspeed = launch_config(launch)
@@ -64,8 +68,10 @@ def command(launch: str, processes: int | None, arguments: Sequence[str]) -> lis
     return [*words, "-m", "ptft_dist", *arguments]
 
 
-def launch(words: Sequence[str], run_dir: Path) -> int:
+def launch(words: Sequence[str], run_dir: Path, threads: int) -> int:
     """Run the command and return the run's own exit code, which `accelerate launch` does not pass on.
+
+    threads: what each rank computes with on the CPU, unless OMP_NUM_THREADS is set.
 
     SIGTERM and SIGINT become the run directory's stop file: torchrun would kill the ranks 30 s after a signal, in the
     middle of a save. A second SIGINT ends the ranks at once.
@@ -74,7 +80,7 @@ def launch(words: Sequence[str], run_dir: Path) -> int:
     started = time.time()
     python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     # A session of their own keeps a terminal's Ctrl-C from the ranks; torchrun's own wait after a death is cut short.
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", **os.environ}
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "OMP_NUM_THREADS": str(threads), **os.environ}
     child = subprocess.Popen(python, start_new_session=True, env=environment)
     asked = 0
 

@@ -1,4 +1,4 @@
-"""From the recipe's model section to a network: random weights from a config, or weights from a directory or the Hub."""
+"""From the recipe's model section to a network: random weights from a config, or weights from a path or the Hub."""
 
 from __future__ import annotations
 
@@ -98,15 +98,14 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> P
     return model.train()
 
 
-def flops_per_token(model: torch.nn.Module, config: PretrainedConfig, parameters: int, length: float) -> float:
+def flops_per_token(model: PreTrainedModel, config: PretrainedConfig, parameters: int, length: float) -> float:
     """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
 
     6 N + 12 layers x heads x head size x length, where N counts the parameters without the input embedding, unless
     that matrix is the output projection too. Recomputation by gradient checkpointing is not counted.
     """
     text = config.get_text_config()
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embedding is not None and not text.tie_word_embeddings:
+    if model.get_input_embeddings() is not None and not text.tie_word_embeddings:
         parameters -= text.vocab_size * text.hidden_size
     layers = getattr(text, "num_hidden_layers", 0)
     return 6.0 * parameters + 12.0 * layers * text.hidden_size * length

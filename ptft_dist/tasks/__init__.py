@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
+from transformers import PreTrainedModel
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
@@ -16,12 +16,11 @@ from ptft_dist.data.store import Row
 TASKS = {"clm": "ptft_dist.tasks.clm:CausalLM"}
 
 
-@dataclass(frozen=True)
-class LossOut:
+class LossOut(NamedTuple):
     """loss_sum: the loss summed, not averaged, over what Batch.count counts; metrics: name -> (total, count)."""
 
     loss_sum: torch.Tensor
-    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 
 class Task(Protocol):
@@ -29,7 +28,7 @@ class Task(Protocol):
 
     def collate(self, rows: Sequence[Row]) -> Batch: ...
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut: ...
-    def install(self, model: torch.nn.Module) -> None: ...
+    def install(self, model: PreTrainedModel) -> None: ...
     def probe(self) -> Probe | None: ...
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]: ...
 

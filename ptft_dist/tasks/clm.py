@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedModel
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
@@ -56,7 +57,7 @@ class CausalLM:
             inputs["position_ids"] = torch.from_numpy(positions)
         return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
-    def install(self, model: torch.nn.Module) -> None:
+    def install(self, model: PreTrainedModel) -> None:
         """Give the network the fused head, if it is wanted; its ordinary forward, and generation, stay as they are."""
         if self.fused:
             from trl.trainer.utils import add_fused_lm_head
@@ -64,7 +65,7 @@ class CausalLM:
             add_fused_lm_head(model)
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        return LossOut(-self.logprobs(model, inputs, self.fused).sum())
+        return LossOut(-self.logprobs(model, inputs, self.fused).sum(), {})
 
     def logprobs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
         """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T]."""
@@ -120,8 +121,8 @@ class DocumentProbe:
             leak = (outputs[0, :, second] - outputs[1, :, second]).abs().max().item()
             if not leak <= LEAK_TOLERANCE:
                 raise RecipeError(
-                    f"clm.attention: in this architecture the documents of a packed row see each other (a change in "
-                    f"one moved log-probabilities of the next by {leak:.2g}): set clm.packing: false, or accept it with "
+                    "clm.attention: in this architecture the documents of a packed row see each other (a change in one "
+                    f"moved log-probabilities of the next by {leak:.2g}): set clm.packing: false, or accept it with "
                     "clm.attention: across"
                 )
         # bf16 rounds logits of size ~10 to about 0.05; a head that misses a scale or a soft cap is off by far more.
