@@ -70,6 +70,6 @@ class Resume:
         if sharded and (saved_kind, saved_ranks) != (self.kind, self.ranks):
             raise CheckpointError(
                 f"{checkpoint.path} holds the shards of {saved_ranks} processes under {saved_kind}; this run has "
-                f"{self.ranks} under {self.kind}. Start it as before (--launch {saved_kind} --processes {saved_ranks}), "
+                f"{self.ranks} under {self.kind}. Start it as before ({saved_ranks} processes, {saved_kind}), "
                 "or choose another run_dir and begin with model.path set to an exported model"
             )

@@ -30,7 +30,8 @@ def generate(
     logging.disable_progress_bar()
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    model = AutoModelForCausalLM.from_pretrained(model_dir).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that hides its signature
     torch.manual_seed(seed)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] == 0:
