@@ -31,7 +31,7 @@ def generate(
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     model = AutoModelForCausalLM.from_pretrained(model_dir).eval()
-    model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that hides its signature
+    model.to(device)
     torch.manual_seed(seed)
     ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids.to(device)
     if ids.shape[1] == 0:

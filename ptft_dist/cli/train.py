@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from ptft_dist.config.load import Loaded
+    from ptft_dist.launch.local import Machines
 
 
 def train(
@@ -16,6 +20,9 @@ def train(
         str | None, typer.Option(help="A launch config: a file, or a shipped one such as multi_gpu, zero2, cpu.")
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes, over all machines.")] = None,
+    machines: Annotated[int | None, typer.Option(min=1, help="Machines; run the command on each.")] = None,
+    machine_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, the same on all.")] = None,
     resume: Annotated[str, typer.Option(help="auto (the newest good checkpoint), never, or a checkpoint.")] = "auto",
     accept: Annotated[
         list[str] | None, typer.Option(help="A key whose change since the checkpoint is meant (repeatable).")
@@ -26,8 +33,12 @@ def train(
     from ptft_dist.launch.environment import place
 
     loaded = load_recipe(recipe, overrides or [])
-    if (launch is not None or processes is not None) and not place().launched:
-        raise typer.Exit(_launch(recipe, overrides or [], launch, processes, resume, accept or []))
+    if not place().launched and (launch, processes, machines, machine_rank, address) != (None,) * 5:
+        from ptft_dist.launch.local import machines as which
+
+        arguments = ["train", recipe, *(overrides or []), "--resume", resume]
+        arguments += [word for key in accept or () for word in ("--accept", key)]
+        raise typer.Exit(_launch(loaded, launch, processes, which(machines, machine_rank, address), arguments))
 
     from ptft_dist.worker import Options, run
 
@@ -35,10 +46,9 @@ def train(
 
 
 def _launch(
-    recipe: str, overrides: list[str], launch: str | None, processes: int | None, resume: str, accept: list[str]
+    loaded: Loaded, launch: str | None, processes: int | None, several: Machines | None, arguments: list[str]
 ) -> int:
     """Check and prepare everything in this one process, then start the ranks."""
-    from ptft_dist.config.load import load_recipe
     from ptft_dist.config.resolve import batch_shape
     from ptft_dist.data.prepare import describe, prepare
     from ptft_dist.data.sources import check_sources
@@ -47,18 +57,15 @@ def _launch(
     from ptft_dist.metrics import say
     from ptft_dist.run_files import make_run_dir
 
-    loaded = load_recipe(recipe, overrides)
-    arguments = ["train", recipe, *overrides, "--resume", resume]
-    arguments += [word for key in accept for word in ("--accept", key)]
     name = launch or default_launch()
-    words = command(name, processes, arguments)
+    words = command(name, processes, several, arguments)
+    local = local_processes(name, processes, several)
+    batch_shape(loaded.recipe, local * (several.count if several else 1))
     check_sources(loaded.recipe, loaded.base)
-    if processes is not None:
-        batch_shape(loaded.recipe, processes)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
     prepared = prepare(loaded.recipe, loaded.base)
     if not prepared.from_cache:
         say(describe(prepared.report))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return start(words, run_dir, max(1, cores // local_processes(name, processes)))
+    return start(words, run_dir, max(1, cores // local))

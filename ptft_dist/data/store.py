@@ -12,6 +12,7 @@ document is cut into rows of its own. A piece of a single token has nothing to p
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from ptft_dist.errors import DataError
 
 STORE_VERSION = 1
+_BLOCK = 2**16  # numbers that are gathered before they are written: one by one, short documents would take long
 TOKENS, DOCUMENTS, ROWS, SUMMARY = "tokens.bin", "documents.npy", "rows.npy", "store.json"
 
 
@@ -48,19 +50,23 @@ class StoreWriter:
         self._rows = None if packing else _Int64Stream(path / ROWS, columns=2)
         self._total = 0
         self._dropped = 0
+        self._waiting: list[np.ndarray] = []
+        self._waiting_tokens = 0
 
     def add(self, ids: Sequence[int] | np.ndarray) -> None:
         """Append one document.
 
         Raises:
-            ValueError: it has no tokens, or an id does not fit into the vocabulary's data type.
+            ValueError: it has no tokens, or (at a later call, for documents are written in blocks) an id does not fit
+                into the vocabulary's data type.
         """
         tokens = np.asarray(ids, dtype=np.int64)
         if not len(tokens):
             raise ValueError("a document needs at least one token")
-        if tokens.min() < 0 or tokens.max() > np.iinfo(self._dtype).max:  # astype would wrap around in silence
-            raise ValueError(f"token ids {tokens.min()} to {tokens.max()} do not fit into {self._dtype}")
-        self._tokens.write(tokens.astype(self._dtype).tobytes())
+        self._waiting.append(tokens)
+        self._waiting_tokens += len(tokens)
+        if self._waiting_tokens >= _BLOCK:
+            self._write_block()
         self._documents.append(self._total)
         end = self._total + len(tokens)
         if self._rows is not None:
@@ -72,8 +78,22 @@ class StoreWriter:
                     self._dropped += 1
         self._total = end
 
+    def _write_block(self) -> None:
+        if not self._waiting:
+            return
+        block = np.concatenate(self._waiting)
+        if block.min() < 0 or block.max() > np.iinfo(self._dtype).max:  # astype would wrap around in silence
+            raise ValueError(f"token ids {block.min()} to {block.max()} do not fit into {self._dtype}")
+        self._tokens.write(block.astype(self._dtype).data)
+        self._waiting, self._waiting_tokens = [], 0
+
     def close(self) -> dict[str, Any]:
-        """Finish the files and return what store.json says: rows, tokens, documents, dropped_tokens and settings."""
+        """Finish the files and return what store.json says: rows, tokens, documents, dropped_tokens and settings.
+
+        Raises:
+            ValueError: a token id does not fit into the vocabulary's data type.
+        """
+        self._write_block()
         self._tokens.close()
         documents = self._documents.count
         self._documents.append(self._total)
@@ -180,18 +200,26 @@ class _Int64Stream:
     def __init__(self, path: Path, columns: int | None = None) -> None:
         self._tail = () if columns is None else (columns,)
         self._file = path.open("wb")
+        self._waiting = array("q")
         self.count = 0
         self._header_bytes = self._write_header()
 
     def append(self, *values: int) -> None:
-        self._file.write(np.array(values, dtype="<i8").tobytes())
+        self._waiting.extend(values)
         self.count += 1
+        if len(self._waiting) >= _BLOCK:
+            self._write_block()
 
     def close(self) -> None:
+        self._write_block()
         self._file.seek(0)
         # NumPy pads the header so that a longer first dimension fits into the same number of bytes.
         assert self._write_header() == self._header_bytes
         self._file.close()
+
+    def _write_block(self) -> None:
+        self._file.write(np.array(self._waiting, dtype="<i8").data)
+        del self._waiting[:]
 
     def _write_header(self) -> int:
         header = {"descr": "<i8", "fortran_order": False, "shape": (self.count, *self._tail)}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -49,13 +50,39 @@ def launch_config(name: str) -> tuple[Path, Path | None]:
     return path, deepspeed.resolve()
 
 
-def local_processes(launch: str, processes: int | None) -> int:
-    """How many of the run's processes this machine gets."""
+@dataclass(frozen=True)
+class Machines:
+    """Which of several machines this one is; address is HOST:PORT of machine 0, the same on all."""
+
+    count: int
+    rank: int
+    address: str
+
+
+def machines(count: int | None, rank: int | None, address: str | None) -> Machines | None:
+    """From the command line's options; None for one machine. Raises RecipeError if they do not fit together."""
+    if count in (None, 1) and rank in (None, 0) and not address:
+        return None
+    if count is None or rank is None or not address:
+        raise RecipeError("several machines need all of --machines, --machine-rank and --address HOST:PORT")
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise RecipeError(f"--address: {address!r} is not HOST:PORT")
+    if rank >= count:
+        raise RecipeError(f"--machine-rank: {rank}; with --machines {count} it goes from 0 to {count - 1}")
+    return Machines(count, rank, address)
+
+
+def local_processes(launch: str, processes: int | None, several: Machines | None) -> int:
+    """How many of the run's processes this machine gets. Raises RecipeError if they do not divide."""
     config = YAML(typ="safe").load(launch_config(launch)[0])
-    return max(1, (processes or config.get("num_processes", 1)) // config.get("num_machines", 1))
+    total, count = processes or config.get("num_processes", 1), several.count if several else 1
+    if total % count:
+        raise RecipeError(f"--processes: {total} cannot be divided over {count} machines")
+    return total // count
 
 
-def command(launch: str, processes: int | None, arguments: Sequence[str]) -> list[str]:
+def command(launch: str, processes: int | None, several: Machines | None, arguments: Sequence[str]) -> list[str]:
     """The `accelerate launch` command line that runs `ptft` with `arguments` on every rank."""
     path, deepspeed = launch_config(launch)
     words = ["accelerate", "launch", "--config_file", str(path)]
@@ -63,8 +90,13 @@ def command(launch: str, processes: int | None, arguments: Sequence[str]) -> lis
         words += ["--num_processes", str(processes)]
     if deepspeed is not None:
         words += ["--deepspeed_config_file", str(deepspeed)]
-    if YAML(typ="safe").load(path).get("num_machines", 1) == 1:
+    if several is None:
+        words += ["--num_machines", "1", "--machine_rank", "0"]
         words += ["--main_process_port", "0"]  # any free one, so that two runs do not meet
+    else:
+        host, _, port = several.address.rpartition(":")
+        words += ["--num_machines", str(several.count), "--machine_rank", str(several.rank)]
+        words += ["--main_process_ip", host, "--main_process_port", port]
     return [*words, "-m", "ptft_dist", *arguments]
 
 
