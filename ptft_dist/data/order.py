@@ -106,8 +106,9 @@ def make_plan(
         return Plan(rows, seed, steps, global_size, end, None)
     starts = [0]
     position = filled = tokens = 0
+    scan = min(SCAN_ROWS, max(rows, 1024))  # a few rows would be permuted once per epoch, a million positions ahead
     while True:
-        window = rows_at(position, position + SCAN_ROWS if end is None else min(end, position + SCAN_ROWS), rows, seed)
+        window = rows_at(position, position + scan if end is None else min(end, position + scan), rows, seed)
         for length in lengths(window).tolist():
             taken = position - starts[-1]
             full = taken == global_size if global_tokens is None else taken > 0 and filled + length > global_tokens
