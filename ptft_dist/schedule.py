@@ -41,7 +41,8 @@ def lr_at(step: int, optim: OptimSection, total_steps: int) -> float:
             share = min(1.0, share)
         case "wsd":
             decay = WSD_DECAY if optim.decay is None else optim.decay
-            decay_steps = max(1, round(decay * total_steps))
+            # A decay that overlaps the warmup begins where the warmup ends: at the peak, not with a jump below it.
+            decay_steps = max(1, min(round(decay * total_steps), total_steps - warmup))
             left = min(1.0, (total_steps - step) / decay_steps)
             share = low + (1 - low) * left
     return optim.lr * share
