@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +20,7 @@ from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data import cache, encode
 from ptft_dist.data import prepare as module
 from ptft_dist.data.formats import Document
-from ptft_dist.data.prepare import Prepared, describe, prepare
+from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, PtftError, RecipeError
@@ -412,8 +412,65 @@ def test_progress_tells_and_silence_is_silent(
     assert "encoding" in capsys.readouterr().err
 
 
-def test_a_report_that_was_damaged(base: Path, tokenizer_dir: Path) -> None:
-    prepared: Prepared = prepare(recipe(tokenizer_dir), base)
-    (prepared.train.path.parent / "report.json").write_text(json.dumps({"train": 1})[:-3])
-    with pytest.raises(DataError, match=r"report\.json is damaged.*Delete"):
+@pytest.mark.parametrize("name", ["report.json", "train/tokens.bin", "train/store.json", "validation"])
+def test_damaged_data_are_refused_with_the_remedy(base: Path, tokenizer_dir: Path, name: str) -> None:
+    wanted = recipe(tokenizer_dir, validation=0.3)
+    directory = prepare(wanted, base).train.path.parent
+    if (directory / name).is_dir():
+        shutil.rmtree(directory / name)
+    else:
+        (directory / name).write_bytes((directory / name).read_bytes()[:-3])
+    with pytest.raises(DataError, match=f"damaged.*\nDelete {directory} and start again"):
+        prepare(wanted, base)
+    shutil.rmtree(directory)
+    assert not prepare(wanted, base).from_cache
+
+
+def test_the_result_survives_a_change_of_directory(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(base)
+    prepared = prepare(recipe({"vocab_size": 300}), Path())
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert TokenStore.open(prepared.train.path).tokens == prepared.train.tokens
+    assert prepared.tokenizer_path.is_dir()
+
+
+def test_a_tokenizer_of_the_hub_is_kept_as_a_copy(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def load(path: Any, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+        asked.append((str(path), revision, trust_remote_code))
+        return load_tokenizer(tokenizer_dir if path == "org/name" else path)
+
+    monkeypatch.setattr(module, "load_tokenizer", load)
+    raw = recipe("org/name").model_dump(exclude_unset=True)
+    raw["tokenizer"]["revision"] = "v1"
+    wanted = Recipe.model_validate(raw)
+    prepared = prepare(wanted, base)
+    assert asked == [("org/name", "v1", False), (str(prepared.tokenizer_path), None, False)]
+    assert prepared.tokenizer_path.is_relative_to(base / "cache/tokenizers")
+    assert all_ids(prepared.train) == all_ids(prepare(recipe(tokenizer_dir), base).train)
+    assert prepare(wanted, base).from_cache
+
+
+def test_a_tokenizer_written_in_python(base: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert not tokenizer.is_fast
+    text = "ab </s> ü"
+    (ids,) = DocumentEncoder(tokenizer, bos=False).encode([Document(text, "")])
+    assert ids == [byte + 3 for byte in text.encode()] + [tokenizer.eos_token_id]
+    tokenizer.save_pretrained(base / "bytes")
+    assert prepare(recipe(base / "bytes"), base).train.documents == 60
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(base / "bytes"))
+
+
+def test_a_cache_that_cannot_be_written(base: Path, tokenizer_dir: Path) -> None:
+    (base / "cache").mkdir()
+    (base / "cache/hashes.lock").mkdir()  # as good as a read-only folder, and it stops the superuser too
+    with pytest.raises(PtftError, match=r"cannot be written.*PTFT_CACHE"):
         prepare(recipe(tokenizer_dir), base)

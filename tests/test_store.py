@@ -136,7 +136,7 @@ def test_a_damaged_store_is_refused(tmp_path: Path, name: str, damage: str) -> N
         file.unlink()
     with pytest.raises(DataError, match=name) as caught:
         TokenStore.open(tmp_path / "prepared/train")
-    assert f"Delete {tmp_path / 'prepared'}" in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "prepared/train"))
     assert caught.value.exit_code == 3
 
 

@@ -24,6 +24,7 @@ from ptft_dist.errors import DataError, PtftError, RecipeError
 
 # Two writes closer than this may carry the same time stamp, so a younger file's stamp does not prove its contents.
 SETTLED_AFTER_NS = 2_000_000_000
+_WORTH_TELLING_BYTES = 2_000_000_000
 
 
 def cache_root(cache_dir: str | None, base: Path) -> Path:
@@ -63,28 +64,39 @@ def build_once(directory: Path, build: Callable[[Path], object], *, say: Callabl
     """
     if directory.exists():
         return True
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(
-        _lock_path(directory), lambda: say(f"waiting for {_builder(directory)}, which prepares the same data")
-    ):
+    unfinished = directory.with_name(f"{directory.name}.building-{os.getpid()}@{platform.node()}")
+
+    def wait() -> None:
+        say(f"waiting for {_builder(directory)}, which prepares the same data")
+
+    with _writing(directory), _locked(_lock_path(directory), wait):
         if directory.exists():
             return True
         _remove_dead_builds(directory)
-        unfinished = directory.with_name(f"{directory.name}.building-{os.getpid()}@{platform.node()}")
         try:
             unfinished.mkdir()
             build(unfinished)
             _flush(unfinished)
             unfinished.rename(directory)
             _fsync(directory.parent)
-        except OSError as error:
-            raise PtftError(
-                f"{directory}: the cache cannot be written ({error}). Make room, or set data.cache_dir or PTFT_CACHE "
-                "to another place."
-            ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return False
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """
+    Raises:
+        PtftError: instead of the operating system's error, with the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise PtftError(
+            f"{path}: the cache cannot be written ({error}). Make room or see to its permissions, or set "
+            "data.cache_dir or PTFT_CACHE to another place."
+        ) from error
 
 
 def _lock_path(directory: Path) -> Path:
@@ -93,6 +105,7 @@ def _lock_path(directory: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         lock.acquire(blocking=False)
@@ -158,20 +171,26 @@ class HashMemo:
 
         Raises:
             DataError: a file cannot be read, or changes while it is read.
+            PtftError: the cache cannot be written.
         """
         keys = [os.path.realpath(file) for file in files]
         if not all(self._is_known(key) for key in keys):
-            waiting = "waiting for another process, which reads the sources to see whether they have changed"
-            with _locked(self._path.with_suffix(".lock"), lambda: self._say(waiting)):
+            waiting = "waiting for another process, which looks for changes in the sources"
+            with _writing(self._path), _locked(self._path.with_suffix(".lock"), lambda: self._say(waiting)):
                 self._known = self._load() | {key: self._known[key] for key in self._unsettled}
-                for key in keys:
-                    if not self._is_known(key):
-                        self._hash(key)
+                self._hash_all([key for key in keys if not self._is_known(key)])
                 self._save()
         return [self._known[key][-1] for key in keys]
 
     def _is_known(self, key: str) -> bool:
         return key in self._known and self._known[key][:-1] == _identity(key)
+
+    def _hash_all(self, keys: list[str]) -> None:
+        size_bytes = sum(_identity(key)[0] for key in keys)
+        if size_bytes > _WORTH_TELLING_BYTES:
+            self._say(f"reading {len(keys):,} new or changed files, {size_bytes / 1e9:,.1f} GB, to know them again")
+        for key in keys:
+            self._hash(key)
 
     def _hash(self, key: str) -> None:
         before = _identity(key)

@@ -62,6 +62,7 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
         DataError: a source is missing, malformed or empty, or a side of the split gets no documents.
     """
     started = time.monotonic()
+    base = base.absolute()  # paths in the result stay good when the process changes its directory
     check_sources(recipe, base)
     job = _Job(recipe, base, cache_root(recipe.data.cache_dir, base), to_stderr if progress else _say_nothing)
     tokenizer_print, tokenizer_path = job.provide_tokenizer()
@@ -77,14 +78,17 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
         (unfinished / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
     from_cache = build_once(directory, build, say=job.say)
-    return Prepared(
-        tokenizer_path=tokenizer_path,
-        train=TokenStore.open(directory / "train"),
-        validation=None if recipe.data.validation is None else TokenStore.open(directory / "validation"),
-        fingerprint=store_print,
-        report=_read_report(directory),
-        from_cache=from_cache,
-    )
+    try:
+        return Prepared(
+            tokenizer_path=tokenizer_path,
+            train=TokenStore.open(directory / "train"),
+            validation=None if recipe.data.validation is None else TokenStore.open(directory / "validation"),
+            fingerprint=store_print,
+            report=json.loads((directory / "report.json").read_text(encoding="utf-8")),
+            from_cache=from_cache,
+        )
+    except (DataError, OSError, ValueError) as error:
+        raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
 
 
 def describe(report: dict[str, Any]) -> str:
@@ -203,19 +207,8 @@ def _local_directory(path: str, base: Path) -> Path | None:
         if candidate.is_dir():
             return candidate
     if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise RecipeError(
-            f"tokenizer.path: there is no directory {path}, neither in {base.resolve()} nor in {Path.cwd()}."
-        )
+        raise RecipeError(f"tokenizer.path: there is no directory {path}, neither in {base} nor in {Path.cwd()}.")
     return None
-
-
-def _read_report(directory: Path) -> dict[str, Any]:
-    try:
-        return json.loads((directory / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{directory}: report.json is damaged ({error}). Delete the directory and start again."
-        ) from error
 
 
 def _say_nothing(_: str) -> None:

@@ -125,7 +125,7 @@ def _source_files(source: Source, base: Path) -> list[Path]:
 def _why_nothing(found: list[Path], base: Path) -> str:
     if found:
         return "this is a folder. Say which files: for all below it, add /**/*.jsonl or another ending."
-    return f"no such file. A relative path starts at the recipe's directory, {base.resolve()}."
+    return f"no such file. A relative path starts at the recipe's directory, {base.absolute()}."
 
 
 def _file_problem(file: Path) -> str | None:

@@ -152,10 +152,7 @@ class TokenStore:
                     raise ValueError(f"{name} has {found} bytes instead of {size}")
             return cls(path, summary)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"{path}: this token store is damaged ({error}). Delete {path.parent} and start again: it will be "
-                "prepared anew."
-            ) from error
+            raise DataError(f"{path}: this token store is damaged ({error}). Delete it and prepare it anew.") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore.open, (self.path,)
