@@ -278,6 +278,24 @@ def test_documents_beyond_one_chunk_keep_their_order(
     assert all_ids(prepare(recipe(tokenizer_dir, cache_dir="other"), base).train) == whole
 
 
+def test_a_giant_document_is_announced(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (base / "giant.txt").write_text("word " * 30)
+    monkeypatch.setattr(encode, "_GIANT_CHARACTERS", 100)
+    prepare(recipe(tokenizer_dir, train=[{"path": "text.txt", "document": "line"}, {"path": "giant.txt"}]), base)
+    assert [record.message.split(": ")[0] for record in caplog.records] == [f"{base}/giant.txt"]
+
+
+def test_every_mistake_in_the_sources_is_listed(base: Path, tokenizer_dir: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        prepare(
+            recipe(tokenizer_dir, train=[{"path": "a.txt"}, {"path": "b.txt"}], validation=[{"path": "c.txt"}]), base
+        )
+    keys = [line.split(": ")[0] for line in str(caught.value).splitlines()]
+    assert keys == ["data.train[0].path", "data.train[1].path", "data.validation[0].path"]
+
+
 def test_a_source_that_changes_underneath_is_an_error(
     base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

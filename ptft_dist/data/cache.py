@@ -173,7 +173,7 @@ class HashMemo:
             DataError: a file cannot be read, or changes while it is read.
             PtftError: the cache cannot be written.
         """
-        keys = [os.path.realpath(file) for file in files]
+        keys = [str(file.absolute()) for file in files]
         if not all(self._is_known(key) for key in keys):
             waiting = "waiting for another process, which looks for changes in the sources"
             with _writing(self._path), _locked(self._path.with_suffix(".lock"), lambda: self._say(waiting)):

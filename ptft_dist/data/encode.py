@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import sys
 import time
 from collections import deque
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 CHUNK_CHARACTERS = 2_000_000  # in one call of the tokenizer, which takes about 100 bytes for each
 _CHUNKS_AHEAD = 2
+_GIANT_CHARACTERS = 20_000_000
 _SHOWN_EMPTY = 5
 
 SidedDocument = tuple[str, Document]
@@ -136,6 +138,14 @@ def _chunks(documents: Iterator[SidedDocument], count: _Count) -> Iterator[list[
         if not document.text.strip():
             count.drop(document)
             continue
+        if len(document.text) > _GIANT_CHARACTERS:
+            logging.getLogger("ptft").warning(
+                "%s: this one document has %d million characters; encoding it will take some %d GB of memory. Smaller "
+                "documents (document: paragraph) would not.",
+                document.where,
+                len(document.text) / 1e6,
+                len(document.text) * 150 / 1e9,
+            )
         chunk.append((side, document))
         size += len(document.text)
         if size >= CHUNK_CHARACTERS:

@@ -63,8 +63,12 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
     """
     started = time.monotonic()
     base = base.absolute()  # paths in the result stay good when the process changes its directory
-    check_sources(recipe, base)
-    job = _Job(recipe, base, cache_root(recipe.data.cache_dir, base), to_stderr if progress else _say_nothing)
+    cache = cache_root(recipe.data.cache_dir, base)
+    try:
+        job = _Job(recipe, base, cache, to_stderr if progress else _say_nothing)
+    except DataError:
+        check_sources(recipe, base)  # knows of every such mistake in the recipe, and by its key
+        raise
     tokenizer_print, tokenizer_path = job.provide_tokenizer()
     store_print = job.store_fingerprint(tokenizer_print)
     directory = job.cache / "stores" / store_print

@@ -11,6 +11,7 @@ import tokenize
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
@@ -108,11 +109,12 @@ def _source_files(source: Source, base: Path) -> list[Path]:
     else:
         names = glob.glob(str(pattern), root_dir=base, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute one
         found = [base / name for name in sorted(names)]
-    files = [file for file in found if not file.is_dir()]
+    stats = {file: _stat(file) for file in found}
+    files = [file for file, stat in stats.items() if stat is None or not S_ISDIR(stat.st_mode)]
     if not files:
         raise DataError(f"path: {source.path}: {_why_nothing(found, base)}")
 
-    problems = [f"path: {file}: {problem}" for file in files if (problem := _file_problem(file))]
+    problems = [f"path: {file}: {problem}" for file in files if (problem := _file_problem(file, stats[file]))]
     if not problems:
         problems = _settings_without_effect(source, files)
     if len(problems) > _SHOWN_FILES:
@@ -128,14 +130,22 @@ def _why_nothing(found: list[Path], base: Path) -> str:
     return f"no such file. A relative path starts at the recipe's directory, {base.absolute()}."
 
 
-def _file_problem(file: Path) -> str | None:
+def _stat(file: Path) -> os.stat_result | None:
+    """None for a link to nowhere."""
+    try:
+        return file.stat()
+    except OSError:
+        return None
+
+
+def _file_problem(file: Path, stat: os.stat_result | None) -> str | None:
     if file_format(file) is None:
         return f"the type of this file is not known. Known are: {KNOWN}. Rename it or narrow the glob."
-    if not file.is_file():
+    if stat is None or not S_ISREG(stat.st_mode):
         return "this is not a regular file, or a link to nowhere. Correct or remove it."
     if not os.access(file, os.R_OK):
         return "the file cannot be read. Check its permissions."
-    if not file.stat().st_size:
+    if not stat.st_size:
         return "the file is empty. Remove it or narrow the glob."
     return None
 
