@@ -66,10 +66,11 @@ class Resume:
                 "Go back to those values, choose another run_dir, or accept a change with --accept KEY."
             )
         saved_kind, saved_ranks = manifest["kind"], manifest["world_size"]
-        sharded = saved_kind.startswith("zero") or self.kind.startswith("zero")
-        if sharded and (saved_kind, saved_ranks) != (self.kind, self.ranks):
+        whole = {saved_kind, self.kind} <= {"single", "ddp"}
+        gathered = saved_kind == self.kind == "fsdp2"
+        if not whole and not gathered and (saved_kind, saved_ranks) != (self.kind, self.ranks):
             raise CheckpointError(
-                f"{checkpoint.path} holds the shards of {saved_ranks} processes under {saved_kind}; this run has "
+                f"{checkpoint.path} holds the state of {saved_ranks} processes under {saved_kind}; this run has "
                 f"{self.ranks} under {self.kind}. Start it as before ({saved_ranks} processes, {saved_kind}), "
                 "or choose another run_dir and begin with model.path set to an exported model"
             )

@@ -31,7 +31,7 @@ from ptft_dist.data.prepare import Prepared, describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Row, TokenStore
 from ptft_dist.data.tokenizer import load_tokenizer
-from ptft_dist.engine import Engine, complete_deepspeed_config
+from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, DataError, PtftError
 from ptft_dist.hardware import peak_flops
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
@@ -83,7 +83,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     tokenizer = load_tokenizer(prepared.tokenizer_path)
     config = build_config(recipe.model, tokenizer, recipe.data.max_length)
     knobs = deepspeed_config_of_launch()
-    kind = f"zero{knobs['zero_optimization']['stage']}" if knobs else "single" if where.world_size == 1 else "ddp"
+    kind = planned_kind(where.world_size, knobs)
     checkpoints = Checkpoints(run_dir / "checkpoints")
     who = identity(loaded, prepared.fingerprint)
     resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)

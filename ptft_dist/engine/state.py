@@ -1,0 +1,50 @@
+"""An optimizer's state as named tensors and JSON, so that no checkpoint of ours needs a pickle."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+TENSORS, REST = "optimizer.safetensors", "optimizer.json"
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors by "<parameter>.<key>", and the rest. A parameter is its number, or its name where the state says so."""
+    tensors: dict[str, torch.Tensor] = {}
+    plain: dict[str, dict[str, Any]] = {}
+    for parameter, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{parameter}.{key}"] = value.detach().contiguous()
+            else:
+                plain.setdefault(str(parameter), {})[key] = value
+    return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of flatten_optimizer."""
+    state: dict[int | str, dict[str, Any]] = {_parameter(name): dict(plain) for name, plain in rest["state"].items()}
+    for name, tensor in tensors.items():
+        parameter, key = name.rsplit(".", 1)
+        state.setdefault(_parameter(parameter), {})[key] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _parameter(name: str) -> int | str:
+    return int(name) if name.isdigit() else name
+
+
+def write_optimizer(folder: Path, state: dict[str, Any], extra: dict[str, Any] | None = None) -> None:
+    tensors, rest = flatten_optimizer(state)
+    save_file(tensors, str(folder / TENSORS))
+    (folder / REST).write_text(json.dumps({**rest, **(extra or {})}))
+
+
+def read_optimizer(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict, and the extra values that were written with it."""
+    rest = json.loads((folder / REST).read_text())
+    return unflatten_optimizer(load_file(folder / TENSORS, device=device), rest), rest
