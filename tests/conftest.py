@@ -1,0 +1,20 @@
+"""Made documents and one cache for all tests of whole runs, so that data are prepared once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import write_documents
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """160 ragged documents, one a line."""
+    return write_documents(tmp_path_factory.mktemp("documents") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What PTFT_CACHE is for every run that `support.start` starts."""
+    return tmp_path_factory.mktemp("cache")

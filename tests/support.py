@@ -1,0 +1,344 @@
+"""What tests of whole runs share: commands in processes of their own, tiny recipes, and digests of what came out.
+
+`ptft` is the real command line. It costs seconds, nearly all of them imports, so most tests use `start`: the same
+`ptft` with the same arguments in one or several real processes, forked from a server that has imported everything.
+They get the environment that `accelerate launch` would give them, and can be killed like any process.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import importlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+# One thread a process: how many there are decides the order of additions, and ranks share few cores here.
+QUIET_MACHINE = {
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "DS_ACCELERATOR": "cpu",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+# Imported once by the server. What a forked process finds here it does not import again.
+PRELOADED = [
+    "ptft_dist.worker",
+    "ptft_dist.cli",
+    "ptft_dist.cli.train",
+    "ptft_dist.tasks.clm",
+    "deepspeed.runtime.engine",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "torch.utils.tensorboard",
+    "transformers.models.llama.modeling_llama",
+    "transformers.integrations.deepspeed",
+]
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------------
+
+
+def write_documents(path: Path, count: int = 160, seed: int = 0) -> Path:
+    """Made documents, one a line, of 3 to 90 words each, so that rows are ragged."""
+    chance = random.Random(seed)
+    words = ["".join(chance.choices("abcdefghijklmnop", k=chance.randint(2, 7))) for _ in range(60)]
+    path.write_text("\n".join(" ".join(chance.choices(words, k=chance.randint(3, 90))) for _ in range(count)) + "\n")
+    return path
+
+
+def make_recipe(documents: Path, **changes: Any) -> dict[str, Any]:
+    """A tiny fp32 Llama on ragged rows; `changes` are merged into its sections."""
+    llama = {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    recipe: dict[str, Any] = {
+        "task": "clm",
+        "model": {"config": llama},
+        "tokenizer": {"train": {"vocab_size": 320}},
+        "data": {"train": [{"path": str(documents), "document": "line"}], "validation": 0.1, "max_length": 64},
+        "clm": {"packing": False},
+        "batch": {"global_size": 12, "micro_size": 3},
+        "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4},
+        "train": {"max_steps": 8, "precision": "fp32"},
+        "eval": {"every": 4},
+        "save": {"every": 4, "keep": None},
+        "run_dir": "run",
+    }
+    return merge(recipe, changes)
+
+
+def merge(old: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """`old` with `changes`, section by section."""
+    merged = dict(old)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        merged[key] = merge(inner, value) if isinstance(value, dict) and isinstance(inner, dict) else value
+    return merged
+
+
+def write_recipe(folder: Path, documents: Path, **changes: Any) -> Path:
+    """recipe.yaml in `folder` (JSON is YAML too)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(make_recipe(documents, **changes), indent=1))
+    return path
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a user at a machine without accelerators."""
+    plain = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    return plain | QUIET_MACHINE | dict(extra or {})
+
+
+def ptft(
+    *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """The command line itself, to its end."""
+    words = [sys.executable, "-m", "ptft_dist", *args]
+    return subprocess.run(
+        words, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+
+
+def fork_server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def forked_rank(args: list[str], env: dict[str, str], cwd: str, output: str, patches: Sequence[str]) -> None:
+    """The body of a forked process: `ptft *args`, after `apply` of each of `patches`."""
+    gc.freeze()  # what the server imported is never garbage
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for stream, number in ((output + ".out", 1), (output + ".err", 2)):
+        descriptor = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    for patch in patches:
+        apply(patch)
+    import torch
+
+    from ptft_dist.cli import main
+
+    torch.set_num_threads(1)
+    sys.argv = ["ptft", *args]
+    main()
+
+
+def apply(patch: str) -> None:
+    """Call "name:argument:argument" of patches.py."""
+    name, *arguments = patch.split(":")
+    getattr(importlib.import_module("patches"), name)(*arguments)
+
+
+@dataclass
+class Start:
+    """The processes of one start of a run. processes: by rank."""
+
+    processes: list[ForkServerProcess]
+    output: Path
+
+    def wait(self, timeout_s: float = 120) -> int:
+        """The exit code of the first rank that did not end well, else 0; negative after a signal."""
+        deadline = time.monotonic() + timeout_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if any(process.is_alive() for process in self.processes):
+            self.kill()
+            raise AssertionError(f"still running after {timeout_s} s\n{self.stderr}")
+        return next((code for code in self.exit_codes if code), 0)
+
+    def kill(self) -> None:
+        """SIGKILL to all at once."""
+        for process in self.processes:
+            if process.is_alive():
+                assert process.pid is not None
+                os.kill(process.pid, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+
+    @property
+    def exit_codes(self) -> list[int]:
+        return [process.exitcode or 0 for process in self.processes]
+
+    @property
+    def running(self) -> bool:
+        return any(process.is_alive() for process in self.processes)
+
+    @property
+    def stdout(self) -> str:
+        return "".join(self._read(".out"))
+
+    @property
+    def stderr(self) -> str:
+        return "".join(self._read(".err"))
+
+    def _read(self, ending: str) -> Iterator[str]:
+        for rank in range(len(self.processes)):
+            yield Path(f"{self.output}-{rank}{ending}").read_text()
+
+
+def start(
+    *args: str,
+    cwd: Path,
+    cache: Path,
+    ranks: int = 1,
+    kind: str = "cpu",
+    patches: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
+) -> Start:
+    """Start `ptft *args` on `ranks` processes, as the shipped launch config `kind` would. One rank: no launcher.
+
+    patches: changes made to the program in each process first; see patches.py.
+    """
+    output = cwd / f"output-{time.monotonic_ns()}"
+    processes = []
+    port = free_port()
+    for rank in range(ranks):
+        variables = environment({"PTFT_CACHE": str(cache), **(env or {})})
+        if ranks > 1 or kind != "cpu":
+            variables |= rank_variables(rank, ranks, port, kind)
+        process = fork_server().Process(
+            target=forked_rank, args=(list(args), variables, str(cwd), f"{output}-{rank}", patches)
+        )
+        process.start()
+        processes.append(process)
+    return Start(processes, output)
+
+
+def rank_variables(rank: int, ranks: int, port: int, kind: str) -> dict[str, str]:
+    """What torchrun and `accelerate launch` tell a process."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    variables = {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place.items()}
+    if kind.startswith("cpu_zero"):
+        stage = kind.removeprefix("cpu_zero")
+        variables["ACCELERATE_USE_DEEPSPEED"] = "true"
+        variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / f"ds_configs/zero{stage}.json")
+        variables["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == "3").lower()
+    return variables
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+    """Look every two milliseconds."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
+        time.sleep(0.002)
+
+
+# --- what came out ----------------------------------------------------------------------------------------------------
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock and the machine."""
+    from ptft_dist.metrics import TIMING_KEYS
+
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMING_KEYS} for line in lines]
+
+
+def train_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(run_dir) if "loss" in row]
+
+
+def eval_rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(run_dir) if "loss" not in row]
+
+
+def last_step(run_dir: Path) -> int:
+    """The last update in metrics.jsonl, whose last line may be torn; 0 before the first."""
+    path = run_dir / "metrics.jsonl"
+    whole = path.read_text().split("\n")[:-1] if path.exists() else []
+    return int(json.loads(whole[-1])["step"]) if whole else 0
+
+
+def file_digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def state_digest(checkpoint: Path) -> str:
+    """SHA-256 over every tensor and number of weights and optimizer state, by name."""
+    import torch
+    from safetensors.torch import load_file
+
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    state: dict[str, Any] = {}
+    for name, facts in manifest["files"].items():
+        path = checkpoint / name
+        assert file_digest(path) == facts["sha256"], path  # before anything is unpickled
+        if path.suffix == ".safetensors":
+            state[name] = load_file(path)
+        elif path.suffix == ".pt":
+            state[name] = torch.load(path, map_location="cpu", weights_only=False)
+    assert state
+    digest = hashlib.sha256()
+    leaves = sorted(_leaves(state, ""))
+    assert any(kind == "tensor" for _, kind, _ in leaves)
+    for name, kind, value in leaves:
+        digest.update(f"{name} {kind} ".encode() + value)
+    return digest.hexdigest()
+
+
+def _leaves(value: Any, name: str) -> Iterator[tuple[str, str, bytes]]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        plain = value.detach().cpu().contiguous()
+        raw = plain.view(-1).view(torch.uint8).numpy().tobytes()
+        yield name, "tensor", f"{plain.dtype}{tuple(plain.shape)}".encode() + raw
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{name}/{i}")
+    elif isinstance(value, int | float):
+        yield name, "number", repr(value).encode()
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    """Everything of a finished run that must not depend on how often it was interrupted."""
+    newest = max((run_dir / "checkpoints").glob("step-*"))
+    return {
+        "checkpoint": newest.name,
+        "state": state_digest(newest),
+        "model": file_digest(run_dir / "model/model.safetensors"),
+        "rows": rows(run_dir),
+        "status": json.loads((run_dir / "result.json").read_text())["status"],
+    }
