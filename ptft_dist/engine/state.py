@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,26 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
     """Tensors by "<parameter>.<key>", and the rest. A parameter is its number, or its name where the state says so."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
+    seen: set[int] = set()
     for parameter, entries in state["state"].items():
-        for key, value in entries.items():
+        for key, value in _unwrapped(entries):
             if isinstance(value, torch.Tensor):
-                tensors[f"{parameter}.{key}"] = value.detach().contiguous()
+                tensor = value.detach().contiguous()
+                # bitsandbytes' quantisation maps are one memory for all parameters, which safetensors refuses.
+                tensors[f"{parameter}.{key}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
+                seen.add(tensor.data_ptr())
             else:
                 plain.setdefault(str(parameter), {})[key] = value
     return tensors, {"state": plain, "param_groups": state["param_groups"]}
+
+
+def _unwrapped(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes puts 8-bit state into an inner dictionary, to hide it from FSDP; it loads it from the outer too."""
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
 
 
 def unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> dict[str, Any]:
