@@ -19,10 +19,12 @@ def witness() -> None:
 
     def watched(self: Engine, *args: Any) -> None:
         prepare(self, *args)
-        optimizer = self.module.optimizer if hasattr(self.module, "optimizer") else self.optimizer.optimizer
+        optimizer = self.backend.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.kind == "zero3":  # the optimizer of stage 3 shows whole parameters; what a rank holds is in ds_tensor
             parameters = [p.ds_tensor for p in self.model.parameters()]
+        elif self.kind == "fsdp2":
+            parameters = [p.to_local() for p in parameters]
         facts = {
             "module": type(self.module).__name__,
             "optimizer": type(optimizer).__name__,

@@ -16,12 +16,13 @@ SINGLE = {
     "not grouped by length": {"micro_size": 3, "group_by_length": False},
     "micro-batches by tokens": {"micro_size": None, "micro_tokens": 150},
 }
-KINDS = {"cpu": "ddp", "cpu_zero1": "zero1", "cpu_zero2": "zero2", "cpu_zero3": "zero3"}
+KINDS = {"cpu": "ddp", "cpu_zero1": "zero1", "cpu_zero2": "zero2", "cpu_zero3": "zero3", "fsdp2": "fsdp2"}
 WRAPPERS = {
     "cpu": ("DistributedDataParallel", "AdamW"),
     "cpu_zero1": ("DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
     "cpu_zero2": ("DeepSpeedEngine", "DeepSpeedZeroOptimizer"),
     "cpu_zero3": ("DeepSpeedEngine", "DeepSpeedZeroOptimizer_Stage3"),
+    "fsdp2": ("FSDPLossModule", "AdamW"),
 }
 
 
