@@ -191,6 +191,20 @@ def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None
     assert "2 tokens stand for text that the tokenizer does not know" in describe(report)
 
 
+def test_a_text_that_comes_to_nothing_is_empty(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"))
+    backend.normalizer = normalizers.Replace("-", "")
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>").save_pretrained(tmp_path / "words")
+    (tmp_path / "text.txt").write_text("a\n--\na a")
+    prepared = prepare(recipe(tmp_path / "words"), tmp_path)
+    assert all_ids(prepared.train) == [1, 0, 1, 1, 0]
+    assert prepared.report["empty_at"] == [f"{tmp_path}/text.txt:2"]
+
+
 @pytest.mark.parametrize(("missing", "clm"), [("eos", {}), ("bos", {"bos": True})])
 def test_a_tokenizer_without_the_special_token(
     base: Path, tokenizer_dir: Path, missing: str, clm: dict[str, Any]
@@ -296,19 +310,23 @@ def test_every_mistake_in_the_sources_is_listed(base: Path, tokenizer_dir: Path)
     assert keys == ["data.train[0].path", "data.train[1].path", "data.validation[0].path"]
 
 
+@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (module, "write_stores")])
 def test_a_source_that_changes_underneath_is_an_error(
-    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
-    def close_and_change(writer: StoreWriter) -> dict[str, Any]:
+    work = getattr(owner, name)
+
+    def work_and_change(*args: Any, **kwargs: Any) -> Any:
+        result = work(*args, **kwargs)
         with (base / "text.txt").open("a") as file:
             file.write("one more\n")
-        return close(writer)
+        return result
 
-    close = StoreWriter.close
-    monkeypatch.setattr(StoreWriter, "close", close_and_change)
+    monkeypatch.setattr(owner, name, work_and_change)
     with pytest.raises(DataError, match="changed while"):
-        prepare(recipe(tokenizer_dir), base)
-    assert list((base / "cache/stores").glob("*/")) == []
+        prepare(recipe({"vocab_size": 300}), base)
+    built = "tokenizers" if name == "train_tokenizer" else "stores"
+    assert list((base / "cache" / built).glob("*/")) == []
 
 
 def test_where_the_cache_is(base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

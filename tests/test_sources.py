@@ -415,6 +415,14 @@ def test_a_file_written_a_moment_ago_is_not_trusted_by_its_time_stamp(tmp_path: 
     assert json.loads((tmp_path / "hashes.json").read_text()) == {}
 
 
+def test_a_file_that_grows_while_it_is_hashed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, digest = tmp_path / "a.txt", cache.hashlib.file_digest
+    file.write_text("one")
+    monkeypatch.setattr(cache.hashlib, "file_digest", lambda *a: (file.write_text("one more"), digest(*a))[1])
+    with pytest.raises(DataError, match=f"{file}: the file changes while it is read"):
+        HashMemo(tmp_path / "hashes.json", print).digests([file])
+
+
 def test_sources_import_nothing_heavy() -> None:
     code = "import sys, ptft_dist.data.sources; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -115,7 +115,6 @@ def _read_jsonl(lines: Iterator[str], path: Path, field: str) -> Iterator[Docume
 def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
     """An array of objects, parsed one by one, so that each error knows its line."""
     decoder = json.JSONDecoder()
-    skip = json.decoder.WHITESPACE.match  # type: ignore[attr-defined]  # there since Python 2.6, absent from typeshed
     line, counted = 1, 0
 
     def refuse(position: int, problem: str) -> DataError:
@@ -124,10 +123,15 @@ def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
             f"{path}:{number}: {problem}. A .json file must be one array of objects; one object a line is .jsonl."
         )
 
-    position = skip(text, 0).end()
+    def skip(position: int) -> int:
+        while text[position : position + 1] in (" ", "\t", "\n", "\r"):
+            position += 1
+        return position
+
+    position = skip(0)
     if text[position : position + 1] != "[":
         raise refuse(position, "this is not an array")
-    position = skip(text, position + 1).end()
+    position = skip(position + 1)
     if text[position : position + 1] == "]":
         return
     while True:
@@ -139,14 +143,14 @@ def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
         except RecursionError:
             raise refuse(position, "the JSON is nested too deeply") from None
         yield row_document(row, field, f"{path}:{line}")
-        position = skip(text, end).end()
+        position = skip(end)
         separator = text[position : position + 1]
         if separator == "]":
             break
         if separator != ",":
             raise refuse(position, "expected a comma or the closing bracket")
-        position = skip(text, position + 1).end()
-    position = skip(text, position + 1).end()
+        position = skip(position + 1)
+    position = skip(position + 1)
     if position < len(text):
         raise refuse(position, "there is text after the end of the array")
 
