@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO_DIR ?= runs/demo
 STAMP := $(VENV)/.installed
 
 .PHONY: setup demo test check wheel clean
@@ -15,7 +16,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+	$(BIN)/ptft train clm run_dir=$(DEMO_DIR) --launch cpu --processes 2
+	$(BIN)/ptft generate $(DEMO_DIR) --prompt "def __init__(self" --max-new-tokens 48
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

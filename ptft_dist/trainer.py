@@ -31,6 +31,7 @@ class Progress:
     best_step: int | None = None
     worse_evaluations: int = 0
     evaluated_step: int = -1
+    first_metrics: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -182,6 +183,7 @@ class Trainer:
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
         progress.metrics = row
+        progress.first_metrics = progress.first_metrics or row
         progress.evaluated_step = progress.step
         return self.is_best(metrics)
 

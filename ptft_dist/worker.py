@@ -129,7 +129,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     engine.warm_up(task.loss, task.collate(rows).inputs)
     outcome = trainer.fit()
     if outcome.finished:
-        export(recipe, engine, trainer, tokenizer, run_dir / "model", tell)
+        export(recipe, engine, trainer, tokenizer, run_dir / "model")
     for sink in trainer.sinks:
         sink.close()
     if engine.is_main:
@@ -236,14 +236,7 @@ def open_sinks(loaded: Loaded, first_step: int, total_steps: int) -> list[Sink]:
     return sinks
 
 
-def export(
-    recipe: Recipe,
-    engine: Engine,
-    trainer: Trainer,
-    tokenizer: PreTrainedTokenizerBase,
-    target: Path,
-    tell: Callable[[str], None],
-) -> None:
+def export(recipe: Recipe, engine: Engine, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
     """Write the chosen weights as a Hugging Face directory, under another name until it is whole."""
     progress = trainer.progress
     if recipe.save.export == "best" and progress.best_step not in (None, progress.step):
@@ -264,7 +257,6 @@ def export(
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
-    tell(f"model: {target}")
 
 
 def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> None:
@@ -283,3 +275,13 @@ def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> 
     }
     write_result(run_dir, result)
     say(f"{result['status']} after update {progress.step}: {outcome.reason}")
+    for name, last in progress.metrics.items():
+        first = progress.first_metrics[name]
+        say(
+            f"  {name:<16} {first:.4g} -> {last:.4g}  ({last / first - 1:+.0%})"
+            if first
+            else f"  {name:<16} {last:.4g}"
+        )
+    if outcome.finished:
+        say(f"  {'model':<16} {run_dir / 'model'}   (ptft generate {run_dir} --prompt ...)")
+    say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")

@@ -1,0 +1,54 @@
+"""What travels in the wheel: a wheel installed elsewhere finds launch configs and recipes by name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy of the checkout and unpacked."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("ptft_dist", "launch_configs", "ds_configs", "slurm", "recipes", "pyproject.toml", "README.md"):
+        source.mkdir(exist_ok=True)
+        subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(source)],
+        check=True,
+        capture_output=True,
+    )
+    (wheel,) = folder.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder / "site")
+    return folder / "site"
+
+
+def run(installed: Path, tmp_path: Path, *words: str) -> str:
+    env = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_recipes_and_launch_configs_are_found_by_name(installed: Path, tmp_path: Path) -> None:
+    where = run(installed, tmp_path, "-c", "import ptft_dist; print(ptft_dist.__file__)").strip()
+    assert Path(where).is_relative_to(installed)  # not the checkout
+    assert "valid" in run(installed, tmp_path, "-m", "ptft_dist", "config", "check", "clm")
+    probe = "from ptft_dist.launch.local import launch_config; print(*launch_config('zero2'))"
+    for path in run(installed, tmp_path, "-c", probe).split():
+        assert Path(path).is_file()
+        assert Path(path).is_relative_to(installed)
+
+
+@pytest.mark.parametrize("kind", ["launch_configs", "ds_configs", "slurm", "recipes"])
+def test_the_wheel_holds_every_shipped_file(installed: Path, kind: str) -> None:
+    there = {p.name for p in (installed / "ptft_dist/shipped" / kind).iterdir() if p.is_file()}
+    assert there == {p.name for p in (ROOT / kind).iterdir() if p.is_file()}
