@@ -13,6 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.errors import PtftError, RecipeError
@@ -31,6 +33,16 @@ def make_run_dir(run_dir: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise RecipeError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from None
+
+
+def lock_run_dir(run_dir: Path) -> FileLock:
+    """Hold the directory against a second start. The lock goes with the process, however it ends."""
+    lock = FileLock(run_dir / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RecipeError(f"run_dir: another process is training in {run_dir}; wait for it or choose another") from None
+    return lock
 
 
 def write_start(run_dir: Path, loaded: Loaded, facts: dict[str, Any]) -> None:

@@ -32,14 +32,14 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Row, TokenStore
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
-from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, DataError, PtftError
+from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, DataError, PtftError, RecipeError
 from ptft_dist.hardware import peak_flops
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
-from ptft_dist.launch.environment import Place, place
+from ptft_dist.launch.environment import Place, check_launch, place
 from ptft_dist.metrics import JsonLines, Sink, TensorBoard, Terminal, say
 from ptft_dist.models.load import build_config, build_model, flops_per_token
 from ptft_dist.resume import Resume
-from ptft_dist.run_files import FailureReport, make_run_dir, write_result, write_start
+from ptft_dist.run_files import FailureReport, lock_run_dir, make_run_dir, write_result, write_start
 from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task, build_task
 from ptft_dist.trainer import Outcome, Trainer
@@ -57,6 +57,7 @@ def run(loaded: Loaded, options: Options) -> int:
     """Train as this process's rank; the exit code. A failure is told once, logged, and written to result.json."""
     where, run_dir = place(), Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
+    lock = lock_run_dir(run_dir) if where.is_main else None
     report = FailureReport(run_dir, where)
     stop = StopRequest(run_dir / "stop" if where.is_main else None)
     stop.listen()
@@ -71,6 +72,9 @@ def run(loaded: Loaded, options: Options) -> int:
             sys.stderr.flush()
             os._exit(code)
         return code
+    finally:
+        if lock is not None:
+            lock.release()
 
 
 def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> int:
@@ -78,6 +82,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     tell: Callable[[str], None] = say if where.is_main else lambda _text: None
     quiet_libraries()
     prepared = get_data(loaded, where, tell)
+    check_launch(recipe)
     shape = batch_shape(recipe, where.world_size)
     plan = plan_updates(recipe, prepared, shape)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
@@ -92,6 +97,8 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, deepspeed_settings(recipe, shape, knobs))
     task = build_task(recipe, pad_id(tokenizer), len(tokenizer), engine.device)
+    if recipe.eval.metric not in task.metric_names:
+        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(task.metric_names)}")
     model = prepare_network(recipe, engine, task, config)
     checkpoint = resume.choose(engine, tell)
     first_step = 0 if checkpoint is None else checkpoint.step

@@ -70,7 +70,7 @@ class Engine:
     def __init__(self, precision: Precision, deepspeed_config: dict[str, Any] | None) -> None:
         """deepspeed_config: complete (see complete_deepspeed_config), or None without DeepSpeed."""
         self.precision, expected = precision, int(os.environ.get("WORLD_SIZE", "1"))
-        self.kind = planned_kind(expected, deepspeed_config)
+        self.kind, self.deepspeed_config = planned_kind(expected, deepspeed_config), deepspeed_config
         on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         if precision == "fp16" and (on_cpu or self.kind == "fsdp2"):
             raise RecipeError("train.precision: fp16 needs a GPU, and not FSDP2; use fp32 or bf16")
@@ -92,6 +92,10 @@ class Engine:
                 "optim.name: adafactor factors its state by rows and columns, which shards do not have; use adamw "
                 f"under {self.kind}, or adafactor without sharding"
             )
+        offload = (self.deepspeed_config or {}).get("zero_optimization", {}).get("offload_optimizer", {})
+        if offload.get("device", "none") != "none" and optim.name != "adamw":
+            # Accelerate would put Adam in its place and not say so.
+            raise RecipeError(f"optim.name: {optim.name} cannot be offloaded by DeepSpeed; use adamw, or no offload")
         self.model, self.optim = model, optim
         self.parameter_count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
         optimizer = build_optimizer(parameter_groups(model.named_parameters(), optim), optim, self.device)

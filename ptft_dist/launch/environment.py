@@ -1,9 +1,12 @@
-"""Which rank this process is, from the variables that torchrun and Accelerate set."""
+"""What the launcher's variables say: which rank this process is, and what they must not decide."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,20 @@ class Place:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Refuse a launch config that decides what the recipe decides. Raises RecipeError."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", recipe.train.precision):
+        raise RecipeError(
+            f"the launch config sets mixed_precision: {precision}, the recipe train.precision: "
+            f"{recipe.train.precision}; set 'no' in the launch config"
+        )
+    if os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1") != "1":
+        raise RecipeError("the launch config sets gradient_accumulation_steps; it follows from the recipe's batch")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        raise RecipeError("the launch config sets a dynamo backend; use model.compile: true in the recipe")
 
 
 def place() -> Place:

@@ -26,6 +26,9 @@ class LossOut(NamedTuple):
 class Task(Protocol):
     """What is special to a task. It owns no optimizer and no loop."""
 
+    metric_names: Sequence[str]
+    """What eval_metrics returns: the choice for eval.metric."""
+
     def collate(self, rows: Sequence[Row]) -> Batch: ...
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut: ...
     def install(self, model: PreTrainedModel) -> None: ...
