@@ -1,77 +1,38 @@
-"""From a recipe to stores: what is read, split, encoded, counted, cached; and what is left after a violent end."""
+"""From a recipe to stores: what is read, split, encoded and counted."""
 
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
-import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prepare_support import DOCUMENTS, all_ids, recipe, save_tokenizer, write_text
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data import cache, encode
+from ptft_dist.data import encode
 from ptft_dist.data import prepare as module
 from ptft_dist.data.formats import Document
 from ptft_dist.data.prepare import describe, prepare
-from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
-from ptft_dist.errors import DataError, PtftError, RecipeError
-
-SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards watch in silence and it's 42"
-DOCUMENTS = [f"{SENTENCE[i % 17 :: 1 + i % 3]} number {i}" for i in range(60)]
+from ptft_dist.errors import DataError, RecipeError
 
 
 @pytest.fixture(scope="session")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(TokenizerTraining(vocab_size=300), DOCUMENTS).save_pretrained(directory)
-    return directory
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A recipe's directory with one file, a document a line."""
-    (tmp_path / "text.txt").write_text("\n".join(DOCUMENTS))
-    return tmp_path
-
-
-def recipe(tokenizer: Path | str | dict[str, Any], clm: dict[str, Any] | None = None, **data: Any) -> Recipe:
-    train = [{"path": "text.txt", "document": "line"}]
-    return Recipe.model_validate(
-        {
-            "task": "clm",
-            "model": {"config": {"model_type": "llama"}},
-            "tokenizer": {"train": tokenizer} if isinstance(tokenizer, dict) else {"path": str(tokenizer)},
-            "data": {"train": train, "max_length": 16, "cache_dir": "cache"} | data,
-            "clm": clm or {},
-            "batch": {"global_size": 1, "micro_size": 1},
-            "train": {"max_steps": 1},
-            "run_dir": "run",
-        }
-    )
-
-
-def all_ids(store: TokenStore) -> list[int]:
-    return [token for i in range(len(store)) for token in store.row(i).input_ids.tolist()]
+    return write_text(tmp_path)
 
 
 def ends_with_eos(tokenizer_path: Path, texts: list[str]) -> list[list[int]]:
     tokenizer = load_tokenizer(tokenizer_path)
     return [[*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id] for text in texts]
-
-
-def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
-    """Inode and time stamp of each file but the locks."""
-    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
 def test_packed_rows_hold_every_document_in_order(base: Path, tokenizer_dir: Path) -> None:
@@ -162,16 +123,6 @@ def test_a_text_that_spells_a_special_token_stays_text(base: Path, tokenizer_dir
     assert [i for i, token in enumerate(all_ids(store)) if token == eos] == [len(all_ids(store)) - 1]
 
 
-def test_ids_are_those_of_transformers(tokenizer_dir: Path) -> None:
-    """Our encoder calls the Rust tokenizer directly; the library's own way is slower and must agree."""
-    texts = [*DOCUMENTS, "  two  spaces\n\n\ttab", "你好 🙂", "x" * 5000]
-    tokenizer = load_tokenizer(tokenizer_dir)
-    tokenizer.backend_tokenizer.enable_truncation(3)  # as a saved tokenizer may have it
-    encoder = DocumentEncoder(tokenizer, bos=False)
-    expected = load_tokenizer(tokenizer_dir)(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert [ids[:-1] for ids in encoder.encode([Document(text, "") for text in texts])] == expected
-
-
 def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -226,46 +177,6 @@ def test_a_tokenizer_that_is_not_there(base: Path, path: str) -> None:
     assert path in str(caught.value)
 
 
-def test_a_trained_tokenizer_is_the_same_bytes_each_time(tmp_path: Path) -> None:
-    settings = TokenizerTraining(vocab_size=320)
-    code = (
-        "import sys; from ptft_dist.data.tokenizer import *; from ptft_dist.config.recipe import TokenizerTraining;"
-        f"train_tokenizer(TokenizerTraining(vocab_size=320), {DOCUMENTS!r}).save_pretrained(sys.argv[1])"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "other")], check=True, env=os.environ | {"PYTHONHASHSEED": "7"}
-    )
-    train_tokenizer(settings, DOCUMENTS).save_pretrained(tmp_path / "here")
-    assert (tmp_path / "here/tokenizer.json").read_bytes() == (tmp_path / "other/tokenizer.json").read_bytes()
-
-
-def test_the_trained_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=290), DOCUMENTS)
-    assert len(tokenizer) == 290
-    assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ("<|endoftext|>", "<|bos|>", "<|pad|>")
-    assert len({tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id}) == 3
-    for text in ("ünïcödé 你好 🙂\x00\r\n", "  spaces  ", " x", "it's"):
-        assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
-    assert not caplog.records
-
-    assert len(train_tokenizer(TokenizerTraining(vocab_size=5000), DOCUMENTS)) < 5000
-    assert "5000 tokens were asked for" in caplog.text
-    with pytest.raises(RecipeError, match=r"258 is too small.*259"):
-        train_tokenizer(TokenizerTraining(vocab_size=258), DOCUMENTS)
-
-
-def test_max_megabytes_takes_the_first_documents() -> None:
-    taken = []
-
-    def texts() -> Any:
-        for text in ("a" * 600, "b" * 600, "c" * 600):
-            taken.append(text[0])
-            yield text
-
-    train_tokenizer(TokenizerTraining(vocab_size=260, max_megabytes=0.001), texts())
-    assert taken == ["a", "b"]
-
-
 def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
@@ -310,130 +221,6 @@ def test_every_mistake_in_the_sources_is_listed(base: Path, tokenizer_dir: Path)
     assert keys == ["data.train[0].path", "data.train[1].path", "data.validation[0].path"]
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (module, "write_stores")])
-def test_a_source_that_changes_underneath_is_an_error(
-    base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
-) -> None:
-    work = getattr(owner, name)
-
-    def work_and_change(*args: Any, **kwargs: Any) -> Any:
-        result = work(*args, **kwargs)
-        with (base / "text.txt").open("a") as file:
-            file.write("one more\n")
-        return result
-
-    monkeypatch.setattr(owner, name, work_and_change)
-    with pytest.raises(DataError, match="changed while"):
-        prepare(recipe({"vocab_size": 300}), base)
-    built = "tokenizers" if name == "train_tokenizer" else "stores"
-    assert list((base / "cache" / built).glob("*/")) == []
-
-
-def test_where_the_cache_is(base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PTFT_CACHE", str(tmp_path / "by environment"))
-    assert prepare(recipe(tokenizer_dir, cache_dir=None), base).train.path.is_relative_to(tmp_path / "by environment")
-    assert prepare(recipe(tokenizer_dir), base).train.path.is_relative_to(base / "cache")
-    (base / "in the way").write_text("")
-    with pytest.raises(RecipeError, match=r"cannot be created.*PTFT_CACHE"):
-        prepare(recipe(tokenizer_dir, cache_dir="in the way/cache"), base)
-
-
-def test_a_full_disk_is_explained_and_leaves_nothing(
-    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def disk_full(_: StoreWriter) -> dict[str, Any]:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(StoreWriter, "close", disk_full)
-    with pytest.raises(PtftError, match=r"No space left on device.*PTFT_CACHE"):
-        prepare(recipe(tokenizer_dir), base)
-    assert [path for path in (base / "cache/stores").iterdir() if path.suffix != ".lock"] == []
-
-
-def test_the_same_again_is_found_and_nothing_is_written(base: Path) -> None:
-    wanted = recipe({"vocab_size": 300}, validation=0.3)
-    first = prepare(wanted, base)
-    before = snapshot(base / "cache/stores") | snapshot(base / "cache/tokenizers")
-    started = time.perf_counter()
-    second = prepare(wanted, base)
-    assert time.perf_counter() - started < 0.5
-    assert (first.from_cache, second.from_cache) == (False, True)
-    assert snapshot(base / "cache/stores") | snapshot(base / "cache/tokenizers") == before
-    assert all_ids(second.train) == all_ids(first.train)
-    assert (second.fingerprint, second.report) == (first.fingerprint, first.report)
-
-
-def test_a_hit_imports_nothing_heavy(base: Path) -> None:
-    wanted = recipe({"vocab_size": 300})
-    prepare(wanted, base)
-    code = (
-        "import sys; from pathlib import Path; from ptft_dist.config.recipe import Recipe\n"
-        "from ptft_dist.data.prepare import prepare\n"
-        f"prepared = prepare(Recipe.model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
-        "print(prepared.from_cache, {'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code, wanted.model_dump_json(exclude_unset=True)]
-    assert subprocess.check_output(command, text=True).strip() == "True set()"
-
-
-def test_a_deleted_tokenizer_comes_back(base: Path) -> None:
-    wanted = recipe({"vocab_size": 300})
-    first = prepare(wanted, base)
-    before = tokenizer_fingerprint(load_tokenizer(first.tokenizer_path))
-    for file in first.tokenizer_path.iterdir():
-        file.unlink()
-    first.tokenizer_path.rmdir()
-    again = prepare(wanted, base)
-    assert again.from_cache
-    assert tokenizer_fingerprint(load_tokenizer(again.tokenizer_path)) == before
-
-
-def kill(*_: Any, **__: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-KILLED_AT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "learning the tokenizer": (module, "train_tokenizer", kill),
-    "encoding": (DocumentEncoder, "encode", kill),
-    "finishing a store": (StoreWriter, "close", kill),
-    "flushing": (cache, "_flush", kill),
-    "after the rename": (cache, "_fsync", lambda path: kill() if path.name in ("stores", "tokenizers") else None),
-    "writing the memo": (cache.HashMemo, "_save", kill),
-}
-
-
-@pytest.mark.parametrize("moment", KILLED_AT)
-def test_killed_at_any_moment_the_cache_stays_whole(base: Path, moment: str) -> None:
-    wanted = recipe({"vocab_size": 300}, validation=0.3)
-    owner, name, deadly = KILLED_AT[moment]
-    child = os.fork()
-    if child == 0:
-        setattr(owner, name, deadly)
-        try:
-            prepare(wanted, base, progress=False)
-        finally:
-            os._exit(1)  # not reached if the child was killed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-
-    again = prepare(wanted, base, progress=False)
-    expected = prepare(recipe({"vocab_size": 300}, validation=0.3, cache_dir="fresh"), base, progress=False)
-    assert all_ids(again.train) == all_ids(expected.train)
-    assert list((base / "cache").rglob("*.building-*")) == []
-    assert prepare(wanted, base, progress=False).from_cache
-
-
-def test_what_a_killed_build_of_something_else_left_is_removed(base: Path, tokenizer_dir: Path) -> None:
-    dead = base / "cache/stores/0123.building-99999@host"
-    (dead / "train").mkdir(parents=True)
-    alive = base / "cache/stores/4567.building-99998@host"
-    alive.mkdir()
-    with cache.FileLock(base / "cache/stores/4567.lock"):
-        prepare(recipe(tokenizer_dir), base)
-        assert not dead.exists()
-        assert alive.exists()
-
-
 def test_progress_tells_and_silence_is_silent(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,30 +233,6 @@ def test_progress_tells_and_silence_is_silent(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     prepare(recipe({"vocab_size": 300}, cache_dir="third"), base)
     assert "encoding" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["report.json", "train/tokens.bin", "train/store.json", "validation"])
-def test_damaged_data_are_refused_with_the_remedy(base: Path, tokenizer_dir: Path, name: str) -> None:
-    wanted = recipe(tokenizer_dir, validation=0.3)
-    directory = prepare(wanted, base).train.path.parent
-    if (directory / name).is_dir():
-        shutil.rmtree(directory / name)
-    else:
-        (directory / name).write_bytes((directory / name).read_bytes()[:-3])
-    with pytest.raises(DataError, match=f"damaged.*\nDelete {directory} and start again"):
-        prepare(wanted, base)
-    shutil.rmtree(directory)
-    assert not prepare(wanted, base).from_cache
-
-
-def test_the_result_survives_a_change_of_directory(
-    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    monkeypatch.chdir(base)
-    prepared = prepare(recipe({"vocab_size": 300}), Path())
-    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
-    assert TokenStore.open(prepared.train.path).tokens == prepared.train.tokens
-    assert prepared.tokenizer_path.is_dir()
 
 
 def test_a_tokenizer_of_the_hub_is_kept_as_a_copy(
@@ -503,10 +266,3 @@ def test_a_tokenizer_written_in_python(base: Path) -> None:
     tokenizer.save_pretrained(base / "bytes")
     assert prepare(recipe(base / "bytes"), base).train.documents == 60
     assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(load_tokenizer(base / "bytes"))
-
-
-def test_a_cache_that_cannot_be_written(base: Path, tokenizer_dir: Path) -> None:
-    (base / "cache").mkdir()
-    (base / "cache/hashes.lock").mkdir()  # as good as a read-only folder, and it stops the superuser too
-    with pytest.raises(PtftError, match=r"cannot be written.*PTFT_CACHE"):
-        prepare(recipe(tokenizer_dir), base)

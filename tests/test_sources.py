@@ -15,7 +15,6 @@ import pytest
 import zstandard
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.data import cache
 from ptft_dist.data.sources import HashMemo, check_sources, fingerprint_source, read_documents
 from ptft_dist.errors import DataError
 
@@ -363,64 +362,6 @@ def test_hub_data_set_from_a_local_directory(tmp_path: Path, monkeypatch: pytest
     assert fingerprint_source(source, tmp_path, memo) != fingerprint_source(
         Source(hub=name, field="body", split="train[:1]"), tmp_path, memo
     )
-
-
-def test_the_fingerprint_follows_contents_and_settings(tmp_path: Path) -> None:
-    def of(path: str = "a.txt", base: Path = tmp_path, **settings: Any) -> str:
-        memo = HashMemo(tmp_path / "hashes.json", print)
-        return fingerprint_source(Source(path=path, **settings), base, memo)
-
-    (tmp_path / "a.txt").write_text("one\n")
-    first = of()
-    different = {first, of(document="line"), of(document="paragraph"), of(limit=1), of(limit=2)}
-    (tmp_path / "a.txt").write_text("two\n")  # as long, and within the resolution of many a clock
-    different.add(of())
-    assert len(different) == 6
-
-    (tmp_path / "copy").mkdir()
-    (tmp_path / "copy/b.txt").write_text("two\n")
-    assert of("copy/b.txt") == of("b.txt", tmp_path / "copy") == of("copy/*.txt") == of()  # wherever it lies
-
-    (tmp_path / "a.jsonl").write_text("two\n")
-    assert of("a.jsonl") != of()  # the same bytes, read in another way
-
-
-def test_unchanged_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hashed = []
-    digest = cache.hashlib.file_digest
-    monkeypatch.setattr(cache.hashlib, "file_digest", lambda *a: hashed.append(a[0].name) or digest(*a))
-    monkeypatch.setattr(cache, "SETTLED_AFTER_NS", 0)
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    for file in files:
-        file.write_text(file.name)
-    memo_file = tmp_path / "hashes.json"
-
-    first = HashMemo(memo_file, print).digests(files)
-    assert hashed == [str(file) for file in files]
-    assert HashMemo(memo_file, print).digests(files) == first
-    assert len(hashed) == 2
-
-    files[1].write_text("changed")
-    second = HashMemo(memo_file, print).digests(files)
-    assert hashed[2:] == [str(files[1])]
-    assert (second[0] == first[0], second[1] == first[1]) == (True, False)
-
-    memo_file.write_text("damaged")
-    assert HashMemo(memo_file, print).digests(files) == second
-
-
-def test_a_file_written_a_moment_ago_is_not_trusted_by_its_time_stamp(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one")
-    HashMemo(tmp_path / "hashes.json", print).digests([tmp_path / "a.txt"])
-    assert json.loads((tmp_path / "hashes.json").read_text()) == {}
-
-
-def test_a_file_that_grows_while_it_is_hashed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, digest = tmp_path / "a.txt", cache.hashlib.file_digest
-    file.write_text("one")
-    monkeypatch.setattr(cache.hashlib, "file_digest", lambda *a: (file.write_text("one more"), digest(*a))[1])
-    with pytest.raises(DataError, match=f"{file}: the file changes while it is read"):
-        HashMemo(tmp_path / "hashes.json", print).digests([file])
 
 
 def test_sources_import_nothing_heavy() -> None:

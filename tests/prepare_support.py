@@ -1,0 +1,44 @@
+"""What the tests of `prepare` share: a few short documents, a tokenizer learned from them, and recipes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.store import TokenStore
+from ptft_dist.data.tokenizer import train_tokenizer
+
+SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards watch in silence and it's 42"
+DOCUMENTS = [f"{SENTENCE[i % 17 :: 1 + i % 3]} number {i}" for i in range(60)]
+
+
+def save_tokenizer(directory: Path) -> Path:
+    train_tokenizer(TokenizerTraining(vocab_size=300), DOCUMENTS).save_pretrained(directory)
+    return directory
+
+
+def write_text(base: Path) -> Path:
+    """Make `base` a recipe's directory, with one file, a document a line."""
+    (base / "text.txt").write_text("\n".join(DOCUMENTS))
+    return base
+
+
+def recipe(tokenizer: Path | str | dict[str, Any], clm: dict[str, Any] | None = None, **data: Any) -> Recipe:
+    train = [{"path": "text.txt", "document": "line"}]
+    return Recipe.model_validate(
+        {
+            "task": "clm",
+            "model": {"config": {"model_type": "llama"}},
+            "tokenizer": {"train": tokenizer} if isinstance(tokenizer, dict) else {"path": str(tokenizer)},
+            "data": {"train": train, "max_length": 16, "cache_dir": "cache"} | data,
+            "clm": clm or {},
+            "batch": {"global_size": 1, "micro_size": 1},
+            "train": {"max_steps": 1},
+            "run_dir": "run",
+        }
+    )
+
+
+def all_ids(store: TokenStore) -> list[int]:
+    return [token for i in range(len(store)) for token in store.row(i).input_ids.tolist()]

@@ -1,0 +1,194 @@
+"""The cache of prepared data: where it is, when it is used, and what is left of it after a violent end."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prepare_support import all_ids, recipe, save_tokenizer, write_text
+
+from ptft_dist.data import cache
+from ptft_dist.data import prepare as module
+from ptft_dist.data.prepare import prepare
+from ptft_dist.data.store import StoreWriter, TokenStore
+from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint
+from ptft_dist.errors import DataError, PtftError, RecipeError
+
+
+@pytest.fixture(scope="session")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return write_text(tmp_path)
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time stamp of each file but the locks."""
+    files = [path for path in directory.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+
+
+@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (module, "write_stores")])
+def test_a_source_that_changes_underneath_is_an_error(
+    base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
+) -> None:
+    work = getattr(owner, name)
+
+    def work_and_change(*args: Any, **kwargs: Any) -> Any:
+        result = work(*args, **kwargs)
+        with (base / "text.txt").open("a") as file:
+            file.write("one more\n")
+        return result
+
+    monkeypatch.setattr(owner, name, work_and_change)
+    with pytest.raises(DataError, match="changed while"):
+        prepare(recipe({"vocab_size": 300}), base)
+    built = "tokenizers" if name == "train_tokenizer" else "stores"
+    assert list((base / "cache" / built).glob("*/")) == []
+
+
+def test_where_the_cache_is(base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PTFT_CACHE", str(tmp_path / "by environment"))
+    assert prepare(recipe(tokenizer_dir, cache_dir=None), base).train.path.is_relative_to(tmp_path / "by environment")
+    assert prepare(recipe(tokenizer_dir), base).train.path.is_relative_to(base / "cache")
+    (base / "in the way").write_text("")
+    with pytest.raises(RecipeError, match=r"cannot be created.*PTFT_CACHE"):
+        prepare(recipe(tokenizer_dir, cache_dir="in the way/cache"), base)
+
+
+def test_a_full_disk_is_explained_and_leaves_nothing(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def disk_full(_: StoreWriter) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StoreWriter, "close", disk_full)
+    with pytest.raises(PtftError, match=r"No space left on device.*PTFT_CACHE"):
+        prepare(recipe(tokenizer_dir), base)
+    assert [path for path in (base / "cache/stores").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_the_same_again_is_found_and_nothing_is_written(base: Path) -> None:
+    wanted = recipe({"vocab_size": 300}, validation=0.3)
+    first = prepare(wanted, base)
+    before = snapshot(base / "cache/stores") | snapshot(base / "cache/tokenizers")
+    started = time.perf_counter()
+    second = prepare(wanted, base)
+    assert time.perf_counter() - started < 0.5
+    assert (first.from_cache, second.from_cache) == (False, True)
+    assert snapshot(base / "cache/stores") | snapshot(base / "cache/tokenizers") == before
+    assert all_ids(second.train) == all_ids(first.train)
+    assert (second.fingerprint, second.report) == (first.fingerprint, first.report)
+
+
+def test_a_hit_imports_nothing_heavy(base: Path) -> None:
+    wanted = recipe({"vocab_size": 300})
+    prepare(wanted, base)
+    code = (
+        "import sys; from pathlib import Path; from ptft_dist.config.recipe import Recipe\n"
+        "from ptft_dist.data.prepare import prepare\n"
+        f"prepared = prepare(Recipe.model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
+        "print(prepared.from_cache, {'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, wanted.model_dump_json(exclude_unset=True)]
+    assert subprocess.check_output(command, text=True).strip() == "True set()"
+
+
+def test_a_deleted_tokenizer_comes_back(base: Path) -> None:
+    wanted = recipe({"vocab_size": 300})
+    first = prepare(wanted, base)
+    before = tokenizer_fingerprint(load_tokenizer(first.tokenizer_path))
+    for file in first.tokenizer_path.iterdir():
+        file.unlink()
+    first.tokenizer_path.rmdir()
+    again = prepare(wanted, base)
+    assert again.from_cache
+    assert tokenizer_fingerprint(load_tokenizer(again.tokenizer_path)) == before
+
+
+def kill(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+KILLED_AT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
+    "learning the tokenizer": (module, "train_tokenizer", kill),
+    "encoding": (DocumentEncoder, "encode", kill),
+    "finishing a store": (StoreWriter, "close", kill),
+    "flushing": (cache, "_flush", kill),
+    "after the rename": (cache, "_fsync", lambda path: kill() if path.name in ("stores", "tokenizers") else None),
+    "writing the memo": (cache.HashMemo, "_save", kill),
+}
+
+
+@pytest.mark.parametrize("moment", KILLED_AT)
+def test_killed_at_any_moment_the_cache_stays_whole(base: Path, moment: str) -> None:
+    wanted = recipe({"vocab_size": 300}, validation=0.3)
+    owner, name, deadly = KILLED_AT[moment]
+    child = os.fork()
+    if child == 0:
+        setattr(owner, name, deadly)
+        try:
+            prepare(wanted, base, progress=False)
+        finally:
+            os._exit(1)  # not reached if the child was killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+    again = prepare(wanted, base, progress=False)
+    expected = prepare(recipe({"vocab_size": 300}, validation=0.3, cache_dir="fresh"), base, progress=False)
+    assert all_ids(again.train) == all_ids(expected.train)
+    assert list((base / "cache").rglob("*.building-*")) == []
+    assert prepare(wanted, base, progress=False).from_cache
+
+
+def test_what_a_killed_build_of_something_else_left_is_removed(base: Path, tokenizer_dir: Path) -> None:
+    dead = base / "cache/stores/0123.building-99999@host"
+    (dead / "train").mkdir(parents=True)
+    alive = base / "cache/stores/4567.building-99998@host"
+    alive.mkdir()
+    with cache.FileLock(base / "cache/stores/4567.lock"):
+        prepare(recipe(tokenizer_dir), base)
+        assert not dead.exists()
+        assert alive.exists()
+
+
+@pytest.mark.parametrize("name", ["report.json", "train/tokens.bin", "train/store.json", "validation"])
+def test_damaged_data_are_refused_with_the_remedy(base: Path, tokenizer_dir: Path, name: str) -> None:
+    wanted = recipe(tokenizer_dir, validation=0.3)
+    directory = prepare(wanted, base).train.path.parent
+    if (directory / name).is_dir():
+        shutil.rmtree(directory / name)
+    else:
+        (directory / name).write_bytes((directory / name).read_bytes()[:-3])
+    with pytest.raises(DataError, match=f"damaged.*\nDelete {directory} and start again"):
+        prepare(wanted, base)
+    shutil.rmtree(directory)
+    assert not prepare(wanted, base).from_cache
+
+
+def test_the_result_survives_a_change_of_directory(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.chdir(base)
+    prepared = prepare(recipe({"vocab_size": 300}), Path())
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    assert TokenStore.open(prepared.train.path).tokens == prepared.train.tokens
+    assert prepared.tokenizer_path.is_dir()
+
+
+def test_a_cache_that_cannot_be_written(base: Path, tokenizer_dir: Path) -> None:
+    (base / "cache").mkdir()
+    (base / "cache/hashes.lock").mkdir()  # as good as a read-only folder, and it stops the superuser too
+    with pytest.raises(PtftError, match=r"cannot be written.*PTFT_CACHE"):
+        prepare(recipe(tokenizer_dir), base)
