@@ -41,7 +41,7 @@ from ptft_dist.models.load import build_config, build_model, flops_per_token
 from ptft_dist.resume import Resume
 from ptft_dist.run_files import FailureReport, lock_run_dir, make_run_dir, write_result, write_start
 from ptft_dist.stopping import StopRequest
-from ptft_dist.tasks import Task, build_task
+from ptft_dist.tasks import Task, task_class
 from ptft_dist.trainer import Outcome, Trainer
 
 
@@ -83,6 +83,9 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     quiet_libraries()
     prepared = get_data(loaded, where, tell)
     check_launch(recipe)
+    kind_of_task = task_class(recipe.task)
+    if recipe.eval.metric not in kind_of_task.metric_names:
+        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(kind_of_task.metric_names)}")
     shape = batch_shape(recipe, where.world_size)
     plan = plan_updates(recipe, prepared, shape)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
@@ -96,9 +99,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, deepspeed_settings(recipe, shape, knobs))
-    task = build_task(recipe, pad_id(tokenizer), len(tokenizer), engine.device)
-    if recipe.eval.metric not in task.metric_names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(task.metric_names)}")
+    task = kind_of_task(recipe, pad_id(tokenizer), len(tokenizer), engine.device)
     model = prepare_network(recipe, engine, task, config)
     checkpoint = resume.choose(engine, tell)
     first_step = 0 if checkpoint is None else checkpoint.step

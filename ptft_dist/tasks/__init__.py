@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import import_module
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from ptft_dist.batches import Batch
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 
 TASKS = {"clm": "ptft_dist.tasks.clm:CausalLM"}
@@ -45,7 +44,7 @@ class Probe(Protocol):
     def check(self, outputs: torch.Tensor) -> None: ...
 
 
-def build_task(recipe: Recipe, pad_id: int, vocab_size: int, device: torch.device) -> Task:
-    module, name = TASKS[recipe.task].split(":")
-    task: Task = getattr(import_module(module), name)(recipe, pad_id, vocab_size, device)
-    return task
+def task_class(name: str) -> Any:
+    """The class that TASKS names; made with (recipe, pad_id, vocab_size, device), it is a Task."""
+    module, attribute = TASKS[name].split(":")
+    return getattr(import_module(module), attribute)
