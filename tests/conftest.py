@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import write_documents
+from support import kill_leftovers, write_documents
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What PTFT_CACHE is for every run that `support.start` starts."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    yield
+    kill_leftovers()

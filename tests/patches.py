@@ -49,3 +49,17 @@ def slow_updates(seconds: str) -> None:
         return report
 
     Trainer.update = slow  # type: ignore[method-assign]
+
+
+def hang_in_save(step: str) -> None:
+    """Never finish the checkpoint of this step: its files are there, its manifest is not."""
+    from ptft_dist import checkpoint
+
+    seal = checkpoint._seal
+
+    def hang(path: Path) -> dict[str, Any]:
+        if f"step-{int(step):08d}" in str(path):
+            time.sleep(600)
+        return seal(path)
+
+    checkpoint._seal = hang

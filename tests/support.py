@@ -36,6 +36,7 @@ QUIET_MACHINE = {
     "HF_HUB_OFFLINE": "1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+COMMAND = [sys.executable, "-m", "ptft_dist"]
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Imported once by the server. What a forked process finds here it does not import again.
@@ -121,7 +122,7 @@ def ptft(
     *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 180
 ) -> subprocess.CompletedProcess[str]:
     """The command line itself, to its end."""
-    words = [sys.executable, "-m", "ptft_dist", *args]
+    words = [*COMMAND, *args]
     return subprocess.run(
         words, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout_s, check=False
     )
@@ -177,6 +178,11 @@ class Start:
             raise AssertionError(f"still running after {timeout_s} s\n{self.stderr}")
         return next((code for code in self.exit_codes if code), 0)
 
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
+        """Wait while all ranks run."""
+        wait_until(lambda: condition() or not all(p.is_alive() for p in self.processes), what, timeout_s)
+        assert condition(), f"a rank ended before {what}:\n{self.stderr}"
+
     def kill(self) -> None:
         """SIGKILL to all at once."""
         for process in self.processes:
@@ -207,6 +213,17 @@ class Start:
             yield Path(f"{self.output}-{rank}{ending}").read_text()
 
 
+STARTED: list[Start] = []
+
+
+def kill_leftovers() -> None:
+    """End what a failed test left running."""
+    for run in STARTED:
+        if run.running:
+            run.kill()
+    STARTED.clear()
+
+
 def start(
     *args: str,
     cwd: Path,
@@ -232,7 +249,8 @@ def start(
         )
         process.start()
         processes.append(process)
-    return Start(processes, output)
+    STARTED.append(Start(processes, output))
+    return STARTED[-1]
 
 
 def rank_variables(rank: int, ranks: int, port: int, kind: str) -> dict[str, str]:
