@@ -16,7 +16,7 @@ from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks import build_task
+from ptft_dist.tasks import task_class
 from ptft_dist.tasks.clm import CausalLM
 
 VOCAB, PAD = 40, 39
@@ -39,6 +39,15 @@ TINY: dict[str, dict[str, Any]] = {
         "embd_pdrop": 0,
         "attn_pdrop": 0,
     },
+    "marian": {
+        "d_model": 32,
+        "decoder_layers": 2,
+        "decoder_attention_heads": 4,
+        "decoder_ffn_dim": 48,
+        "is_decoder": True,
+        "pad_token_id": PAD,
+        "decoder_vocab_size": VOCAB,
+    },
     "mamba": {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 2},
 }
 
@@ -59,7 +68,7 @@ def recipe(**clm: Any) -> Recipe:
 
 
 def clm(**settings: Any) -> CausalLM:
-    task = build_task(recipe(**settings), PAD, VOCAB, torch.device("cpu"))
+    task = task_class("clm")(recipe(**settings), PAD, VOCAB, torch.device("cpu"))
     assert isinstance(task, CausalLM)
     return task
 
@@ -270,6 +279,23 @@ def test_a_network_that_ignores_positions_is_refused() -> None:
 
     with pytest.raises(RecipeError, match="see each other"):
         ask(clm(), Changed(network("llama").eval(), drop))
+
+
+def test_a_network_that_counts_positions_on_through_the_row_is_refused() -> None:
+    """It may well keep documents apart; but one that begins at position 8 is not the document alone."""
+
+    def count_on(inputs: dict[str, Any]) -> dict[str, Any]:
+        # A gap of more than one position also tells transformers that another document begins.
+        positions = inputs["position_ids"]
+        return {**inputs, "position_ids": positions + 20 * (positions == 0).cumsum(dim=-1) - 20}
+
+    for model_type in [
+        "gpt2",
+        "marian",
+    ]:  # marian leaves position_ids unread, and so lightly that fresh weights hide it
+        model = fresh_network(model_type).eval()
+        with pytest.raises(RecipeError, match="see each other"):
+            ask(clm(), Changed(model, count_on) if model_type == "gpt2" else model)
 
 
 def test_a_network_that_gives_nan_is_refused() -> None:
