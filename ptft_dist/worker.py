@@ -24,7 +24,7 @@ from ptft_dist.batches import Batch, Shape, SupervisedBatches, UpdateDataset, mi
 from ptft_dist.checkpoint import Checkpoints, read_checkpoint, verify
 from ptft_dist.config.identity import identity
 from ptft_dist.config.load import Loaded, dump_resolved
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.recipe import ModelSection, Recipe
 from ptft_dist.config.resolve import BatchShape, batch_shape
 from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.prepare import Prepared, describe, prepare
@@ -37,7 +37,7 @@ from ptft_dist.hardware import peak_flops
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
 from ptft_dist.launch.environment import Place, check_launch, place
 from ptft_dist.metrics import JsonLines, Sink, TensorBoard, Terminal, say
-from ptft_dist.models.load import build_config, build_model, flops_per_token
+from ptft_dist.models.load import build_config, build_model, flops_per_token, local_or_hub
 from ptft_dist.resume import Resume
 from ptft_dist.run_files import FailureReport, lock_run_dir, make_run_dir, write_result, write_start
 from ptft_dist.stopping import StopRequest
@@ -88,8 +88,9 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
         raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(kind_of_task.metric_names)}")
     shape = batch_shape(recipe, where.world_size)
     plan = plan_updates(recipe, prepared, shape)
-    tokenizer = load_tokenizer(prepared.tokenizer_path)
-    config = build_config(recipe.model, tokenizer, recipe.data.max_length)
+    tokenizer = load_tokenizer(prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
+    network = local_or_hub(recipe.model, loaded.base)
+    config = build_config(network, tokenizer, recipe.data.max_length)
     knobs = deepspeed_config_of_launch()
     kind = planned_kind(where.world_size, knobs)
     checkpoints = Checkpoints(run_dir / "checkpoints")
@@ -100,7 +101,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, deepspeed_settings(recipe, shape, knobs))
     task = kind_of_task(recipe, pad_id(tokenizer), len(tokenizer), engine.device)
-    model = prepare_network(recipe, engine, task, config)
+    model = prepare_network(recipe, network, engine, task, config)
     checkpoint = resume.choose(engine, tell)
     first_step = 0 if checkpoint is None else checkpoint.step
     facts = {"identity": who, "kind": engine.kind, "world_size": engine.world_size, "total_steps": plan.total_steps}
@@ -189,12 +190,14 @@ def deepspeed_settings(recipe: Recipe, shape: BatchShape, knobs: dict[str, Any] 
     return complete_deepspeed_config(knobs, recipe.train.precision, norm, micro_size, shape.accumulation)
 
 
-def prepare_network(recipe: Recipe, engine: Engine, task: Task, config: PretrainedConfig) -> PreTrainedModel:
+def prepare_network(
+    recipe: Recipe, section: ModelSection, engine: Engine, task: Task, config: PretrainedConfig
+) -> PreTrainedModel:
     """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
-    with engine.building(pretrained=recipe.model.path is not None):
-        model = build_model(recipe.model, config, recipe.train.seed)
+    with engine.building(pretrained=section.path is not None):
+        model = build_model(section, config, recipe.train.seed)
     task.install(model)
-    if recipe.model.compile:
+    if section.compile:
         model.compile(dynamic=True)
     engine.prepare(model, recipe.optim)
     probe = task.probe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
+
+
+def local_or_hub(section: ModelSection, base: Path) -> ModelSection:
+    """The section with a relative model.path made absolute, if a directory is there: beside the recipe, or from here.
+
+    Raises RecipeError if the path can only be a directory and there is none; other names are the Hub's.
+    """
+    if section.path is None:
+        return section
+    given = Path(section.path).expanduser()
+    for candidate in (base / given, given.absolute()):
+        if candidate.is_dir():
+            return section.model_copy(update={"path": str(candidate)})
+    if given.is_absolute() or section.path.startswith(".") or section.path.count("/") > 1:
+        raise RecipeError(f"model.path: there is no directory {section.path}, neither in {base} nor in {Path.cwd()}")
+    return section
 
 
 def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PretrainedConfig:
