@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -13,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from ptft_dist import __version__
@@ -75,16 +77,18 @@ class FailureReport:
     def __init__(self, run_dir: Path, where: Place) -> None:
         self.run_dir, self.where = run_dir, where
         self.log = run_dir / "logs" / f"rank-{where.rank}.log"
-        # The launcher's process is the parent of all local ranks, so its number names this start.
-        self.claim = run_dir / "logs" / f".failed-{socket.gethostname()}-{os.getppid()}"
-        self.claim.unlink(missing_ok=True)
+        host = socket.gethostname()
+        self.claim = run_dir / "logs" / f".failed-{host}-{_this_start()}"
+        for old in self.claim.parent.glob(f".failed-{host}-*"):
+            if old != self.claim:  # this one may be there: a faster rank has failed before this one began
+                old.unlink(missing_ok=True)
 
     def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
         trace = traceback.format_exc()
         with self.log.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.where.rank} failed\n{trace}\n")
         try:
-            self.claim.touch(exist_ok=False)
+            self.claim.touch(exist_ok=self.where.world_size == 1)
         except FileExistsError:
             return  # another rank failed first; this failure most likely follows from that one
         who = f"rank {self.where.rank} failed first: " if self.where.world_size > 1 else ""
@@ -98,3 +102,15 @@ class FailureReport:
             self.run_dir,
             {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"},
         )
+
+
+def _this_start() -> str:
+    """A name that all ranks of this start on this machine share, and no other start: their launcher is their parent.
+
+    Its number alone would come back, in a container at every start.
+    """
+    launcher = os.getppid()
+    began = 0.0
+    with contextlib.suppress(psutil.Error):  # process 0 is the parent where this one is the first in its container
+        began = psutil.Process(launcher).create_time()
+    return f"{launcher}-{began:.2f}-{os.environ.get('MASTER_PORT', '')}"
