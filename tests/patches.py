@@ -63,3 +63,62 @@ def hang_in_save(step: str) -> None:
         return seal(path)
 
     checkpoint._seal = hang
+
+
+def record_rows() -> None:
+    """Append which rows this rank gets in which update to rows-RANK.jsonl."""
+    from ptft_dist import batches
+
+    get, read = batches.UpdateDataset.__getitem__, batches.TokenStore.row
+    taken: list[int] = []
+
+    def watched_read(self: Any, i: int) -> Any:
+        taken.append(i)
+        return read(self, i)
+
+    def watched_get(self: Any, step: int) -> Any:
+        taken.clear()
+        group = get(self, step)
+        with Path(f"rows-{os.environ.get('RANK', '0')}.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step + 1, "rows": taken}) + "\n")
+        return group
+
+    batches.TokenStore.row = watched_read  # type: ignore[method-assign]
+    batches.UpdateDataset.__getitem__ = watched_get  # type: ignore[method-assign]
+
+
+def raise_in_rank(rank: str, step: str) -> None:
+    """This rank fails in this update, before it moves its weights."""
+    from ptft_dist.trainer import Trainer
+
+    update = Trainer.update
+
+    def failing(self: Trainer, group: Any) -> Any:
+        if os.environ.get("RANK", "0") == rank and self.progress.step + 1 == int(step):
+            raise RuntimeError("made to fail by a test")
+        return update(self, group)
+
+    Trainer.update = failing  # type: ignore[method-assign]
+
+
+def begin_after_rank_0_failed() -> None:
+    """Other ranks come late to a start that rank 0 has already given up."""
+    log = Path("run/logs/rank-0.log")
+    if os.environ.get("RANK", "0") == "0":
+        log.unlink(missing_ok=True)
+        return
+    time.sleep(0.3)
+    while not log.exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+
+
+if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ranks that a real launcher starts
+    import sys
+
+    from support import apply
+
+    from ptft_dist.cli import main
+
+    apply(sys.argv.pop(1))
+    main()

@@ -1,0 +1,181 @@
+"""Stopping in order to go on later, and ranks that die: one exit code that tells which, and nobody left waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from support import COMMAND, ROOT, environment, last_step, outcome, start, wait_until, write_recipe
+
+STEPS = 40
+SLOW = ["slow_updates:0.05"]
+
+
+def prepare_folder(folder: Path, documents: Path, steps: int = STEPS) -> None:
+    dropout = {"config": {"attention_dropout": 0.1}}
+    write_recipe(folder, documents, model=dropout, train={"max_steps": steps}, save={"every": 30}, eval={"every": None})
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: Path) -> Callable[[int], dict[str, Any]]:
+    """The outcome of a run that was never stopped, by its number of ranks."""
+    finished: dict[int, dict[str, Any]] = {}
+
+    def provide(ranks: int) -> dict[str, Any]:
+        if ranks not in finished:
+            folder = tmp_path_factory.mktemp("whole")
+            prepare_folder(folder, documents)
+            run = start("train", "recipe.yaml", cwd=folder, cache=cache, ranks=ranks)
+            assert run.wait() == 0, run.stderr
+            finished[ranks] = outcome(folder / "run")
+        return finished[ranks]
+
+    return provide
+
+
+def stopped_at(run_dir: Path, reason: str) -> int:
+    """Check that the run says it was stopped, and saved what it had done; the update."""
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("preempted", 75)
+    assert reason in result["reason"]
+    step: int = result["steps"]
+    assert 0 < step < STEPS
+    assert last_step(run_dir) == step
+    assert (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
+    assert not (run_dir / "model").exists()
+    return step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process(
+    tmp_path: Path, documents: Path, cache: Path, whole: Callable[[int], dict[str, Any]], number: int
+) -> None:
+    prepare_folder(tmp_path, documents)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=SLOW)
+    run.until(lambda: last_step(tmp_path / "run") >= 2, "update 2")
+    os.kill(run.processes[0].pid or 0, number)
+    assert run.wait() == 75, run.stderr
+    step = stopped_at(tmp_path / "run", signal.Signals(number).name)
+
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    assert f"resumed from run/checkpoints/step-{step:08d}" in run.stderr
+    assert outcome(tmp_path / "run") == whole(1)
+
+
+def test_a_stop_file_for_two_processes(
+    tmp_path: Path, documents: Path, cache: Path, whole: Callable[[int], dict[str, Any]]
+) -> None:
+    prepare_folder(tmp_path, documents)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=SLOW)
+    run.until(lambda: last_step(tmp_path / "run") >= 2, "update 2")
+    (tmp_path / "run/stop").touch()
+    assert run.wait() == 75, run.stderr
+    assert run.exit_codes == [75, 75]
+    stopped_at(tmp_path / "run", "run/stop")
+    assert not (tmp_path / "run/stop").exists()
+
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
+    assert run.wait() == 0, run.stderr
+    assert outcome(tmp_path / "run") == whole(2)
+
+
+# --- through the launcher ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(tmp_path: Path, documents: Path, cache: Path) -> Iterator[Callable[..., psutil.Popen]]:
+    """Start a command in the background; whatever is left of it is killed at the end."""
+    prepare_folder(tmp_path, documents, steps=4000)
+    running: list[psutil.Popen] = []
+
+    def begin(words: list[str]) -> psutil.Popen:
+        stderr = (tmp_path / "stderr").open("w")
+        variables = environment({"PTFT_CACHE": str(cache)})
+        command = psutil.Popen(words, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL, stderr=stderr)
+        running.append(command)
+        wait_until(lambda: last_step(tmp_path / "run") >= 2 or not command.is_running(), "update 2", timeout_s=120)
+        return command
+
+    yield begin
+    for command in running:
+        family = [command, *command.children(recursive=True)] if command.is_running() else []
+        for process in family:
+            process.kill()
+
+
+TWO = [*COMMAND, "train", "recipe.yaml", "--launch", "cpu", "--processes", "2"]
+
+
+def test_sigterm_to_the_command_that_launched_two_processes(
+    tmp_path: Path, cache: Path, launched: Callable[..., psutil.Popen]
+) -> None:
+    command = launched(TWO)
+    family = command.children(recursive=True)
+    command.send_signal(signal.SIGTERM)
+    assert command.wait(timeout=60) == 75
+    assert not any(process.is_running() for process in family)
+    run_dir = tmp_path / "run"
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("preempted", 75)
+    assert not (run_dir / "stop").exists()
+    step = result["steps"]
+    assert last_step(run_dir) == step
+
+    # The next start goes on there, and not with the stop that is already honoured.
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
+    run.until(lambda: last_step(run_dir) >= step + 2, "two more updates")
+    run.kill()
+    assert f"resumed from run/checkpoints/step-{step:08d}" in run.stderr
+
+
+def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, launched: Callable[..., psutil.Popen]) -> None:
+    command = launched(TWO)
+    family = command.children(recursive=True)
+    ranks = [process for process in family if process.environ().get("RANK") == "1"]
+    victim = min(ranks, key=lambda process: process.create_time())
+    died = time.monotonic()
+    victim.kill()
+    code = command.wait(timeout=60)
+    psutil.wait_procs(family, timeout=20)
+    assert time.monotonic() - died < 20
+    assert code not in (0, 75)
+    assert not any(process.is_running() for process in family)
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
+    said = (tmp_path / "stderr").read_text()
+    assert "SIGKILL" in said
+    assert "rank      : 1" in said
+
+
+def test_a_rank_that_raises_is_named(tmp_path: Path, launched: Callable[..., psutil.Popen]) -> None:
+    accelerate = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(ROOT / "launch_configs/cpu.yaml"),
+    ]
+    accelerate += ["--num_processes", "2", "--main_process_port", "0"]
+    command = launched([*accelerate, str(ROOT / "tests/patches.py"), "raise_in_rank:1:4", "train", "recipe.yaml"])
+    started = time.monotonic()
+    assert command.wait(timeout=60) != 0
+    assert time.monotonic() - started < 20
+    said = (tmp_path / "stderr").read_text()
+    assert "error: rank 1 failed first: RuntimeError: made to fail by a test" in said
+    assert said.count("failed first") == 1
+    assert 'raise RuntimeError("made to fail by a test")' in said  # the traceback
+    assert "log: run/logs/rank-1.log" in said
+    assert "made to fail by a test" in (tmp_path / "run/logs/rank-1.log").read_text()
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["status"], result["exit_code"]) == ("failed", 1)
+    assert "rank 1" in result["error"]
+    assert last_step(tmp_path / "run") == 3
