@@ -7,9 +7,12 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 # Keys of metrics.jsonl that depend on the clock or the machine; all others are the same in a repeated run.
 TIMING_KEYS = frozenset({"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s"})
@@ -83,26 +86,43 @@ def _cut_after(path: Path, last_step: int) -> None:
 
 
 class TensorBoard:
-    """Scalars by step. On resume the curves go on at the checkpoint; points after it are purged."""
+    """Scalars by step. On resume the curves go on at the checkpoint; points after it are purged.
+
+    On a full disk its writer dies for good: the run goes on without it, for metrics.jsonl has the same numbers.
+    """
 
     def __init__(self, folder: Path, last_step: int, recipe_text: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else None)
+        self.folder = folder
+        # A start from zero purges too: there may be points of one that was killed before its first checkpoint.
+        self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else 0)
         if not last_step:
             fenced = "\n".join("    " + line for line in recipe_text.splitlines())
             self.writer.add_text("recipe", fenced, 0)
 
     def write(self, row: Mapping[str, Any]) -> None:
-        for key, value in row.items():
-            if key != "step" and isinstance(value, int | float):
-                self.writer.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
+        def add(writer: SummaryWriter) -> None:
+            for key, value in row.items():
+                if key != "step" and isinstance(value, int | float):
+                    writer.add_scalar(key if "/" in key else f"train/{key}", value, row["step"])
+
+        self._try(add)
 
     def flush(self) -> None:
-        self.writer.flush()
+        self._try(lambda writer: writer.flush())
 
     def close(self) -> None:
-        self.writer.close()
+        self._try(lambda writer: writer.close())
+
+    def _try(self, action: Callable[[SummaryWriter], None]) -> None:
+        if self.writer is None:
+            return
+        try:
+            action(self.writer)
+        except OSError as error:
+            say(f"{self.folder}: {error.strerror}; TensorBoard gets no more points until the next start")
+            self.writer = None
 
 
 class Terminal:

@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,11 @@ def write_start(run_dir: Path, loaded: Loaded, facts: dict[str, Any]) -> None:
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """result.json, replaced whole."""
     partial = run_dir / f".result-{os.getpid()}.json"
-    partial.write_text(json.dumps(result, indent=1))
-    partial.replace(run_dir / "result.json")
+    try:
+        partial.write_text(json.dumps(result, indent=1))
+        partial.replace(run_dir / "result.json")
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 class FailureReport:
@@ -85,12 +89,13 @@ class FailureReport:
 
     def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
         trace = traceback.format_exc()
-        with self.log.open("a") as file:
+        with _told(self.log), self.log.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.where.rank} failed\n{trace}\n")
-        try:
-            self.claim.touch(exist_ok=self.where.world_size == 1)
-        except FileExistsError:
-            return  # another rank failed first; this failure most likely follows from that one
+        with _told(self.claim):
+            try:
+                self.claim.touch(exist_ok=self.where.world_size == 1)
+            except FileExistsError:
+                return  # another rank failed first; this failure most likely follows from that one
         who = f"rank {self.where.rank} failed first: " if self.where.world_size > 1 else ""
         what = str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}"
         if "closed by peer" in what or "reset by peer" in what:
@@ -98,10 +103,18 @@ class FailureReport:
         if not isinstance(error, PtftError):
             say(trace)
         say(f"error: {who}{what}" + ("" if isinstance(error, PtftError) else f"\nlog: {self.log}"))
-        write_result(
-            self.run_dir,
-            {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"},
-        )
+        result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
+        with _told(self.run_dir / "result.json"):
+            write_result(self.run_dir, result)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A file that cannot be written, on a full disk say, must not hide the failure that is being told."""
+    try:
+        yield
+    except OSError as error:
+        say(f"{path} cannot be written: {error.strerror}")
 
 
 def _this_start() -> str:
