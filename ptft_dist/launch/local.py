@@ -85,6 +85,10 @@ def local_processes(launch: str, processes: int | None, several: Machines | None
 def command(launch: str, processes: int | None, several: Machines | None, arguments: Sequence[str]) -> list[str]:
     """The `accelerate launch` command line that runs `ptft` with `arguments` on every rank."""
     path, deepspeed = launch_config(launch)
+    kind = str(YAML(typ="safe").load(path)["distributed_type"])
+    if kind not in ("NO", "MULTI_CPU"):
+        # Accelerate then goes through torchrun, which reads $$ as an escaped $ and fills in ${local_rank}.
+        arguments = [word.replace("$", "$$") for word in arguments]
     words = ["accelerate", "launch", "--config_file", str(path)]
     if processes is not None:
         words += ["--num_processes", str(processes)]
@@ -105,33 +109,48 @@ def launch(words: Sequence[str], run_dir: Path, threads: int) -> int:
 
     threads: what each rank computes with on the CPU, unless OMP_NUM_THREADS is set.
 
-    SIGTERM and SIGINT become the run directory's stop file: torchrun would kill the ranks 30 s after a signal, in the
-    middle of a save. A second SIGINT ends the ranks at once.
+    SIGTERM and SIGINT become the run directory's stop file: torchrun would kill the ranks seconds after a signal, in
+    the middle of a save. A second SIGINT ends the ranks at once. When this returns, SIGTERM stays ignored: one that
+    comes in the moment before the exit must not change the exit code.
     """
     print("+ " + shlex.join(words), file=sys.stderr, flush=True)
     started = time.time()
-    python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
-    # A session of their own keeps a terminal's Ctrl-C from the ranks; torchrun's own wait after a death is cut short.
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5", "OMP_NUM_THREADS": str(threads), **os.environ}
-    child = subprocess.Popen(python, start_new_session=True, env=environment)
+    stop_file = run_dir / "stop"
+    run_dir.mkdir(parents=True, exist_ok=True)
+    child: subprocess.Popen[bytes] | None = None
     asked = 0
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         nonlocal asked
         asked += 1
-        if asked > 1 and number == signal.SIGINT:
+        if asked == 1:
+            stop_file.touch()
+        elif number == signal.SIGINT and child is not None:
             os.killpg(child.pid, signal.SIGKILL)
-        elif asked == 1:
-            run_dir.mkdir(parents=True, exist_ok=True)
-            (run_dir / "stop").touch()
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    environment = {
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # torchrun's own wait after a death
+        "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # of torchrun itself
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+    }
     try:
+        # A session of their own keeps a terminal's Ctrl-C from the ranks. Slurm may still signal each process of a job:
+        # torchrun ignores SIGTERM, and so does a rank until it listens itself.
+        child = subprocess.Popen(python, start_new_session=True, preexec_fn=ignore_sigterm, env=environment)
         code = child.wait()
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        ignore_sigterm()
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        if asked:  # on another machine the run may have stopped before this one was asked to
+            stop_file.unlink(missing_ok=True)
     return own_exit_code(code, run_dir / "result.json", started)
+
+
+def ignore_sigterm() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def own_exit_code(code: int, result: Path, started: float) -> int:
