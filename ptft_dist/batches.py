@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -87,6 +88,11 @@ def mask_all(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {key: torch.full_like(x, -100) if key == "targets" else x for key, x in inputs.items()}
 
 
+def ignore_sigterm(_worker: int) -> None:
+    """Slurm and systemd may signal every process of a job; it is for the rank, which ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 class SupervisedBatches:
     """Groups for training on rows that are known beforehand; a phase is one group."""
 
@@ -104,6 +110,7 @@ class SupervisedBatches:
                 num_workers=self.workers,
                 prefetch_factor=2 if self.workers else None,
                 pin_memory=self.pin_memory,
+                worker_init_fn=ignore_sigterm,
                 # Seeds of workers come from this generator, so that the global one is left alone.
                 generator=torch.Generator(),
             )
