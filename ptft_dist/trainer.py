@@ -151,7 +151,7 @@ class Trainer:
     def require_finite(self, what: str, value: float | None) -> None:
         if value is not None and not math.isfinite(value):
             raise NonFiniteLossError(
-                f"the {what} of update {self.progress.step + 1} is {value}: nothing was saved after it. Go on from "
+                f"the {what} at update {self.progress.step + 1} is {value}: nothing was saved after it. Go on from "
                 "the last checkpoint with a lower optim.lr, more warmup, a smaller max_grad_norm or cleaner data"
             )
 
@@ -179,6 +179,7 @@ class Trainer:
                 loss_sum += engine.forward(self.task.loss, batch.inputs)[0]
                 count += batch.count
         loss_total, total = engine.all_sum(loss_sum, float(count)).tolist()
+        self.require_finite("validation loss", loss_total)
         metrics = self.task.eval_metrics({"loss_sum": loss_total, "count": total})
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
@@ -233,8 +234,10 @@ class Trainer:
 
     def train_row(self, report: UpdateReport, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {"step": self.progress.step, "loss": report.loss, "lr": report.lr}
-        if report.grad_norm is not None:
+        if report.grad_norm is not None and math.isfinite(report.grad_norm):
             row["grad_norm"] = report.grad_norm
+        elif report.grad_norm is not None:
+            row["skipped"] = 1  # by the fp16 loss scaler
         row |= report.metrics
         row |= {"tokens": self.progress.tokens, "loss_tokens": report.count}
         row |= {"time_s": round(seconds, 4), "tokens_per_s": round(report.tokens / seconds, 1)}

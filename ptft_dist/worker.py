@@ -6,7 +6,6 @@ Everything that can be wrong with the recipe, the data or the machine is looked 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 import warnings
@@ -21,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from ptft_dist.batches import Batch, Shape, SupervisedBatches, UpdateDataset, micro_batch
-from ptft_dist.checkpoint import Checkpoints, read_checkpoint, verify
+from ptft_dist.checkpoint import Checkpoints
 from ptft_dist.config.identity import identity
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.recipe import ModelSection, Recipe
@@ -32,7 +31,8 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Row, TokenStore
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
-from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, CheckpointError, DataError, PtftError, RecipeError
+from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, DataError, PtftError, RecipeError
+from ptft_dist.export import export
 from ptft_dist.hardware import peak_flops
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
 from ptft_dist.launch.environment import Place, check_launch, place
@@ -77,69 +77,86 @@ def run(loaded: Loaded, options: Options) -> int:
             lock.release()
 
 
+@dataclass(frozen=True)
+class Intent:
+    """What this rank is going to do, known and found good before a process group exists."""
+
+    loaded: Loaded
+    prepared: Prepared
+    task_class: Any
+    shape: BatchShape
+    plan: Plan
+    tokenizer: PreTrainedTokenizerBase
+    network: ModelSection
+    config: PretrainedConfig
+    deepspeed: dict[str, Any] | None
+    identity: dict[str, Any]
+    resume: Resume
+
+
+def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str], None]) -> Intent:
+    """Prepare the data and hold recipe, data, model, launch config and newest checkpoint against each other."""
+    recipe = loaded.recipe
+    check_launch(recipe)
+    found = task_class(recipe.task)
+    if recipe.eval.metric not in found.metric_names:
+        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(found.metric_names)}")
+    shape = batch_shape(recipe, where.world_size)
+    knobs = deepspeed_config_of_launch()
+    check_sources(recipe, loaded.base)
+    prepared = prepare(recipe, loaded.base, progress=where.is_main)
+    if not prepared.from_cache:
+        tell(describe(prepared.report))
+    tokenizer = load_tokenizer(prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
+    network = local_or_hub(recipe.model, loaded.base)
+    who = identity(loaded, prepared.fingerprint)
+    kind = planned_kind(where.world_size, knobs)
+    checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints")
+    resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
+    resume.look()
+    return Intent(
+        loaded,
+        prepared,
+        found,
+        shape,
+        plan_updates(recipe, prepared, shape),
+        tokenizer,
+        network,
+        build_config(network, tokenizer, recipe.data.max_length),
+        deepspeed_settings(recipe, shape, knobs),
+        who,
+        resume,
+    )
+
+
 def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> int:
     recipe, run_dir, started = loaded.recipe, Path(loaded.recipe.run_dir), time.monotonic()
     tell: Callable[[str], None] = say if where.is_main else lambda _text: None
     quiet_libraries()
-    prepared = get_data(loaded, where, tell)
-    check_launch(recipe)
-    kind_of_task = task_class(recipe.task)
-    if recipe.eval.metric not in kind_of_task.metric_names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(kind_of_task.metric_names)}")
-    shape = batch_shape(recipe, where.world_size)
-    plan = plan_updates(recipe, prepared, shape)
-    tokenizer = load_tokenizer(prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
-    network = local_or_hub(recipe.model, loaded.base)
-    config = build_config(network, tokenizer, recipe.data.max_length)
-    knobs = deepspeed_config_of_launch()
-    kind = planned_kind(where.world_size, knobs)
-    checkpoints = Checkpoints(run_dir / "checkpoints")
-    who = identity(loaded, prepared.fingerprint)
-    resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
-    resume.look()
+    intent = intend(loaded, options, where, tell)
 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
-    engine = Engine(recipe.train.precision, deepspeed_settings(recipe, shape, knobs))
-    task = kind_of_task(recipe, pad_id(tokenizer), len(tokenizer), engine.device)
-    model = prepare_network(recipe, network, engine, task, config)
-    checkpoint = resume.choose(engine, tell)
-    first_step = 0 if checkpoint is None else checkpoint.step
-    facts = {"identity": who, "kind": engine.kind, "world_size": engine.world_size, "total_steps": plan.total_steps}
+    engine = Engine(recipe.train.precision, intent.deepspeed)
+    task = intent.task_class(recipe, pad_id(intent.tokenizer), len(intent.tokenizer), engine.device)
+    model = prepare_network(intent, engine, task)
+    checkpoint = intent.resume.choose(engine, tell)
+    device = device_name(engine)
     if engine.is_main:
-        devices = {"device": device_name(engine), "kind": engine.kind, "world_size": engine.world_size}
-        write_start(run_dir, loaded, devices)
-    layout = Shape(engine.rank, engine.world_size, shape.micro_size, shape.micro_tokens, recipe.batch.group_by_length)
-    dataset = UpdateDataset(prepared.train, plan, layout, task.collate)
-    workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
-    trainer = Trainer(
-        recipe,
-        engine,
-        task,
-        SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
-        plan.total_steps,
-        validation(recipe, prepared.validation, layout, task),
-        checkpoints,
-        facts,
-        open_sinks(loaded, first_step, plan.total_steps) if engine.is_main else [],
-        stop,
-        flops_per_token(model, config, engine.parameter_count, mean_length(prepared.train)),
-        peak_flops(engine.device, recipe.train.precision) * engine.world_size,
-    )
+        write_start(run_dir, loaded, {"device": device, "kind": engine.kind, "world_size": engine.world_size})
+    sinks = open_sinks(loaded, checkpoint.step if checkpoint else 0, intent.plan.total_steps) if engine.is_main else []
+    trainer = make_trainer(intent, engine, task, model, sinks, stop)
     if checkpoint is not None:
         trainer.restore(checkpoint)
-        tell(f"resumed from {checkpoint.path}, update {checkpoint.step} of {plan.total_steps}")
+        tell(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     tell(
-        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {device_name(engine)}, "
-        f"{recipe.train.precision}, {plan.total_steps:,} updates"
+        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {device}, "
+        f"{recipe.train.precision}, {trainer.total_steps:,} updates"
     )
-    torch.manual_seed(recipe.train.seed)
-    longest = np.zeros(recipe.data.max_length, np.int64)
-    rows = [Row(longest, np.zeros(1, np.int64))] * (shape.micro_size or 1)
-    engine.warm_up(task.loss, task.collate(rows).inputs)
+    engine.warm_up(task.loss, task.collate(largest_micro_batch(recipe, intent.shape)).inputs)
     outcome = trainer.fit()
     if outcome.finished:
-        export(recipe, engine, trainer, tokenizer, run_dir / "model")
-    for sink in trainer.sinks:
+        export(recipe, engine, trainer, intent.tokenizer, run_dir / "model")
+    for sink in sinks:
         sink.close()
     if engine.is_main:
         finish(run_dir, trainer, outcome, time.monotonic() - started)
@@ -149,19 +166,49 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     return EXIT_FINISHED if outcome.finished else EXIT_PREEMPTED
 
 
+def make_trainer(
+    intent: Intent, engine: Engine, task: Task, model: PreTrainedModel, sinks: list[Sink], stop: StopRequest
+) -> Trainer:
+    """The loop with everything that it loops over."""
+    recipe, shape, store = intent.loaded.recipe, intent.shape, intent.prepared.train
+    layout = Shape(engine.rank, engine.world_size, shape.micro_size, shape.micro_tokens, recipe.batch.group_by_length)
+    workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
+    batches = SupervisedBatches(
+        UpdateDataset(store, intent.plan, layout, task.collate), workers, pin_memory=engine.device.type == "cuda"
+    )
+    return Trainer(
+        recipe,
+        engine,
+        task,
+        batches,
+        intent.plan.total_steps,
+        validation(recipe, intent.prepared.validation, layout, task),
+        intent.resume.checkpoints,
+        {
+            "identity": intent.identity,
+            "kind": engine.kind,
+            "world_size": engine.world_size,
+            "total_steps": intent.plan.total_steps,
+        },
+        sinks,
+        stop,
+        flops_per_token(model, intent.config, engine.parameter_count, store.tokens / len(store)),
+        peak_flops(engine.device, recipe.train.precision) * engine.world_size,
+    )
+
+
+def largest_micro_batch(recipe: Recipe, shape: BatchShape) -> list[Row]:
+    """Rows as many and as long as one forward pass will ever see."""
+    length = recipe.data.max_length
+    row = Row(np.zeros(length, np.int64), np.zeros(1, np.int64))
+    return [row] * (shape.micro_size or (shape.micro_tokens or length) // length)
+
+
 def quiet_libraries() -> None:
     """Progress bars and deprecation notes of libraries, repeated by every rank, would bury what we have to say."""
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed|accelerate|transformers")
-
-
-def get_data(loaded: Loaded, where: Place, tell: Callable[[str], None]) -> Prepared:
-    check_sources(loaded.recipe, loaded.base)
-    prepared = prepare(loaded.recipe, loaded.base, progress=where.is_main)
-    if not prepared.from_cache:
-        tell(describe(prepared.report))
-    return prepared
 
 
 def plan_updates(recipe: Recipe, prepared: Prepared, shape: BatchShape) -> Plan:
@@ -190,12 +237,11 @@ def deepspeed_settings(recipe: Recipe, shape: BatchShape, knobs: dict[str, Any] 
     return complete_deepspeed_config(knobs, recipe.train.precision, norm, micro_size, shape.accumulation)
 
 
-def prepare_network(
-    recipe: Recipe, section: ModelSection, engine: Engine, task: Task, config: PretrainedConfig
-) -> PreTrainedModel:
+def prepare_network(intent: Intent, engine: Engine, task: Task) -> PreTrainedModel:
     """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
+    recipe, section = intent.loaded.recipe, intent.network
     with engine.building(pretrained=section.path is not None):
-        model = build_model(section, config, recipe.train.seed)
+        model = build_model(section, intent.config, recipe.train.seed)
     task.install(model)
     if section.compile:
         model.compile(dynamic=True)
@@ -210,10 +256,6 @@ def prepare_network(
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills rows on the right. It carries no label and nothing sees it, so any id will do."""
     return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-
-
-def mean_length(store: TokenStore) -> float:
-    return store.tokens / max(1, len(store))
 
 
 def device_name(engine: Engine) -> str:
@@ -245,29 +287,6 @@ def open_sinks(loaded: Loaded, first_step: int, total_steps: int) -> list[Sink]:
     if loaded.recipe.log.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard", first_step, dump_resolved(loaded)))
     return sinks
-
-
-def export(recipe: Recipe, engine: Engine, trainer: Trainer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write the chosen weights as a Hugging Face directory, under another name until it is whole."""
-    progress = trainer.progress
-    if recipe.save.export == "best" and progress.best_step not in (None, progress.step):
-        best = read_checkpoint(trainer.checkpoints.folder / f"step-{progress.best_step:08d}")
-        problems = verify(best, engine)
-        if problems:
-            raise CheckpointError("the best checkpoint is damaged: " + "; ".join(problems))
-        engine.load_state(best.path)
-    partial, old = target.with_name("model.partial"), target.with_name("model.old")
-    if engine.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-    engine.barrier()
-    engine.save_pretrained(partial)
-    if engine.is_main:
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)
-        partial.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> None:

@@ -42,6 +42,7 @@ MAY_IMPORT = {
         "stopping",
         "tasks",
     },
+    "export": {"checkpoint", "config", "engine", "errors", "trainer"},
     "worker": None,  # puts everything together
     "cli": None,
     "__main__": {"cli"},

@@ -89,9 +89,9 @@ class CausalLM:
         return DocumentProbe(self) if self.isolate or self.fused else None
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: mean negative log-likelihood in nats; perplexity: its exponential."""
+        """loss: mean negative log-likelihood in nats; perplexity: its exponential, up to what a float holds."""
         loss = totals["loss_sum"] / totals["count"]
-        return {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
 @dataclass(frozen=True)
