@@ -28,7 +28,10 @@ class Batch:
     tokens: int
 
 
-Collate = Callable[[Sequence[Row]], Batch]
+Collate = Callable[[Sequence[Row], Sequence[tuple[int, int]]], Batch]
+"""Rows, and for each the key (epoch, row) that everything drawn at random for it follows from."""
+EVALUATION_EPOCH = 2**32 - 1
+"""The epoch of validation rows: what is drawn for them is the same at every evaluation."""
 
 
 class Batches(Protocol):
@@ -69,17 +72,22 @@ class UpdateDataset(Dataset):
         return self.plan.total_steps
 
     def __getitem__(self, step: int) -> list[Batch]:
-        rows = self.plan.rows_of(step)
+        rows, epochs = self.plan.rows_of(step), self.plan.epochs_of(step)
+        keys = np.stack([epochs, rows], axis=1)
         parts = self.shape.split(self.store.lengths(rows))
-        return [micro_batch(self.store, rows[part[self.shape.rank]], rows[0], self.collate) for part in parts]
+        return [micro_batch(self.store, keys[part[self.shape.rank]], keys[0], self.collate) for part in parts]
 
 
-def micro_batch(store: TokenStore, rows: np.ndarray, spare: int, collate: Collate) -> Batch:
-    """The collated rows. A rank without rows gets the `spare` row as a batch that counts nothing: it must take part
-    in every forward and backward pass, or the others would wait for it."""
-    if len(rows):
-        return collate([store.row(int(i)) for i in rows])
-    batch = collate([store.row(int(spare))])
+def micro_batch(store: TokenStore, keys: np.ndarray, spare: np.ndarray, collate: Collate) -> Batch:
+    """The collated rows of keys [N, 2], (epoch, row) each.
+
+    A rank without rows gets the `spare` row as a batch that counts nothing: it must take part in every forward and
+    backward pass, or the others would wait for it.
+    """
+    taken = [(int(epoch), int(row)) for epoch, row in (keys if len(keys) else [spare])]
+    batch = collate([store.row(row) for _, row in taken], taken)
+    if len(keys):
+        return batch
     return Batch(mask_all(batch.inputs), count=0, tokens=0)
 
 

@@ -7,15 +7,40 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 if TYPE_CHECKING:
+    import torch
     from torch.utils.tensorboard import SummaryWriter
 
 # Keys of metrics.jsonl that depend on the clock or the machine; all others are the same in a repeated run.
 TIMING_KEYS = frozenset({"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s"})
+
+
+class Averages:
+    """Loss and metrics of several micro-batches, on the device until they are read together."""
+
+    def __init__(self) -> None:
+        self.loss: list[torch.Tensor] = []
+        self.pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def add(self, loss_sum: torch.Tensor, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """metrics: name -> (total, count)."""
+        self.loss.append(loss_sum.detach().double())
+        for name, pair in metrics.items():
+            self.pairs.setdefault(name, []).append(pair)
+
+    def sums(self) -> list[torch.Tensor]:
+        """The loss, then total and count of each metric: what is to be summed over ranks."""
+        totals = [sum(part[i].double() for part in parts) for parts in self.pairs.values() for i in (0, 1)]
+        return [sum(self.loss[1:], self.loss[0]), *totals]  # type: ignore[list-item]
+
+    def read(self, values: Sequence[float]) -> tuple[float, dict[str, float]]:
+        """The summed loss, and each metric's average, from the numbers that came of `sums`."""
+        loss, *rest = values
+        return loss, {name: rest[2 * i] / max(1.0, rest[2 * i + 1]) for i, name in enumerate(self.pairs)}
 
 
 class Sink(Protocol):

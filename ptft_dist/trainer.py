@@ -15,7 +15,7 @@ from ptft_dist.checkpoint import Checkpoint, Checkpoints, SaveError
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.engine import Engine
 from ptft_dist.errors import CheckpointError, NonFiniteLossError
-from ptft_dist.metrics import Sink, say
+from ptft_dist.metrics import Averages, Sink, say
 from ptft_dist.schedule import lr_at
 from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task
@@ -118,34 +118,29 @@ class Trainer:
         totals = engine.all_sum(float(sum(b.count for b in group)), float(sum(b.tokens for b in group)), wish)
         # Data parallelism averages gradients over ranks; this makes it the mean over everything that counts.
         scale = engine.world_size / totals[0].clamp(min=1)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        sums: dict[str, list[torch.Tensor]] = {}
+        averages = Averages()
         for i, batch in enumerate(group):
             with engine.micro_batch(last=i == len(group) - 1):
                 engine.seed(self.recipe.train.seed, progress.step, i)
                 loss, metrics = engine.forward(self.task.loss, batch.inputs)
                 engine.backward(loss * scale.to(loss.dtype))
-            loss_sum += loss.detach()
-            for name, total_and_count in metrics.items():
-                sums.setdefault(name, []).append(torch.stack(total_and_count).double())
-        pairs = [torch.stack(parts).sum(0) for parts in sums.values()]
-        reduced = engine.all_sum(loss_sum, *(x for pair in pairs for x in pair))
+            averages.add(loss, metrics)
+        reduced = engine.all_sum(*averages.sums())
         norm = engine.clip_gradients()
         parts = [totals, reduced] if norm is None else [totals, reduced, norm.double().reshape(1)]
         # The step's one wait for the device: nothing moves before every rank knows that the loss is finite.
-        count, tokens, stop, loss_total, *rest = torch.cat(parts).tolist()
+        count, tokens, stop, *rest = torch.cat(parts).tolist()
         grad_norm = None if norm is None else rest.pop()
+        loss_total, metrics = averages.read(rest)
         self.require_finite("loss", loss_total)
         if engine.precision != "fp16":  # the fp16 loss scaler skips such a step, and lowers its scale
             self.require_finite("gradient norm", grad_norm)
         stepped_norm = engine.step(lr)
         if engine.precision != "fp16":
             self.require_finite("gradient norm", stepped_norm)
-        names = list(sums)
-        averages = {name: rest[2 * i] / max(1.0, rest[2 * i + 1]) for i, name in enumerate(names)}
         norm_value = stepped_norm if grad_norm is None else grad_norm
         return UpdateReport(
-            loss_total / max(1.0, count), lr, norm_value, round(count), round(tokens), stop > 0, averages
+            loss_total / max(1.0, count), lr, norm_value, round(count), round(tokens), stop > 0, metrics
         )
 
     def require_finite(self, what: str, value: float | None) -> None:
@@ -172,15 +167,15 @@ class Trainer:
             return False
         started = time.perf_counter()
         engine, progress = self.engine, self.progress
-        loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
-        count = 0
+        averages, count = Averages(), 0
         with engine.evaluating():
             for batch in self.evaluation():
-                loss_sum += engine.forward(self.task.loss, batch.inputs)[0]
+                averages.add(*engine.forward(self.task.loss, batch.inputs))
                 count += batch.count
-        loss_total, total = engine.all_sum(loss_sum, float(count)).tolist()
+        *sums, total = engine.all_sum(*averages.sums(), float(count)).tolist()
+        loss_total, others = averages.read(sums)
         self.require_finite("validation loss", loss_total)
-        metrics = self.task.eval_metrics({"loss_sum": loss_total, "count": total})
+        metrics = self.task.eval_metrics({"loss_sum": loss_total, "count": total, **others})
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
         progress.metrics = row

@@ -19,7 +19,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ptft_dist.batches import Batch, Shape, SupervisedBatches, UpdateDataset, micro_batch
+from ptft_dist.batches import EVALUATION_EPOCH, Batch, Shape, SupervisedBatches, UpdateDataset, micro_batch
 from ptft_dist.checkpoint import Checkpoints
 from ptft_dist.config.identity import identity
 from ptft_dist.config.load import Loaded, dump_resolved
@@ -137,7 +137,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, intent.deepspeed)
-    task = intent.task_class(recipe, pad_id(intent.tokenizer), len(intent.tokenizer), engine.device)
+    task = intent.task_class(recipe, intent.tokenizer, engine.device)
     model = prepare_network(intent, engine, task)
     checkpoint = intent.resume.choose(engine, tell)
     device = device_name(engine)
@@ -152,7 +152,8 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
         f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {device}, "
         f"{recipe.train.precision}, {trainer.total_steps:,} updates"
     )
-    engine.warm_up(task.loss, task.collate(largest_micro_batch(recipe, intent.shape)).inputs)
+    rows = largest_micro_batch(recipe, intent.shape)
+    engine.warm_up(task.loss, task.collate(rows, [(0, i) for i in range(len(rows))]).inputs)
     outcome = trainer.fit()
     if outcome.finished:
         export(recipe, engine, trainer, intent.tokenizer, run_dir / "model")
@@ -241,7 +242,7 @@ def prepare_network(intent: Intent, engine: Engine, task: Task) -> PreTrainedMod
     """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
     recipe, section = intent.loaded.recipe, intent.network
     with engine.building(pretrained=section.path is not None):
-        model = build_model(section, intent.config, recipe.train.seed)
+        model = build_model(section, intent.config, recipe.train.seed, intent.task_class.auto_class)
     task.install(model)
     if section.compile:
         model.compile(dynamic=True)
@@ -251,11 +252,6 @@ def prepare_network(intent: Intent, engine: Engine, task: Task) -> PreTrainedMod
         with engine.evaluating():
             probe.check(engine.forward(probe.outputs, probe.inputs))
     return model
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows on the right. It carries no label and nothing sees it, so any id will do."""
-    return 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
 
 
 def device_name(engine: Engine) -> str:
@@ -273,10 +269,11 @@ def validation(
     micro_tokens = None if micro_size is not None else layout.micro_tokens
     shape = Shape(layout.rank, layout.world_size, micro_size, micro_tokens, group_by_length=True)
     parts = shape.split(store.lengths(rows))
+    keys = np.stack([np.full_like(rows, EVALUATION_EPOCH), rows], axis=1)
 
     def one_pass() -> Iterator[Batch]:
         for part in parts:
-            yield micro_batch(store, rows[part[layout.rank]], rows[0], task.collate)
+            yield micro_batch(store, keys[part[layout.rank]], keys[0], task.collate)
 
     return one_pass
 

@@ -112,7 +112,7 @@ def test_a_text_that_spells_a_special_token_stays_text(base: Path, tokenizer_dir
     trained = train_tokenizer(TokenizerTraining(vocab_size=300), DOCUMENTS)
     trained.save_pretrained(tmp_path / "again")
     for tokenizer in (trained, load_tokenizer(tmp_path / "again")):
-        (ids,) = DocumentEncoder(tokenizer, bos=True).encode([Document(text, "x")])
+        (ids,) = DocumentEncoder(tokenizer, ("bos", "eos")).encode([Document(text, "x")])
         assert not set(tokenizer.all_special_ids) & set(ids[1:-1])
         assert (ids[0], ids[-1]) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
         assert tokenizer.decode(ids[1:-1]) == text
@@ -130,7 +130,7 @@ def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None
     backend = Tokenizer(models.WordLevel({"</s>": 0, "a": 1, "?": 2}, unk_token="?"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
-    encoder = DocumentEncoder(tokenizer, bos=False)
+    encoder = DocumentEncoder(tokenizer, (None, "eos"))
     assert encoder.encode([Document("a b", "")]) == [[1, 2, 0]]
     with pytest.raises(DataError, match="file:7: the text spells '</s>'"):
         encoder.encode([Document("a </s> a", "file:7")])
@@ -180,7 +180,7 @@ def test_a_tokenizer_that_is_not_there(base: Path, path: str) -> None:
 def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
-        module, "train_tokenizer", lambda settings, texts: train_tokenizer(settings, seen_too(list(texts)))
+        module, "train_tokenizer", lambda settings, texts, roles: train_tokenizer(settings, seen_too(list(texts)), roles)
     )
 
     def seen_too(texts: list[str]) -> list[str]:
@@ -261,7 +261,7 @@ def test_a_tokenizer_written_in_python(base: Path) -> None:
     tokenizer = ByT5Tokenizer()
     assert not tokenizer.is_fast
     text = "ab </s> ü"
-    (ids,) = DocumentEncoder(tokenizer, bos=False).encode([Document(text, "")])
+    (ids,) = DocumentEncoder(tokenizer, (None, "eos")).encode([Document(text, "")])
     assert ids == [byte + 3 for byte in text.encode()] + [tokenizer.eos_token_id]
     tokenizer.save_pretrained(base / "bytes")
     assert prepare(recipe(base / "bytes"), base).train.documents == 60

@@ -27,7 +27,7 @@ def test_ids_are_those_of_transformers(tokenizer_dir: Path) -> None:
     texts = [*DOCUMENTS, "  two  spaces\n\n\ttab", "你好 🙂", "x" * 5000]
     tokenizer = load_tokenizer(tokenizer_dir)
     tokenizer.backend_tokenizer.enable_truncation(3)  # as a saved tokenizer may have it
-    encoder = DocumentEncoder(tokenizer, bos=False)
+    encoder = DocumentEncoder(tokenizer, (None, "eos"))
     expected = load_tokenizer(tokenizer_dir)(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert [ids[:-1] for ids in encoder.encode([Document(text, "") for text in texts])] == expected
 

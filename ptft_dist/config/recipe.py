@@ -6,7 +6,7 @@ Every model is frozen and refuses unknown keys. The docstring under a field is i
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
@@ -66,10 +66,11 @@ class ModelSection(Section):
 class TokenizerTraining(Section):
     """A tokenizer learned from the training documents, as part of `prepare`."""
 
-    algorithm: Literal["bpe"] = "bpe"
-    """`bpe`: byte-level byte-pair encoding; every text can be encoded, nothing is unknown."""
-    vocab_size: Annotated[int, Field(ge=259)] = 8192
-    """Number of tokens, the 256 bytes and three special tokens included."""
+    algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    """`bpe`: byte-level byte-pair encoding; every text can be encoded, nothing is unknown. `wordpiece`: BERT's, with
+    its normalisation, cased. `unigram`: SentencePiece's. Text that the last two cannot encode is counted."""
+    vocab_size: Annotated[int, Field(ge=257)] = 8192
+    """Number of tokens, special tokens included, and with `bpe` the 256 bytes."""
     min_frequency: PositiveInt = 2
     """A pair of tokens seen fewer times than this is not merged."""
     max_megabytes: Positive | None = None
@@ -144,29 +145,79 @@ class DataSection(Section):
     """Processes per rank that read ahead; 2 on an accelerator and 0 on a CPU when not given."""
 
 
-class ClmSection(Section):
-    """Settings of causal language modelling."""
+class DocumentRows(Section):
+    """How the documents of a pretraining task are laid out in rows."""
 
     packing: bool = True
     """True: documents are laid end to end and cut into rows of exactly max_length tokens. False: each document is a
     row (a longer one becomes several), padded only as far as its micro-batch needs."""
     attention: Literal["document", "across"] | None = None
-    """With packing: may a token see earlier documents of its row? `document` (when not given): no, exactly as if each
-    document stood alone. `across`: yes."""
+    """With packing: may a token see the other documents of its row? `document` (when not given): no, exactly as if
+    each document stood alone. `across`: yes."""
+
+    @model_validator(mode="after")
+    def _check_packing(self) -> Self:
+        _only_with(self, ("attention",), self.packing, "packing: true")
+        return self
+
+    @property
+    def isolated(self) -> bool:
+        """Several documents share a row and must not see each other."""
+        return self.packing and self.attention != "across"
+
+    @property
+    def boundaries(self) -> tuple[str | None, str]:
+        """The roles of the special tokens at a document's beginning and end."""
+        return None, "eos"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        """The roles for which a tokenizer that is learned for this task gets a token."""
+        return "eos", "bos", "pad"
+
+
+class ClmSection(DocumentRows):
+    """Settings of causal language modelling."""
+
     bos: bool = False
     """Begin each document with the tokenizer's BOS token. It always ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
-    they are, at the positions that carry a label. `auto`: fused on an accelerator, logits on a CPU."""
+    they are. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
+
+    @property
+    def boundaries(self) -> tuple[str | None, str]:
+        return "bos" if self.bos else None, "eos"
+
+
+class MlmSection(DocumentRows):
+    """Settings of masked language modelling (Devlin et al. 2019). A document is [CLS] text [SEP]."""
+
+    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """The share of tokens that are to be predicted; never special tokens."""
+    mask_share: Fraction = 0.8
+    """Of those, the share that the network sees as [MASK]."""
+    random_share: Fraction = 0.1
+    """Of those, the share that it sees as a random token; the rest it sees unchanged."""
+    unit: Literal["token", "word", "span"] = "token"
+    """What is chosen as one: a token; a whole word; a span of tokens (Joshi et al. 2020, SpanBERT)."""
+    span_length: Annotated[float, Field(ge=1.0)] | None = None
+    """`span`: the mean of the geometric distribution of lengths, which ends at 10 tokens; 5 when not given."""
 
     @model_validator(mode="after")
-    def _check(self) -> ClmSection:
-        _only_with(self, ("attention",), self.packing, "clm.packing: true")
+    def _check(self) -> Self:
+        _only_with(self, ("span_length",), self.unit == "span", "mlm.unit: span")
+        if self.mask_share + self.random_share > 1:
+            raise ValueError(f"mask_share + random_share is {self.mask_share + self.random_share:g}, more than 1")
         return self
 
     @property
-    def attention_within_documents(self) -> bool:
-        return self.attention != "across"
+    def boundaries(self) -> tuple[str | None, str]:
+        return "cls", "sep"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return "cls", "sep", "mask", "pad"
 
 
 class BatchSection(Section):
@@ -330,12 +381,13 @@ class LogSection(Section):
 class Recipe(Section):
     """What to train. `task` comes first in every recipe."""
 
-    task: Literal["clm"]
-    """`clm`: causal language modelling."""
+    task: Literal["clm", "mlm"]
+    """`clm`: causal language modelling. `mlm`: masked language modelling."""
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
     clm: ClmSection = ClmSection()
+    mlm: MlmSection = MlmSection()
     batch: BatchSection
     optim: OptimSection = OptimSection()
     train: TrainSection
@@ -345,8 +397,17 @@ class Recipe(Section):
     run_dir: Text
     """Everything that the run writes goes here. A relative path starts at the current directory."""
 
+    @property
+    def rows(self) -> DocumentRows:
+        """The section of the recipe's task."""
+        section: DocumentRows = getattr(self, self.task)
+        return section
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        for name in ("clm", "mlm"):
+            if name != self.task and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect here: the task is {self.task}")
         validated = self.data.validation is not None
         for name in ("every", "at_start", "micro_size", "max_rows", "patience", "metric", "goal"):
             if getattr(self.eval, name) != EvalSection.model_fields[name].default and not validated:
@@ -356,7 +417,7 @@ class Recipe(Section):
                 what = "save.best" if name == "best" else "eval.patience"
                 raise ValueError(f"{what} has no effect here: it needs eval.every")
         tokens, length = self.batch.global_tokens, self.data.max_length
-        if tokens is not None and self.clm.packing and tokens % length:
+        if tokens is not None and self.rows.packing and tokens % length:
             low = tokens // length * length
             near = [n for n in (low, low + length) if n]
             raise ValueError(

@@ -93,8 +93,8 @@ def write_stores(
         DataError: as `read_documents`; or a text spells a special token that the tokenizer cannot write as text; or a
             side has no document.
     """
-    encoder = DocumentEncoder(tokenizer, bos=recipe.clm.bos)
-    max_length, packing = recipe.data.max_length, recipe.clm.packing
+    encoder = DocumentEncoder(tokenizer, recipe.rows.boundaries)
+    max_length, packing = recipe.data.max_length, recipe.rows.packing
     writers = {
         side: StoreWriter(directory / side, vocab_size=encoder.vocab_size, max_length=max_length, packing=packing)
         for side in ("train", "validation")

@@ -73,6 +73,14 @@ class Plan:
 
     def rows_of(self, step: int) -> np.ndarray:
         """The rows of update `step`, in stream order."""
+        return rows_at(*self.positions(step), self.rows, self.seed)
+
+    def epochs_of(self, step: int) -> np.ndarray:
+        """The epoch, from 0, to which each row of update `step` belongs."""
+        return np.arange(*self.positions(step)) // self.rows
+
+    def positions(self, step: int) -> tuple[int, int]:
+        """Where update `step` begins and ends in the stream."""
         if self.starts is not None:
             start, stop = int(self.starts[step]), int(self.starts[step + 1])
         else:
@@ -80,7 +88,7 @@ class Plan:
             start, stop = step * self.global_size, (step + 1) * self.global_size
         if self.end is not None:
             stop = min(stop, self.end)
-        return rows_at(start, stop, self.rows, self.seed)
+        return start, stop
 
 
 def make_plan(

@@ -134,7 +134,7 @@ class _Job:
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
                 "tokenizer": [tokenizer_print, version("tokenizers")],
-                "rows": [self.recipe.data.max_length, self.recipe.clm.packing, self.recipe.clm.bos],
+                "rows": [self.recipe.data.max_length, self.recipe.rows.packing, self.recipe.rows.boundaries],
             }
         )
 
@@ -182,6 +182,7 @@ class _Job:
                 "version": PREPARE_VERSION,
                 "tokenizers": version("tokenizers"),
                 "settings": self.recipe.tokenizer.train.model_dump(),
+                "special": self.recipe.rows.special_tokens,
                 "train": self._contents["train"],
                 "share": validation if isinstance(validation, float) else None,
             }
@@ -196,7 +197,8 @@ class _Job:
         settings = self.recipe.tokenizer.train
         assert settings is not None
         self.say(f"learning a tokenizer of {settings.vocab_size:,} tokens from the training documents")
-        train_tokenizer(settings, training_texts(self.recipe, self.base)).save_pretrained(directory)
+        texts = training_texts(self.recipe, self.base)
+        train_tokenizer(settings, texts, self.recipe.rows.special_tokens).save_pretrained(directory)
         self.check_unchanged()
 
 

@@ -16,39 +16,39 @@ from ptft_dist.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-EOS, BOS, PAD = "<|endoftext|>", "<|bos|>", "<|pad|>"
+
+def special_tokens(algorithm: str, roles: Sequence[str]) -> dict[str, str]:
+    """How each role (eos, bos, pad, cls, sep, mask, unk) is spelt in a tokenizer that is learned here."""
+    if algorithm == "wordpiece":
+        return {role: f"[{role.upper()}]" for role in roles}
+    return {role: "<|endoftext|>" if role == "eos" else f"<|{role}|>" for role in roles}
 
 
-def train_tokenizer(settings: TokenizerTraining, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Learn a byte-level BPE tokenizer. The same texts give the same tokenizer, byte for byte.
+def train_tokenizer(
+    settings: TokenizerTraining, texts: Iterable[str], roles: Sequence[str] = ("eos", "bos", "pad")
+) -> PreTrainedTokenizerFast:
+    """Learn a tokenizer with special tokens for `roles`. The same texts give the same tokenizer, byte for byte.
 
     If the texts do not hold enough repetition for settings.vocab_size, the tokenizer is smaller, and a warning says so.
 
     Raises:
         RecipeError: the vocabulary is too small for the bytes and the special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), [EOS, BOS, PAD]
-    least = len(alphabet) + len(special)
-    if settings.vocab_size < least:
-        raise RecipeError(
-            f"tokenizer.train.vocab_size: {settings.vocab_size} is too small; the 256 bytes and the special tokens "
-            f"{', '.join(special)} alone need {least}."
-        )
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocab_size,
-        min_frequency=settings.min_frequency,
-        special_tokens=special,
-        initial_alphabet=sorted(alphabet),
-        show_progress=False,
-    )
+    special = special_tokens(settings.algorithm, roles if settings.algorithm == "bpe" else (*roles, "unk"))
+    backend, trainer = _untrained(settings, special)
     backend.train_from_iterator(_first_megabytes(texts, settings.max_megabytes), trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=EOS, bos_token=BOS, pad_token=PAD)
+    if "cls" in special:
+        cls, sep = special["cls"], special["sep"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
+        )
+    names: dict[str, Any] = {f"{role}_token": token for role, token in special.items()}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     if len(tokenizer) < settings.vocab_size:
         logging.getLogger("ptft").warning(
             "tokenizer.train.vocab_size: %d tokens were asked for, but the training text gives only %d: no further "
@@ -58,6 +58,46 @@ def train_tokenizer(settings: TokenizerTraining, texts: Iterable[str]) -> PreTra
             settings.min_frequency,
         )
     return tokenizer
+
+
+def _untrained(settings: TokenizerTraining, special: dict[str, str]) -> tuple[Any, Any]:
+    """A tokenizer of the right kind that knows nothing yet, and its trainer."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    common: dict[str, Any] = {
+        "vocab_size": settings.vocab_size,
+        "special_tokens": list(special.values()),
+        "show_progress": False,
+    }
+    if settings.algorithm == "bpe":
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        least = len(alphabet) + len(special)
+        if settings.vocab_size < least:
+            raise RecipeError(
+                f"tokenizer.train.vocab_size: {settings.vocab_size} is too small; the 256 bytes and the special tokens "
+                f"{', '.join(special.values())} alone need {least}."
+            )
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return backend, trainers.BpeTrainer(
+            min_frequency=settings.min_frequency, initial_alphabet=sorted(alphabet), **common
+        )
+    if settings.algorithm == "wordpiece":
+        backend = Tokenizer(models.WordPiece(unk_token=special["unk"]))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=False)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.decoder = decoders.WordPiece()
+        # Of a script with thousands of characters the usual thousand would make most text unknown.
+        letters = max(1000, settings.vocab_size // 2)
+        return backend, trainers.WordPieceTrainer(
+            min_frequency=settings.min_frequency, limit_alphabet=letters, **common
+        )
+    backend = Tokenizer(models.Unigram())
+    backend.normalizer = normalizers.NFKC()
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    return backend, trainers.UnigramTrainer(unk_token=special["unk"], **common)
 
 
 def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
@@ -112,18 +152,20 @@ def _backend_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
 
 
 class DocumentEncoder:
-    """Encodes documents as [BOS] text EOS. What a text spells is text, even if it spells a special token."""
+    """Encodes documents between two special tokens. What a text spells is text, even if it spells a special token."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, bos: bool) -> None:
-        """
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, boundaries: tuple[str | None, str]) -> None:
+        """boundaries: the roles of the tokens at a document's beginning (None: there is none) and end.
+
         Raises:
-            RecipeError: the tokenizer has no EOS, or no BOS although it is wanted.
+            RecipeError: the tokenizer has no such token.
         """
+        begin, end = boundaries
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
-        self._prefix = [_special_id(tokenizer, "bos")] if bos else []
-        self._eos = _special_id(tokenizer, "eos")
+        self._prefix = [] if begin is None else [_special_id(tokenizer, begin)]
+        self._end = _special_id(tokenizer, end)
         # A text that became one of these would end or begin a document in its middle.
-        self._control = {self._eos, *self._prefix}
+        self._control = {self._end, *self._prefix}
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
         self._backend = _text_only_backend(tokenizer) if tokenizer.is_fast else None
@@ -142,7 +184,7 @@ class DocumentEncoder:
                     f"{document.where}: the text spells {self._tokenizer.convert_ids_to_tokens(found.pop())!r}, and "
                     "this tokenizer can only read that as the special token. Remove it from the text."
                 )
-            encoded.append([*self._prefix, *ids, self._eos] if ids else [])
+            encoded.append([*self._prefix, *ids, self._end] if ids else [])
         return encoded
 
     def _text_ids(self, texts: list[str]) -> Iterator[list[int]]:
@@ -166,12 +208,13 @@ def _text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
-def _special_id(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    token_id = getattr(tokenizer, f"{name}_token_id")
+def _special_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int:
+    token_id: int | None = getattr(tokenizer, f"{role}_token_id")
     if token_id is None:
-        need = "each document ends with it" if name == "eos" else "clm.bos: true asks for it"
+        need = {"eos": "each document ends with it", "bos": "clm.bos: true asks for it"}
         raise RecipeError(
-            f"tokenizer: {tokenizer.name_or_path} has no {name.upper()} token, and {need}. Name one as {name}_token in "
-            "its tokenizer_config.json, or use another tokenizer."
+            f"tokenizer: {tokenizer.name_or_path} has no {role.upper()} token, and "
+            f"{need.get(role, 'this task needs it')}. Name one as {role}_token in its tokenizer_config.json, or use "
+            "another tokenizer."
         )
     return token_id

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ptft_dist.config.recipe import ModelSection
@@ -88,17 +88,20 @@ def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, m
         )
 
 
-def build_model(section: ModelSection, config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """The network in fp32, in training mode; from a config, its weights follow from `seed` alone on every machine."""
+def build_model(section: ModelSection, config: PretrainedConfig, seed: int, auto_class: Any) -> PreTrainedModel:
+    """The network, made by a transformers auto class, in fp32 and training mode.
+
+    From a config, its weights follow from `seed` alone on every machine.
+    """
     kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     torch.manual_seed(seed)
     try:
         if section.path is None:
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class.from_config(
                 config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
             )
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model = auto_class.from_pretrained(
                 section.path,
                 config=config,
                 revision=section.revision,

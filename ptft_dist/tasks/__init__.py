@@ -12,7 +12,11 @@ from transformers import PreTrainedModel
 from ptft_dist.batches import Batch
 from ptft_dist.data.store import Row
 
-TASKS = {"clm": "ptft_dist.tasks.clm:CausalLM"}
+TASKS = {
+    "clm": "ptft_dist.tasks.clm:CausalLM",
+    "mlm": "ptft_dist.tasks.mlm:MaskedLM",
+}
+IGNORE = -100  # a target that counts nothing
 
 
 class LossOut(NamedTuple):
@@ -28,7 +32,12 @@ class Task(Protocol):
     metric_names: Sequence[str]
     """What eval_metrics returns: the choice for eval.metric."""
 
-    def collate(self, rows: Sequence[Row]) -> Batch: ...
+    auto_class: Any
+    """The transformers class that builds the network."""
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
+        """keys: (epoch, row) of each row; whatever is drawn at random is a function of it and the seed."""
+
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut: ...
     def install(self, model: PreTrainedModel) -> None: ...
     def probe(self) -> Probe | None: ...
@@ -45,6 +54,6 @@ class Probe(Protocol):
 
 
 def task_class(name: str) -> Any:
-    """The class that TASKS names; made with (recipe, pad_id, vocab_size, device), it is a Task."""
+    """The class that TASKS names; made with (recipe, tokenizer, device), it is a Task."""
     module, attribute = TASKS[name].split(":")
     return getattr(import_module(module), attribute)

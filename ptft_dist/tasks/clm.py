@@ -9,33 +9,32 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks import LossOut
-
-IGNORE = -100
-# As shares of the log-probabilities' standard deviation, which is small while the weights are fresh.
-LEAK_TOLERANCE = 1e-4  # a network that keeps documents apart shows exactly 0
-ROUNDING_TOLERANCE = 0.05  # the same sums in another order, or in bf16, differ by about 0.01
+from ptft_dist.tasks import IGNORE, LossOut
+from ptft_dist.tasks.isolation import ROUNDING_TOLERANCE, check_isolation, probe_rows, restarting_positions
 
 
 class CausalLM:
     """Rows of token ids in, the summed cross-entropy of next tokens out."""
 
+    auto_class = AutoModelForCausalLM
     metric_names = ("loss", "perplexity")
 
-    def __init__(self, recipe: Recipe, pad_id: int, vocab_size: int, device: torch.device) -> None:
-        self.pad_id, self.vocab_size = pad_id, vocab_size
-        self.isolate = recipe.clm.packing and recipe.clm.attention_within_documents
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        self.vocab_size = len(tokenizer)
+        # What fills rows carries no label and nothing sees it, so any id will do.
+        self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self.isolate = recipe.clm.isolated
         on_cpu = device.type == "cpu"
         self.fused = recipe.clm.head == "fused" or (recipe.clm.head == "auto" and not on_cpu)
         self.pad_multiple = 1 if on_cpu else 8  # tensor cores want multiples of 8
 
-    def collate(self, rows: Sequence[Row]) -> Batch:
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad on the right: input_ids, targets (targets[t] is the token after input_ids[t]) and, for packed rows
         whose documents must not see each other, position_ids that restart at every document; all [B, T].
 
@@ -45,7 +44,6 @@ class CausalLM:
         width = -(-longest // self.pad_multiple) * self.pad_multiple
         input_ids = np.full((len(rows), width), self.pad_id, np.int64)
         targets = np.full((len(rows), width), IGNORE, np.int64)
-        positions = np.zeros((len(rows), width), np.int64)
         for i, row in enumerate(rows):
             n = len(row.input_ids)
             input_ids[i, :n] = row.input_ids
@@ -54,11 +52,9 @@ class CausalLM:
                 starts = row.document_starts
                 # The last token of a document does not predict the first of the next one.
                 targets[i, starts[starts > 0] - 1] = IGNORE
-                positions[i, :n] = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
-                positions[i, n:] = np.arange(width - n)  # the padding is a document of its own
         inputs = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets)}
         if self.isolate:
-            inputs["position_ids"] = torch.from_numpy(positions)
+            inputs["position_ids"] = torch.from_numpy(restarting_positions(rows, width))
         return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
     def install(self, model: PreTrainedModel) -> None:
@@ -96,44 +92,25 @@ class CausalLM:
 
 @dataclass(frozen=True)
 class DocumentProbe:
-    """A document packed behind another one, behind a third, and at the start of a row; scored by both heads.
-
-    If the network keeps documents apart, it gets the same log-probabilities each time; if the fused head suits the
-    network, both heads agree. Architectures differ in both, in silence, so every run asks.
-    """
+    """Asks whether documents of a row are kept apart, and whether the fused head reproduces the logits."""
 
     task: CausalLM
-    length: int = 8
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        first, second, third = torch.randint(self.task.vocab_size, (3, self.length), generator=generator)
-        ids = torch.stack([torch.cat(pair) for pair in [(first, second), (third, second), (second, first)]])
-        starts = np.array([0, self.length] if self.task.isolate else [0])
-        return self.task.collate([Row(row.numpy(), starts) for row in ids]).inputs
+        return self.task.collate(probe_rows(self.task.vocab_size, isolated=self.task.isolate)).inputs
 
     def outputs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [3 rows, 2 heads, T]; the second head is the first one again where none is fused."""
+        """Log-probabilities [3 rows, T, 2 heads]; the second head is the first one again where none is fused."""
         plain = self.task.logprobs(model, inputs, fused=False)
         fused = self.task.logprobs(model, inputs, fused=True) if self.task.fused else plain
-        return torch.stack([plain.float(), fused.float()], dim=1)
+        return torch.stack([plain.float(), fused.float()], dim=-1)
 
     def check(self, outputs: torch.Tensor) -> None:
-        n = self.length
-        scored = outputs[outputs != 0]
-        spread = scored.std().item()
+        spread = outputs[outputs != 0].std().item()
         if self.task.isolate:
-            behind_first, behind_third, alone = outputs[0, :, n:], outputs[1, :, n:], outputs[2, :, :n]
-            leak = (behind_first - behind_third).abs().max().item()
-            moved = (behind_first - alone).abs().max().item()
-            if not (leak <= LEAK_TOLERANCE * spread and moved <= ROUNDING_TOLERANCE * spread):
-                raise RecipeError(
-                    "clm.attention: in this architecture the documents of a packed row see each other (one moved the "
-                    f"next one's log-probabilities by {max(leak, moved):.2g}): set clm.packing: false, or accept it "
-                    "with clm.attention: across"
-                )
-        apart = (outputs[:, 0] - outputs[:, 1]).abs().max().item()
+            check_isolation(outputs, spread, "clm")
+        apart = (outputs[..., 0] - outputs[..., 1]).abs().max().item()
         if not apart <= ROUNDING_TOLERANCE * spread:
             raise RecipeError(
                 f"clm.head: the fused head does not reproduce this architecture's logits (log-probabilities differ by "

@@ -1,0 +1,155 @@
+"""Masked language modelling: predict some of the tokens from all others (Devlin et al. 2019)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptft_dist.batches import Batch
+from ptft_dist.config.recipe import MlmSection, Recipe
+from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
+from ptft_dist.tasks import IGNORE, LossOut
+from ptft_dist.tasks.isolation import IsolationProbe, document_numbers, restarting_positions
+
+SPAN_LENGTH, LONGEST_SPAN = 5.0, 10  # SpanBERT's p = 0.2 and its clip
+
+
+class MaskedLM:
+    """Rows of token ids in, the summed cross-entropy of the chosen tokens out."""
+
+    auto_class = AutoModelForMaskedLM
+    metric_names = ("loss", "perplexity", "accuracy")
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+        if tokenizer.mask_token_id is None:
+            raise RecipeError("tokenizer: it has no mask token, and task mlm needs one (mask_token)")
+        self.seed, self.settings, self.isolate = recipe.train.seed, recipe.mlm, recipe.mlm.isolated
+        self.mask_id, self.vocab_size = int(tokenizer.mask_token_id), len(tokenizer)
+        self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        self.special = np.zeros(self.vocab_size, bool)
+        self.special[tokenizer.all_special_ids] = True
+        self.begins_word = word_beginnings(tokenizer) if recipe.mlm.unit == "word" else None
+        self.pad_multiple = 1 if device.type == "cpu" else 8
+        self.position_offset = 0
+
+    def install(self, model: PreTrainedModel) -> None:
+        """RoBERTa and its kin count positions from padding_idx + 1."""
+        table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        self.position_offset = 0 if padding is None else padding + 1
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
+        """input_ids with masks and targets (the original ids where chosen, else -100), both [B, T]; attention_mask,
+        [B, T] (True: a token), or [B, 1, T, T] and position_ids where documents share a row and must not see each
+        other. The choice is a pure function of (seed, epoch, row)."""
+        longest = max(len(row.input_ids) for row in rows)
+        width = -(-longest // self.pad_multiple) * self.pad_multiple
+        input_ids = np.full((len(rows), width), self.pad_id, np.int64)
+        targets = np.full((len(rows), width), IGNORE, np.int64)
+        for i, (row, key) in enumerate(zip(rows, keys, strict=True)):
+            n = len(row.input_ids)
+            input_ids[i, :n], targets[i, :n] = self.mask(row.input_ids, np.random.default_rng((self.seed, *key)))
+        inputs = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets)}
+        numbers = document_numbers(rows, width)  # -1: padding
+        if self.isolate:
+            inputs["position_ids"] = torch.from_numpy(restarting_positions(rows, width) + self.position_offset)
+            inputs["attention_mask"] = torch.from_numpy(numbers[:, None, :, None] == numbers[:, None, None, :])
+        else:
+            inputs["attention_mask"] = torch.from_numpy(numbers >= 0)
+        return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
+
+    def mask(self, ids: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """What the network sees, and what it is to predict (-100: nothing): both int64 [T]."""
+        settings = self.settings
+        chosen = choose(ids, self.special[ids], self.begins_word, settings, random)
+        # Each chosen unit is masked, replaced or kept as one for spans, token by token otherwise (as the papers do).
+        fate = random.random(len(ids))
+        if settings.unit == "span" and len(ids):
+            begins = chosen & ~np.concatenate(([False], chosen[:-1]))
+            fate = fate[np.maximum.accumulate(np.where(begins, np.arange(len(ids)), 0))]
+        seen = ids.copy()
+        seen[chosen & (fate < settings.mask_share)] = self.mask_id
+        replaced = chosen & (fate >= settings.mask_share) & (fate < settings.mask_share + settings.random_share)
+        seen[replaced] = random.integers(self.vocab_size, size=len(ids))[replaced]
+        return seen, np.where(chosen, ids, IGNORE)
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        targets = inputs["targets"]
+        chosen = targets != IGNORE
+        logits = self.logits(model, inputs)[chosen]
+        labels = targets[chosen]
+        right = (logits.argmax(-1) == labels).sum()
+        return LossOut(F.cross_entropy(logits, labels, reduction="sum"), {"accuracy": (right, chosen.sum())})
+
+    def logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """fp32 [B, T, V]."""
+        logits: torch.Tensor = model(**{key: x for key, x in inputs.items() if key != "targets"}).logits
+        return logits.float()
+
+    def probe(self) -> IsolationProbe | None:
+        return IsolationProbe(self.logits, self.plain_inputs, self.vocab_size, "mlm") if self.isolate else None
+
+    def plain_inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        """The rows as the network gets them, but with nothing masked."""
+        inputs = self.collate(rows, [(0, i) for i in range(len(rows))]).inputs
+        original = torch.where(inputs["targets"] != IGNORE, inputs["targets"], inputs["input_ids"])
+        return {**inputs, "input_ids": original}
+
+    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """loss: mean over the chosen tokens, in nats; perplexity: its exponential; accuracy: the share predicted."""
+        loss = totals["loss_sum"] / totals["count"]
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": totals["accuracy"]}
+
+
+def choose(
+    ids: np.ndarray,
+    special: np.ndarray,
+    begins_word: np.ndarray | None,
+    settings: MlmSection,
+    random: np.random.Generator,
+) -> np.ndarray:
+    """Which tokens of a row are to be predicted: bool [T], never a special one."""
+    if settings.unit == "span":
+        return _choose_spans(special, settings, random)
+    if begins_word is None:
+        return (random.random(len(ids)) < settings.probability) & ~special
+    words = np.cumsum(begins_word[ids] | special)  # a special token ends the word before it
+    return (random.random(len(ids) + 1) < settings.probability)[words] & ~special
+
+
+def _choose_spans(special: np.ndarray, settings: MlmSection, random: np.random.Generator) -> np.ndarray:
+    """Spans of geometric length until the share is reached; no span crosses a special token."""
+    chosen = np.zeros(len(special), bool)
+    budget = round(settings.probability * int((~special).sum()))
+    mean = settings.span_length or SPAN_LENGTH
+    tries = 0
+    while chosen.sum() < budget and tries < 20 * len(special):
+        tries += 1
+        length = min(int(random.geometric(1 / mean)), LONGEST_SPAN, budget - int(chosen.sum()))
+        start = int(random.integers(len(special)))
+        span = slice(start, start + length)
+        if start + length <= len(special) and not special[span].any() and not chosen[span].any():
+            chosen[span] = True
+    return chosen
+
+
+def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """For each token id, whether a word begins with it: bool [V]. Raises RecipeError where that cannot be known."""
+    kind, tokens = None, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        kind = (state["model"]["type"], "ByteLevel" in json.dumps(state["pre_tokenizer"]))
+    if kind is not None and kind[0] == "WordPiece":
+        return np.array([not token.startswith("##") for token in tokens])
+    if kind == ("BPE", True):  # bytes: a space is spelt U+0120, a line feed U+010A, a tab U+0109
+        return np.array([token.startswith(("\u0120", "\u010a", "\u0109")) for token in tokens])
+    if kind is not None and kind[0] == "Unigram":
+        return np.array([token.startswith("\u2581") for token in tokens])
+    raise RecipeError("mlm.unit: where words begin is not known for this tokenizer; use unit: token or span")
