@@ -110,7 +110,7 @@ BROKEN = [
     (
         "vocab_size: 512",
         "vocab_size: 7",
-        "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 259, got 7",
+        "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 257, got 7",
     ),
     (
         "max_steps: 300",  # equal to the default in Python's eyes

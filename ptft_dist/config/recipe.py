@@ -68,7 +68,7 @@ class TokenizerTraining(Section):
 
     algorithm: Literal["bpe"] = "bpe"
     """`bpe`: byte-level byte-pair encoding; every text can be encoded, nothing is unknown."""
-    vocab_size: Annotated[int, Field(ge=259)] = 8192
+    vocab_size: Annotated[int, Field(ge=257)] = 8192
     """Number of tokens, the 256 bytes and three special tokens included."""
     min_frequency: PositiveInt = 2
     """A pair of tokens seen fewer times than this is not merged."""
