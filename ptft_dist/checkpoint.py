@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is not a checkpoint, or was damaged" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}") from None
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
     if claimed != _manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} was altered: its own hash does not match")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -111,6 +112,38 @@ def begin_after_rank_0_failed() -> None:
     while not log.exists():
         time.sleep(0.01)
     time.sleep(0.3)
+
+
+def fill_disk_before_save(step: str, left_bytes: str) -> None:
+    """Before the save of this step, leave `left_bytes` free on the run's disk; before the next save, all is free."""
+    from ptft_dist.checkpoint import Checkpoints
+
+    commit = Checkpoints.commit
+
+    def full(self: Checkpoints, at: int, *args: Any) -> Any:
+        filler = self.folder.parent.parent / "filler"
+        if os.environ.get("RANK", "0") == "0":
+            filler.unlink(missing_ok=True)
+            if at == int(step):
+                _fill(filler, int(left_bytes))
+        return commit(self, at, *args)
+
+    Checkpoints.commit = full  # type: ignore[method-assign]
+
+
+def no_estimate() -> None:
+    """Let a save begin however little space there is."""
+    from ptft_dist.engine import Engine
+
+    Engine.state_bytes = lambda _: 0  # type: ignore[method-assign]
+
+
+def _fill(filler: Path, left_bytes: int) -> None:
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):
+            while file.write(bytes(4096)) == 4096:
+                pass
+        file.truncate(max(0, file.tell() - left_bytes))
 
 
 if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ranks that a real launcher starts

@@ -7,6 +7,7 @@ They get the environment that `accelerate launch` would give them, and can be ki
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import hashlib
 import importlib
@@ -143,6 +144,7 @@ def forked_rank(args: list[str], env: dict[str, str], cwd: str, output: str, pat
     for stream, number in ((output + ".out", 1), (output + ".err", 2)):
         descriptor = os.open(stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
+    faulthandler.register(signal.SIGQUIT)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     for patch in patches:
         apply(patch)
@@ -173,7 +175,11 @@ class Start:
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
-        if any(process.is_alive() for process in self.processes):
+        if self.running:
+            for process in self.processes:
+                if process.is_alive():
+                    os.kill(process.pid or 0, signal.SIGQUIT)  # each thread's place goes to stderr
+            time.sleep(1)
             self.kill()
             raise AssertionError(f"still running after {timeout_s} s\n{self.stderr}")
         return next((code for code in self.exit_codes if code), 0)

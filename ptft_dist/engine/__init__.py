@@ -200,8 +200,10 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def state_bytes(self) -> int:
-        """About how many bytes save_state writes on all ranks together (fp32 weights and two moments)."""
-        return 12 * self.parameter_count if self.optim.name != "sgd" else 8 * self.parameter_count
+        """About how many bytes save_state writes on all ranks together: fp32 weights and two moments; ZeRO-1 and -2
+        store the network beside their own fp32 copy. Rather more than less: see Checkpoints.commit."""
+        each = (8 if self.optim.name == "sgd" else 12) + (4 if self.kind in ("zero1", "zero2") else 0)
+        return each * self.parameter_count + 2**20
 
     def save_pretrained(self, folder: Path) -> None:
         """A plain Hugging Face model directory, gathered from all shards, written by rank 0."""
