@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test check wheel clean
+.PHONY: setup demo test slurm check wheel clean
 
 setup: $(STAMP)
 
@@ -19,8 +19,21 @@ demo: $(STAMP)
 	$(BIN)/ptft train clm run_dir=$(DEMO_DIR) --launch cpu --processes 2
 	$(BIN)/ptft generate $(DEMO_DIR) --prompt "def __init__(self" --max-new-tokens 48
 
-test: $(STAMP)
+test: $(STAMP) slurm
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# tests/slurm start a private cluster, and are skipped where its programs cannot be had. Installed are Debian's
+# packages; they start no cluster by themselves.
+slurm:
+	@PATH="$$PATH:/usr/sbin:/sbin"; \
+	have() { for name in "$$@"; do command -v "$$name" > /dev/null || return 1; done; }; \
+	if have slurmctld slurmd sbatch munged || ! have apt-get; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then root="env"; elif have sudo && sudo -n true 2> /dev/null; then root="sudo env"; \
+	else exit 0; fi; \
+	echo "installing slurm-wlm and munge for tests/slurm"; \
+	apt="$$root DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq -o DPkg::Lock::Timeout=60"; \
+	{ $$apt update; $$apt install -y --no-install-recommends slurm-wlm munge; } > /dev/null 2>&1 \
+	|| echo "not installed: tests/slurm will be skipped"
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -110,6 +110,16 @@ def write_recipe(folder: Path, documents: Path, **changes: Any) -> Path:
     return path
 
 
+class Vocabulary:
+    """All that a causal task asks of a tokenizer."""
+
+    def __init__(self, size: int, pad_token_id: int) -> None:
+        self.size, self.pad_token_id = size, pad_token_id
+
+    def __len__(self) -> int:
+        return self.size
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 

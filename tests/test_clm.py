@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import Vocabulary
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -77,7 +78,7 @@ def recipe(**clm: Any) -> Recipe:
 
 
 def clm(**settings: Any) -> CausalLM:
-    task = task_class("clm")(recipe(**settings), PAD, VOCAB, torch.device("cpu"))
+    task = task_class("clm")(recipe(**settings), Vocabulary(VOCAB, PAD), torch.device("cpu"))
     assert isinstance(task, CausalLM)
     return task
 
@@ -151,7 +152,7 @@ def test_a_token_that_is_the_padding_token_still_counts() -> None:
 
 
 def test_on_an_accelerator_rows_are_padded_to_eights() -> None:
-    task = CausalLM(recipe(packing=False), PAD, VOCAB, torch.device("cuda"))
+    task = CausalLM(recipe(packing=False), Vocabulary(VOCAB, PAD), torch.device("cuda"))
     assert task.collate([row(list(range(9)))]).inputs["input_ids"].shape == (1, 16)
     assert task.collate([row(list(range(8)))]).inputs["input_ids"].shape == (1, 8)
 

@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support import Vocabulary
 from torch import nn
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.checkpoint import Checkpoints
@@ -175,10 +176,10 @@ def train_ours(tmp_path: Path, network: str, layout: str) -> Ours:
     )
     reset_accelerate()
     engine = Engine("fp32", None)
-    task = task_class("clm")(settings, PAD, VOCAB, engine.device)
+    task = task_class("clm")(settings, Vocabulary(VOCAB, PAD), engine.device)
     keys = {key: value for key, value in NETWORKS[network].items() if key != "model_type"}
     config = CONFIG_MAPPING[network](vocab_size=VOCAB, pad_token_id=PAD, **keys)
-    model = build_model(settings.model, config, settings.train.seed)
+    model = build_model(settings.model, config, settings.train.seed, AutoModelForCausalLM)
     start = copy.deepcopy(model)
     engine.prepare(model, settings.optim)
     layout_of_ranks = Shape(0, 1, shape.micro_size, shape.micro_tokens, settings.batch.group_by_length)

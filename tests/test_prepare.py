@@ -180,7 +180,9 @@ def test_a_tokenizer_that_is_not_there(base: Path, path: str) -> None:
 def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
-        module, "train_tokenizer", lambda settings, texts, roles: train_tokenizer(settings, seen_too(list(texts)), roles)
+        module,
+        "train_tokenizer",
+        lambda settings, texts, roles: train_tokenizer(settings, seen_too(list(texts)), roles),
     )
 
     def seen_too(texts: list[str]) -> list[str]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -69,8 +70,9 @@ def _config_from_keys(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
     }
     try:
         return config_class(**{**defaults, **keys})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {error}") from None
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        why = error.__cause__ or error  # what a StrictDataclassError itself says is the name of a validator
+        raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {why}") from None
 
 
 def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:

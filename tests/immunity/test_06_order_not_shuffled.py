@@ -24,7 +24,7 @@ def store(path: Path, packing: bool) -> TokenStore:
     return TokenStore.open(path)
 
 
-def collate(rows: Sequence[Row]) -> Batch:
+def collate(rows: Sequence[Row], _keys: Sequence[tuple[int, int]]) -> Batch:
     ids = torch.tensor([row.input_ids.tolist() for row in rows])
     return Batch({"input_ids": ids}, count=ids.numel(), tokens=ids.numel())
 

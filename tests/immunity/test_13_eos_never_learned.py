@@ -17,7 +17,6 @@ from ptft_dist.data.prepare import Prepared, prepare
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.tasks import task_class
 from ptft_dist.tasks.clm import CausalLM
-from ptft_dist.worker import pad_id
 
 DOCUMENTS = ["one two three", "red green blue yellow", "up down"]
 
@@ -60,8 +59,9 @@ def recipe(tmp_path: Path, packing: bool) -> Recipe:
 def load(recipe: Recipe, base: Path) -> tuple[Prepared, CausalLM, Any]:
     prepared = prepare(recipe, base, progress=False)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
-    assert pad_id(tokenizer) == tokenizer.eos_token_id
-    return prepared, task_class("clm")(recipe, pad_id(tokenizer), len(tokenizer), torch.device("cpu")), tokenizer
+    task = task_class("clm")(recipe, tokenizer, torch.device("cpu"))
+    assert task.pad_id == tokenizer.eos_token_id
+    return prepared, task, tokenizer
 
 
 def test_every_end_of_a_document_is_a_target(tmp_path: Path, recipe: Recipe) -> None:

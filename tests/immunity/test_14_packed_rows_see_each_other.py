@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, PreTrainedModel
+from support import Vocabulary
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
@@ -50,7 +51,7 @@ def build(settings: Recipe) -> PreTrainedModel:
     assert settings.model.config is not None
     keys = {key: value for key, value in settings.model.config.items() if key != "model_type"}
     config = CONFIG_MAPPING[settings.model.config["model_type"]](vocab_size=VOCAB, **keys)
-    return build_model(settings.model, config, seed=0).eval()
+    return build_model(settings.model, config, 0, AutoModelForCausalLM).eval()
 
 
 def all_ways_to_pack() -> list[list[int]]:
@@ -64,7 +65,7 @@ def all_ways_to_pack() -> list[list[int]]:
 def test_no_division_of_a_row_lets_a_document_see_another(network: str, kernel: str) -> None:
     """Change one document in each way of packing a row: every other document keeps its log-probabilities."""
     settings = recipe(network, kernel)
-    model, task = build(settings), task_class("clm")(settings, 0, VOCAB, torch.device("cpu"))
+    model, task = build(settings), task_class("clm")(settings, Vocabulary(VOCAB, 0), torch.device("cpu"))
     divisions = all_ways_to_pack()
     ids = torch.randint(VOCAB, (len(divisions), LENGTH), generator=torch.Generator().manual_seed(0)).numpy()
 
@@ -91,7 +92,7 @@ def test_no_division_of_a_row_lets_a_document_see_another(network: str, kernel: 
 def test_a_row_without_a_second_document_is_kept_apart_from_one_with(network: str) -> None:
     """transformers decides for a whole batch whether anything in it is packed."""
     settings = recipe(network)
-    model, task = build(settings), task_class("clm")(settings, 0, VOCAB, torch.device("cpu"))
+    model, task = build(settings), task_class("clm")(settings, Vocabulary(VOCAB, 0), torch.device("cpu"))
     ids = np.arange(LENGTH)
     whole, divided = Row(ids, np.array([0])), Row(ids, np.array([0, 4]))
     with torch.no_grad():
@@ -113,7 +114,7 @@ def engine() -> Iterator[Engine]:
 def test_a_run_with_a_network_that_cannot_is_refused_before_it_trains(engine: Engine, network: str) -> None:
     """mamba has no attention to mask, and bloom does not read position_ids."""
     settings = recipe(network)
-    task = task_class("clm")(settings, 0, VOCAB, engine.device)
+    task = task_class("clm")(settings, Vocabulary(VOCAB, 0), engine.device)
     config = build(settings).config
     with pytest.raises(RecipeError, match=r"clm\.attention: .*clm\.packing: false"):
         prepare_network(settings, settings.model, engine, task, config)
@@ -122,5 +123,5 @@ def test_a_run_with_a_network_that_cannot_is_refused_before_it_trains(engine: En
 @pytest.mark.parametrize("remedy", [{"packing": False}, {"attention": "across"}])
 def test_the_remedies_that_the_message_names_are_accepted(engine: Engine, remedy: dict[str, Any]) -> None:
     settings = recipe("bloom", **remedy)
-    task = task_class("clm")(settings, 0, VOCAB, engine.device)
+    task = task_class("clm")(settings, Vocabulary(VOCAB, 0), engine.device)
     assert prepare_network(settings, settings.model, engine, task, build(settings).config) is not None

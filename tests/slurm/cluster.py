@@ -1,0 +1,190 @@
+"""A real Slurm cluster of two nodes on this host: munged, slurmctld and two slurmd, all their files in one folder."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from support import ROOT, environment, free_port, wait_until
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+COMMANDS = ("sbatch", "srun", "scontrol", "scancel", "sinfo")
+SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+NODES = ("n0", "n1")
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+
+CONFIG = """\
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/%n.pid
+# linuxproc signals every process of a step, where proctrack/cgroup signals the first: the harder of the two.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+SlurmdParameters=config_overrides
+SchedulerType=sched/builtin
+SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=100000
+JobAcctGatherType=jobacct_gather/none
+MpiDefault=none
+ReturnToService=2
+KillWait=5
+GresTypes=gpu
+{nodes}
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+def missing() -> list[str]:
+    """The programs that are not installed."""
+    return [name for name in (*DAEMONS, *COMMANDS) if shutil.which(name, path=SEARCH) is None]
+
+
+class Cluster:
+    def __init__(self, folder: Path) -> None:
+        """folder: short, since a socket's path has a limit of 107 bytes."""
+        self.folder = folder
+        self.daemons: list[subprocess.Popen[bytes]] = []
+        # An outer cluster's job must not shine through.
+        plain = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))}
+        self.variables = plain | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{programs()}:{SEARCH}"}
+
+    def start(self) -> None:
+        for name in ("state", *NODES):
+            (self.folder / name).mkdir()
+        key = self.folder / "munge.key"
+        key.write_bytes(secrets.token_bytes(128))
+        key.chmod(0o600)
+        host = socket.gethostname().split(".")[0]
+        nodes = "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=8 Gres=gpu:2"
+            for node in NODES
+        )
+        (self.folder / "slurm.conf").write_text(
+            CONFIG.format(host=host, port=free_port(), user=getpass.getuser(), folder=self.folder, nodes=nodes)
+        )
+        (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # to count
+        files = {name: f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")}
+        self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files.values())
+        wait_until((self.folder / "munge.socket").exists, f"munged; see {self.folder}", 20)
+        self._daemon("slurmctld", "-D")
+        for node in NODES:
+            self._daemon("slurmd", "-D", "-N", node)
+        idle = "\n".join(["idle"] * len(NODES))
+        deadline = time.monotonic() + 30
+        while self._states() != idle:
+            said = "\n".join(path.read_text() for path in self.folder.glob("*.out"))
+            assert time.monotonic() < deadline, f"the nodes are not idle but: {self._states()}\n{said}"
+            time.sleep(0.1)
+
+    def _daemon(self, name: str, *options: str) -> None:
+        words = [shutil.which(name, path=SEARCH) or name, *options]
+        setpriv = shutil.which("setpriv", path=SEARCH)
+        if setpriv:  # so that not even SIGKILL to the tests leaves it running
+            words = [setpriv, "--pdeathsig", "KILL", *words]
+        log = (self.folder / f"{name}-{len(self.daemons)}.out").open("wb")
+        quiet = subprocess.DEVNULL
+        self.daemons.append(subprocess.Popen(words, env=self.variables, stdin=quiet, stdout=log, stderr=log))
+
+    def _states(self) -> str:
+        words = ["sinfo", "--Node", "--noheader", "--format=%T"]
+        done = subprocess.run(words, env=self.variables, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    def stop(self) -> None:
+        """End the daemons, and then whatever else of this cluster still runs."""
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in reversed(self.daemons):
+            try:
+                daemon.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+                daemon.wait()
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("SLURM_CONF") == self.variables["SLURM_CONF"]:
+                    process.kill()
+            except psutil.Error:
+                continue
+
+    def ask(self, *words: str) -> str:
+        """The output of one of Slurm's commands."""
+        done = subprocess.run(words, env=self.variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}: {done.stderr}"
+        return done.stdout.strip()
+
+    def submit(
+        self, *arguments: str, cwd: Path, nodes: int = 2, options: tuple[str, ...] = (), env: Mapping[str, str]
+    ) -> Job:
+        """sbatch slurm/train.sbatch. env: what is added to the environment of the one who calls sbatch."""
+        words = ["sbatch", "--parsable", f"--nodes={nodes}", *options, str(ROOT / "slurm/train.sbatch"), *arguments]
+        variables = self.variables | env
+        done = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        number = done.stdout.strip()
+        return Job(self, number, cwd / f"ptft-{number}.log")
+
+
+def programs() -> Path:
+    """The folder of the `ptft` that belongs to this interpreter."""
+    return Path(sys.executable).parent
+
+
+@dataclass
+class Job:
+    cluster: Cluster
+    number: str
+    log_file: Path
+
+    def fact(self, name: str) -> str:
+        """A field of `scontrol show job`, such as JobState, ExitCode (code:signal) or Restarts."""
+        text = self.cluster.ask("scontrol", "--oneliner", "show", "job", self.number)
+        found = re.search(rf" {name}=(\S+)", text)
+        assert found, text
+        return found[1]
+
+    @property
+    def log(self) -> str:
+        return self.log_file.read_text() if self.log_file.exists() else ""
+
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
+        """Wait while the job has not ended."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            state = self.fact("JobState")
+            assert state not in ENDED or condition(), f"the job is {state} before {what}:\n{self.log}"
+            assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}; the job is {state}:\n{self.log}"
+            time.sleep(0.02)
+
+    def wait(self, timeout_s: float = 120) -> tuple[str, str]:
+        """To the end: JobState and ExitCode."""
+        self.until(lambda: self.fact("JobState") in ENDED, "its end", timeout_s)
+        return self.fact("JobState"), self.fact("ExitCode")
+
+    def requeued(self) -> None:
+        """Wait until the job has put itself back into the queue, and let it start."""
+        self.until(lambda: self.fact("JobState") == "PENDING" and self.fact("Restarts") != "0", "its requeue")
+        # A requeued job waits for two minutes, in which its nodes forget that its credential was revoked. They compare
+        # times in whole seconds, so that two seconds do here.
+        time.sleep(2)
+        self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")

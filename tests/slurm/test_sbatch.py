@@ -1,0 +1,134 @@
+"""slurm/train.sbatch on a real cluster of two nodes: it trains, survives a preemption, and passes a failure on."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from support import eval_rows, last_step, outcome, start, train_rows, write_recipe
+
+STEPS = 60
+MULTI = ("--launch", "multi_node_ddp")
+NASTY = """it's "my" $(touch pwned) $$ run"""
+
+
+@pytest.fixture(scope="module")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, documents: Path, cache: Path
+) -> tuple[Path, Path]:
+    """A folder with a recipe, and the run directory of a job that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("jobs")
+    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 50})
+    (folder / "recipe.yaml").rename(folder / f"{NASTY}.yaml")
+    job = cluster.submit(
+        f"{NASTY}.yaml", f"run_dir={json.dumps(NASTY)}", *MULTI, cwd=folder, env={"PTFT_CACHE": str(cache)}
+    )
+    assert job.wait() == ("COMPLETED", "0:0"), job.log
+    return folder, folder / NASTY
+
+
+def test_two_nodes_compute_what_one_process_computes(whole: tuple[Path, Path], cache: Path) -> None:
+    folder, run_dir = whole
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
+    assert not list(folder.rglob("pwned"))
+    alone = start("train", f"{NASTY}.yaml", "run_dir=alone", cwd=folder, cache=cache)
+    assert alone.wait() == 0, alone.stderr
+    for key, get in (("loss", train_rows), ("eval/loss", eval_rows)):
+        expected = [row[key] for row in get(folder / "alone")]
+        assert [row[key] for row in get(run_dir)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
+    cluster: Cluster, whole: tuple[Path, Path], cache: Path
+) -> None:
+    """The signal reaches every process of both nodes: launchers, ranks and data workers."""
+    folder, reference = whole
+    run_dir = folder / "preempted"
+    words = (f"{NASTY}.yaml", "run_dir=preempted", "data.workers=1", *MULTI)
+    job = cluster.submit(*words, cwd=folder, env={"PTFT_CACHE": str(cache)})
+    job.until(lambda: last_step(run_dir) >= 1, "update 1")
+    cluster.ask("scancel", "--signal=TERM", job.number)
+    job.requeued()
+
+    step = last_step(run_dir)
+    assert 1 <= step < STEPS
+    assert (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
+    result = json.loads((run_dir / "result.json").read_text())
+    assert (result["status"], result["exit_code"], result["steps"]) == ("preempted", 75, step)
+    assert not (run_dir / "stop").exists()
+    assert "death signal" not in job.log  # torchrun, which would give the ranks five seconds
+    codes = re.findall(r"srun: error: (\S+): tasks? \S+: (.*)", job.log)
+    assert {what for _, what in codes} == {"Exited with exit code 75"}
+    assert {node for node, _ in codes} in ({"n0", "n1"}, {"n[0-1]"})
+
+    assert job.wait() == ("COMPLETED", "0:0"), job.log
+    assert job.fact("Restarts") == "1"
+    assert f"resumed from preempted/checkpoints/step-{step:08d}" in job.log
+    assert len(train_rows(run_dir)) == STEPS
+    assert outcome(run_dir) == outcome(reference)
+
+
+def test_a_wrong_recipe_fails_the_job_with_its_code(cluster: Cluster, tmp_path: Path, documents: Path) -> None:
+    write_recipe(tmp_path, documents)
+    job = cluster.submit("recipe.yaml", "optim.learning_rate=1", *MULTI, cwd=tmp_path, env={})
+    assert job.wait() == ("FAILED", "2:0"), job.log
+    assert job.fact("Restarts") == "0"
+    assert "optim.learning_rate: unknown key" in job.log
+
+
+# --- with a stand-in for ptft -----------------------------------------------------------------------------------------
+
+
+def stand_in(folder: Path, body: str) -> dict[str, str]:
+    """Variables with which `ptft` is a shell script."""
+    program = folder / "bin/ptft"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/bash\n{body}\n")
+    program.chmod(0o755)
+    return {"PATH": f"{program.parent}:/usr/local/bin:/usr/bin:/bin"}
+
+
+@pytest.mark.parametrize(
+    ("options", "variables", "processes"),
+    [
+        ((), {}, 2),
+        (("--gpus-per-node=2",), {}, 4),
+        ((), {"PROCESSES_PER_NODE": "3"}, 6),
+        (("--cpus-per-task=4", "--export=ALL,A=1"), {}, 2),
+    ],
+)
+def test_each_node_gets_its_rank(
+    cluster: Cluster, tmp_path: Path, options: tuple[str, ...], variables: dict[str, str], processes: int
+) -> None:
+    env = stand_in(tmp_path, 'printf "%s\\n" "$@" > "heard-$SLURMD_NODENAME"; echo "$SLURM_CPUS_PER_TASK" > cpus')
+    job = cluster.submit("my.yaml", "a=b c", *MULTI, cwd=tmp_path, options=options, env=env | variables)
+    assert job.wait() == ("COMPLETED", "0:0"), job.log
+    port = 20000 + int(job.number) % 10000
+    common = ["train", "my.yaml", "a=b c", *MULTI, "--processes", str(processes), "--machines", "2"]
+    common += ["--address", f"127.0.0.1:{port}", "--machine-rank"]
+    for rank in (0, 1):
+        assert (tmp_path / f"heard-n{rank}").read_text().splitlines() == [*common, str(rank)]
+    if "--cpus-per-task=4" in options:
+        assert (tmp_path / "cpus").read_text() == "4\n"
+
+
+def test_a_node_that_ends_first_does_not_end_the_other(cluster: Cluster, tmp_path: Path) -> None:
+    body = """
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0
+    if [ "$SLURM_NODEID" = 0 ]; then sleep 2; touch saved; fi
+    exit 75
+    """
+    job = cluster.submit("my.yaml", *MULTI, cwd=tmp_path, env=stand_in(tmp_path, body))
+    job.requeued()
+    assert (tmp_path / "saved").exists()
+    assert job.wait() == ("COMPLETED", "0:0"), job.log
+
+
+def test_without_ptft_it_says_so(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit("my.yaml", cwd=tmp_path, nodes=1, env={"PATH": "/usr/local/bin:/usr/bin:/bin"})
+    assert job.wait() == ("FAILED", "2:0")
+    assert "ptft is not on the PATH" in job.log
