@@ -1,7 +1,7 @@
 """24: no code runs from a file that somebody else may have written.
 
-A checkpoint of one process or DDP holds no pickle at all; DeepSpeed's are pickles, and no byte of them is unpickled before
-the manifest's hashes agree. Code that a model's repository carries runs only if the recipe says so.
+A checkpoint of one process or DDP holds no pickle at all; DeepSpeed's are pickles, and no byte of them is unpickled
+before the manifest's hashes agree. Code that a model's repository carries runs only if the recipe says so.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def test_code_of_a_model_repository_runs_only_on_wish(tmp_path: Path) -> None:
     section = ModelSection(path=str(tmp_path))
     assert not section.trust_remote_code
     assert not TokenizerSection(path="x").trust_remote_code
-    with pytest.raises(RecipeError, match="model.path"):
+    with pytest.raises(RecipeError, match=r"model\.path"):
         build_config(section, [None] * 8, 8)  # type: ignore[arg-type]  # only its length is looked at
     assert not ran.exists()
     build_config(ModelSection(path=str(tmp_path), trust_remote_code=True), [None] * 8, 8)  # type: ignore[arg-type]
