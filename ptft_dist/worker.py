@@ -138,7 +138,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, intent.deepspeed)
     task = intent.task_class(recipe, intent.tokenizer, engine.device)
-    model = prepare_network(intent, engine, task)
+    model = prepare_network(recipe, intent.network, engine, task, intent.config)
     checkpoint = intent.resume.choose(engine, tell)
     device = device_name(engine)
     if engine.is_main:
@@ -238,11 +238,12 @@ def deepspeed_settings(recipe: Recipe, shape: BatchShape, knobs: dict[str, Any] 
     return complete_deepspeed_config(knobs, recipe.train.precision, norm, micro_size, shape.accumulation)
 
 
-def prepare_network(intent: Intent, engine: Engine, task: Task) -> PreTrainedModel:
+def prepare_network(
+    recipe: Recipe, section: ModelSection, engine: Engine, task: Task, config: PretrainedConfig
+) -> PreTrainedModel:
     """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
-    recipe, section = intent.loaded.recipe, intent.network
     with engine.building(pretrained=section.path is not None):
-        model = build_model(section, intent.config, recipe.train.seed, intent.task_class.auto_class)
+        model = build_model(section, config, recipe.train.seed, task.auto_class)
     task.install(model)
     if section.compile:
         model.compile(dynamic=True)

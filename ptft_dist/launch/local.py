@@ -160,6 +160,6 @@ def own_exit_code(code: int, result: Path, started: float) -> int:
     try:
         if result.stat().st_mtime >= started - 1:
             return int(json.loads(result.read_text())["exit_code"]) or 1
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # the ranks died before they could say anything
     return code if code > 0 else 1

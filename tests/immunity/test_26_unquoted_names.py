@@ -29,6 +29,7 @@ with open(f"heard-{os.environ.get('RANK', '0')}.json", "w") as file:
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A working directory in which `python -m ptft_dist`, as a rank is started, writes down its arguments."""
     (tmp_path / "ptft_dist").mkdir()
+    (tmp_path / "ptft_dist/__init__.py").touch()
     (tmp_path / "ptft_dist/__main__.py").write_text(STAND_IN)
     yield tmp_path
     assert not list(tmp_path.rglob("pwned"))
