@@ -311,5 +311,6 @@ def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> 
             else f"  {name:<16} {last:.4g}"
         )
     if outcome.finished:
-        say(f"  {'model':<16} {run_dir / 'model'}   (ptft generate {run_dir} --prompt ...)")
+        hint = f"   (ptft generate {run_dir} --prompt ...)" if trainer.recipe.task == "clm" else ""
+        say(f"  {'model':<16} {run_dir / 'model'}{hint}")
     say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")

@@ -1,0 +1,236 @@
+"""Masked language modelling: what is chosen, what the network sees, and the loss of transformers' own head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT, outcome, start, train_rows, write_recipe
+from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, RobertaConfig
+
+from ptft_dist.config.recipe import MlmSection, Recipe, TokenizerTraining
+from ptft_dist.data.store import Row
+from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.errors import RecipeError
+from ptft_dist.models.load import build_model
+from ptft_dist.tasks.mlm import MaskedLM, word_beginnings
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+ROLES = MlmSection().special_tokens
+TEXTS = [path.read_text() for path in sorted((ROOT / "ptft_dist").rglob("*.py"))]
+
+
+@pytest.fixture(scope="module")
+def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
+    return {
+        algorithm: train_tokenizer(TokenizerTraining(algorithm=algorithm, vocab_size=600), TEXTS, ROLES)
+        for algorithm in ("bpe", "wordpiece", "unigram")
+    }
+
+
+def recipe(**mlm: Any) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "task": "mlm",
+            "model": {"config": {"model_type": "bert"}},
+            "tokenizer": {"train": {}},
+            "data": {"train": [{"source": "python-stdlib"}]},
+            "mlm": mlm,
+            "batch": {"global_size": 1, "micro_size": 1},
+            "train": {"max_steps": 1},
+            "run_dir": "run",
+        }
+    )
+
+
+def make(tokenizer: PreTrainedTokenizerFast, **mlm: Any) -> MaskedLM:
+    return MaskedLM(recipe(**mlm), tokenizer, torch.device("cpu"))
+
+
+def rows_of(tokenizer: PreTrainedTokenizerFast, count: int = 40, length: int = 100) -> list[Row]:
+    """Rows [CLS] text [SEP] of one document each."""
+    rows = []
+    for text in TEXTS[:count]:
+        ids = tokenizer(text, add_special_tokens=False).input_ids[: length - 2]
+        whole = [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id]
+        rows.append(Row(np.array(whole), np.zeros(1, np.int64)))
+    return rows
+
+
+@pytest.mark.parametrize("unit", ["token", "word", "span"])
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
+def test_the_shares_are_those_of_the_paper(tokenizers: dict[str, Any], algorithm: str, unit: str) -> None:
+    """15 % of the tokens, never special ones; of these 80 % masked, 10 % replaced, 10 % kept."""
+    tokenizer = tokenizers[algorithm]
+    task, rows = make(tokenizer, unit=unit), rows_of(tokenizer)
+    special = set(tokenizer.all_special_ids)
+    chosen = masked = kept = ordinary = 0
+    for epoch in range(12):
+        for i, row in enumerate(rows):
+            seen, targets = task.mask(row.input_ids, np.random.default_rng((0, epoch, i)))
+            picked = targets != -100
+            assert (targets[picked] == row.input_ids[picked]).all()
+            assert (seen[~picked] == row.input_ids[~picked]).all()
+            assert not special & set(row.input_ids[picked].tolist())
+            ordinary += sum(token not in special for token in row.input_ids.tolist())
+            chosen += int(picked.sum())
+            masked += int((seen[picked] == tokenizer.mask_token_id).sum())
+            kept += int((seen[picked] == row.input_ids[picked]).sum())
+    assert chosen / ordinary == pytest.approx(0.15, abs=0.012)
+    assert masked / chosen == pytest.approx(0.8, abs=0.03)
+    assert kept / chosen == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
+def test_a_word_is_chosen_whole(tokenizers: dict[str, Any], algorithm: str) -> None:
+    """Where a word is chosen, all its tokens are: words found by decoding, not by the code under test."""
+    tokenizer = tokenizers[algorithm]
+    task = make(tokenizer, unit="word", probability=0.3)
+    text = "return everything between parentheses unchanged"
+    words = [tokenizer(word, add_special_tokens=False).input_ids for word in text.split()]
+    spaced = [tokenizer(" " + word, add_special_tokens=False).input_ids for word in text.split()]
+    pieces = [words[0], *spaced[1:]]
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    assert [token for piece in pieces for token in piece] == whole
+    assert max(map(len, pieces)) > 1
+    ends = np.cumsum([len(piece) for piece in pieces])
+    several = 0
+    for i in range(50):
+        _, targets = task.mask(np.array(whole), np.random.default_rng((0, 0, i)))
+        parts = np.split(targets != -100, ends[:-1])
+        assert all(part.all() or not part.any() for part in parts)
+        several += sum(part.all() and len(part) > 1 for part in parts)
+    assert several
+
+
+def test_spans_have_the_lengths_of_the_paper(tokenizers: dict[str, Any]) -> None:
+    """The clipped geometric distribution of SpanBERT has mean 3.8; joined neighbours lengthen it a little."""
+    task, lengths = make(tokenizers["bpe"], unit="span"), []
+    for i in range(60):
+        _, targets = task.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], targets != -100, [0]))))
+        lengths += (edges[1::2] - edges[::2]).tolist()
+    assert 3.4 < np.mean(lengths) < 5.0
+
+
+def test_the_choice_follows_from_seed_epoch_and_row_alone(tokenizers: dict[str, Any]) -> None:
+    task, rows = make(tokenizers["bpe"]), rows_of(tokenizers["bpe"], 4)
+    together = task.collate(rows, [(3, i) for i in range(4)]).inputs
+    for i, row in enumerate(rows):
+        alone = task.collate([row], [(3, i)]).inputs
+        n = len(row.input_ids)
+        assert torch.equal(alone["input_ids"][0, :n], together["input_ids"][i, :n])
+        assert torch.equal(alone["targets"][0, :n], together["targets"][i, :n])
+    other_epoch = task.collate(rows, [(4, i) for i in range(4)]).inputs
+    assert not torch.equal(other_epoch["targets"], together["targets"])
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
+def test_the_loss_is_that_of_transformers(tokenizers: dict[str, Any], config: type[Any]) -> None:
+    tokenizer = tokenizers["bpe"]
+    task = make(tokenizer, packing=False)
+    settings = config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SIZES)
+    model = build_model(recipe().model, settings, 0, AutoModelForMaskedLM).eval()
+    rows = [Row(row.input_ids[: 20 + 9 * i], row.document_starts) for i, row in enumerate(rows_of(tokenizer, 5))]
+    batch = task.collate(rows, [(0, i) for i in range(5)])
+    task.install(model)
+    with torch.no_grad():
+        loss, metrics = task.loss(model, batch.inputs)
+        ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].long()
+        theirs = model(input_ids=ids, attention_mask=mask, labels=batch.inputs["targets"])
+    assert loss.item() == pytest.approx(theirs.loss.item() * batch.count, rel=1e-5)
+    right = (theirs.logits.argmax(-1) == batch.inputs["targets"]).sum().item()
+    assert [x.item() for x in metrics["accuracy"]] == [right, batch.count]
+
+
+@pytest.mark.parametrize("config", [BertConfig, RobertaConfig])
+def test_packed_documents_do_not_see_each_other(tokenizers: dict[str, Any], config: type[Any]) -> None:
+    """Packed, with the block mask: the outputs of each document alone; without it they differ."""
+    tokenizer = tokenizers["bpe"]
+    settings = config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SIZES)
+    model = build_model(recipe().model, settings, 0, AutoModelForMaskedLM).eval()
+    documents = [row.input_ids[5 : 25 + i] for i, row in enumerate(rows_of(tokenizer, 3))]
+    starts = np.cumsum([0, *map(len, documents)])[:-1]
+    packed = Row(np.concatenate(documents), starts)
+    alone = make(tokenizer, packing=False)
+    with torch.no_grad():
+        expected = [
+            alone.logits(model, alone.plain_inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0) for d in documents
+        ]
+        for attention, same in (("document", True), ("across", False)):
+            task = make(tokenizer, attention=attention)
+            task.install(model)
+            logits = task.logits(model, task.plain_inputs([packed])).squeeze(0)
+            pieces = torch.split(logits, [len(d) for d in documents])
+            near = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pieces, expected, strict=True))
+            assert near == same, attention
+
+
+def test_an_architecture_that_cannot_is_refused(tokenizers: dict[str, Any]) -> None:
+    """FNet mixes tokens by a Fourier transform: there is nothing to mask."""
+    from transformers import FNetConfig
+
+    tokenizer = tokenizers["bpe"]
+    settings = FNetConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+    model = build_model(recipe().model, settings, 0, AutoModelForMaskedLM).eval()
+    probe = make(tokenizer).probe()
+    assert probe is not None
+    with pytest.raises(RecipeError, match=r"mlm\.attention.*mlm\.packing: false"), torch.no_grad():
+        probe.check(probe.outputs(model, probe.inputs))
+
+
+def test_unknown_words_and_missing_masks_are_refused(tokenizers: dict[str, Any]) -> None:
+    assert word_beginnings(tokenizers["wordpiece"]).any()
+    plain = train_tokenizer(TokenizerTraining(vocab_size=300), TEXTS)
+    with pytest.raises(RecipeError, match="mask"):
+        make(plain)
+
+
+BERT = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+BERT |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+
+
+def mlm_recipe(folder: Path, documents: Path, dropout: float, **mlm: Any) -> Path:
+    """The tiny recipe of the promise tests with BERT in the place of Llama."""
+    path = write_recipe(folder, documents, task="mlm", mlm=mlm, tokenizer={"train": {"vocab_size": 320}})
+    import json
+
+    raw = json.loads(path.read_text())
+    del raw["clm"]
+    rates = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    raw["model"] = {"config": BERT | rates}
+    path.write_text(json.dumps(raw))
+    return path
+
+
+def test_any_split_gives_the_same_losses(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """P1 for this task: one process, two of DDP, two under ZeRO-2 and ZeRO-3."""
+    path = mlm_recipe(tmp_path, documents, 0.0, packing=False)
+    runs = {"one": (1, "cpu"), "ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3")}
+    curves = {}
+    for name, (ranks, kind) in runs.items():
+        run = start("train", str(path), f"run_dir={name}", cwd=tmp_path, cache=cache, ranks=ranks, kind=kind)
+        assert run.wait() == 0, run.stderr
+        curves[name] = [(row["loss"], row["accuracy"]) for row in train_rows(tmp_path / name)]
+    for name, curve in curves.items():
+        assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in curves["one"]], rel=1e-5), name
+        assert [share for _, share in curve] == pytest.approx([share for _, share in curves["one"]], abs=1e-9), name
+
+
+def test_killed_and_resumed_is_never_killed(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """P2 for this task, with dropout: a run whose later checkpoints are lost ends with the same bits."""
+    import shutil
+
+    path = mlm_recipe(tmp_path, documents, 0.1, attention="document", packing=True)
+    whole = start("train", str(path), cwd=tmp_path, cache=cache)
+    assert whole.wait() == 0, whole.stderr
+    expected = outcome(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    shutil.rmtree(tmp_path / "run/model")
+    again = start("train", str(path), cwd=tmp_path, cache=cache)
+    assert again.wait() == 0, again.stderr
+    assert "resumed from" in again.stderr
+    assert outcome(tmp_path / "run") == expected
