@@ -96,14 +96,17 @@ class JsonLines:
 
 
 def _cut_after(path: Path, last_step: int) -> None:
-    """Keep the rows up to `last_step`; a torn last line, left by a kill, goes too. The file is replaced whole."""
+    """Keep the rows up to `last_step`; a torn last line, left by a kill, goes too. The file is replaced whole.
+
+    A start from zero (last_step 0) keeps none: it makes an evaluation before the first update again.
+    """
     kept = []
     for line in path.read_text().splitlines(keepends=True):
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if line.endswith("\n") and row["step"] <= last_step:
+        if line.endswith("\n") and row["step"] <= last_step and last_step:
             kept.append(line)
     replacement = path.with_name(path.name + ".new")
     replacement.write_text("".join(kept))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,3 +26,19 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_leftovers() -> Iterator[None]:
     yield
     kill_leftovers()
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 8 MB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)]
+    try:
+        made = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        pytest.skip(f"no disk of a known size can be mounted: {error}")
+    if made.returncode:
+        pytest.skip(f"no disk of a known size can be mounted: {made.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", str(mount)], check=True)

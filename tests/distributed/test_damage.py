@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -163,22 +162,6 @@ def test_the_real_command_tells_of_damage(folder: Path) -> None:
 
 
 # --- a full disk ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 8 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(mount)]
-    try:
-        made = subprocess.run(words, capture_output=True, text=True, check=False)
-    except OSError as error:
-        pytest.skip(f"no disk of a known size can be mounted: {error}")
-    if made.returncode:
-        pytest.skip(f"no disk of a known size can be mounted: {made.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
 
 
 # How the disk is filled before the save at step 4, which needs 500 kB -> what is said.

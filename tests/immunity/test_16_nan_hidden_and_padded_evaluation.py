@@ -1,0 +1,72 @@
+"""16: NaN is hidden by a filter of the log; evaluation counts the padded duplicates of its last batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from in_process import make_recipe, make_store, make_task, make_trainer, ragged
+
+from ptft_dist.batches import Shape
+from ptft_dist.errors import NonFiniteLossError
+from ptft_dist.tasks import LossOut
+from ptft_dist.worker import validation
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_it_stops_before_the_weights_move(tmp_path: Path, where: str, bad: float) -> None:
+    recipe = make_recipe(save={"every": 1})
+    with make_trainer(tmp_path, make_store(tmp_path / "store", ragged(30)), recipe) as (trainer, kept):
+        healthy = trainer.task.loss
+
+        def sick(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+            out = healthy(model, inputs)
+            if trainer.progress.step < 2:
+                return out
+            if where == "loss":
+                return LossOut(out.loss_sum * bad, {})
+            parameter = next(model.parameters())
+            parameter.register_hook(lambda gradient: gradient * bad)  # the loss itself stays a number
+            return out
+
+        trainer.task.loss = sick  # type: ignore[method-assign]
+        at_two: dict[str, torch.Tensor] = {}
+        save = trainer.save
+
+        def remember(**kwargs: Any) -> None:
+            at_two.update({name: value.clone() for name, value in trainer.engine.model.state_dict().items()})
+            save(**kwargs)
+
+        trainer.save = remember  # type: ignore[method-assign]
+        with pytest.raises(NonFiniteLossError, match=r"update 3 is (nan|inf): nothing was saved after it"):
+            trainer.fit()
+        assert [row["step"] for row in kept.rows] == [1, 2]
+        assert all(torch.equal(value, at_two[name]) for name, value in trainer.engine.model.state_dict().items())
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro", [{"micro_size": 2}, {"micro_size": None, "micro_tokens": 40}], ids=str)
+def test_each_row_is_evaluated_once(tmp_path: Path, ranks: int, micro: dict[str, Any]) -> None:
+    """13 rows divide by no number of ranks: some rank has an empty batch, which counts nothing."""
+    recipe = make_recipe(batch={"global_size": 24} | micro, data={"validation": 0.1}, eval={"every": 1})
+    store, task = make_store(tmp_path / "store", ragged(13)), make_task(recipe)
+    rows: Counter[int] = Counter()
+    count, passes = 0, set()
+    for rank in range(ranks):
+        layout = Shape(rank, ranks, recipe.batch.micro_size, recipe.batch.micro_tokens, True)
+        evaluation = validation(recipe, store, layout, task)
+        assert evaluation is not None
+        batches = list(evaluation())
+        passes.add(len(batches))
+        for batch in batches:
+            count += batch.count
+            labelled = (batch.inputs["targets"] != -100).any(1)
+            rows.update(batch.inputs["input_ids"][labelled, 0].tolist())
+    assert rows == Counter(range(13))
+    assert count == sum(length - 1 for length in ragged(13))
+    assert len(passes) == 1  # or a rank would wait for another in the middle
