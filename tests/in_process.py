@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import merge
+from support import Vocabulary, merge
 
 from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.checkpoint import Checkpoints
@@ -75,7 +75,7 @@ def make_dataset(
 
 
 def make_task(recipe: Recipe) -> Task:
-    task: Task = task_class("clm")(recipe, 0, VOCAB, torch.device("cpu"))
+    task: Task = task_class("clm")(recipe, Vocabulary(VOCAB, 0), torch.device("cpu"))
     return task
 
 
@@ -105,7 +105,7 @@ def make_trainer(
     try:
         task, kept = make_task(recipe), Kept()
         config = AutoConfig.for_model(**recipe.model.config)
-        engine.prepare(build_model(recipe.model, config, recipe.train.seed), recipe.optim)
+        engine.prepare(build_model(recipe.model, config, recipe.train.seed, task.auto_class), recipe.optim)
         dataset, plan = make_dataset(recipe, store, task)
         batches = SupervisedBatches(dataset, workers=0, pin_memory=False)
         checkpoints = Checkpoints(folder / "checkpoints")

@@ -1,0 +1,23 @@
+"""Every shipped recipe runs as shipped, at a smoke size, on two processes; a new one cannot be forgotten."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support import ROOT, eval_rows, start, train_rows
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+SMOKE = ["train.max_steps=3", "eval.every=3", "eval.max_rows=8", "save.every=3", "data.train.0.limit=40"]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
+def test_a_shipped_recipe_runs(path: Path, tmp_path: Path, cache: Path) -> None:
+    smoke = [*SMOKE, "data.validation=0.2", "run_dir=run", "batch.global_size=8", "batch.micro_size=2"]
+    run = start("train", str(path), *smoke, cwd=tmp_path, cache=cache, ranks=2)
+    assert run.wait() == 0, run.stderr
+    assert len(train_rows(tmp_path / "run")) == 3
+    assert [row["step"] for row in eval_rows(tmp_path / "run")] == [0, 3]
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "finished"
+    assert (tmp_path / "run/model/config.json").is_file()
