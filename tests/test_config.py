@@ -82,7 +82,7 @@ BROKEN = [
         "",
         "recipe.yaml:6: data.train: required, but not given",
     ),
-    ("task: clm", "task: clmm", "recipe.yaml:1: task: expected clm, got 'clmm'; did you mean clm?"),
+    ("task: clm", "task: clmm", "recipe.yaml:1: task: expected one of clm, mlm, got 'clmm'; did you mean clm?"),
     (
         "lr: 1e-3",
         "schedule: cosin",
@@ -274,7 +274,7 @@ def test_an_alias_inside_its_own_anchor_ends(tmp_path: Path) -> None:
 
 def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
     text = (
-        GOOD.replace("task: clm", "task: mlm")
+        GOOD.replace("task: clm", "task: nsp")
         .replace("lr: 1e-3", "lr: fast\n  lr: 2")
         .replace("micro_size: 8", "zzz: 8")
     )

@@ -6,33 +6,21 @@ Every model is frozen and refuses unknown keys. The docstring under a field is i
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-Text = Annotated[str, Field(min_length=1)]
-
-
-def _exactly_one(section: BaseModel, *names: str) -> None:
-    given = [name for name in names if getattr(section, name) is not None]
-    if len(given) != 1:
-        found = "none is given" if not given else "given: " + ", ".join(given)
-        raise ValueError(f"exactly one of {', '.join(names)} is needed; {found}")
-
-
-def _only_with(section: BaseModel, names: tuple[str, ...], condition: bool, needs: str) -> None:
-    """A setting that would have no effect is an error."""
-    for name in names:
-        if getattr(section, name) != type(section).model_fields[name].default and not condition:
-            raise ValueError(f"{name} has no effect here: it needs {needs}")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+from ptft_dist.config.section import (
+    BelowOne,
+    Fraction,
+    NonNegative,
+    Positive,
+    Section,
+    Text,
+    exactly_one,
+    only_with,
+)
+from ptft_dist.config.task_sections import ClmSection, DocumentRows, MlmSection
 
 
 class ModelSection(Section):
@@ -56,10 +44,10 @@ class ModelSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> ModelSection:
-        _exactly_one(self, "config", "path")
+        exactly_one(self, "config", "path")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs a model_type, such as llama, qwen3 or gpt2")
-        _only_with(self, ("revision",), self.path is not None, "model.path")
+        only_with(self, ("revision",), self.path is not None, "model.path")
         return self
 
 
@@ -91,8 +79,8 @@ class TokenizerSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TokenizerSection:
-        _exactly_one(self, "path", "train")
-        _only_with(self, ("revision", "trust_remote_code"), self.path is not None, "tokenizer.path")
+        exactly_one(self, "path", "train")
+        only_with(self, ("revision", "trust_remote_code"), self.path is not None, "tokenizer.path")
         return self
 
 
@@ -122,10 +110,10 @@ class Source(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Source:
-        _exactly_one(self, "source", "path", "hub")
-        _only_with(self, ("config", "revision", "split"), self.hub is not None, "a hub data set")
-        _only_with(self, ("field",), self.source is None, "files or a hub data set")
-        _only_with(self, ("document",), self.path is not None, "a path")
+        exactly_one(self, "source", "path", "hub")
+        only_with(self, ("config", "revision", "split"), self.hub is not None, "a hub data set")
+        only_with(self, ("field",), self.source is None, "files or a hub data set")
+        only_with(self, ("document",), self.path is not None, "a path")
         return self
 
 
@@ -145,81 +133,6 @@ class DataSection(Section):
     """Processes per rank that read ahead; 2 on an accelerator and 0 on a CPU when not given."""
 
 
-class DocumentRows(Section):
-    """How the documents of a pretraining task are laid out in rows."""
-
-    packing: bool = True
-    """True: documents are laid end to end and cut into rows of exactly max_length tokens. False: each document is a
-    row (a longer one becomes several), padded only as far as its micro-batch needs."""
-    attention: Literal["document", "across"] | None = None
-    """With packing: may a token see the other documents of its row? `document` (when not given): no, exactly as if
-    each document stood alone. `across`: yes."""
-
-    @model_validator(mode="after")
-    def _check_packing(self) -> Self:
-        _only_with(self, ("attention",), self.packing, "packing: true")
-        return self
-
-    @property
-    def isolated(self) -> bool:
-        """Several documents share a row and must not see each other."""
-        return self.packing and self.attention != "across"
-
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        """The roles of the special tokens at a document's beginning and end."""
-        return None, "eos"
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        """The roles for which a tokenizer that is learned for this task gets a token."""
-        return "eos", "bos", "pad"
-
-
-class ClmSection(DocumentRows):
-    """Settings of causal language modelling."""
-
-    bos: bool = False
-    """Begin each document with the tokenizer's BOS token. It always ends with EOS."""
-    head: Literal["auto", "fused", "logits"] = "auto"
-    """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
-    they are. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
-
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        return "bos" if self.bos else None, "eos"
-
-
-class MlmSection(DocumentRows):
-    """Settings of masked language modelling (Devlin et al. 2019). A document is [CLS] text [SEP]."""
-
-    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """The share of tokens that are to be predicted; never special tokens."""
-    mask_share: Fraction = 0.8
-    """Of those, the share that the network sees as [MASK]."""
-    random_share: Fraction = 0.1
-    """Of those, the share that it sees as a random token; the rest it sees unchanged."""
-    unit: Literal["token", "word", "span"] = "token"
-    """What is chosen as one: a token; a whole word; a span of tokens (Joshi et al. 2020, SpanBERT)."""
-    span_length: Annotated[float, Field(ge=1.0)] | None = None
-    """`span`: the mean of the geometric distribution of lengths, which ends at 10 tokens; 5 when not given."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        _only_with(self, ("span_length",), self.unit == "span", "mlm.unit: span")
-        if self.mask_share + self.random_share > 1:
-            raise ValueError(f"mask_share + random_share is {self.mask_share + self.random_share:g}, more than 1")
-        return self
-
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        return "cls", "sep"
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        return "cls", "sep", "mask", "pad"
-
-
 class BatchSection(Section):
     """How much goes into one optimizer update, over all processes, and into one forward pass."""
 
@@ -236,8 +149,8 @@ class BatchSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> BatchSection:
-        _exactly_one(self, "global_size", "global_tokens")
-        _exactly_one(self, "micro_size", "micro_tokens")
+        exactly_one(self, "global_size", "global_tokens")
+        exactly_one(self, "micro_size", "micro_tokens")
         return self
 
 
@@ -280,7 +193,7 @@ class OptimSection(Section):
     """Adam's epsilon; 1e-8 when not given."""
     momentum: BelowOne | None = None
     """SGD's momentum; 0 when not given."""
-    groups: list[ParameterGroup] = []
+    groups: tuple[ParameterGroup, ...] = ()
     """Parameters with a learning rate or weight decay of their own."""
     max_grad_norm: Positive | None = 1.0
     """The gradient's global 2-norm is clipped to this; null: never clipped."""
@@ -298,12 +211,12 @@ class OptimSection(Section):
     @model_validator(mode="after")
     def _check(self) -> OptimSection:
         adam = "adamw" in self.name
-        _only_with(self, ("betas", "eps"), adam, "an adamw optimizer")
-        _only_with(self, ("momentum",), self.name == "sgd", "optim.name: sgd")
-        _only_with(self, ("decay",), self.schedule == "wsd", "optim.schedule: wsd")
-        _only_with(self, ("power",), self.schedule == "polynomial", "optim.schedule: polynomial")
+        only_with(self, ("betas", "eps"), adam, "an adamw optimizer")
+        only_with(self, ("momentum",), self.name == "sgd", "optim.name: sgd")
+        only_with(self, ("decay",), self.schedule == "wsd", "optim.schedule: wsd")
+        only_with(self, ("power",), self.schedule == "polynomial", "optim.schedule: polynomial")
         falls = self.schedule in ("linear", "cosine", "wsd", "polynomial")
-        _only_with(self, ("min_lr_ratio",), falls, "a schedule that falls: linear, cosine, wsd or polynomial")
+        only_with(self, ("min_lr_ratio",), falls, "a schedule that falls: linear, cosine, wsd or polynomial")
         if self.warmup >= 1 and self.warmup != int(self.warmup):
             raise ValueError(f"warmup: {self.warmup} is neither a share below 1 nor a whole number of updates")
         return self
@@ -327,7 +240,7 @@ class TrainSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
-        _exactly_one(self, "max_steps", "epochs", "max_tokens")
+        exactly_one(self, "max_steps", "epochs", "max_tokens")
         return self
 
 
