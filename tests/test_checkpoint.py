@@ -260,6 +260,7 @@ def test_killed_before_any_operation_a_good_one_is_found(tmp_path: Path) -> None
         step, warnings = newest(checkpoints)
         assert step in (1, 2)
         assert warnings == []
+        assert all(verify(read_checkpoint(path)) == [] for path in checkpoints.paths())  # none is half-deleted
         seen.add(step)
         checkpoints.clean(lambda _: None)
         assert all(name.startswith("step-") for name in names(folder))

@@ -141,3 +141,27 @@ def test_how_often_it_saves_and_evaluates_does_not_matter(
     assert len(rows(ours)) == STEPS + STEPS + 1
     assert train_rows(ours) == train_rows(seldom)
     assert outcome(ours) | {"rows": None} == outcome(seldom) | {"rows": None}
+
+
+def test_evaluation_drops_nothing(
+    whole: Callable[[int, str], Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last evaluation of the run with dropout, again with the exported model, row by row."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import AutoModelForCausalLM
+
+    from ptft_dist.config.load import load_recipe
+    from ptft_dist.data.prepare import prepare
+
+    run_dir = whole(1, "cpu")
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    store = prepare(load_recipe(str(run_dir / "recipe.yaml")).recipe, run_dir, progress=False).validation
+    assert store is not None
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
+    assert model.config.attention_dropout == 0.1
+    rows_of_ids = [torch.from_numpy(store.row(i).input_ids) for i in range(len(store))]
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(ids[None, :-1]).logits[0], ids[1:], reduction="sum") for ids in rows_of_ids]
+    mean = torch.stack(losses).sum().item() / sum(len(ids) - 1 for ids in rows_of_ids)
+    assert rows(run_dir)[-1]["eval/loss"] == pytest.approx(mean, rel=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -132,7 +133,7 @@ def naive(small: Path, cache: Path) -> dict[str, list[float]]:
         ids = torch.tensor([row])
         return F.cross_entropy(model(input_ids=ids[:, :-1]).logits[0], ids[0, 1:], reduction="sum")
 
-    curves: dict[str, list[float]] = {"loss": [], "grad_norm": [], "lr": [], "eval": []}
+    curves: dict[str, list[float]] = {name: [] for name in ("loss", "grad_norm", "lr", "loss_tokens", "tokens")}
     for step in range(STEPS):
         rows = [tokens[i] for i in rows_at(step * GLOBAL_SIZE, min(85, (step + 1) * GLOBAL_SIZE), DOCUMENTS, seed=0)]
         count = sum(len(row) - 1 for row in rows)
@@ -148,7 +149,7 @@ def naive(small: Path, cache: Path) -> dict[str, list[float]]:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
-        for name, value in (("loss", loss.item()), ("grad_norm", norm), ("lr", lr)):
+        for name, value in zip(curves, (loss.item(), norm, lr, count, count + len(rows)), strict=True):
             curves[name].append(value)
     with torch.no_grad():
         curves["eval"] = [float(sum(loss_sum(row) for row in tokens)) / sum(len(row) - 1 for row in tokens)]
@@ -159,6 +160,8 @@ def follows(run_dir: Path, naive: dict[str, list[float]]) -> None:
     measured = train_rows(run_dir)
     assert len(measured) == STEPS
     assert [row["lr"] for row in measured] == pytest.approx(naive["lr"], rel=1e-9)
+    assert [row["loss_tokens"] for row in measured] == naive["loss_tokens"]
+    assert [row["tokens"] for row in measured] == list(itertools.accumulate(naive["tokens"]))
     assert [row["loss"] for row in measured] == pytest.approx(naive["loss"], rel=1e-5)
     assert [row["grad_norm"] for row in measured] == pytest.approx(naive["grad_norm"], rel=1e-4)
     assert eval_rows(run_dir)[-1]["eval/loss"] == pytest.approx(naive["eval"][0], rel=1e-5)
