@@ -249,6 +249,9 @@ def _sharded_on_cpu(kind: str) -> None:
         return
     import deepspeed
 
+    # DeepSpeed would compile a shared-memory collective here: most of a minute, and a process that is killed meanwhile
+    # leaves a lock for which every later start waits for ever. Gloo does without.
+    deepspeed.ops.__compatible_ops__ = {}
     state.distributed_type = DistributedType.DEEPSPEED
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
