@@ -40,6 +40,7 @@ from ptft_dist.metrics import JsonLines, Sink, TensorBoard, Terminal, say
 from ptft_dist.models.load import build_config, build_model, flops_per_token, local_or_hub
 from ptft_dist.resume import Resume
 from ptft_dist.run_files import FailureReport, lock_run_dir, make_run_dir, write_result, write_start
+from ptft_dist.schedule import warmup_steps
 from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task, task_class
 from ptft_dist.trainer import Outcome, Trainer
@@ -114,12 +115,16 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
     checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints")
     resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
     resume.look()
+    plan = plan_updates(recipe, prepared, shape)
+    warmup = warmup_steps(recipe.optim, plan.total_steps)
+    if warmup >= plan.total_steps:
+        tell(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}: optim.lr is never reached")
     return Intent(
         loaded,
         prepared,
         found,
         shape,
-        plan_updates(recipe, prepared, shape),
+        plan,
         tokenizer,
         network,
         build_config(network, tokenizer, recipe.data.max_length),
