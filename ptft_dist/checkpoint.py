@@ -170,7 +170,8 @@ class Checkpoints:
         """
         for path in self.paths():
             if int(path.name[5:]) > step:
-                aside = path.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{path.name}")
+                # Nanoseconds, since two starts may follow each other within a second.
+                aside = path.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}-{path.name}")
                 path.rename(aside)
                 log(f"{path.name} is not part of this run any more: it is now {aside.name}")
 

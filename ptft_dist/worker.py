@@ -5,6 +5,7 @@ Everything that can be wrong with the recipe, the data or the machine is looked 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -64,18 +65,26 @@ def run(loaded: Loaded, options: Options) -> int:
     stop.listen()
     started = time.monotonic()
     try:
-        return train(loaded, options, where, stop)
+        code = train(loaded, options, where, stop)
     except Exception as error:
         code = error.exit_code if isinstance(error, PtftError) else 1
         report.write(error, code, time.monotonic() - started)
-        if where.world_size > 1:
-            # The others may wait in a collective; tearing the group down politely would wait for them.
-            sys.stderr.flush()
-            os._exit(code)
-        return code
     finally:
         if lock is not None:
             lock.release()
+    if where.world_size > 1:
+        _end(code)
+    return code
+
+
+def _end(code: int) -> NoReturn:
+    """End a rank without a polite farewell: after a failure the others may wait in a collective, and tearing the group
+    down would wait for them; after a success see Engine.close."""
+    for reader in multiprocessing.active_children():
+        reader.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,22 @@ def begin_after_rank_0_failed() -> None:
     time.sleep(0.3)
 
 
+def watch_engine() -> None:
+    """Write destroyed-RANK when the engine goes."""
+    import weakref
+
+    from ptft_dist.engine import Engine
+
+    prepare = Engine.prepare
+
+    def watched(self: Engine, *args: Any) -> None:
+        prepare(self, *args)
+        gone = Path(f"destroyed-{os.environ.get('RANK', '0')}").touch
+        weakref.finalize(self.module, gone).atexit = False
+
+    Engine.prepare = watched  # type: ignore[method-assign]
+
+
 def die_in_rank(rank: str, step: str) -> None:
     """This rank is killed in this update."""
     from ptft_dist.trainer import Trainer

@@ -115,7 +115,11 @@ def test_schema(folder: Path) -> None:
             2,
             "error: command line: optim.lrr: unknown key; did you mean optim.lr?\n",
         ),
-        (("config", "show", "recipe.yaml", "task=x"), 2, "error: command line: task: expected one of clm, mlm, got 'x'\n"),
+        (
+            ("config", "show", "recipe.yaml", "task=x"),
+            2,
+            "error: command line: task: expected one of clm, mlm, got 'x'\n",
+        ),
         (("config", "check", "recipe.yaml", "data.train=[{path: no/*.txt}]"), 3, "error: data.train"),
     ],
 )

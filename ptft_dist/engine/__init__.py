@@ -35,6 +35,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 # Collectives wait for work of other ranks (a save, an evaluation), never for CPU work such as tokenization.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
+_LEFT_BEHIND: list[Any] = []  # what holds on to a process group that was left; see Engine.close
 
 
 class LossModule(torch.nn.Module):
@@ -180,7 +181,13 @@ class Engine:
             dist.barrier()
 
     def close(self) -> None:
+        """Leave the process group. A process that had one should then end by os._exit.
+
+        gloo's destructor joins its threads while it holds Python's lock. A thread that just wants that lock, to forget
+        the tensor of the last barrier, never ends (one run of 300 on a busy CPU). So nothing is destroyed here.
+        """
         if dist.is_initialized():
+            _LEFT_BEHIND.extend((self, dist.group.WORLD))
             dist.destroy_process_group()
 
     # --- state ------------------------------------------------------------------------------------------------------

@@ -89,6 +89,21 @@ def test_a_stop_file_for_two_processes(
     assert outcome(tmp_path / "run") == whole(2)
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_end_without_destroying_their_group(tmp_path: Path, documents: Path, cache: Path, ranks: int) -> None:
+    """gloo's destructor can wait for ever: see Engine.close. Readers of data go with their rank."""
+    prepare_folder(tmp_path, documents, steps=2)
+    place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": ranks}
+    run = start("train", "recipe.yaml", "data.workers=1", patches=["watch_engine"], **place)
+    run.until(lambda: last_step(tmp_path / "run") >= 1, "an update")
+    family = [child for rank in run.processes for child in psutil.Process(rank.pid).children()]
+    assert len(family) == ranks
+    assert run.wait() == 0, run.stderr
+    psutil.wait_procs(family, timeout=1)
+    assert not any(process.is_running() for process in family)
+    assert [path.name for path in tmp_path.glob("destroyed-*")] == (["destroyed-0"] if ranks == 1 else [])
+
+
 # --- through the launcher ---------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,10 +55,10 @@ def test_all_ranks_stop_after_the_same_update(
 ) -> None:
     write_recipe(tmp_path, documents, train={"max_steps": 500}, eval={"every": None}, save={"every": None})
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=["slow_updates:0.05"])
-    for rank in signalled:
-        step = last_step(tmp_path / "run") + 2
-        run.until(lambda step=step: last_step(tmp_path / "run") >= step, f"update {step}")  # type: ignore[misc]
+    run.until(lambda: last_step(tmp_path / "run") >= 2, "update 2")
+    for rank in signalled:  # the second signal comes while the first one is being honoured
         os.kill(run.processes[rank].pid or 0, signal.SIGTERM)
+        time.sleep(0.03)
     assert run.wait(30) == 75, run.stderr
     assert run.exit_codes == [75, 75]
     result = json.loads((tmp_path / "run/result.json").read_text())
