@@ -26,6 +26,8 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 ROOT = Path(__file__).parent.parent
 
 # One thread a process: how many there are decides the order of additions, and ranks share few cores here.
@@ -304,6 +306,14 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) 
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
         time.sleep(0.002)
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it runs. An orphan that has ended stays a zombie where nobody reaps it."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 # --- what came out ----------------------------------------------------------------------------------------------------
