@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from support import COMMAND, ROOT, environment, last_step, lives, outcome, start, wait_until, write_recipe
+from support import COMMAND, ROOT, environment, last_step, lives, outcome, rows, start, wait_until, write_recipe
 
 STEPS = 40
 SLOW = ["slow_updates:0.05"]
@@ -145,11 +145,13 @@ def test_sigterm_to_the_command_that_launched_two_processes(
     step = result["steps"]
     assert last_step(run_dir) == step
 
-    # The next start goes on there, and not with the stop that is already honoured.
-    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
-    run.until(lambda: last_step(run_dir) >= step + 2, "two more updates")
-    run.kill()
-    assert f"resumed from run/checkpoints/step-{step:08d}" in run.stderr
+    # The next start goes on there, with the bits of a run that was never stopped, and is not stopped again.
+    for name in ("run", "whole"):
+        run = start("train", "recipe.yaml", f"run_dir={name}", cwd=tmp_path, cache=cache, ranks=2)
+        run.until(lambda folder=tmp_path / name: last_step(folder) >= step + 3, "three more updates")
+        run.kill()
+        assert (f"resumed from run/checkpoints/step-{step:08d}" in run.stderr) == (name == "run")
+    assert rows(run_dir)[: step + 3] == rows(tmp_path / "whole")[: step + 3]
 
 
 def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, launched: Callable[..., psutil.Popen]) -> None:
