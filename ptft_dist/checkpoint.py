@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptft_dist.errors import CheckpointError
+from ptft_dist.errors import CheckpointError, ShardWriteError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -195,11 +195,14 @@ class Checkpoints:
 def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
     """Run `action` on each rank that has one; the results of all, or SaveError on all if one failed.
 
-    Whatever was raised must reach the other ranks, or they would wait for this one for ever.
+    Whatever was raised must reach the other ranks, or they would wait for this one for ever. Only where they wait
+    inside the action itself nothing can reach them, and this rank ends instead.
     """
     result, failure = None, None
     try:
         result = action() if action is not None else None
+    except ShardWriteError:
+        raise
     except Exception as error:
         failure = f"rank {ranks.rank}: {type(error).__name__}: {error}"
     outcomes = ranks.gather_objects((result, failure))

@@ -30,6 +30,10 @@ class CheckpointError(PtftError):
     exit_code = 4
 
 
+class ShardWriteError(CheckpointError):
+    """This rank could not write its shard. The others wait for it inside the write, so it must end at once."""
+
+
 class NonFiniteLossError(PtftError):
     """The loss or the gradient norm became NaN or infinite; the weights of that step were not kept."""
 

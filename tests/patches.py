@@ -208,3 +208,26 @@ if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ran
 
     apply(sys.argv.pop(1))
     main()
+
+
+def break_shard(rank: str, step: str) -> None:
+    """A write error in one rank's part of a sharded checkpoint, while the others go on to DeepSpeed's barrier."""
+    import deepspeed
+    import torch
+
+    save = deepspeed.DeepSpeedEngine.save_checkpoint
+    write = torch.save
+
+    def broken(self: Any, folder: str, *args: Any, **kwargs: Any) -> Any:
+        if os.environ.get("RANK") == rank and folder.endswith(f"{int(step):08d}"):
+
+            def no_space(*_: Any, **__: Any) -> None:
+                raise OSError(28, "No space left on device")
+
+            torch.save = no_space
+        try:
+            return save(self, folder, *args, **kwargs)
+        finally:
+            torch.save = write
+
+    deepspeed.DeepSpeedEngine.save_checkpoint = broken

@@ -55,7 +55,7 @@ def _launch(
     from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
     from ptft_dist.metrics import say
-    from ptft_dist.run_files import make_run_dir
+    from ptft_dist.run_files import lock_run_dir, make_run_dir
 
     name = launch or default_launch()
     words = command(name, processes, several, arguments)
@@ -64,6 +64,7 @@ def _launch(
     check_sources(loaded.recipe, loaded.base)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
+    lock_run_dir(run_dir).release()  # refused here, where the exit code is ours; held by rank 0
     prepared = prepare(loaded.recipe, loaded.base)
     if not prepared.from_cache:
         say(describe(prepared.report))

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ptft_dist.engine.state import read_optimizer, write_optimizer
+from ptft_dist.errors import ShardWriteError
 
 WEIGHTS = "model.safetensors"
 
@@ -145,8 +146,14 @@ class Zero:
         """Nothing: DeepSpeed has no way to forget gradients that are already reduced, and fixes its order itself."""
 
     def save(self, folder: Path) -> None:
-        with _quiet_deepspeed():
-            self.module.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        try:
+            with _quiet_deepspeed():
+                self.module.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
+        except Exception as error:
+            raise ShardWriteError(
+                f"a shard of the checkpoint could not be written to {folder}; earlier checkpoints are untouched. "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def load(self, folder: Path) -> None:
         with _quiet_deepspeed():

@@ -225,3 +225,22 @@ def test_a_disk_that_is_full_at_the_end_fails_the_run_and_keeps_the_rest(
     assert run.wait() == 0, run.stderr
     assert "resumed from disk/run/checkpoints/step-00000006" in run.stderr
     assert [row["step"] for row in rows(disk / "run") if "loss" in row] == list(range(1, STEPS + 1))
+
+
+def test_a_rank_that_cannot_write_its_shard_leaves_no_rank_waiting(
+    tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    """Nothing can reach a rank that waits inside DeepSpeed's save; the run ends, and goes on from the one before."""
+    prepare_folder(tmp_path, documents)
+    place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": 2, "kind": "cpu_zero2"}
+    run = start("train", "recipe.yaml", patches=["break_shard:1:8"], **place)
+    run.processes[1].join(60)
+    assert run.exit_codes[1] == 4, run.stderr
+    assert "No space left" in run.stderr
+    run.kill()  # as a launcher does when one of its ranks has ended; without one, gloo notices at the next message
+    whole = start("checkpoints", "run", cwd=tmp_path, cache=cache)
+    assert whole.wait() == 0, whole.stderr
+    again = start("train", "recipe.yaml", **place)
+    assert again.wait() == 0, again.stderr
+    assert "resumed from" in again.stderr
+    assert "removed the unfinished checkpoint step-00000008" in again.stderr
