@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,20 +12,28 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from ptft_dist.data.order import Plan, split_update
-from ptft_dist.data.store import Row, TokenStore
+from ptft_dist.data.store import Row, Store
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
-    inputs: tensors [B, T] for the task's loss; count: what the loss is averaged over (for language models, the
-    tokens that carry a label); tokens: tokens read, padding left out.
+    inputs: tensors [B, ...] for the task's loss; count: what the loss is averaged over (for language models, the
+    tokens that carry a label); tokens: tokens read, padding left out; more_counts: what further losses of the same
+    task are averaged over; rows: which rows of the store these are, none for the stand-in of a rank without rows.
     """
 
     inputs: dict[str, torch.Tensor]
-    count: int
+    count: float
     tokens: int
+    more_counts: tuple[float, ...] = ()
+    rows: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> tuple[float, ...]:
+        """One for each loss."""
+        return (self.count, *self.more_counts)
 
 
 Collate = Callable[[Sequence[Row], Sequence[tuple[int, int]]], Batch]
@@ -65,7 +73,7 @@ class Shape:
 class UpdateDataset(Dataset):
     """Item k is this rank's list of micro-batches for update k: a pure function of k, so any worker can make it."""
 
-    def __init__(self, store: TokenStore, plan: Plan, shape: Shape, collate: Collate) -> None:
+    def __init__(self, store: Store, plan: Plan, shape: Shape, collate: Collate) -> None:
         self.store, self.plan, self.shape, self.collate = store, plan, shape, collate
 
     def __len__(self) -> int:
@@ -78,7 +86,7 @@ class UpdateDataset(Dataset):
         return [micro_batch(self.store, keys[part[self.shape.rank]], keys[0], self.collate) for part in parts]
 
 
-def micro_batch(store: TokenStore, keys: np.ndarray, spare: np.ndarray, collate: Collate) -> Batch:
+def micro_batch(store: Store, keys: np.ndarray, spare: np.ndarray, collate: Collate) -> Batch:
     """The collated rows of keys [N, 2], (epoch, row) each.
 
     A rank without rows gets the `spare` row as a batch that counts nothing: it must take part in every forward and
@@ -87,13 +95,18 @@ def micro_batch(store: TokenStore, keys: np.ndarray, spare: np.ndarray, collate:
     taken = [(int(epoch), int(row)) for epoch, row in (keys if len(keys) else [spare])]
     batch = collate([store.row(row) for _, row in taken], taken)
     if len(keys):
-        return batch
-    return Batch(mask_all(batch.inputs), count=0, tokens=0)
+        return replace(batch, rows=tuple(row for _, row in taken))
+    return Batch(mask_all(batch.inputs), 0, 0, tuple(0.0 for _ in batch.more_counts))
 
 
 def mask_all(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch with no label left."""
-    return {key: torch.full_like(x, -100) if key == "targets" else x for key, x in inputs.items()}
+    """The same batch with no label left: targets are the inputs whose names begin with `targets`. Ids of labels become
+    -100, which every loss ignores, and numbers become NaN, which every loss must leave out."""
+    return {key: _no_target(x) if key.startswith("targets") else x for key, x in inputs.items()}
+
+
+def _no_target(targets: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(targets, float("nan") if targets.is_floating_point() else -100)
 
 
 def ignore_sigterm(_worker: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -15,10 +15,11 @@ from ptft_dist.checkpoint import Checkpoint, Checkpoints, SaveError
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.engine import Engine
 from ptft_dist.errors import CheckpointError, NonFiniteLossError
-from ptft_dist.metrics import Averages, Sink, say
+from ptft_dist.metrics import Averages, JsonLines, Sink, say
 from ptft_dist.schedule import lr_at
 from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task
+from ptft_dist.validation import Validation
 
 
 @dataclass
@@ -62,18 +63,19 @@ class Trainer:
         task: Task,
         batches: Batches,
         total_steps: int,
-        evaluation: Callable[[], Iterator[Batch]] | None,
+        validation: Validation | None,
         checkpoints: Checkpoints,
         facts: dict[str, Any],
         sinks: Sequence[Sink],
         stop: StopRequest,
+        samples: JsonLines | None = None,
         flops_per_token: float = 0.0,
         peak_flops: float = 0.0,
     ) -> None:
-        """evaluation: a fresh pass over this rank's validation micro-batches, equally many on every rank.
-        facts: what every manifest says of the run. sinks: where rows go; empty on all ranks but the first."""
+        """facts: what every manifest says of the run. sinks: where rows go; empty on all ranks but the first.
+        samples: where texts go that were written at evaluations."""
         self.recipe, self.engine, self.task, self.batches = recipe, engine, task, batches
-        self.total_steps, self.evaluation = total_steps, evaluation
+        self.total_steps, self.validation, self.samples = total_steps, validation, samples
         self.checkpoints, self.facts, self.sinks, self.stop = checkpoints, facts, sinks, stop
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.progress = Progress()
@@ -111,37 +113,37 @@ class Trainer:
         return Outcome(True, "out of patience" if self.out_of_patience() else "all updates done")
 
     def update(self, group: Sequence[Batch]) -> UpdateReport:
-        """One optimizer update from this rank's micro-batches; the loss is averaged over all ranks' counts."""
+        """One optimizer update from this rank's micro-batches; each loss is averaged over all ranks' counts."""
         engine, progress = self.engine, self.progress
         lr = lr_at(progress.step, self.recipe.optim, self.total_steps)
         wish = float(self.stop.requested())
-        totals = engine.all_sum(float(sum(b.count for b in group)), float(sum(b.tokens for b in group)), wish)
+        counts = [float(sum(each)) for each in zip(*(b.counts for b in group), strict=True)]
+        totals = engine.all_sum(*counts, float(sum(b.tokens for b in group)), wish)
         # Data parallelism averages gradients over ranks; this makes it the mean over everything that counts.
-        scale = engine.world_size / totals[0].clamp(min=1)
+        scale = engine.world_size / totals[: len(counts)].where(totals[: len(counts)] > 0, 1.0)
         averages = Averages()
         for i, batch in enumerate(group):
             with engine.micro_batch(last=i == len(group) - 1):
                 engine.seed(self.recipe.train.seed, progress.step, i)
-                loss, metrics = engine.forward(self.task.loss, batch.inputs)
-                engine.backward(loss * scale.to(loss.dtype))
+                loss, metrics, _ = engine.forward(self.task.loss, batch.inputs)
+                engine.backward((loss.reshape(-1) * scale.to(loss.dtype)).sum())
             averages.add(loss, metrics)
         reduced = engine.all_sum(*averages.sums())
         norm = engine.clip_gradients()
         parts = [totals, reduced] if norm is None else [totals, reduced, norm.double().reshape(1)]
         # The step's one wait for the device: nothing moves before every rank knows that the loss is finite.
-        count, tokens, stop, *rest = torch.cat(parts).tolist()
+        numbers = torch.cat(parts).tolist()
+        counts, (tokens, stop, *rest) = numbers[: len(counts)], numbers[len(counts) :]
         grad_norm = None if norm is None else rest.pop()
-        loss_total, metrics = averages.read(rest)
-        self.require_finite("loss", loss_total)
+        loss_mean, metrics = averages.read(rest, counts)
+        self.require_finite("loss", loss_mean)
         if engine.precision != "fp16":  # the fp16 loss scaler skips such a step, and lowers its scale
             self.require_finite("gradient norm", grad_norm)
         stepped_norm = engine.step(lr)
         if engine.precision != "fp16":
             self.require_finite("gradient norm", stepped_norm)
         norm_value = stepped_norm if grad_norm is None else grad_norm
-        return UpdateReport(
-            loss_total / max(1.0, count), lr, norm_value, round(count), round(tokens), stop > 0, metrics
-        )
+        return UpdateReport(loss_mean, lr, norm_value, round(counts[0]), round(tokens), stop > 0, metrics)
 
     def require_finite(self, what: str, value: float | None) -> None:
         if value is not None and not math.isfinite(value):
@@ -163,19 +165,14 @@ class Trainer:
 
     def evaluate(self) -> bool:
         """Score the validation rows, each once; True if the chosen metric is the best so far."""
-        if self.evaluation is None:
+        if self.validation is None:
             return False
-        started = time.perf_counter()
-        engine, progress = self.engine, self.progress
-        averages, count = Averages(), 0
-        with engine.evaluating():
-            for batch in self.evaluation():
-                averages.add(*engine.forward(self.task.loss, batch.inputs))
-                count += batch.count
-        *sums, total = engine.all_sum(*averages.sums(), float(count)).tolist()
-        loss_total, others = averages.read(sums)
-        self.require_finite("validation loss", loss_total)
-        metrics = self.task.eval_metrics({"loss_sum": loss_total, "count": total, **others})
+        started, progress = time.perf_counter(), self.progress
+        metrics, samples = self.validation.score(self.engine, self.task)
+        self.require_finite("validation loss", metrics["loss"])
+        if self.samples is not None:
+            for sample in samples:
+                self.samples.write({"step": progress.step, **sample})
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
         progress.metrics = row

@@ -10,17 +10,16 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from ptft_dist.batches import EVALUATION_EPOCH, Batch, Shape, SupervisedBatches, UpdateDataset, micro_batch
+from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.checkpoint import Checkpoints
 from ptft_dist.config.identity import identity
 from ptft_dist.config.load import Loaded, dump_resolved
@@ -29,7 +28,7 @@ from ptft_dist.config.resolve import BatchShape, batch_shape
 from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.prepare import Prepared, describe, prepare
 from ptft_dist.data.sources import check_sources
-from ptft_dist.data.store import Row, TokenStore
+from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, DataError, PtftError, RecipeError
@@ -45,6 +44,7 @@ from ptft_dist.schedule import warmup_steps
 from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task, task_class
 from ptft_dist.trainer import Outcome, Trainer
+from ptft_dist.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,8 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
     recipe = loaded.recipe
     check_launch(recipe)
     found = task_class(recipe.task)
-    if recipe.eval.metric not in found.metric_names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(found.metric_names)}")
+    if recipe.eval.metric not in (names := found.metric_names(recipe)):
+        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(names)}")
     shape = batch_shape(recipe, where.world_size)
     knobs = deepspeed_config_of_launch()
     check_sources(recipe, loaded.base)
@@ -136,7 +136,13 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         plan,
         tokenizer,
         network,
-        build_config(network, tokenizer, recipe.data.max_length),
+        build_config(
+            network,
+            tokenizer,
+            recipe.data.max_length,
+            found.model_settings(recipe, prepared.facts),
+            grown=bool(recipe.tokenizer.add or recipe.rows.added_tokens),
+        ),
         deepspeed_settings(recipe, shape, knobs),
         who,
         resume,
@@ -151,14 +157,14 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, intent.deepspeed)
-    task = intent.task_class(recipe, intent.tokenizer, engine.device)
-    model = prepare_network(recipe, intent.network, engine, task, intent.config)
+    task = intent.task_class(recipe, intent.tokenizer, engine.device, intent.prepared.facts)
+    model = prepare_network(recipe, intent.network, engine, task, intent.config, len(intent.tokenizer), tell)
     checkpoint = intent.resume.choose(engine, tell)
     device = device_name(engine)
     if engine.is_main:
         write_start(run_dir, loaded, {"device": device, "kind": engine.kind, "world_size": engine.world_size})
     sinks = open_sinks(loaded, checkpoint.step if checkpoint else 0, intent.plan.total_steps) if engine.is_main else []
-    trainer = make_trainer(intent, engine, task, model, sinks, stop)
+    trainer = make_trainer(intent, engine, task, model, sinks, stop, checkpoint.step if checkpoint else 0)
     if checkpoint is not None:
         trainer.restore(checkpoint)
         tell(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
@@ -166,12 +172,12 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
         f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {device}, "
         f"{recipe.train.precision}, {trainer.total_steps:,} updates"
     )
-    rows = largest_micro_batch(recipe, intent.shape)
+    rows = intent.prepared.train.largest(intent.shape.largest_micro_batch(recipe.data.max_length))
     engine.warm_up(task.loss, task.collate(rows, [(0, i) for i in range(len(rows))]).inputs)
     outcome = trainer.fit()
     if outcome.finished:
         export(recipe, engine, trainer, intent.tokenizer, run_dir / "model")
-    for sink in sinks:
+    for sink in (*sinks, *([trainer.samples] if trainer.samples else [])):
         sink.close()
     if engine.is_main:
         finish(run_dir, trainer, outcome, time.monotonic() - started)
@@ -182,7 +188,13 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
 
 
 def make_trainer(
-    intent: Intent, engine: Engine, task: Task, model: PreTrainedModel, sinks: list[Sink], stop: StopRequest
+    intent: Intent,
+    engine: Engine,
+    task: Task,
+    model: PreTrainedModel,
+    sinks: list[Sink],
+    stop: StopRequest,
+    first_step: int = 0,
 ) -> Trainer:
     """The loop with everything that it loops over."""
     recipe, shape, store = intent.loaded.recipe, intent.shape, intent.prepared.train
@@ -207,16 +219,10 @@ def make_trainer(
         },
         sinks,
         stop,
+        samples_file(recipe, first_step) if engine.is_main else None,
         flops_per_token(model, intent.config, engine.parameter_count, store.tokens / len(store)),
         peak_flops(engine.device, recipe.train.precision) * engine.world_size,
     )
-
-
-def largest_micro_batch(recipe: Recipe, shape: BatchShape) -> list[Row]:
-    """Rows as many and as long as one forward pass will ever see."""
-    length = recipe.data.max_length
-    row = Row(np.zeros(length, np.int64), np.zeros(1, np.int64))
-    return [row] * (shape.micro_size or (shape.micro_tokens or length) // length)
 
 
 def quiet_libraries() -> None:
@@ -253,11 +259,17 @@ def deepspeed_settings(recipe: Recipe, shape: BatchShape, knobs: dict[str, Any] 
 
 
 def prepare_network(
-    recipe: Recipe, section: ModelSection, engine: Engine, task: Task, config: PretrainedConfig
+    recipe: Recipe,
+    section: ModelSection,
+    engine: Engine,
+    task: Task,
+    config: PretrainedConfig,
+    tokens: int = 0,
+    tell: Callable[[str], None] = lambda _text: None,
 ) -> PreTrainedModel:
     """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
     with engine.building(pretrained=section.path is not None):
-        model = build_model(section, config, recipe.train.seed, task.auto_class)
+        model = build_model(section, config, recipe.train.seed, task.auto_class, tokens, tell)
     task.install(model)
     if section.compile:
         model.compile(dynamic=True)
@@ -273,24 +285,20 @@ def device_name(engine: Engine) -> str:
     return torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else engine.device.type.upper()
 
 
-def validation(
-    recipe: Recipe, store: TokenStore | None, layout: Shape, task: Task
-) -> Callable[[], Iterator[Batch]] | None:
-    """A function that passes over this rank's validation micro-batches; every row stands in exactly one of them."""
+def validation(recipe: Recipe, store: Store | None, layout: Shape, task: Task) -> Validation | None:
     if store is None:
         return None
-    rows = np.arange(min(len(store), recipe.eval.max_rows or len(store)))
     micro_size = recipe.eval.micro_size or layout.micro_size
     micro_tokens = None if micro_size is not None else layout.micro_tokens
     shape = Shape(layout.rank, layout.world_size, micro_size, micro_tokens, group_by_length=True)
-    parts = shape.split(store.lengths(rows))
-    keys = np.stack([np.full_like(rows, EVALUATION_EPOCH), rows], axis=1)
+    return Validation(store, shape, task.collate, recipe.eval.max_rows)
 
-    def one_pass() -> Iterator[Batch]:
-        for part in parts:
-            yield micro_batch(store, keys[part[layout.rank]], keys[0], task.collate)
 
-    return one_pass
+def samples_file(recipe: Recipe, first_step: int) -> JsonLines | None:
+    """Where written texts go, if the task writes any."""
+    if getattr(recipe.rows, "generation", None) is None or not recipe.validated:
+        return None
+    return JsonLines(Path(recipe.run_dir) / "samples.jsonl", first_step)
 
 
 def open_sinks(loaded: Loaded, first_step: int, total_steps: int) -> list[Sink]:

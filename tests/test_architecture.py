@@ -31,7 +31,9 @@ MAY_IMPORT = {
     "batches": {"data"},
     "tasks": {"batches", "config", "data", "errors"},
     "run_files": {"config", "errors", "launch", "metrics"},
+    "validation": {"batches", "data", "engine", "metrics", "tasks"},
     "trainer": {
+        "validation",
         "batches",
         "checkpoint",
         "config",

@@ -118,7 +118,8 @@ def test_schema(folder: Path) -> None:
         (
             ("config", "show", "recipe.yaml", "task=x"),
             2,
-            "error: command line: task: expected one of clm, mlm, got 'x'\n",
+            "error: command line: task: expected one of clm, mlm, mlm_nsp, plm, span_corruption, seq2seq, sft, "
+            "classification, regression, token_classification, question_answering, got 'x'\n",
         ),
         (("config", "check", "recipe.yaml", "data.train=[{path: no/*.txt}]"), 3, "error: data.train"),
     ],

@@ -82,7 +82,12 @@ BROKEN = [
         "",
         "recipe.yaml:6: data.train: required, but not given",
     ),
-    ("task: clm", "task: clmm", "recipe.yaml:1: task: expected one of clm, mlm, got 'clmm'; did you mean clm?"),
+    (
+        "task: clm",
+        "task: clmm",
+        "recipe.yaml:1: task: expected one of clm, mlm, mlm_nsp, plm, span_corruption, seq2seq, sft, classification, "
+        "regression, token_classification, question_answering, got 'clmm'; did you mean clm?",
+    ),
     (
         "lr: 1e-3",
         "schedule: cosin",

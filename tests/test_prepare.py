@@ -182,7 +182,7 @@ def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch:
     monkeypatch.setattr(
         module,
         "train_tokenizer",
-        lambda settings, texts, roles: train_tokenizer(settings, seen_too(list(texts)), roles),
+        lambda settings, texts, roles, _extra: train_tokenizer(settings, seen_too(list(texts)), roles),
     )
 
     def seen_too(texts: list[str]) -> list[str]:

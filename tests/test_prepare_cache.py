@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from prepare_support import all_ids, recipe, save_tokenizer, write_text
 
-from ptft_dist.data import cache
+from ptft_dist.data import cache, encode
 from ptft_dist.data import prepare as module
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import StoreWriter, TokenStore
@@ -39,7 +39,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (module, "write_stores")])
+@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (encode, "write")])
 def test_a_source_that_changes_underneath_is_an_error(
     base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:

@@ -6,10 +6,11 @@ Every model is frozen and refuses unknown keys. The docstring under a field is i
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
+from ptft_dist.config.data_section import Augmentation, DataSection, Source
 from ptft_dist.config.section import (
     BelowOne,
     Fraction,
@@ -20,7 +21,39 @@ from ptft_dist.config.section import (
     exactly_one,
     only_with,
 )
-from ptft_dist.config.task_sections import ClmSection, DocumentRows, MlmSection
+from ptft_dist.config.tasks.distillation import DISTILLABLE, DistillationSection
+from ptft_dist.config.tasks.labels import (
+    ClassificationSection,
+    QuestionAnsweringSection,
+    RegressionSection,
+    TokenClassificationSection,
+)
+from ptft_dist.config.tasks.pretraining import (
+    ClmSection,
+    DocumentRows,
+    MlmNspSection,
+    MlmSection,
+    PlmSection,
+    SpanCorruptionSection,
+)
+from ptft_dist.config.tasks.rows import TaskSection
+from ptft_dist.config.tasks.text import Seq2SeqSection, SftSection
+
+__all__ = ["Augmentation", "DataSection", "DocumentRows", "Recipe", "Source"]
+
+TaskName = Literal[
+    "clm",
+    "mlm",
+    "mlm_nsp",
+    "plm",
+    "span_corruption",
+    "seq2seq",
+    "sft",
+    "classification",
+    "regression",
+    "token_classification",
+    "question_answering",
+]
 
 
 class ModelSection(Section):
@@ -39,6 +72,8 @@ class ModelSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time, the same numbers."""
     compile: bool = False
     """torch.compile the network."""
+    new_head: bool = False
+    """Start weights anew whose size is not the task's, such as a head for other labels."""
     trust_remote_code: bool = False
     """Run Python code that the model's repository carries. Off, unless you have read that code."""
 
@@ -47,7 +82,7 @@ class ModelSection(Section):
         exactly_one(self, "config", "path")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs a model_type, such as llama, qwen3 or gpt2")
-        only_with(self, ("revision",), self.path is not None, "model.path")
+        only_with(self, ("revision", "new_head"), self.path is not None, "model.path")
         return self
 
 
@@ -74,6 +109,8 @@ class TokenizerSection(Section):
     """The commit, branch or tag of a Hub tokenizer."""
     train: TokenizerTraining | None = None
     """Learn a tokenizer from the training documents."""
+    add: tuple[Text, ...] = ()
+    """Words that become tokens of their own. The network's embeddings grow with them."""
     trust_remote_code: bool = False
     """Run Python code that the tokenizer's repository carries."""
 
@@ -82,55 +119,6 @@ class TokenizerSection(Section):
         exactly_one(self, "path", "train")
         only_with(self, ("revision", "trust_remote_code"), self.path is not None, "tokenizer.path")
         return self
-
-
-class Source(Section):
-    """Where documents come from: a built-in corpus, files, or a data set of the Hugging Face Hub."""
-
-    source: Literal["python-stdlib"] | None = None
-    """`python-stdlib`: the source text of the running interpreter's standard library, one document a module."""
-    path: Text | None = None
-    """A file or a glob (`**` goes into folders): .txt, .jsonl, .json, .csv, .tsv, .parquet, also .gz and .zst.
-    A relative path starts at the recipe's directory."""
-    hub: Text | None = None
-    """The name of a data set for `datasets.load_dataset`."""
-    config: Text | None = None
-    """The configuration of a Hub data set."""
-    revision: Text | None = None
-    """The commit, branch or tag of a Hub data set."""
-    split: Text | None = None
-    """The split of a Hub data set; `train` when not given."""
-    field: Text | None = None
-    """The column that holds the text, in every format but .txt; `text` when not given."""
-    document: Literal["file", "paragraph", "line"] | None = None
-    """What a document is in a .txt file: the whole file (when not given), each block between empty lines, or each
-    line."""
-    limit: PositiveInt | None = None
-    """Take only the first this many documents."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Source:
-        exactly_one(self, "source", "path", "hub")
-        only_with(self, ("config", "revision", "split"), self.hub is not None, "a hub data set")
-        only_with(self, ("field",), self.source is None, "files or a hub data set")
-        only_with(self, ("document",), self.path is not None, "a path")
-        return self
-
-
-class DataSection(Section):
-    """The documents, and how they are cut into rows."""
-
-    train: Annotated[list[Source], Field(min_length=1)]
-    """Training sources, read in this order."""
-    validation: Annotated[float, Field(gt=0.0, lt=1.0)] | Annotated[list[Source], Field(min_length=1)] | None = None
-    """A share of the training documents (chosen by a hash of their text), or sources of their own."""
-    max_length: Annotated[int, Field(ge=2)] = 512
-    """Tokens in a row at most; a longer document goes on in the next row."""
-    cache_dir: str | None = None
-    """Where prepared data are kept; the environment variable PTFT_CACHE, else the user's cache directory, if not
-    given."""
-    workers: Annotated[int, Field(ge=0)] | None = None
-    """Processes per rank that read ahead; 2 on an accelerator and 0 on a CPU when not given."""
 
 
 class BatchSection(Section):
@@ -294,13 +282,27 @@ class LogSection(Section):
 class Recipe(Section):
     """What to train. `task` comes first in every recipe."""
 
-    task: Literal["clm", "mlm"]
-    """`clm`: causal language modelling. `mlm`: masked language modelling."""
+    task: TaskName
+    """`clm`: causal language modelling. `mlm`: masked language modelling; `mlm_nsp`: with next-sentence prediction.
+    `plm`: permuted language modelling. `span_corruption`: T5's denoising. `seq2seq`: text to text. `sft`: supervised
+    fine-tuning on conversations. `classification`, `regression`: of texts or pairs of texts. `token_classification`: a
+    tag for each word. `question_answering`: the answer is a span of a context."""
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
     clm: ClmSection = ClmSection()
     mlm: MlmSection = MlmSection()
+    mlm_nsp: MlmNspSection = MlmNspSection()
+    plm: PlmSection = PlmSection()
+    span_corruption: SpanCorruptionSection = SpanCorruptionSection()
+    seq2seq: Seq2SeqSection = Seq2SeqSection()
+    sft: SftSection = SftSection()
+    classification: ClassificationSection = ClassificationSection()
+    regression: RegressionSection = RegressionSection()
+    token_classification: TokenClassificationSection = TokenClassificationSection()
+    question_answering: QuestionAnsweringSection = QuestionAnsweringSection()
+    distillation: DistillationSection | None = None
+    """Learn from a teacher too: for clm, sft and classification."""
     batch: BatchSection
     optim: OptimSection = OptimSection()
     train: TrainSection
@@ -311,26 +313,33 @@ class Recipe(Section):
     """Everything that the run writes goes here. A relative path starts at the current directory."""
 
     @property
-    def rows(self) -> DocumentRows:
+    def rows(self) -> TaskSection:
         """The section of the recipe's task."""
-        section: DocumentRows = getattr(self, self.task)
+        section: TaskSection = getattr(self, self.task)
         return section
+
+    @property
+    def validated(self) -> bool:
+        """There is a validation side."""
+        return self.data.validation is not None or self.data.folds is not None
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        for name in ("clm", "mlm"):
+        for name in get_args(TaskName):
             if name != self.task and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} has no effect here: the task is {self.task}")
-        validated = self.data.validation is not None
+        if self.distillation is not None and self.task not in DISTILLABLE:
+            raise ValueError(f"distillation has no effect here: it needs one of the tasks {', '.join(DISTILLABLE)}")
+        self._check_data()
         for name in ("every", "at_start", "micro_size", "max_rows", "patience", "metric", "goal"):
-            if getattr(self.eval, name) != EvalSection.model_fields[name].default and not validated:
+            if getattr(self.eval, name) != EvalSection.model_fields[name].default and not self.validated:
                 raise ValueError(f"eval.{name} has no effect here: it needs data.validation")
         for name, value in (("best", self.save.best), ("every", self.eval.patience)):
             if value and self.eval.every is None:
                 what = "save.best" if name == "best" else "eval.patience"
                 raise ValueError(f"{what} has no effect here: it needs eval.every")
         tokens, length = self.batch.global_tokens, self.data.max_length
-        if tokens is not None and self.rows.packing and tokens % length:
+        if tokens is not None and self.rows.full_rows and tokens % length:
             low = tokens // length * length
             near = [n for n in (low, low + length) if n]
             raise ValueError(
@@ -338,3 +347,23 @@ class Recipe(Section):
                 f"are: {', '.join(map(str, near))}"
             )
         return self
+
+    def _check_data(self) -> None:
+        """Settings of sources and rows that mean something to other tasks only."""
+        documents, data = isinstance(self.rows, DocumentRows), self.data
+        for side in (data.train, data.validation):
+            for source in side if isinstance(side, list) else ():
+                if source.fields and documents:
+                    raise ValueError(
+                        f"fields has no effect here: task {self.task} reads one column; name it with field"
+                    )
+                if source.field and not documents:
+                    raise ValueError(f"field has no effect here: name the columns of task {self.task} with fields")
+                unknown = [] if documents else [role for role in source.fields if role not in self.rows.roles]
+                if unknown:
+                    roles = ", ".join(self.rows.roles)
+                    raise ValueError(f"fields: task {self.task} has no {unknown[0]!r}, only {roles}")
+        if data.bad_rows != "stop" and documents:
+            raise ValueError(f"data.bad_rows has no effect here: it needs a task with rows, and not {self.task}")
+        if data.augment and not self.rows.augmentable:
+            raise ValueError("data.augment has no effect here: it needs the task classification or regression")

@@ -18,6 +18,10 @@ class BatchShape:
     micro_tokens: int | None
     accumulation: int
 
+    def largest_micro_batch(self, max_length: int) -> int:
+        """Rows of the largest forward pass, if all rows have max_length tokens."""
+        return self.micro_size or max(1, (self.micro_tokens or max_length) // max_length)
+
 
 def batch_shape(recipe: Recipe, world_size: int) -> BatchShape:
     """Divide one update over `world_size` processes. Raises RecipeError with the nearest sizes that divide."""
@@ -25,7 +29,7 @@ def batch_shape(recipe: Recipe, world_size: int) -> BatchShape:
     global_size, global_tokens = batch.global_size, batch.global_tokens
     if global_tokens is not None and global_tokens < max_length:
         raise RecipeError(f"batch.global_tokens: {global_tokens} is less than one row (data.max_length {max_length})")
-    if global_tokens is not None and recipe.rows.packing:
+    if global_tokens is not None and recipe.rows.full_rows:
         global_size, global_tokens = global_tokens // max_length, None
     micro_size = batch.micro_size
     if batch.micro_tokens is not None and batch.micro_tokens < max_length:

@@ -23,7 +23,10 @@ def exactly_one(section: BaseModel, *names: str) -> None:
 def only_with(section: BaseModel, names: tuple[str, ...], condition: bool, needs: str) -> None:
     """A setting that would have no effect is an error."""
     for name in names:
-        if getattr(section, name) != type(section).model_fields[name].default and not condition:
+        if (
+            getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True)
+            and not condition
+        ):
             raise ValueError(f"{name} has no effect here: it needs {needs}")
 
 

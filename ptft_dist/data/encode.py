@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 import time
@@ -11,12 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.recipe import DocumentRows, Recipe
 from ptft_dist.data.cache import to_stderr
 from ptft_dist.data.formats import Document
+from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.sources import read_documents
 from ptft_dist.data.store import StoreWriter
 from ptft_dist.data.tokenizer import DocumentEncoder
@@ -40,28 +41,13 @@ def split_documents(recipe: Recipe, base: Path) -> Iterator[SidedDocument]:
     Raises:
         DataError: as `read_documents`.
     """
-    yield from _training_sources(recipe, base)
-    if isinstance(recipe.data.validation, list):
-        for source in recipe.data.validation:
-            for document in read_documents(source, base):
-                yield "validation", document
+    return sided(recipe.data, partial(read_documents, base=base), lambda document: document.text)
 
 
 def training_texts(recipe: Recipe, base: Path) -> Iterator[str]:
     """The texts of the training side: what a tokenizer may learn from."""
-    return (document.text for side, document in _training_sources(recipe, base) if side == "train")
-
-
-def _training_sources(recipe: Recipe, base: Path) -> Iterator[SidedDocument]:
-    share = recipe.data.validation if isinstance(recipe.data.validation, float) else 0.0
-    for source in recipe.data.train:
-        for document in read_documents(source, base):
-            yield "validation" if _fraction(document.text) < share else "train", document
-
-
-def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: equal documents fall on the same side of a split."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    read = partial(read_documents, base=base)
+    return (document.text for document in of_train(recipe.data, read, lambda document: document.text))
 
 
 @dataclass
@@ -79,7 +65,7 @@ class _Count:
             self.empty_at.append(document.where)
 
 
-def write_stores(
+def write(
     recipe: Recipe, base: Path, directory: Path, tokenizer: PreTrainedTokenizerBase, *, progress: bool
 ) -> dict[str, Any]:
     """Encode every document into the stores `directory`/train and, if the recipe has it, `directory`/validation.
@@ -93,16 +79,18 @@ def write_stores(
         DataError: as `read_documents`; or a text spells a special token that the tokenizer cannot write as text; or a
             side has no document.
     """
-    encoder = DocumentEncoder(tokenizer, recipe.rows.boundaries)
-    max_length, packing = recipe.data.max_length, recipe.rows.packing
+    section = recipe.rows
+    assert isinstance(section, DocumentRows)
+    encoder = DocumentEncoder(tokenizer, section.boundaries)
+    max_length, packing = recipe.data.max_length, section.packing
     writers = {
         side: StoreWriter(directory / side, vocab_size=encoder.vocab_size, max_length=max_length, packing=packing)
         for side in ("train", "validation")
-        if side == "train" or recipe.data.validation is not None
+        if side == "train" or recipe.validated
     }
     text_bytes = dict.fromkeys(writers, 0)
     count = _Count()
-    with _progress(progress) as advance:
+    with text_progress(progress) as advance:
         for (side, document), ids in _encoded(_chunks(split_documents(recipe, base), count), encoder):
             if not ids:
                 count.drop(document)
@@ -113,7 +101,7 @@ def write_stores(
             text_bytes[side] += size
             advance(size)
     written = {side: writer.close() for side, writer in writers.items()}
-    _check_sides(recipe, count, written)
+    check_sides(recipe, count.read, count.empty, written)
     shown = ("documents", "tokens", "rows", "dropped_tokens")
     sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
     return {
@@ -170,11 +158,14 @@ def _encoded(
             yield from zip(done, ids.result(), strict=True)
 
 
-def _check_sides(recipe: Recipe, count: _Count, written: dict[str, dict[str, Any]]) -> None:
-    empty = [side for side, summary in written.items() if not summary["documents"]]
+def check_sides(recipe: Recipe, read: int, left_out: int, written: dict[str, dict[str, Any]]) -> None:
+    """Raises DataError if nothing is left for a side."""
+    empty = [side for side, summary in written.items() if not summary["rows"]]
     if not empty:
         return
-    if isinstance(recipe.data.validation, float):
+    if recipe.data.folds is not None:
+        remedy = f"A fold (data.folds: {recipe.data.folds}) is cut by a hash: take fewer folds, or more data."
+    elif isinstance(recipe.data.validation, float):
         remedy = (
             f"A share (data.validation: {recipe.data.validation}) is made of whole documents. Take a larger share, "
             "smaller documents (document: paragraph), more data, or sources of their own for validation."
@@ -182,13 +173,13 @@ def _check_sides(recipe: Recipe, count: _Count, written: dict[str, dict[str, Any
     else:
         remedy = "Look at the sources."
     raise DataError(
-        f"data: nothing is left for {' and '.join(empty)}: {count.read} documents were read, {count.empty} of them "
+        f"data: nothing is left for {' and '.join(empty)}: {read} documents were read, {left_out} of them "
         f"empty. {remedy}"
     )
 
 
 @contextmanager
-def _progress(wanted: bool) -> Iterator[Callable[[int], None]]:
+def text_progress(wanted: bool) -> Iterator[Callable[[int], None]]:
     """Show how many bytes of text are done: a moving line on a terminal, else a line at the start and at the end."""
     if not wanted:
         yield lambda _: None

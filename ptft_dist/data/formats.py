@@ -1,4 +1,4 @@
-"""One file of text, read as a stream of documents. Every complaint names the file and the line."""
+"""One file, read as a stream of records or documents. Every complaint names the file and the line."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import codecs
 import csv
 import gzip
 import io
+import itertools
 import json
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,19 @@ from typing import Any, BinaryIO, Literal, cast
 
 from ptft_dist.errors import DataError
 
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll")
 COMPRESSIONS = (".gz", ".zst")
 KNOWN = ", ".join(FORMATS) + ", and all but .parquet also as .gz or .zst"
 
 DocumentUnit = Literal["file", "paragraph", "line"]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row of a source: its columns by name (a .txt file has the one column `text`), and where it stands."""
+
+    values: dict[str, Any]
+    where: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,39 +51,44 @@ def file_format(path: Path) -> tuple[str, str] | None:
     return found, compression
 
 
-def read_file(path: Path, *, field: str, unit: DocumentUnit) -> Iterator[Document]:
-    """The documents of one file, in order.
+def read_file(path: Path, *, columns: Sequence[str], unit: DocumentUnit, only: bool = False) -> Iterator[Record]:
+    """The records of one file, in order.
 
     Args:
-        field: the column that holds the text, in every format but .txt.
+        columns: those that every record must have. Tables are looked at once, at their header; in other formats a
+            record without them is passed on.
         unit: what a document is in a .txt file. Line endings inside a document stay as they are.
+        only: leave out all other columns where that saves work.
 
     Raises:
-        DataError: the file cannot be read, is malformed or has no document.
+        DataError: the file cannot be read, is malformed or has no record.
     """
     kind = file_format(path)
     if kind is None:
         raise DataError(f"{path}: the type of this file is not known. Known are: {KNOWN}")
-    documents = _read_parquet(path, field) if kind[0] == ".parquet" else _read_text(path, *kind, field, unit)
+    records = _read_parquet(path, columns, only) if kind[0] == ".parquet" else _read_text(path, *kind, columns, unit)
     empty = True
-    for document in documents:
+    for record in records:
         empty = False
-        yield document
+        yield record
     if empty:
         raise DataError(f"{path}: the file has no documents. Remove it, or leave it out of the glob.")
 
 
-def _read_text(path: Path, kind: str, compression: str, field: str, unit: DocumentUnit) -> Iterator[Document]:
+def _read_text(path: Path, kind: str, compression: str, columns: Sequence[str], unit: DocumentUnit) -> Iterator[Record]:
     with _open(path, compression) as stream:
         lines = _decode(stream, path)
         if kind == ".txt":
-            yield from _read_txt(lines, path, unit)
+            for document in _read_txt(lines, path, unit):
+                yield Record({"text": document.text}, document.where)
         elif kind == ".jsonl":
-            yield from _read_jsonl(lines, path, field)
+            yield from _read_jsonl(lines, path)
         elif kind == ".json":
-            yield from _read_json("".join(lines), path, field)
+            yield from _read_json("".join(lines), path)
+        elif kind == ".conll":
+            yield from _read_conll(lines, path)
         else:
-            yield from _read_table(lines, path, field, tabs=kind == ".tsv")
+            yield from _read_table(lines, path, columns, tabs=kind == ".tsv")
 
 
 def _read_txt(lines: Iterator[str], path: Path, unit: DocumentUnit) -> Iterator[Document]:
@@ -98,7 +112,7 @@ def _read_txt(lines: Iterator[str], path: Path, unit: DocumentUnit) -> Iterator[
         yield Document("".join(block).rstrip("\r\n"), f"{path}:{number - len(block) + 1}")
 
 
-def _read_jsonl(lines: Iterator[str], path: Path, field: str) -> Iterator[Document]:
+def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -109,10 +123,10 @@ def _read_jsonl(lines: Iterator[str], path: Path, field: str) -> Iterator[Docume
             raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}). {_A_ROW}") from None
         except RecursionError:
             raise DataError(f"{where}: the JSON is nested too deeply") from None
-        yield row_document(row, field, where)
+        yield as_record(row, where)
 
 
-def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
+def _read_json(text: str, path: Path) -> Iterator[Record]:
     """An array of objects, parsed one by one, so that each error knows its line."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
@@ -142,7 +156,7 @@ def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
             raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
         except RecursionError:
             raise refuse(position, "the JSON is nested too deeply") from None
-        yield row_document(row, field, f"{path}:{line}")
+        yield as_record(row, f"{path}:{line}")
         position = skip(end)
         separator = text[position : position + 1]
         if separator == "]":
@@ -155,12 +169,12 @@ def _read_json(text: str, path: Path, field: str) -> Iterator[Document]:
         raise refuse(position, "there is text after the end of the array")
 
 
-def _read_table(lines: Iterator[str], path: Path, field: str, *, tabs: bool) -> Iterator[Document]:
+def _read_table(lines: Iterator[str], path: Path, columns: Sequence[str], *, tabs: bool) -> Iterator[Record]:
     """CSV with RFC 4180 quotes, or tab-separated values, where a quote is a character like any other."""
     csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than many a document
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
     header: list[str] | None = None
-    column, first_line = 0, 1
+    first_line = 1
     try:
         for row in rows:
             where = f"{path}:{first_line}"
@@ -168,40 +182,70 @@ def _read_table(lines: Iterator[str], path: Path, field: str, *, tabs: bool) -> 
             if not row:
                 continue  # an empty line
             if header is None:
-                header, column = row, _column(row, field, where)
+                header = row
+                _check_header(header, columns, where)
             elif len(row) != len(header):
                 raise DataError(
                     f"{where}: this row has {len(row)} columns and the header {len(header)}. Look for a stray "
                     f"{'tab' if tabs else 'comma or quote'}."
                 )
             else:
-                yield row_document({field: row[column]}, field, where)
+                yield Record(dict(zip(header, row, strict=True)), where)
     except csv.Error as error:
         raise DataError(
             f"{path}:{first_line}: not {'TSV' if tabs else 'CSV'} ({error}). Look for a stray quote."
         ) from None
 
 
-def _column(header: list[str], field: str, where: str) -> int:
-    if field not in header:
-        raise DataError(f"{where}: {_no_field(field, header)}")
-    if header.count(field) > 1:
-        raise DataError(f"{where}: the header has {header.count(field)} columns named {field!r}. Rename all but one.")
-    return header.index(field)
+def _check_header(header: list[str], columns: Sequence[str], where: str) -> None:
+    for column in columns:
+        if column not in header:
+            raise DataError(f"{where}: {no_column(column, header)}")
+    for column in header:
+        if header.count(column) > 1 and (column in columns or not columns):
+            raise DataError(
+                f"{where}: the header has {header.count(column)} columns named {column!r}. Rename all but one."
+            )
 
 
-def _read_parquet(path: Path, field: str) -> Iterator[Document]:
+def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
+    """Sentences with a word and its tag a line, an empty line between them: columns `tokens` and `tags`.
+
+    The word is the first field of a line and the tag the last; tabs divide them, or else spaces. Lines of CoNLL-2003's
+    `-DOCSTART-` are no sentences.
+    """
+    tokens: list[str] = []
+    tags: list[str] = []
+    for number, line in enumerate(itertools.chain(lines, ("",)), 1):
+        if not line.strip():
+            if tokens and tokens != ["-DOCSTART-"]:
+                yield Record({"tokens": tokens, "tags": tags}, f"{path}:{number - len(tokens)}")
+            tokens, tags = [], []
+            continue
+        fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
+        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
+            raise DataError(
+                f"{path}:{number}: a line needs a word and a tag, with a tab or a space between; found "
+                f"{line.strip()!r}. An empty line ends a sentence."
+            )
+        tokens.append(fields[0])
+        tags.append(fields[-1].strip())
+
+
+def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Record]:
     import pyarrow as pa  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         with pq.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                raise DataError(f"{path}: {_no_field(field, file.schema_arrow.names)}")
+            names = file.schema_arrow.names
+            for column in columns:
+                if column not in names:
+                    raise DataError(f"{path}: {no_column(column, names)}")
             number = 0
-            for batch in file.iter_batches(batch_size=1000, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    yield row_document({field: text}, field, f"{path}#{number}")
+            for batch in file.iter_batches(batch_size=1000, columns=list(columns) if only else None):
+                for row in batch.to_pylist():
+                    yield Record(row, f"{path}#{number}")
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: this Parquet file is damaged or not one ({error}). Make or fetch it anew.") from error
@@ -210,37 +254,51 @@ def _read_parquet(path: Path, field: str) -> Iterator[Document]:
 _A_ROW = 'Each line must be one object, such as {"text": "..."}.'
 
 
-def row_document(row: Any, field: str, where: str) -> Document:
-    """The document in a row.
-
+def as_record(row: Any, where: str) -> Record:
+    """
     Raises:
-        DataError: the row is not an object, or the field is missing or not text.
+        DataError: the row is not an object.
     """
     if not isinstance(row, dict):
-        raise DataError(f"{where}: this row is {_json_type(row)} and not an object. {_A_ROW}")
-    if field not in row:
-        raise DataError(f"{where}: {_no_field(field, list(row))}")
-    text = row[field]
+        raise DataError(f"{where}: this row is {json_type(row)} and not an object. {_A_ROW}")
+    return Record(row, where)
+
+
+def as_document(record: Record, field: str) -> Document:
+    """The text in one column of a record.
+
+    Raises:
+        DataError: the column is missing or holds no text.
+    """
+    if field not in record.values:
+        raise DataError(f"{record.where}: {no_column(field, list(record.values))}")
+    text = record.values[field]
+    if problem := text_problem(field, text):
+        raise DataError(f"{record.where}: {problem} Remove or correct the row.")
+    return Document(text, record.where)
+
+
+def text_problem(name: str, text: Any) -> str | None:
+    """Why the value of column `name` is no text; None if it is one."""
     if not isinstance(text, str):
-        raise DataError(
-            f"{where}: the field {field!r} holds {_json_type(text)} and not text. Remove or correct the row."
-        )
+        return f"the field {name!r} holds {json_type(text)} and not text."
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise DataError(
-            f"{where}: character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and "
-            "not Unicode text. Correct the row."
-        ) from None
-    return Document(text, where)
+        return (
+            f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and not Unicode "
+            "text."
+        )
+    return None
 
 
-def _no_field(field: str, found: list[str]) -> str:
+def no_column(column: str, found: Sequence[str]) -> str:
     has = ", ".join(map(repr, found)) if found else "none"
-    return f"there is no field {field!r}; the fields are: {has}. Name the one that holds the text with `field:`."
+    setting = "field: or fields:" if column == "text" else f"fields: {{{column}: ...}}"
+    return f"there is no field {column!r}; the fields are: {has}. Name the one that holds it with `{setting}`."
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 

@@ -3,8 +3,8 @@
 The result lies in a cache under a fingerprint of all that decides it. Whoever asks for the same thing again, on this
 machine or on another that shares the cache, gets it at once:
 
-    <cache>/tokenizers/<fingerprint>/         a tokenizer that was learned here or came from the Hub
-    <cache>/stores/<fingerprint>/train/       a token store; validation/ beside it, if the recipe has one
+    <cache>/tokenizers/<fingerprint>/         a tokenizer that was learned here, came from the Hub, or was added to
+    <cache>/stores/<fingerprint>/train/       a token or example store; validation/ beside it, if the recipe has one
     <cache>/stores/<fingerprint>/report.json  what was read, dropped and written
     <cache>/hashes.json                       the hashes of source files
 """
@@ -19,15 +19,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.config.recipe import Recipe, Source
+from ptft_dist.config.recipe import DocumentRows, Recipe, Source
+from ptft_dist.data import encode, encode_pairs, encode_rows
+from ptft_dist.data.augment import augmentation_contents
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, to_stderr
-from ptft_dist.data.encode import training_texts, write_stores
+from ptft_dist.data.chat_template import saved_template
+from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.sources import check_sources, fingerprint_source
-from ptft_dist.data.store import TokenStore
+from ptft_dist.data.store import Store, TokenStore
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Part of every fingerprint: raise it when the same input should come out differently."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
@@ -39,13 +42,25 @@ class Prepared:
 
     tokenizer_path: Path
     """A local directory for `load_tokenizer`."""
-    train: TokenStore
-    validation: TokenStore | None
+    train: Store
+    validation: Store | None
     fingerprint: str
     report: dict[str, Any]
-    """What `write_stores` returned when the stores were written, the seconds it took, and versions; see `describe`."""
+    """What the writer returned when the stores were written, the seconds it took, and versions; see `describe`."""
     from_cache: bool
     """True if the stores were there before."""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a survey of the training rows found, such as the labels."""
+        return self.report.get("facts", {})
+
+
+def _kind(recipe: Recipe) -> tuple[Any, Any]:
+    """The module that writes the rows of this task, and the class that reads them."""
+    if recipe.task == "mlm_nsp":
+        return encode_pairs, ExampleStore
+    return (encode, TokenStore) if isinstance(recipe.rows, DocumentRows) else (encode_rows, ExampleStore)
 
 
 def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
@@ -62,6 +77,12 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
         DataError: a source is missing, malformed or empty, or a side of the split gets no documents.
     """
     started = time.monotonic()
+    if recipe.data.folds is not None and recipe.data.fold is None:
+        raise RecipeError(
+            "data.fold: which of the folds is this? Choose one, or start the recipe with `ptft train`, outside of any "
+            "launcher: it runs all folds, one after the other."
+        )
+    kind, store = _kind(recipe)
     base = base.absolute()  # paths in the result stay good when the process changes its directory
     cache = cache_root(recipe.data.cache_dir, base)
     try:
@@ -75,7 +96,7 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
 
     def build(unfinished: Path) -> None:
         tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
-        report = write_stores(recipe, base, unfinished, tokenizer, progress=progress)
+        report = kind.write(recipe, base, unfinished, tokenizer, progress=progress)
         job.check_unchanged()
         report["seconds"] = round(time.monotonic() - started, 3)
         report["versions"] = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
@@ -85,8 +106,8 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
     try:
         return Prepared(
             tokenizer_path=tokenizer_path,
-            train=TokenStore.open(directory / "train"),
-            validation=None if recipe.data.validation is None else TokenStore.open(directory / "validation"),
+            train=store.open(directory / "train"),
+            validation=store.open(directory / "validation") if recipe.validated else None,
             fingerprint=store_print,
             report=json.loads((directory / "report.json").read_text(encoding="utf-8")),
             from_cache=from_cache,
@@ -98,26 +119,34 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
 def describe(report: dict[str, Any]) -> str:
     """A report in a few lines for people."""
     sides = {name: report[name] for name in ("train", "validation") if report[name]}
+    unit = "documents" if "documents" in report["train"] else "examples"
     lines = [
-        (
-            name,
-            f"{side['documents']:,} documents, {side['text_bytes'] / 1e6:,.1f} MB of text, {side['tokens']:,} tokens",
-        )
+        (name, f"{side[unit]:,} {unit}, {side['text_bytes'] / 1e6:,.1f} MB of text, {side['tokens']:,} tokens")
         for name, side in sides.items()
     ]
-    cut = "packed" if report["packing"] else "each of one document"
+    cut = "packed" if report["packing"] else f"each of one {unit[:-1]}"
     counts = " + ".join(f"{side['rows']:,}" for side in sides.values())
     lines.append(("rows", f"{counts} of up to {report['max_length']:,} tokens, {cut}"))
     lines.append(("vocabulary", f"{report['vocabulary']:,} tokens"))
-    if empty := report["documents_empty"]:
-        first = ", ".join(report["empty_at"])
-        lines.append(("left out", f"{empty:,} empty documents: {first}{', ...' * (empty > len(report['empty_at']))}"))
-    if remnants := sum(side["dropped_tokens"] for side in sides.values()):
+    if labels := report.get("facts", {}).get("labels"):
+        lines.append(("labels", ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")))
+    if empty := report.get("documents_empty"):
+        lines.append(("left out", f"{empty:,} empty documents: {_places(empty, report['empty_at'])}"))
+    if remnants := sum(side.get("dropped_tokens", 0) for side in sides.values()):
         lines.append(("left out", f"{remnants:,} x a single token that would have been a row of its own"))
+    if bad := report.get("bad_rows"):
+        lines.append(("left out", f"{bad:,} bad rows, as data.bad_rows: skip wants:"))
+        lines += [("", place) for place in report["bad_rows_at"]]
+    for reason, (count, places) in report.get("notes", {}).items():
+        lines.append(("note", f"{count:,} rows {reason}: {_places(count, places)}"))
     if unknown := report["unknown_tokens"]:
         lines.append(("warning", f"{unknown:,} tokens stand for text that the tokenizer does not know"))
     lines.append(("prepared in", f"{report['seconds']:,.1f} s"))
-    return "\n".join(f"{name + ':':<13}{text}" for name, text in lines)
+    return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
+
+
+def _places(count: int, places: list[str]) -> str:
+    return ", ".join(places) + ", ..." * (count > len(places))
 
 
 class _Job:
@@ -134,12 +163,49 @@ class _Job:
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
                 "tokenizer": [tokenizer_print, version("tokenizers")],
-                "rows": [self.recipe.data.max_length, self.recipe.rows.packing, self.recipe.rows.boundaries],
+                "rows": self._row_settings(),
             }
         )
 
+    def _row_settings(self) -> dict[str, Any]:
+        """Everything beside contents and tokenizer that decides how rows come out."""
+        recipe, section = self.recipe, self.recipe.rows
+        settings: dict[str, Any] = {"max_length": recipe.data.max_length}
+        if isinstance(section, DocumentRows) and recipe.task != "mlm_nsp":
+            return settings | {"packing": section.packing, "boundaries": section.boundaries}
+        settings |= {"task": recipe.task, "section": section.model_dump(exclude=set(section.after_prepare))}
+        settings |= {"bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed if section.draws else None}
+        if recipe.data.augment:
+            settings["seed"] = recipe.train.seed
+            settings["augment"] = augmentation_contents(recipe, self.base, self._memo)
+        return settings
+
     def provide_tokenizer(self) -> tuple[str, Path]:
         """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded."""
+        name, directory = self._plain_tokenizer()
+        added = (*self.recipe.tokenizer.add, *self.recipe.rows.added_tokens)
+        template = saved_template(self.recipe, self.base)
+        if not added and template is None:
+            return name, directory
+
+        def change(target: Path) -> None:
+            from tokenizers import AddedToken
+
+            tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+            known = tokenizer.get_vocab()
+            if double := [word for word in self.recipe.tokenizer.add if word in known]:
+                raise RecipeError(f"tokenizer.add: {double[0]!r} is a token already. Remove it.")
+            tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in added])
+            if template is not None:
+                tokenizer.chat_template = template
+            tokenizer.save_pretrained(target)
+
+        changed = fingerprint([name, added, template, version("transformers")])
+        build_once(self.cache / "tokenizers" / changed, change, say=self.say)
+        return changed, self.cache / "tokenizers" / changed
+
+    def _plain_tokenizer(self) -> tuple[str, Path]:
+        """As it comes from its training, its directory or the Hub."""
         section = self.recipe.tokenizer
         build: Callable[[Path], object]
         if section.train is not None:
@@ -172,7 +238,8 @@ class _Job:
 
         data = self.recipe.data
         validation = prints(data.validation) if isinstance(data.validation, list) else data.validation
-        return {"train": prints(data.train), "validation": validation}
+        folds = [data.folds, data.fold] if data.folds is not None else None
+        return {"train": prints(data.train), "validation": validation, "folds": folds}
 
     def _trained_fingerprint(self) -> str:
         assert self.recipe.tokenizer.train is not None
@@ -182,11 +249,21 @@ class _Job:
                 "version": PREPARE_VERSION,
                 "tokenizers": version("tokenizers"),
                 "settings": self.recipe.tokenizer.train.model_dump(),
-                "special": self.recipe.rows.special_tokens,
+                "special": [self.recipe.rows.special_tokens, self.recipe.rows.extra_special_tokens],
                 "train": self._contents["train"],
                 "share": validation if isinstance(validation, float) else None,
+                "folds": self._contents["folds"],
+                "texts": self._text_settings(),
             }
         )
+
+    def _text_settings(self) -> list[Any]:
+        """What decides which texts a tokenizer learns from, beside the sources."""
+        section = self.recipe.rows
+        if isinstance(section, DocumentRows):
+            return []
+        settings = {key: value for key, value in section.model_dump().items() if key in section.text_settings}
+        return [self.recipe.task, settings, self.recipe.data.bad_rows]
 
     def _directory_fingerprint(self, directory: Path) -> str:
         """Of the files beside the weights: loading the tokenizer would take seconds at every start."""
@@ -196,9 +273,9 @@ class _Job:
     def _train_tokenizer(self, directory: Path) -> None:
         settings = self.recipe.tokenizer.train
         assert settings is not None
-        self.say(f"learning a tokenizer of {settings.vocab_size:,} tokens from the training documents")
-        texts = training_texts(self.recipe, self.base)
-        train_tokenizer(settings, texts, self.recipe.rows.special_tokens).save_pretrained(directory)
+        self.say(f"learning a tokenizer of {settings.vocab_size:,} tokens from the training texts")
+        texts, rows = _kind(self.recipe)[0].training_texts(self.recipe, self.base), self.recipe.rows
+        train_tokenizer(settings, texts, rows.special_tokens, rows.extra_special_tokens).save_pretrained(directory)
         self.check_unchanged()
 
 

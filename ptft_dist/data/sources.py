@@ -1,4 +1,4 @@
-"""Where documents come from: files and globs, data sets of the Hub, and the standard library's own source text."""
+"""Where documents and records come from: files and globs, data sets of the Hub, the standard library's own source."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -16,7 +16,7 @@ from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.cache import HashMemo, fingerprint
-from ptft_dist.data.formats import KNOWN, Document, file_format, read_file, row_document
+from ptft_dist.data.formats import KNOWN, Document, Record, as_document, file_format, no_column, read_file
 from ptft_dist.errors import DataError
 
 __all__ = ["Document", "HashMemo", "check_sources", "fingerprint_source", "read_documents", "recipe_sources"]
@@ -35,13 +35,38 @@ def read_documents(source: Source, base: Path) -> Iterator[Document]:
     Raises:
         DataError: a file is missing, unreadable, empty or malformed, or a data set cannot be loaded.
     """
+    field = source.field or "text"
+    return (as_document(record, field) for record in _read(source, base, (field,), only=True))
+
+
+def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[Record]:
+    """The rows of a source as a stream, always in the same order, with columns named by what they are for.
+
+    A column that source.fields gives to a role stands under that role's name. Tables without a column of `roles` are
+    refused at once; a JSON row without one is passed on.
+
+    Raises:
+        DataError: as `read_documents`.
+    """
+    columns = [source.fields.get(role, role) for role in roles]
+    for record in _read(source, base, columns):
+        values = dict(record.values)
+        for role, column in source.fields.items():
+            if column in record.values:
+                values[role] = record.values[column]
+                if column not in source.fields:
+                    values.pop(column, None)
+        yield Record(values, record.where)
+
+
+def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:
     if source.source is not None:
-        documents = _read_stdlib()
+        records = _read_stdlib()
     elif source.hub is not None:
-        documents = _read_hub(source)
+        records = _read_hub(source, columns, only)
     else:
-        documents = _read_files(source, base)
-    return islice(documents, source.limit)
+        records = _read_files(source, base, columns, only)
+    return islice(records, source.limit)
 
 
 def check_sources(recipe: Recipe, base: Path) -> None:
@@ -84,16 +109,16 @@ def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
     if source.source is not None:
         settings["contents"] = memo.digests(_stdlib_modules())
     elif source.hub is not None:
-        settings["contents"] = _load_hub(source)._fingerprint
+        settings["contents"] = _hub(source)._fingerprint
     else:
         files = _source_files(source, base)
         settings["contents"] = list(zip(map(file_format, files), memo.digests(files), strict=True))
     return fingerprint(settings)
 
 
-def _read_files(source: Source, base: Path) -> Iterator[Document]:
+def _read_files(source: Source, base: Path, columns: Sequence[str], only: bool) -> Iterator[Record]:
     for file in _source_files(source, base):
-        yield from read_file(file, field=source.field or "text", unit=source.document or "file")
+        yield from read_file(file, columns=columns, unit=source.document or "file", only=only)
 
 
 def _source_files(source: Source, base: Path) -> list[Path]:
@@ -161,7 +186,7 @@ def _settings_without_effect(source: Source, files: list[Path]) -> list[str]:
     return problems
 
 
-def _read_stdlib() -> Iterator[Document]:
+def _read_stdlib() -> Iterator[Record]:
     for module in _stdlib_modules():
         try:
             with tokenize.open(module) as file:  # decodes as the interpreter does, by the module's declaration
@@ -169,7 +194,7 @@ def _read_stdlib() -> Iterator[Document]:
         except (SyntaxError, UnicodeDecodeError) as error:
             logging.getLogger("ptft").warning("python-stdlib: left out %s, which cannot be decoded: %s", module, error)
             continue
-        yield Document(text, str(module))
+        yield Record({"text": text}, str(module))
 
 
 @functools.cache
@@ -185,25 +210,30 @@ def _stdlib_modules() -> list[Path]:
     return sorted(modules, key=lambda module: module.relative_to(root).as_posix())
 
 
-def _read_hub(source: Source) -> Iterator[Document]:
-    dataset, field = _load_hub(source), source.field or "text"
+def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Record]:
+    dataset = _hub(source)
     name = f"hub:{source.hub}[{source.split or 'train'}]"
-    if field not in dataset.column_names:
-        row_document(dict.fromkeys(dataset.column_names), field, name)  # raises, with the columns that there are
-    for number, row in enumerate(dataset.select_columns([field])):
-        yield row_document(row, field, f"{name}#{number}")
+    for column in columns:
+        if column not in dataset.column_names:
+            raise DataError(f"{name}: {no_column(column, dataset.column_names)}")
+    for number, row in enumerate(dataset.select_columns(list(columns)) if only else dataset):
+        yield Record(row, f"{name}#{number}")
+
+
+def _hub(source: Source) -> Any:
+    assert source.hub is not None
+    return _load_hub(source.hub, source.config, source.split or "train", source.revision)
 
 
 @functools.lru_cache(maxsize=8)
-def _load_hub(source: Source) -> Any:
+def _load_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
     import datasets
 
-    split = source.split or "train"
     try:
-        return datasets.load_dataset(source.hub, source.config, split=split, revision=source.revision)
+        return datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # the library raises a dozen unrelated types; all mean the same here
         raise DataError(
-            f"hub: {source.hub} (config {source.config}, split {split}): the data set cannot be loaded. {error} Check "
+            f"hub: {name} (config {config}, split {split}): the data set cannot be loaded. {error} Check "
             "its name, config and split, and that this machine reaches the Hub or has the data set in its cache "
             "(HF_HOME)."
         ) from error

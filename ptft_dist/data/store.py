@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -35,6 +35,55 @@ class Row:
     """int64 [T]."""
     document_starts: np.ndarray
     """int64, rising: the positions in the row at which a document begins. The first is 0 even in mid-document."""
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
+    """What an example store holds beside them, such as labels; of several examples in a row, end to end."""
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What an evaluation must know of a validation example, such as the reference text."""
+        return json.loads(self.columns["meta"].tobytes())
+
+
+class Store(Protocol):
+    """Rows on disk."""
+
+    path: Path
+    tokens: int
+
+    def __len__(self) -> int: ...
+    def lengths(self, indices: np.ndarray) -> np.ndarray: ...
+    def row(self, i: int) -> Row: ...
+    def largest(self, count: int) -> list[Row]:
+        """As many rows, as long as any in the store: what the largest forward pass is made of."""
+
+
+def read_summary(path: Path, version: int) -> dict[str, Any]:
+    """store.json of a finished store whose files have the sizes that it says.
+
+    Raises:
+        DataError: the store is unfinished or damaged.
+    """
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        if summary["version"] != version:
+            raise ValueError(f"its version is {summary['version']}, this program reads {version}")
+        for name, size in summary["files"].items():
+            if (found := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {found} bytes instead of {size}")
+        return summary
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> DataError:
+    return DataError(f"{path}: this token store is damaged ({error}). Delete it and prepare it anew.")
+
+
+def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
+    """Finish a store: its files' sizes, and store.json."""
+    summary["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    (path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    return summary
 
 
 class StoreWriter:
@@ -46,8 +95,8 @@ class StoreWriter:
         self._max_length, self._packing = max_length, packing
         self._dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self._tokens = (path / TOKENS).open("wb")
-        self._documents = _Int64Stream(path / DOCUMENTS)
-        self._rows = None if packing else _Int64Stream(path / ROWS, columns=2)
+        self._documents = Int64Stream(path / DOCUMENTS)
+        self._rows = None if packing else Int64Stream(path / ROWS, columns=2)
         self._total = 0
         self._dropped = 0
         self._waiting: list[np.ndarray] = []
@@ -113,10 +162,8 @@ class StoreWriter:
             "max_length": self._max_length,
             "packing": self._packing,
             "dtype": self._dtype.str,
-            "files": {file.name: file.stat().st_size for file in sorted(self._path.iterdir())},
         }
-        (self._path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        return summary
+        return write_summary(self._path, summary)
 
 
 class TokenStore:
@@ -143,16 +190,11 @@ class TokenStore:
         Raises:
             DataError: the store is unfinished, or its files are not what store.json says.
         """
+        summary = read_summary(path, STORE_VERSION)
         try:
-            summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
-            if summary["version"] != STORE_VERSION:
-                raise ValueError(f"its version is {summary['version']}, this program reads {STORE_VERSION}")
-            for name, size in summary["files"].items():
-                if (found := (path / name).stat().st_size) != size:
-                    raise ValueError(f"{name} has {found} bytes instead of {size}")
             return cls(path, summary)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: this token store is damaged ({error}). Delete it and prepare it anew.") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, error) from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return TokenStore.open, (self.path,)
@@ -190,8 +232,12 @@ class TokenStore:
         starts = np.concatenate(([0], self._documents[first:last] - start))
         return Row(self._tokens[start:stop].astype(np.int64), starts)
 
+    def largest(self, count: int) -> list[Row]:
+        """Rows as many and as long as one forward pass will ever see: made up, for only their size matters."""
+        return [Row(np.zeros(self.max_length, np.int64), np.zeros(1, np.int64))] * count
 
-class _Int64Stream:
+
+class Int64Stream:
     """A .npy file of int64, [N] or [N, columns], whose N is known only when it is closed."""
 
     def __init__(self, path: Path, columns: int | None = None) -> None:

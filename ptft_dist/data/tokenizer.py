@@ -18,16 +18,27 @@ if TYPE_CHECKING:
 
 
 def special_tokens(algorithm: str, roles: Sequence[str]) -> dict[str, str]:
-    """How each role (eos, bos, pad, cls, sep, mask, unk) is spelt in a tokenizer that is learned here."""
-    if algorithm == "wordpiece":
-        return {role: f"[{role.upper()}]" for role in roles}
-    return {role: "<|endoftext|>" if role == "eos" else f"<|{role}|>" for role in roles}
+    """How each role (eos, bos, pad, cls, sep, mask, unk) is spelt in a tokenizer that is learned here.
+
+    A role may bring its own spelling: `eos=<|im_end|>`.
+    """
+    spelt = {}
+    for role, _, own in (role.partition("=") for role in roles):
+        if own or algorithm == "wordpiece":
+            spelt[role] = own or f"[{role.upper()}]"
+        else:
+            spelt[role] = "<|endoftext|>" if role == "eos" else f"<|{role}|>"
+    return spelt
 
 
 def train_tokenizer(
-    settings: TokenizerTraining, texts: Iterable[str], roles: Sequence[str] = ("eos", "bos", "pad")
+    settings: TokenizerTraining,
+    texts: Iterable[str],
+    roles: Sequence[str] = ("eos", "bos", "pad"),
+    extra: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """Learn a tokenizer with special tokens for `roles`. The same texts give the same tokenizer, byte for byte.
+    """Learn a tokenizer with special tokens for `roles`, and the `extra` ones, which have no role. The same texts give
+    the same tokenizer, byte for byte.
 
     If the texts do not hold enough repetition for settings.vocab_size, the tokenizer is smaller, and a warning says so.
 
@@ -37,8 +48,9 @@ def train_tokenizer(
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    special = special_tokens(settings.algorithm, roles if settings.algorithm == "bpe" else (*roles, "unk"))
-    backend, trainer = _untrained(settings, special)
+    unknown = () if settings.algorithm == "bpe" or "unk" in roles else ("unk",)
+    special = special_tokens(settings.algorithm, (*roles, *unknown))
+    backend, trainer = _untrained(settings, special, extra)
     backend.train_from_iterator(_first_megabytes(texts, settings.max_megabytes), trainer)
     if "cls" in special:
         cls, sep = special["cls"], special["sep"]
@@ -48,6 +60,8 @@ def train_tokenizer(
             special_tokens=[(token, backend.token_to_id(token)) for token in (cls, sep)],
         )
     names: dict[str, Any] = {f"{role}_token": token for role, token in special.items()}
+    if extra:
+        names["extra_special_tokens"] = list(extra)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     if len(tokenizer) < settings.vocab_size:
         logging.getLogger("ptft").warning(
@@ -60,22 +74,22 @@ def train_tokenizer(
     return tokenizer
 
 
-def _untrained(settings: TokenizerTraining, special: dict[str, str]) -> tuple[Any, Any]:
+def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequence[str]) -> tuple[Any, Any]:
     """A tokenizer of the right kind that knows nothing yet, and its trainer."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     common: dict[str, Any] = {
         "vocab_size": settings.vocab_size,
-        "special_tokens": list(special.values()),
+        "special_tokens": [*special.values(), *extra],
         "show_progress": False,
     }
     if settings.algorithm == "bpe":
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        least = len(alphabet) + len(special)
+        least = len(alphabet) + len(special) + len(extra)
         if settings.vocab_size < least:
             raise RecipeError(
                 f"tokenizer.train.vocab_size: {settings.vocab_size} is too small; the 256 bytes and the special tokens "
-                f"{', '.join(special.values())} alone need {least}."
+                f"{', '.join([*special.values(), *extra][:10])} alone need {least}."
             )
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -168,7 +182,7 @@ class DocumentEncoder:
         self._control = {self._end, *self._prefix}
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
-        self._backend = _text_only_backend(tokenizer) if tokenizer.is_fast else None
+        self._backend = text_only_backend(tokenizer) if tokenizer.is_fast else None
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
         """The ids of each document; an empty list for one whose text comes to nothing in this tokenizer.
@@ -194,7 +208,7 @@ class DocumentEncoder:
         return (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
 
 
-def _text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     """A copy of the Rust tokenizer that neither cuts, nor pads, nor looks for special tokens in a text.
 
     Its batches run on all cores, and unlike `tokenizer(texts)` they make no attention masks and offsets.

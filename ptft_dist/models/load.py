@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,22 +32,36 @@ def local_or_hub(section: ModelSection, base: Path) -> ModelSection:
     return section
 
 
-def build_config(section: ModelSection, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PretrainedConfig:
-    """The network's config, fitted to the tokenizer. Raises RecipeError for keys or sizes that cannot work.
+def build_config(
+    section: ModelSection,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    grown: bool = False,
+) -> PretrainedConfig:
+    """The network's config, fitted to tokenizer and task. Raises RecipeError for keys or sizes that cannot work.
+
+    settings: keys that follow from the task. grown: tokens were added, so the network's embeddings may be too few.
 
     transformers keeps unknown config keys in silence; here they are errors, since a misspelt size has no effect.
     """
     if section.path is not None:
         try:
             config = AutoConfig.from_pretrained(
-                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
+                section.path,
+                revision=section.revision,
+                trust_remote_code=section.trust_remote_code,
+                **(settings or {}),
             )
         except (OSError, ValueError) as error:
             raise RecipeError(f"model.path: cannot load a config from {section.path!r}: {error}") from None
     else:
         assert section.config is not None
-        config = _config_from_keys(dict(section.config), tokenizer)
-    _check_sizes(config, tokenizer, max_length)
+        if double := sorted(set(section.config) & set(settings or {})):
+            raise RecipeError(f"model.config.{double[0]}: the task says this itself. Remove it.")
+        config = _config_from_keys({**section.config, **(settings or {})}, tokenizer)
+    _check_sizes(config, tokenizer, max_length, grown)
     return config
 
 
@@ -75,9 +90,9 @@ def _config_from_keys(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
         raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {why}") from None
 
 
-def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, grown: bool) -> None:
     text_config = config.get_text_config()
-    if text_config.vocab_size < len(tokenizer):
+    if text_config.vocab_size < len(tokenizer) and not grown:
         raise RecipeError(
             f"the model has {text_config.vocab_size} token embeddings, the tokenizer {len(tokenizer)} tokens: "
             "leave model.config.vocab_size out, or use the tokenizer that belongs to the model"
@@ -90,10 +105,18 @@ def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, m
         )
 
 
-def build_model(section: ModelSection, config: PretrainedConfig, seed: int, auto_class: Any) -> PreTrainedModel:
+def build_model(
+    section: ModelSection,
+    config: PretrainedConfig,
+    seed: int,
+    auto_class: Any,
+    tokens: int = 0,
+    tell: Callable[[str], None] = lambda _text: None,
+) -> PreTrainedModel:
     """The network, made by a transformers auto class, in fp32 and training mode.
 
-    From a config, its weights follow from `seed` alone on every machine.
+    From a config, its weights follow from `seed` alone on every machine. tokens: the embeddings grow to this number.
+    tell: is told of weights that a pretrained network lacks and that therefore start random.
     """
     kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     torch.manual_seed(seed)
@@ -103,14 +126,28 @@ def build_model(section: ModelSection, config: PretrainedConfig, seed: int, auto
                 config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
             )
         else:
-            model = auto_class.from_pretrained(
+            model, info = auto_class.from_pretrained(
                 section.path,
                 config=config,
                 revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
                 dtype=torch.float32,
+                ignore_mismatched_sizes=section.new_head,
+                output_loading_info=True,
                 **kernel,
             )
+            fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+            if fresh:
+                tell(f"new, random weights, which {section.path} does not have: {', '.join(fresh)}")
+        if model.config.get_text_config().vocab_size < tokens:
+            model.resize_token_embeddings(tokens, mean_resizing=False)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise RecipeError(
+            f"model.path: {section.path!r}: weights there have other sizes than this task needs, for example because "
+            f"its head has other labels; model.new_head: true starts such weights anew. {error}"
+        ) from None
     except (OSError, ValueError, ImportError) as error:
         where = "model.config" if section.path is None else f"model.path: {section.path!r}"
         raise RecipeError(f"{where}: the model cannot be built: {error}") from None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,24 +16,33 @@ from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks import IGNORE, LossOut
+from ptft_dist.tasks import IGNORE, BaseTask, LossOut, pad_multiple
 from ptft_dist.tasks.isolation import ROUNDING_TOLERANCE, check_isolation, probe_rows, restarting_positions
 
 
-class CausalLM:
+class CausalLM(BaseTask):
     """Rows of token ids in, the summed cross-entropy of next tokens out."""
 
     auto_class = AutoModelForCausalLM
-    metric_names = ("loss", "perplexity")
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        facts: Mapping[str, Any] | None = None,  # noqa: ARG002
+    ) -> None:
         self.vocab_size = len(tokenizer)
         # What fills rows carries no label and nothing sees it, so any id will do.
         self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.isolate = recipe.clm.isolated
         on_cpu = device.type == "cpu"
         self.fused = recipe.clm.head == "fused" or (recipe.clm.head == "auto" and not on_cpu)
-        self.pad_multiple = 1 if on_cpu else 8  # tensor cores want multiples of 8
+        self.pad_multiple = pad_multiple(device)
+
+    @classmethod
+    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
+        return "loss", "perplexity"
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad on the right: input_ids, targets (targets[t] is the token after input_ids[t]) and, for packed rows
@@ -86,8 +96,7 @@ class CausalLM:
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """loss: mean negative log-likelihood in nats; perplexity: its exponential, up to what a float holds."""
-        loss = totals["loss_sum"] / totals["count"]
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        return {"loss": totals["loss"], "perplexity": math.exp(min(totals["loss"], 700.0))}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,22 +13,28 @@ import torch.nn.functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.batches import Batch
-from ptft_dist.config.recipe import MlmSection, Recipe
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tasks.pretraining import Masking
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks import IGNORE, LossOut
+from ptft_dist.tasks import IGNORE, BaseTask, LossOut, pad_multiple
 from ptft_dist.tasks.isolation import IsolationProbe, document_numbers, restarting_positions
 
 SPAN_LENGTH, LONGEST_SPAN = 5.0, 10  # SpanBERT's p = 0.2 and its clip
 
 
-class MaskedLM:
+class MaskedLM(BaseTask):
     """Rows of token ids in, the summed cross-entropy of the chosen tokens out."""
 
     auto_class = AutoModelForMaskedLM
-    metric_names = ("loss", "perplexity", "accuracy")
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        facts: Mapping[str, Any] | None = None,  # noqa: ARG002
+    ) -> None:
         if tokenizer.mask_token_id is None:
             raise RecipeError("tokenizer: it has no mask token, and task mlm needs one (mask_token)")
         self.seed, self.settings, self.isolate = recipe.train.seed, recipe.mlm, recipe.mlm.isolated
@@ -36,8 +43,12 @@ class MaskedLM:
         self.special = np.zeros(self.vocab_size, bool)
         self.special[tokenizer.all_special_ids] = True
         self.begins_word = word_beginnings(tokenizer) if recipe.mlm.unit == "word" else None
-        self.pad_multiple = 1 if device.type == "cpu" else 8
+        self.pad_multiple = pad_multiple(device)
         self.position_offset = 0
+
+    @classmethod
+    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
+        return "loss", "perplexity", "accuracy"
 
     def install(self, model: PreTrainedModel) -> None:
         """RoBERTa and its kin count positions from padding_idx + 1."""
@@ -104,15 +115,14 @@ class MaskedLM:
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """loss: mean over the chosen tokens, in nats; perplexity: its exponential; accuracy: the share predicted."""
-        loss = totals["loss_sum"] / totals["count"]
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": totals["accuracy"]}
+        return {**totals, "perplexity": math.exp(min(totals["loss"], 700.0))}
 
 
 def choose(
     ids: np.ndarray,
     special: np.ndarray,
     begins_word: np.ndarray | None,
-    settings: MlmSection,
+    settings: Masking,
     random: np.random.Generator,
 ) -> np.ndarray:
     """Which tokens of a row are to be predicted: bool [T], never a special one."""
@@ -124,7 +134,7 @@ def choose(
     return (random.random(len(ids) + 1) < settings.probability)[words] & ~special
 
 
-def _choose_spans(special: np.ndarray, settings: MlmSection, random: np.random.Generator) -> np.ndarray:
+def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Generator) -> np.ndarray:
     """Spans of geometric length until the share is reached; no span crosses a special token."""
     chosen = np.zeros(len(special), bool)
     budget = round(settings.probability * int((~special).sum()))

@@ -62,7 +62,7 @@ def test_each_row_is_evaluated_once(tmp_path: Path, total: int, ranks: int, micr
         layout = Shape(rank, ranks, recipe.batch.micro_size, recipe.batch.micro_tokens, True)
         evaluation = validation(recipe, store, layout, task)
         assert evaluation is not None
-        batches = list(evaluation())
+        batches = list(evaluation.batches())
         passes.add(len(batches))
         for batch in batches:
             count += batch.count

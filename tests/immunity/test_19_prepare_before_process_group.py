@@ -20,16 +20,17 @@ PREPARE = """
 import sys
 from pathlib import Path
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.data import encode
 from ptft_dist.data import prepare as module
 
-write_stores = module.write_stores
+write = encode.write
 
 def pause_and_write(*args, **kwargs):
     print("working", flush=True)
     sys.stdin.readline()
-    return write_stores(*args, **kwargs)
+    return write(*args, **kwargs)
 
-module.write_stores = pause_and_write
+encode.write = pause_and_write
 prepared = module.prepare(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 print(prepared.from_cache, prepared.fingerprint, prepared.train.row(0).input_ids.tolist(), flush=True)
 """

@@ -1,0 +1,1 @@
+"""Documents into pairs of segments, for next-sentence prediction."""

@@ -1,0 +1,251 @@
+"""An example store: rows that have more than tokens, as columns on disk, read back through memory maps.
+
+    <column>.bin           every example's values, end to end
+    <column>.offsets.npy   int64 [N + 1]: where each example begins in it, and at the end their total number
+    rows.npy, members.npy  only with packing: int64 [R + 1] and [N]; row r holds members[rows[r]:rows[r + 1]]
+    store.json             counts, columns and file sizes; written last, so a store without it is not one
+
+The column `input_ids` is always there. `meta` is JSON in UTF-8, what an evaluation must know of an example.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptft_dist.data.store import Int64Stream, Row, damaged, read_summary, write_summary
+
+EXAMPLE_STORE_VERSION = 1
+META = "meta"
+_BLOCK = 2**16  # values that are gathered before they are written
+_SCANNED = 2**20  # rows that are looked at to find the largest
+
+
+def token_dtype(vocab_size: int) -> str:
+    return "<u2" if vocab_size <= 2**16 else "<u4"
+
+
+class ExampleWriter:
+    """Writes a store as a stream. With packing, the lengths of all examples are held in memory."""
+
+    def __init__(
+        self,
+        path: Path,
+        columns: Mapping[str, str],
+        *,
+        length_columns: Sequence[str] = ("input_ids",),
+        max_length: int,
+        packing: bool = False,
+    ) -> None:
+        """columns: name -> NumPy data type. length_columns: those whose lengths together are a row's length."""
+        path.mkdir(parents=True)
+        self._path, self._max_length, self._packing = path, max_length, packing
+        self._length_columns = tuple(length_columns)
+        self._columns = {name: _Column(path, name, dtype) for name, dtype in columns.items()}
+        self._lengths = array("q")
+        self._tokens = 0
+
+    def add(self, example: Mapping[str, Any]) -> None:
+        """Append one example: for each column its values, [T] or a single number.
+
+        Raises:
+            ValueError: a value does not fit into the column's data type.
+        """
+        for name, column in self._columns.items():
+            column.add(example[name])
+        length = sum(len(example[name]) for name in self._length_columns)
+        self._tokens += length
+        if self._packing:
+            self._lengths.append(length)
+
+    def close(self) -> dict[str, Any]:
+        """Finish the files and return what store.json says."""
+        for column in self._columns.values():
+            column.close()
+        examples = next(iter(self._columns.values())).count
+        rows = examples
+        if self._packing:
+            packed = best_fit(np.array(self._lengths, np.int64), self._max_length)
+            rows = len(packed)
+            np.save(self._path / "rows.npy", np.cumsum([0, *map(len, packed)]))
+            np.save(self._path / "members.npy", np.array([i for row in packed for i in row], np.int64))
+        summary = {
+            "version": EXAMPLE_STORE_VERSION,
+            "rows": rows,
+            "examples": examples,
+            "tokens": self._tokens,
+            "columns": {name: column.dtype.str for name, column in self._columns.items()},
+            "length_columns": self._length_columns,
+            "max_length": self._max_length,
+            "packing": self._packing,
+        }
+        return write_summary(self._path, summary)
+
+
+class ExampleStore:
+    """The rows of a finished store. Nothing but its index is held in memory, and a pickled copy holds only the path."""
+
+    def __init__(self, path: Path, summary: dict[str, Any]) -> None:
+        """Use `ExampleStore.open`, which checks the files first."""
+        self.path = path
+        self.tokens: int = summary["tokens"]
+        self.examples: int = summary["examples"]
+        self._count: int = summary["rows"]
+        self._length_columns: list[str] = summary["length_columns"]
+        self._columns = {
+            name: (_mapped(path / f"{name}.bin", dtype), np.load(path / f"{name}.offsets.npy", mmap_mode="r"))
+            for name, dtype in summary["columns"].items()
+        }
+        packing = summary["packing"]
+        self._rows = np.load(path / "rows.npy", mmap_mode="r") if packing else None
+        self._members = np.load(path / "members.npy", mmap_mode="r") if packing else None
+
+    @classmethod
+    def open(cls, path: Path) -> ExampleStore:
+        """
+        Raises:
+            DataError: the store is unfinished, or its files are not what store.json says.
+        """
+        summary = read_summary(path, EXAMPLE_STORE_VERSION)
+        try:
+            return cls(path, summary)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, error) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ExampleStore.open, (self.path,)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def lengths(self, indices: np.ndarray) -> np.ndarray:
+        """int64, the shape of `indices`: the number of tokens of those rows.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self._count):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
+        if self._rows is None:
+            return self._example_lengths(indices)
+        assert self._members is not None
+        starts, stops = self._rows[indices], self._rows[indices + 1]
+        sums = [self._example_lengths(self._members[a:b]).sum() for a, b in zip(starts, stops, strict=True)]
+        return np.array(sums, np.int64)
+
+    def _example_lengths(self, examples: np.ndarray) -> np.ndarray:
+        total = np.zeros(np.shape(examples), np.int64)
+        for name in self._length_columns:
+            offsets = self._columns[name][1]
+            total += offsets[examples + 1] - offsets[examples]
+        return total
+
+    def row(self, i: int) -> Row:
+        """The row at index i.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        if not 0 <= i < self._count:
+            raise IndexError(f"row {i} of a store of {self._count}")
+        if self._rows is None or self._members is None:
+            return self._example(i)
+        examples = [self._example(int(m)) for m in self._members[self._rows[i] : self._rows[i + 1]]]
+        starts = np.cumsum([0, *(len(example.input_ids) for example in examples[:-1])])
+        columns = {name: np.concatenate([e.columns[name] for e in examples]) for name in examples[0].columns}
+        return Row(np.concatenate([e.input_ids for e in examples]), starts, columns)
+
+    def _example(self, i: int) -> Row:
+        columns = {}
+        for name, (values, offsets) in self._columns.items():
+            found = values[offsets[i] : offsets[i + 1]]
+            columns[name] = found if name == META or found.dtype.kind == "f" else found.astype(np.int64)
+        return Row(columns.pop("input_ids"), np.zeros(1, np.int64), columns)
+
+    def largest(self, count: int) -> list[Row]:
+        """As many of the longest rows (among the first million), repeated if there are fewer."""
+        lengths = self.lengths(np.arange(min(self._count, _SCANNED)))
+        longest = np.argsort(-lengths, kind="stable")[:count]
+        return [self.row(int(longest[i % len(longest)])) for i in range(count)]
+
+
+class _Column:
+    """One column of a store that is being written."""
+
+    def __init__(self, path: Path, name: str, dtype: str) -> None:
+        self.dtype = np.dtype(dtype)
+        self._file = (path / f"{name}.bin").open("wb")
+        self._offsets = Int64Stream(path / f"{name}.offsets.npy")
+        self._waiting: list[np.ndarray] = []
+        self._waiting_values = 0
+        self._total = 0
+        self.count = 0
+
+    def add(self, values: Any) -> None:
+        found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.atleast_1d(np.asarray(values))
+        if self.dtype.kind != "f" and len(found):
+            limits = np.iinfo(self.dtype)
+            if found.min() < limits.min or found.max() > limits.max:  # astype would wrap around in silence
+                raise ValueError(f"values {found.min()} to {found.max()} do not fit into {self.dtype}")
+        self._offsets.append(self._total)
+        self._total += len(found)
+        self.count += 1
+        self._waiting.append(found.astype(self.dtype))
+        self._waiting_values += len(found)
+        if self._waiting_values >= _BLOCK:
+            self._write_block()
+
+    def close(self) -> None:
+        self._write_block()
+        self._file.close()
+        self._offsets.append(self._total)
+        self._offsets.close()
+
+    def _write_block(self) -> None:
+        if self._waiting_values:
+            self._file.write(np.concatenate(self._waiting).data)
+        self._waiting, self._waiting_values = [], 0
+
+
+def _mapped(path: Path, dtype: str) -> np.ndarray:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+
+
+def meta_bytes(meta: Mapping[str, Any]) -> bytes:
+    return json.dumps(meta, ensure_ascii=False).encode()
+
+
+def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
+    """Examples put into rows of at most `capacity` tokens, the longest first, each into the fullest row that has room
+    (best-fit decreasing: Johnson 1974). A longer example than that has a row of its own."""
+    rows: list[list[int]] = []
+    spaces: list[int] = []  # the different free spaces, rising
+    with_space: dict[int, list[int]] = {}
+    for i in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[i])
+        at = bisect.bisect_left(spaces, length)
+        if at == len(spaces):
+            row, space = len(rows), max(capacity, length)
+            rows.append([])
+        else:
+            space = spaces[at]
+            row = with_space[space].pop()
+            if not with_space[space]:
+                del with_space[space], spaces[at]
+        rows[row].append(i)
+        left = space - length
+        if left:
+            if left not in with_space:
+                bisect.insort(spaces, left)
+                with_space[left] = []
+            with_space[left].append(row)
+    return rows
