@@ -356,7 +356,8 @@ BAD_OVERRIDES = [
     ),
     (
         "data.train=[{source: python-stdlb}]",
-        "command line: data.train.0.source: expected python-stdlib, got 'python-stdlb'; did you mean python-stdlib?",
+        "command line: data.train.0.source: expected one of python-stdlib, python-functions, got 'python-stdlb'; did "
+        "you mean python-stdlib?",
     ),
     (
         "data.train.1.path=*.txt",

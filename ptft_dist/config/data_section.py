@@ -12,8 +12,10 @@ from ptft_dist.config.section import Section, Text, exactly_one, only_with
 class Source(Section):
     """Where documents or rows come from: a built-in corpus, files, or a data set of the Hugging Face Hub."""
 
-    source: Literal["python-stdlib"] | None = None
-    """`python-stdlib`: the source text of the running interpreter's standard library, one document a module."""
+    source: Literal["python-stdlib", "python-functions"] | None = None
+    """`python-stdlib`: the source text of the running interpreter's standard library, one document a module.
+    `python-functions`: its documented functions, one row each, with columns for every task; `ptft_dist/data/builtin.py`
+    lists them."""
     path: Text | None = None
     """A file or a glob (`**` goes into folders): .txt, .jsonl, .json, .csv, .tsv, .parquet, .conll, also .gz and .zst.
     A relative path starts at the recipe's directory."""
@@ -40,7 +42,7 @@ class Source(Section):
     def _check(self) -> Source:
         exactly_one(self, "source", "path", "hub")
         only_with(self, ("config", "revision", "split"), self.hub is not None, "a hub data set")
-        only_with(self, ("field", "fields"), self.source is None, "files or a hub data set")
+        only_with(self, ("field", "fields"), self.source != "python-stdlib", "files or a data set with columns")
         only_with(self, ("document",), self.path is not None, "a path")
         return self
 

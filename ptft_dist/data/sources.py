@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
-import logging
 import os
-import sysconfig
-import tokenize
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,14 +12,13 @@ from stat import S_ISDIR, S_ISREG
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
+from ptft_dist.data.builtin import read_builtin, stdlib_files
 from ptft_dist.data.cache import HashMemo, fingerprint
 from ptft_dist.data.formats import KNOWN, Document, Record, as_document, file_format, no_column, read_file
 from ptft_dist.errors import DataError
 
 __all__ = ["Document", "HashMemo", "check_sources", "fingerprint_source", "read_documents", "recipe_sources"]
 
-# Tests hold broken text on purpose; the rest is not part of the library.
-_NOT_STDLIB = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 _SHOWN_FILES = 5
 
 
@@ -61,7 +57,7 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
 
 def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:
     if source.source is not None:
-        records = _read_stdlib()
+        records = read_builtin(source.source)
     elif source.hub is not None:
         records = _read_hub(source, columns, only)
     else:
@@ -79,7 +75,7 @@ def check_sources(recipe: Recipe, base: Path) -> None:
     for key, source in recipe_sources(recipe):
         try:
             if source.source is not None:
-                _stdlib_modules()
+                stdlib_files()
             elif source.path is not None:
                 _source_files(source, base)
         except DataError as error:
@@ -107,7 +103,7 @@ def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
     """
     settings: dict[str, Any] = source.model_dump(exclude={"path"}, exclude_none=True)
     if source.source is not None:
-        settings["contents"] = memo.digests(_stdlib_modules())
+        settings["contents"] = memo.digests(stdlib_files())
     elif source.hub is not None:
         settings["contents"] = _hub(source)._fingerprint
     else:
@@ -184,30 +180,6 @@ def _settings_without_effect(source: Source, files: list[Path]) -> list[str]:
     if source.field is not None and formats == {".txt"}:
         problems.append("field: has no effect on .txt files. Remove it.")
     return problems
-
-
-def _read_stdlib() -> Iterator[Record]:
-    for module in _stdlib_modules():
-        try:
-            with tokenize.open(module) as file:  # decodes as the interpreter does, by the module's declaration
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError) as error:
-            logging.getLogger("ptft").warning("python-stdlib: left out %s, which cannot be decoded: %s", module, error)
-            continue
-        yield Record({"text": text}, str(module))
-
-
-@functools.cache
-def _stdlib_modules() -> list[Path]:
-    """Every module of the running interpreter's standard library, sorted by its path below the library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    modules = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in _NOT_STDLIB]
-        modules += [Path(folder, name) for name in names if name.endswith(".py")]
-    if not modules:
-        raise DataError(f"source: python-stdlib: there are no .py files in {root}. Use another source.")
-    return sorted(modules, key=lambda module: module.relative_to(root).as_posix())
 
 
 def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Record]:

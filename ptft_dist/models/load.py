@@ -60,12 +60,14 @@ def build_config(
         assert section.config is not None
         if double := sorted(set(section.config) & set(settings or {})):
             raise RecipeError(f"model.config.{double[0]}: the task says this itself. Remove it.")
-        config = _config_from_keys({**section.config, **(settings or {})}, tokenizer)
+        config = _config_from_keys(dict(section.config), tokenizer, settings or {})
     _check_sizes(config, tokenizer, max_length, grown)
     return config
 
 
-def _config_from_keys(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:
+def _config_from_keys(
+    keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
+) -> PretrainedConfig:
     model_type = keys.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
@@ -84,7 +86,7 @@ def _config_from_keys(keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase) 
         "pad_token_id": tokenizer.pad_token_id,
     }
     try:
-        return config_class(**{**defaults, **keys})
+        return config_class(**{**defaults, **keys, **settings})
     except (TypeError, ValueError, StrictDataclassError) as error:
         why = error.__cause__ or error  # what a StrictDataclassError itself says is the name of a validator
         raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {why}") from None

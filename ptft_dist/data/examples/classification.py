@@ -1,0 +1,145 @@
+"""Rows with a text (or two, or a text with two marked spans) and a label, or a list of labels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tasks.labels import ENTITY_MARKERS
+from ptft_dist.data.examples.encoder import Example, LeftOut, RowError, require, require_list, require_text
+from ptft_dist.data.examples.labelled_text import LabelledTextRows
+from ptft_dist.data.formats import Record, json_type
+from ptft_dist.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+
+class ClassificationRows(LabelledTextRows):
+    """Columns: input_ids, token_type_ids, and labels: ids, one or (multi_label) any number."""
+
+    columns = {**LabelledTextRows.columns, "labels": "<i4"}
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
+        super().__init__(recipe, tokenizer, facts)
+        self.ids = {label: i for i, label in enumerate(facts["labels"])}
+        self.markers = [tokenizer.convert_tokens_to_ids(marker) for marker in ENTITY_MARKERS]
+
+    @classmethod
+    def check(cls, recipe: Recipe, record: Record) -> None:
+        super().check(recipe, record)
+        label_names(recipe, record)
+        if recipe.classification.entities:
+            _marked(record)
+
+    @classmethod
+    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:
+        yield from super().texts(recipe, record)
+
+    @classmethod
+    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:
+        """labels: their names in the order of their ids; frequencies: of each in the training rows; rows: how many."""
+        settings = recipe.classification
+        counts: Counter[str] = Counter()
+        rows = 0
+        for record in records:
+            rows += 1
+            counts.update(label_names(recipe, record))
+        labels = list(settings.labels or sorted(counts, key=_numbers_first))
+        if len(labels) < 2:
+            raise DataError(
+                f"data: the training rows have the labels {', '.join(labels) or '(none)'}; a classifier needs two or "
+                "more. Look at the label column, or name it with fields: {label: ...}."
+            )
+        if isinstance(settings.class_weights, dict) and set(settings.class_weights) != set(labels):
+            strange = sorted(set(settings.class_weights) ^ set(labels))
+            raise RecipeError(f"classification.class_weights: not the labels of the data: {', '.join(strange)}")
+        if settings.class_weights == "balanced" and not all(counts[label] for label in labels):
+            absent = [label for label in labels if not counts[label]]
+            raise DataError(f"classification.class_weights: balanced; no training row has the label {absent[0]!r}")
+        return {"labels": labels, "frequencies": [counts[label] for label in labels], "rows": rows}
+
+    def pieces(self, record: Record) -> Sequence[Any]:
+        return [_marked(record)] if self.recipe.classification.entities else super().pieces(record)
+
+    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
+        columns, notes = self.text_columns(encodings[0])
+        names = label_names(self.recipe, record)
+        unknown = [name for name in names if name not in self.ids]
+        if unknown:
+            raise RowError(
+                f"the label {unknown[0]!r} is none of {', '.join(self.ids)}. Correct it, or list all labels in "
+                "classification.labels."
+            )
+        if self.recipe.classification.entities and not set(self.markers) <= set(columns["input_ids"]):
+            raise LeftOut("left out, for an entity lies beyond data.max_length")
+        labels = [self.ids[name] for name in names]
+        return [Example({**columns, "labels": labels}, {"text": record.values["text"], "label": names}, notes)]
+
+
+def label_names(recipe: Recipe, record: Record) -> list[str]:
+    """The row's labels as texts: a number's digits, `true` or `false`.
+
+    Raises:
+        RowError: there is none, or it is no label.
+    """
+    if not recipe.classification.multi_label:
+        return [_name(require(record.values, "label"))]
+    names = [_name(label) for label in require_list(record.values, "label")]
+    if len(set(names)) != len(names):
+        raise RowError(f"a label stands twice in {names}. Remove one.")
+    return names
+
+
+def _name(label: Any) -> str:
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    if isinstance(label, str) and label.strip():
+        return label
+    if isinstance(label, int):
+        return str(label)
+    raise RowError(
+        f"the label is {json_type(label) if not isinstance(label, str) else 'an empty string'}; a label is a word or a "
+        "whole number (with several to a row: multi_label: true)."
+    )
+
+
+def _numbers_first(label: str) -> tuple[int, float, str]:
+    """Numbers in their order, then words in theirs."""
+    try:
+        return 0, float(label), label
+    except ValueError:
+        return 1, 0.0, label
+
+
+def _marked(record: Record) -> str:
+    """The text with markers around the spans `head` and `tail`.
+
+    Raises:
+        RowError: a span is no span of the text, the two overlap, or the text holds a marker itself.
+    """
+    text = require_text(record.values, "text")
+    if found := [marker for marker in ENTITY_MARKERS if marker in text]:
+        raise RowError(f"the text spells the marker {found[0]!r}. Remove it.")
+    spans = []
+    for role in ("head", "tail"):
+        span = require_list(record.values, role)
+        if len(span) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) for x in span):
+            raise RowError(f"the field {role!r} is not [start, end) in characters, two whole numbers: {span}")
+        if not 0 <= span[0] < span[1] <= len(text):
+            raise RowError(f"{role}: {span} is no span of a text of {len(text)} characters")
+        spans.append(span)
+    (a, b), (c, d) = spans
+    if max(a, c) < min(b, d):
+        raise RowError(f"head {spans[0]} and tail {spans[1]} overlap")
+    # At one place an ending marker comes before a beginning one.
+    first, first_end, second, second_end = ENTITY_MARKERS
+    inserts = [(a, 1, first), (b, 0, first_end), (c, 1, second), (d, 0, second_end)]
+    for place, _, marker in sorted(inserts, reverse=True):
+        text = text[:place] + marker + text[place:]
+    return text

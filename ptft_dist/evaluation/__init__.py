@@ -1,0 +1,1 @@
+"""Scores that are no averages over examples, from predictions and references. From kept libraries."""

@@ -1,0 +1,69 @@
+"""The promises, for every task: any split gives the same losses and scores; killed and resumed is never killed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from support import eval_rows, outcome, start, train_rows
+from tiny import TINY, write_tiny
+
+from ptft_dist.config.recipe import TaskName
+
+RUNS = {"ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3")}
+
+
+def test_every_task_is_here() -> None:
+    assert set(TINY) == set(get_args(TaskName)) - {"clm", "mlm"}  # which have their own tests of the promises
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
+    """The folder of each task's run by one process, which is started once."""
+    folders: dict[str, Path] = {}
+
+    def provide(task: str) -> Path:
+        if task not in folders:
+            folder = tmp_path_factory.mktemp(task)
+            write_tiny(folder, task)
+            run = start("train", "recipe.yaml", "run_dir=whole", cwd=folder, cache=cache)
+            assert run.wait() == 0, run.stderr
+            folders[task] = folder
+        return folders[task]
+
+    return provide
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("task", TINY)
+def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task: str, name: str) -> None:
+    folder, (ranks, kind) = whole(task), RUNS[name]
+    run = start("train", "recipe.yaml", f"run_dir={name}", cwd=folder, cache=cache, ranks=ranks, kind=kind)
+    assert run.wait() == 0, run.stderr
+    ours, theirs = train_rows(folder / name), train_rows(folder / "whole")
+    assert len(ours) == len(theirs) == 8
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), row
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), row
+        assert row["tokens"] == expected["tokens"]
+    for row, expected in zip(eval_rows(folder / name), eval_rows(folder / "whole"), strict=True):
+        assert row.keys() == expected.keys()
+        for key, value in expected.items():
+            assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("task", TINY)
+def test_killed_and_resumed_is_never_killed(tmp_path: Path, cache: Path, task: str) -> None:
+    """With dropout, on two ranks: a run whose later checkpoint is lost ends with the same bits, and the same log."""
+    write_tiny(tmp_path, task, dropout=0.1)
+    first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
+    assert first.wait() == 0, first.stderr
+    expected = outcome(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    shutil.rmtree(tmp_path / "run/model")
+    again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
+    assert again.wait() == 0, again.stderr
+    assert "resumed from" in again.stderr
+    assert outcome(tmp_path / "run") == expected

@@ -1,0 +1,110 @@
+"""A tiny recipe for every task, on rows made here: for the tests of the promises. A new task needs a line in TINY."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support import merge
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "small",
+    "large",
+    "old",
+    "new",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "runs",
+    "sleeps",
+    "eats",
+]
+
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def sentence(chance: random.Random, longest: int = 20) -> list[str]:
+    return chance.choices(WORDS, k=chance.randint(2, longest))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def made(count: int, row: Callable[[random.Random], dict[str, Any]]) -> list[dict[str, Any]]:
+    chance = random.Random(0)
+    return [row(chance) for _ in range(count)]
+
+
+def classified(chance: random.Random) -> dict[str, Any]:
+    words = sentence(chance)
+    return {"text": " ".join(words), "label": "animal" if {"cat", "dog"} & set(words) else "thing"}
+
+
+def rated(chance: random.Random) -> dict[str, Any]:
+    words = sentence(chance)
+    return {"text": " ".join(words), "text_pair": " ".join(sentence(chance)), "label": len(words) / 10}
+
+
+TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]] = {
+    "classification": ({"model": {"config": BERT}, "classification": {"class_weights": "balanced"}}, classified),
+    "regression": ({"model": {"config": BERT}, "regression": {"pair": True}}, rated),
+}
+"""Task -> what is special in its recipe, and how a row is made."""
+
+
+def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) -> Path:
+    """recipe.yaml and rows.jsonl in `folder`: 160 ragged rows, 8 updates of 12 rows, evaluation and save every 4."""
+    special, row = TINY[task]
+    write_rows(folder / "rows.jsonl", made(160, row))
+    config = dict(special["model"]["config"])
+    for key in ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "dropout"):
+        if _has(config["model_type"], key):
+            config[key] = dropout
+    recipe: dict[str, Any] = {
+        "task": task,
+        **special,
+        "model": {"config": config},
+        "tokenizer": {"train": {"vocab_size": 320}},
+        "data": {"train": [{"path": "rows.jsonl"}], "validation": 0.1, "max_length": 32} | special.get("data", {}),
+        "batch": {"global_size": 12, "micro_size": 3},
+        "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4},
+        "train": {"max_steps": 8, "precision": "fp32"},
+        "eval": {"every": 4},
+        "save": {"every": 4, "keep": None},
+        "run_dir": "run",
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(merge(recipe, changes), indent=1))
+    return path
+
+
+def _has(model_type: str, key: str) -> bool:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return key in CONFIG_MAPPING[model_type]().to_dict()
