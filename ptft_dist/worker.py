@@ -128,6 +128,14 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
     warmup = warmup_steps(recipe.optim, plan.total_steps)
     if warmup >= plan.total_steps:
         tell(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}: optim.lr is never reached")
+    config = build_config(
+        network,
+        tokenizer,
+        recipe.data.max_length,
+        found.model_settings(recipe, prepared.facts),
+        grown=bool(recipe.tokenizer.add or recipe.rows.added_tokens),
+    )
+    found.fit_config(recipe, config, tokenizer)
     return Intent(
         loaded,
         prepared,
@@ -136,13 +144,7 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         plan,
         tokenizer,
         network,
-        build_config(
-            network,
-            tokenizer,
-            recipe.data.max_length,
-            found.model_settings(recipe, prepared.facts),
-            grown=bool(recipe.tokenizer.add or recipe.rows.added_tokens),
-        ),
+        config,
         deepspeed_settings(recipe, shape, knobs),
         who,
         resume,

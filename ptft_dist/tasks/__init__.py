@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
@@ -53,6 +53,11 @@ class Task(Protocol):
     def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Keys of the network's config that follow from the task, such as the labels."""
 
+    @classmethod
+    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Before there is a network: add ids of special tokens to its config, or raise RecipeError if this kind of
+        network or tokenizer cannot learn the task."""
+
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
         """keys: (epoch, row) of each row; whatever is drawn at random is a function of it and the seed."""
 
@@ -90,6 +95,9 @@ class BaseTask:
     @classmethod
     def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
         return {}
+
+    @classmethod
+    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None: ...
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         raise NotImplementedError
