@@ -37,7 +37,7 @@ from ptft_dist.hardware import peak_flops
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
 from ptft_dist.launch.environment import Place, check_launch, place
 from ptft_dist.metrics import JsonLines, Sink, TensorBoard, Terminal, say
-from ptft_dist.models.load import build_config, build_model, flops_per_token, local_or_hub
+from ptft_dist.models.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
 from ptft_dist.resume import Resume
 from ptft_dist.run_files import FailureReport, lock_run_dir, make_run_dir, write_result, write_start
 from ptft_dist.schedule import warmup_steps
@@ -272,6 +272,7 @@ def prepare_network(
     """The network, wrapped by the engine, and asked whether it does what the task needs of it."""
     with engine.building(pretrained=section.path is not None):
         model = build_model(section, config, recipe.train.seed, task.auto_class, tokens, tell)
+    check_positions(model, recipe.data.max_length)
     task.install(model)
     if section.compile:
         model.compile(dynamic=True)

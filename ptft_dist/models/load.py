@@ -47,22 +47,55 @@ def build_config(
     transformers keeps unknown config keys in silence; here they are errors, since a misspelt size has no effect.
     """
     if section.path is not None:
-        try:
-            config = AutoConfig.from_pretrained(
-                section.path,
-                revision=section.revision,
-                trust_remote_code=section.trust_remote_code,
-                **(settings or {}),
-            )
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"model.path: cannot load a config from {section.path!r}: {error}") from None
+        config = _saved_config(section, settings or {})
+        if "id2label" in (settings or {}) and not section.new_head:
+            _check_labels(section, _saved_config(section, {}), list(config.id2label.values()))
     else:
         assert section.config is not None
-        if double := sorted(set(section.config) & set(settings or {})):
+        said = set(settings or {}) | ({"num_labels"} if "id2label" in (settings or {}) else set())
+        if double := sorted(set(section.config) & said):
             raise RecipeError(f"model.config.{double[0]}: the task says this itself. Remove it.")
         config = _config_from_keys(dict(section.config), tokenizer, settings or {})
     _check_sizes(config, tokenizer, max_length, grown)
     return config
+
+
+def _saved_config(section: ModelSection, settings: Mapping[str, Any]) -> PretrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(
+            section.path, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
+        )
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"model.path: cannot load a config from {section.path!r}: {error}") from None
+
+
+def _is_classifier(config: PretrainedConfig) -> bool:
+    return any(name.endswith("Classification") for name in config.architectures or ())
+
+
+def _check_labels(section: ModelSection, saved: PretrainedConfig, labels: list[str]) -> None:
+    """Raises RecipeError if a head was learned for other labels, or in another order: its weights may fit all the same.
+    The names LABEL_0, LABEL_1, ... say nothing."""
+    theirs = list(saved.id2label.values())
+    if _is_classifier(saved) and theirs != labels and theirs != [f"LABEL_{i}" for i in range(len(theirs))]:
+        raise RecipeError(
+            f"model.path: the head of {section.path!r} was learned for the labels {', '.join(theirs)}, and this task "
+            f"has {', '.join(labels)}. List the labels in the head's order in the task's section (labels: [...]), or "
+            "start the head anew with model.new_head: true"
+        )
+
+
+def check_positions(model: PreTrainedModel, max_length: int) -> None:
+    """Raises RecipeError if rows are too long for position embeddings that begin behind the padding's, as RoBERTa's."""
+    for name, module in model.named_modules():
+        first = getattr(module, "padding_idx", None)
+        if not name.endswith("position_embeddings") or not isinstance(module, torch.nn.Embedding) or first is None:
+            continue
+        if (room := module.num_embeddings - first - 1) < max_length:
+            raise RecipeError(
+                f"data.max_length: {max_length} is more than the {room} positions of this network, which counts them "
+                f"from {first + 1}: lower it, or raise max_position_embeddings ({module.num_embeddings})"
+            )
 
 
 def _config_from_keys(
@@ -138,9 +171,11 @@ def build_model(
                 output_loading_info=True,
                 **kernel,
             )
-            fresh = sorted({*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])})
+            fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
+            if section.new_head and _is_classifier(_saved_config(section, {})):
+                fresh |= _renew_head(model, seed)
             if fresh:
-                tell(f"new, random weights, which {section.path} does not have: {', '.join(fresh)}")
+                tell(f"new, random weights, which {section.path} does not have: {', '.join(sorted(fresh))}")
         if model.config.get_text_config().vocab_size < tokens:
             model.resize_token_embeddings(tokens, mean_resizing=False)
     except RuntimeError as error:
@@ -157,6 +192,20 @@ def build_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
     return model.train()
+
+
+def _renew_head(model: PreTrainedModel, seed: int) -> set[str]:
+    """Start the layer that scores labels anew, even where the saved one has its size; the names of its weights."""
+    torch.manual_seed(seed)
+    names = set()
+    for name, module in list(model.named_modules()):
+        inside = name.startswith(f"{model.base_model_prefix}.")
+        if isinstance(module, torch.nn.Linear) and not inside and module.out_features == model.config.num_labels:
+            fresh = torch.nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
+            model._init_weights(fresh)
+            model.set_submodule(name, fresh)
+            names |= {f"{name}.{weight}" for weight, _ in fresh.named_parameters()}
+    return names
 
 
 def flops_per_token(model: PreTrainedModel, config: PretrainedConfig, parameters: int, length: float) -> float:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
 from ptft_dist.evaluation.labels import classification_scores, multi_label_scores
 from ptft_dist.tasks import IGNORE, LossOut
 from ptft_dist.tasks.labelled_text import LabelledTextTask
@@ -36,9 +37,11 @@ class Classification(LabelledTextTask):
 
     @classmethod
     def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:
+        label_weights(recipe, facts)  # is there a mistake?
         labels = facts["labels"]
         kind = "multi_label_classification" if recipe.classification.multi_label else "single_label_classification"
         return {
+            "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
             "problem_type": kind,
@@ -99,12 +102,28 @@ def weighted_cross_entropy(
 
 def label_weights(recipe: Recipe, facts: Mapping[str, Any]) -> torch.Tensor | None:
     """fp32 [labels]. Balanced, as scikit-learn has it: rows / (labels x rows of the label); for yes-or-no decisions
-    the weight of a yes: rows without the label / rows with it."""
-    settings = recipe.classification
+    the weight of a yes: rows without the label / rows with it.
+
+    Raises:
+        RecipeError: the weights are not those of the data's labels, or a label cannot be balanced.
+    """
+    settings, labels = recipe.classification, facts["labels"]
     if settings.class_weights is None:
         return None
     if settings.class_weights != "balanced":
-        return torch.tensor([settings.class_weights[label] for label in facts["labels"]])
+        if strange := sorted(set(settings.class_weights) ^ set(labels)):
+            raise RecipeError(
+                f"classification.class_weights: the labels of the data are {', '.join(labels)}, each of which needs a "
+                f"weight, and no other; what differs: {', '.join(strange)}"
+            )
+        return torch.tensor([settings.class_weights[label] for label in labels], dtype=torch.float32)
+    for label, frequency in zip(labels, facts["frequencies"], strict=True):
+        everywhere = settings.multi_label and frequency == facts["rows"]
+        if not frequency or everywhere:
+            raise RecipeError(
+                f"classification.class_weights: balanced; {'every' if everywhere else 'no'} training row has the label "
+                f"{label!r}. Give the weights by name, or leave the label out."
+            )
     frequencies = torch.tensor(facts["frequencies"], dtype=torch.float64)
     if settings.multi_label:
         return ((facts["rows"] - frequencies) / frequencies).float()

@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
 from ptft_dist.tasks import BaseTask, pad, pad_multiple
 
 
@@ -21,16 +22,38 @@ class LabelledTextTask(BaseTask):
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
     ) -> None:
         self.recipe, self.facts = recipe, facts
-        self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
+        if tokenizer.pad_token_id is None:  # the rows' encoder has seen to an EOS; the exported tokenizer pads so too
+            tokenizer.pad_token = tokenizer.eos_token
+        self.pad_id = int(tokenizer.pad_token_id)
+        self.last_id = tokenizer("a").input_ids[-1]
         self.pad_multiple = pad_multiple(device)
         self.has_types = False
 
     def install(self, model: PreTrainedModel) -> None:
-        """Token types are given to networks that tell them apart. Decoders read the last token that is not padding."""
-        self.has_types = (getattr(model.config, "type_vocab_size", None) or 0) > 1
-        if model.config.get_text_config().pad_token_id is None:
-            model.config.get_text_config().pad_token_id = self.pad_id
-        model.config.pad_token_id = model.config.get_text_config().pad_token_id
+        """Token types are given to networks that tell them apart. Decoders read the last token that is not padding, so
+        they must know the padding of these rows.
+
+        Raises:
+            RecipeError: the network does not go with the tokenizer.
+        """
+        config = model.config
+        self.has_types = (getattr(config, "type_vocab_size", None) or 0) > 1
+        counted_from = [
+            module.padding_idx
+            for name, module in model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        ]
+        if counted_from and counted_from[0] != self.pad_id:
+            raise RecipeError(
+                f"tokenizer: its PAD token is {self.pad_id}, the network's {counted_from[0]}, and this network counts "
+                "positions by it. Use the tokenizer that belongs to the network, or leave model.config.pad_token_id out"
+            )
+        if config.is_encoder_decoder and self.last_id != config.eos_token_id:
+            raise RecipeError(
+                f"tokenizer: {config.model_type} reads a text's meaning at its EOS token, and this tokenizer puts none "
+                "at the end. Use the tokenizer that belongs to the network, or another network"
+            )
+        config.get_text_config().pad_token_id = config.pad_token_id = self.pad_id
 
     def text_inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask (1: a token) [B, T]; token_type_ids, where the network has them."""

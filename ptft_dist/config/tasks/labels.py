@@ -44,7 +44,9 @@ class ClassificationSection(LabelledText):
     """A row has any number of labels (a list) instead of exactly one."""
     class_weights: Literal["balanced"] | dict[Text, Positive] | None = None
     """Weights of the labels in the loss: by name, or `balanced`, the inverse of their frequency in the training rows.
-    A weighted loss is averaged over the weights, as in PyTorch."""
+    The loss is then averaged over the weights of the rows' labels (PyTorch's cross_entropy with `weight`). With
+    multi_label a weight is that of the label's yes, `balanced`: rows without it / rows with it, and the average stays
+    that over all yes-or-no decisions (PyTorch's binary cross-entropy with `pos_weight`)."""
     label_smoothing: BelowOne = 0.0
     """This share of the target probability is spread evenly over the labels (Szegedy et al. 2016)."""
     entities: bool = False

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.config.recipe import Recipe
@@ -11,11 +12,13 @@ from ptft_dist.config.tasks.labels import ENTITY_MARKERS
 from ptft_dist.data.examples.encoder import Example, LeftOut, RowError, require, require_list, require_text
 from ptft_dist.data.examples.labelled_text import LabelledTextRows
 from ptft_dist.data.formats import Record, json_type
-from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.errors import DataError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 
 class ClassificationRows(LabelledTextRows):
@@ -36,10 +39,6 @@ class ClassificationRows(LabelledTextRows):
             _marked(record)
 
     @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:
-        yield from super().texts(recipe, record)
-
-    @classmethod
     def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:
         """labels: their names in the order of their ids; frequencies: of each in the training rows; rows: how many."""
         settings = recipe.classification
@@ -54,12 +53,6 @@ class ClassificationRows(LabelledTextRows):
                 f"data: the training rows have the labels {', '.join(labels) or '(none)'}; a classifier needs two or "
                 "more. Look at the label column, or name it with fields: {label: ...}."
             )
-        if isinstance(settings.class_weights, dict) and set(settings.class_weights) != set(labels):
-            strange = sorted(set(settings.class_weights) ^ set(labels))
-            raise RecipeError(f"classification.class_weights: not the labels of the data: {', '.join(strange)}")
-        if settings.class_weights == "balanced" and not all(counts[label] for label in labels):
-            absent = [label for label in labels if not counts[label]]
-            raise DataError(f"classification.class_weights: balanced; no training row has the label {absent[0]!r}")
         return {"labels": labels, "frequencies": [counts[label] for label in labels], "rows": rows}
 
     def pieces(self, record: Record) -> Sequence[Any]:
@@ -111,10 +104,8 @@ def _name(label: Any) -> str:
 
 def _numbers_first(label: str) -> tuple[int, float, str]:
     """Numbers in their order, then words in theirs."""
-    try:
-        return 0, float(label), label
-    except ValueError:
-        return 1, 0.0, label
+    number = _NUMBER.fullmatch(label)
+    return (0, float(label), label) if number else (1, 0.0, label)
 
 
 def _marked(record: Record) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.tasks.labels import LabelledText
-from ptft_dist.data.examples.encoder import RowEncoder, require_text
+from ptft_dist.data.examples.encoder import LeftOut, RowEncoder, require_text
 from ptft_dist.data.formats import Record
 from ptft_dist.errors import RecipeError
 
@@ -29,6 +29,11 @@ class LabelledTextRows(RowEncoder):
         around = tokenizer.num_special_tokens_to_add(pair=_section(recipe).pair)
         if self.max_length <= around:
             raise RecipeError(f"data.max_length: {self.max_length} leaves no room beside {around} special tokens")
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            raise RecipeError(
+                f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token to fill rows up with. Name "
+                "one as pad_token in its tokenizer_config.json, or use another tokenizer."
+            )
         self.backend.enable_truncation(self.max_length, strategy="longest_first")
 
     @classmethod
@@ -48,7 +53,13 @@ class LabelledTextRows(RowEncoder):
         return [(values["text"], values["text_pair"]) if _section(self.recipe).pair else values["text"]]
 
     def text_columns(self, encoding: Encoding) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The columns of the text, and the note that it was cut."""
+        """The columns of the text, and the note that it was cut.
+
+        Raises:
+            LeftOut: the text comes to no token.
+        """
+        if not encoding.ids:
+            raise LeftOut("left out, for the tokenizer makes nothing of the text")
         notes = (CUT,) if encoding.overflowing else ()
         return {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}, notes
 
