@@ -44,6 +44,7 @@ LLAMA = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
 
 
 def sentence(chance: random.Random, longest: int = 20) -> list[str]:
@@ -66,13 +67,35 @@ def classified(chance: random.Random) -> dict[str, Any]:
     return {"text": " ".join(words), "label": "animal" if {"cat", "dog"} & set(words) else "thing"}
 
 
+def talked(chance: random.Random) -> dict[str, Any]:
+    turns = [{"role": role, "content": " ".join(sentence(chance, 6))} for role in ("user", "assistant")]
+    more = [{"role": role, "content": " ".join(sentence(chance, 4))} for role in ("user", "assistant")]
+    return {"messages": turns + more * chance.randint(0, 1)}
+
+
 def rated(chance: random.Random) -> dict[str, Any]:
     words = sentence(chance)
     return {"text": " ".join(words), "text_pair": " ".join(sentence(chance)), "label": len(words) / 10}
 
 
+def rewritten(chance: random.Random) -> dict[str, Any]:
+    words = sentence(chance)
+    return {"source": " ".join(words), "target": " ".join(sorted(words)[: chance.randint(3, 6)])}
+
+
 TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]] = {
     "classification": ({"model": {"config": BERT}, "classification": {"class_weights": "balanced"}}, classified),
+    "seq2seq": (
+        {
+            "model": {"config": T5},
+            "seq2seq": {"max_target_length": 12, "label_smoothing": 0.1, "generation": {"max_new_tokens": 12}},
+        },
+        rewritten,
+    ),
+    "sft": (
+        {"model": {"config": LLAMA}, "sft": {"generation": {"max_new_tokens": 6, "metrics": ["exact_match", "chrf"]}}},
+        talked,
+    ),
     "regression": ({"model": {"config": BERT}, "regression": {"pair": True}}, rated),
 }
 """Task -> what is special in its recipe, and how a row is made."""

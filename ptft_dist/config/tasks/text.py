@@ -29,6 +29,8 @@ class GenerationSection(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         only_with(self, ("bleu_tokenize",), "bleu" in self.metrics, "bleu among the metrics")
+        if not self.metrics and not self.show:
+            raise ValueError("generation has no effect here: no metrics, and nothing to show")
         return self
 
 
