@@ -70,6 +70,7 @@ class Augmentation(Section):
     def _check(self) -> Augmentation:
         back = self.method == "back_translation"
         only_with(self, ("share", "unit"), not back, "a method that changes words")
+        only_with(self, ("copies",), not back, "a method that draws at random, and a translation is always the same")
         only_with(self, ("forward", "backward"), back, "method: back_translation")
         only_with(self, ("synonyms",), self.method == "synonym", "method: synonym")
         if self.method == "synonym" and self.synonyms is None:

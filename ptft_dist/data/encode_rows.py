@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -149,10 +149,12 @@ def write(
     }
     text_bytes = dict.fromkeys(writers, 0)
     bad, notes, read, unknown = BadRows(), Notes(), 0, 0
-    records = augmented(recipe, base, sided(recipe.data, _reader(recipe, base), row_key))
+    records = sided(recipe.data, _reader(recipe, base), row_key)
+    augmenter = Augmenter(recipe, base, notes.add) if recipe.data.augment else None
     with text_progress(progress) as advance:
         while chunk := list(islice(records, _CHUNK_ROWS)):
             read += len(chunk)
+            chunk = augmented(recipe, augmenter, chunk)
             for side, record, examples in _encoded(recipe, encoder, chunk, bad, notes):
                 size = len(row_key(record).encode())
                 text_bytes[side] += size
@@ -185,19 +187,14 @@ def _reader(recipe: Recipe, base: Path) -> Any:
     return partial(read_records, base=base, roles=encoder_class(recipe.task).required(recipe))
 
 
-def augmented(recipe: Recipe, base: Path, records: Iterable[tuple[str, Record]]) -> Iterator[tuple[str, Record]]:
-    """Every row, and behind each training row its changed copies."""
-    if not recipe.data.augment:
-        yield from records
-        return
-    augmenter = Augmenter(recipe, base)
-    found = encoder_class(recipe.task)
-    quiet = BadRows()
-    for side, record in records:
-        yield side, record
-        if side == "train" and quiet.passes(found, recipe, record):
-            for copy in augmenter.copies(record):
-                yield side, copy
+def augmented(recipe: Recipe, augmenter: Augmenter | None, chunk: list[tuple[str, Record]]) -> list[tuple[str, Record]]:
+    """Every row, and behind each good training row its changed copies."""
+    if augmenter is None:
+        return chunk
+    found, quiet = encoder_class(recipe.task), BadRows()
+    good = [i for i, (side, record) in enumerate(chunk) if side == "train" and quiet.passes(found, recipe, record)]
+    copies = dict(zip(good, augmenter.copies_of([chunk[i][1] for i in good]), strict=True))
+    return [(side, each) for i, (side, record) in enumerate(chunk) for each in (record, *copies.get(i, ()))]
 
 
 def _encoded(

@@ -16,7 +16,7 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 
 
-def local_or_hub(section: ModelSection, base: Path) -> ModelSection:
+def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
     """The section with a relative model.path made absolute, if a directory is there: beside the recipe, or from here.
 
     Raises RecipeError if the path can only be a directory and there is none; other names are the Hub's.
@@ -28,7 +28,7 @@ def local_or_hub(section: ModelSection, base: Path) -> ModelSection:
         if candidate.is_dir():
             return section.model_copy(update={"path": str(candidate)})
     if given.is_absolute() or section.path.startswith(".") or section.path.count("/") > 1:
-        raise RecipeError(f"model.path: there is no directory {section.path}, neither in {base} nor in {Path.cwd()}")
+        raise RecipeError(f"{key}: there is no directory {section.path}, neither in {base} nor in {Path.cwd()}")
     return section
 
 
@@ -47,9 +47,9 @@ def build_config(
     transformers keeps unknown config keys in silence; here they are errors, since a misspelt size has no effect.
     """
     if section.path is not None:
-        config = _saved_config(section, settings or {})
+        config = read_config(section, settings or {})
         if "id2label" in (settings or {}) and not section.new_head:
-            _check_labels(section, _saved_config(section, {}), list(config.id2label.values()))
+            _check_labels(section, read_config(section, {}), config)
     else:
         assert section.config is not None
         said = set(settings or {}) | ({"num_labels"} if "id2label" in (settings or {}) else set())
@@ -60,23 +60,25 @@ def build_config(
     return config
 
 
-def _saved_config(section: ModelSection, settings: Mapping[str, Any]) -> PretrainedConfig:
+def read_config(section: ModelSection, settings: Mapping[str, Any], key: str = "model.path") -> PretrainedConfig:
+    """The config beside pretrained weights, with `settings` in place of its own. Raises RecipeError without one."""
+    assert section.path is not None
     try:
         return AutoConfig.from_pretrained(
             section.path, revision=section.revision, trust_remote_code=section.trust_remote_code, **settings
         )
     except (OSError, ValueError) as error:
-        raise RecipeError(f"model.path: cannot load a config from {section.path!r}: {error}") from None
+        raise RecipeError(f"{key}: cannot load a config from {section.path!r}: {error}") from None
 
 
 def _is_classifier(config: PretrainedConfig) -> bool:
     return any(name.endswith("Classification") for name in config.architectures or ())
 
 
-def _check_labels(section: ModelSection, saved: PretrainedConfig, labels: list[str]) -> None:
+def _check_labels(section: ModelSection, saved: PretrainedConfig, config: PretrainedConfig) -> None:
     """Raises RecipeError if a head was learned for other labels, or in another order: its weights may fit all the same.
     The names LABEL_0, LABEL_1, ... say nothing."""
-    theirs = list(saved.id2label.values())
+    theirs, labels = ([str(label) for label in (each.id2label or {}).values()] for each in (saved, config))
     if _is_classifier(saved) and theirs != labels and theirs != [f"LABEL_{i}" for i in range(len(theirs))]:
         raise RecipeError(
             f"model.path: the head of {section.path!r} was learned for the labels {', '.join(theirs)}, and this task "
@@ -172,7 +174,7 @@ def build_model(
                 **kernel,
             )
             fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
-            if section.new_head and _is_classifier(_saved_config(section, {})):
+            if section.new_head and _is_classifier(read_config(section, {})):
                 fresh |= _renew_head(model, seed)
             if fresh:
                 tell(f"new, random weights, which {section.path} does not have: {', '.join(sorted(fresh))}")

@@ -16,7 +16,7 @@ from ptft_dist.tasks import BaseTask, pad, pad_multiple
 
 
 class LabelledTextTask(BaseTask):
-    auto_class = AutoModelForSequenceClassification
+    auto_class: Any = AutoModelForSequenceClassification
 
     def __init__(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
