@@ -74,16 +74,18 @@ def _translate(tokenizer: Any, model: Any, texts: Sequence[str]) -> list[str | N
     longest = getattr(model.config, "max_position_embeddings", None) or _LONGEST
     inputs = tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True, max_length=longest + 1)
     ids, mask = inputs["input_ids"][:, :longest], inputs["attention_mask"]
-    limit = min(longest - 1, 2 * ids.shape[1] + 10)
+    limits = [min(longest - 1, 2 * count + 10) for count in mask.sum(1).tolist()]
     with torch.inference_mode():
         written = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask[:, :longest].to(model.device),
             do_sample=False,
             num_beams=1,
-            max_new_tokens=limit,
+            max_new_tokens=max(limits),
         )
-    found = tokenizer.batch_decode(written, skip_special_tokens=True)
+    # A text's own limit, and not that of the longest beside it: its translation is a function of it alone.
+    own = [row[: limit + 1] for row, limit in zip(written, limits, strict=True)]
+    found = tokenizer.batch_decode(own, skip_special_tokens=True)
     return [None if int(m.sum()) > longest else text.strip() for m, text in zip(mask, found, strict=True)]
 
 
