@@ -45,6 +45,7 @@ LLAMA = {
     "max_position_embeddings": 64,
 }
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+XLNET = {"model_type": "xlnet", "d_model": 32, "d_inner": 64, "n_layer": 2, "n_head": 2}
 
 
 def sentence(chance: random.Random, longest: int = 20) -> list[str]:
@@ -83,7 +84,14 @@ def rewritten(chance: random.Random) -> dict[str, Any]:
     return {"source": " ".join(words), "target": " ".join(sorted(words)[: chance.randint(3, 6)])}
 
 
+def written(chance: random.Random) -> dict[str, Any]:
+    return {"text": " ".join(f"{' '.join(sentence(chance, 8))}." for _ in range(chance.randint(1, 6)))}
+
+
 TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]] = {
+    "mlm_nsp": ({"model": {"config": BERT}, "mlm_nsp": {"unit": "word"}}, written),
+    "plm": ({"model": {"config": XLNET}, "plm": {"packing": False}}, written),
+    "span_corruption": ({"model": {"config": T5}, "span_corruption": {"packing": False, "sentinels": 8}}, written),
     "classification": ({"model": {"config": BERT}, "classification": {"class_weights": "balanced"}}, classified),
     "seq2seq": (
         {

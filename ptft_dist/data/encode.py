@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ptft_dist.config.recipe import DocumentRows, Recipe
 from ptft_dist.data.cache import to_stderr
@@ -31,6 +31,7 @@ _CHUNKS_AHEAD = 2
 _GIANT_CHARACTERS = 20_000_000
 _SHOWN_EMPTY = 5
 
+T = TypeVar("T")
 SidedDocument = tuple[str, Document]
 """("train" or "validation", the document)."""
 
@@ -51,7 +52,7 @@ def training_texts(recipe: Recipe, base: Path) -> Iterator[str]:
 
 
 @dataclass
-class _Count:
+class Count:
     """What happened to the documents on their way into the stores."""
 
     read: int = 0
@@ -89,9 +90,9 @@ def write(
         if side == "train" or recipe.validated
     }
     text_bytes = dict.fromkeys(writers, 0)
-    count = _Count()
+    count = Count()
     with text_progress(progress) as advance:
-        for (side, document), ids in _encoded(_chunks(split_documents(recipe, base), count), encoder):
+        for (side, document), ids in encoded(chunks(split_documents(recipe, base), count), encoder.encode):
             if not ids:
                 count.drop(document)
                 continue
@@ -117,7 +118,7 @@ def write(
     }
 
 
-def _chunks(documents: Iterator[SidedDocument], count: _Count) -> Iterator[list[SidedDocument]]:
+def chunks(documents: Iterator[SidedDocument], count: Count) -> Iterator[list[SidedDocument]]:
     """The documents that are not empty, in lists of a few MB."""
     chunk: list[SidedDocument] = []
     size = 0
@@ -143,14 +144,15 @@ def _chunks(documents: Iterator[SidedDocument], count: _Count) -> Iterator[list[
         yield chunk
 
 
-def _encoded(
-    chunks: Iterator[list[SidedDocument]], encoder: DocumentEncoder
-) -> Iterator[tuple[SidedDocument, list[int]]]:
-    """Each document with its ids, in order. The tokenizer's threads work ahead while the caller reads and writes."""
-    waiting: deque[tuple[list[SidedDocument], Future[list[list[int]]]]] = deque()
+def encoded(
+    lists: Iterator[list[SidedDocument]], encode: Callable[[list[Document]], list[T]]
+) -> Iterator[tuple[SidedDocument, T]]:
+    """Each document with what `encode` makes of it, such as its ids, in order. The tokenizer's threads work ahead while
+    the caller reads and writes."""
+    waiting: deque[tuple[list[SidedDocument], Future[list[T]]]] = deque()
     with ThreadPoolExecutor(max_workers=_CHUNKS_AHEAD) as pool:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(encoder.encode, [document for _, document in chunk])))
+        for chunk in lists:
+            waiting.append((chunk, pool.submit(encode, [document for _, document in chunk])))
             if len(waiting) > _CHUNKS_AHEAD:
                 done, ids = waiting.popleft()
                 yield from zip(done, ids.result(), strict=True)

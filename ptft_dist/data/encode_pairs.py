@@ -1,1 +1,302 @@
-"""Documents into pairs of segments, for next-sentence prediction."""
+"""Documents into pairs of segments, for next-sentence prediction (Devlin et al. 2019).
+
+Two passes. The sentences become token ids, in files beside the store that is being built; then pairs are cut out of
+them through memory maps, so that memory does not grow with the corpus.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encode import Count, check_sides, chunks, encoded, split_documents, text_progress, training_texts
+from ptft_dist.data.encode_rows import Notes
+from ptft_dist.data.example_store import ExampleWriter
+from ptft_dist.data.formats import Document
+from ptft_dist.data.store import DOCUMENTS, TOKENS, Int64Stream, StoreWriter
+from ptft_dist.data.tokenizer import DocumentEncoder
+from ptft_dist.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["split_sentences", "training_texts", "write"]
+
+FOLLOWS, UNRELATED = 0, 1  # as BERT's head counts
+_SPECIAL = 3  # [CLS] A [SEP] B [SEP]
+_TRIES = 100
+# A full stop before a space, or a Chinese one anywhere, with the closing quotes and brackets after it; or a line's end.
+_END = re.compile(
+    "[.!?]+[\"')\\]\u00bb\u2019\u201d]*(?=\\s)|[\u3002\uff01\uff1f]+[\"')\\]\u2019\u201d\u300d\u300f\uff09]*|\n"
+)
+
+
+def split_sentences(text: str, kind: str) -> list[str]:
+    """The sentences of a text, without the space around them. kind: `line` or `punctuation`, as mlm_nsp.sentence."""
+    if kind == "line":
+        pieces = text.splitlines()
+    else:
+        cuts = [0, *(match.end() for match in _END.finditer(text)), len(text)]
+        pieces = [text[a:b] for a, b in itertools.pairwise(cuts)]
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def write(
+    recipe: Recipe, base: Path, directory: Path, tokenizer: PreTrainedTokenizerBase, *, progress: bool
+) -> dict[str, Any]:
+    """Write pairs into the stores `directory`/train and, if the recipe has it, `directory`/validation. Their columns:
+    input_ids [CLS] A [SEP] B [SEP], token_type_ids (1: B [SEP]), next (0: B follows A, 1: it is from elsewhere).
+
+    Returns the report, as for rows of other tasks; the notes count both kinds of pairs.
+
+    Raises:
+        RecipeError: the tokenizer has no [CLS] or [SEP], or rows are too short for a pair.
+        DataError: as `read_documents`; or a side has fewer than two different documents, or none of two sentences.
+    """
+    if recipe.data.max_length < _SPECIAL + 2:
+        raise RecipeError(f"data.max_length: a pair needs at least {_SPECIAL + 2} tokens")
+    encoder = SentenceEncoder(recipe, tokenizer)
+    folder, count = directory / "sentences", Count()
+    writers = {
+        side: SentenceWriter(folder / side, encoder.vocab_size)
+        for side in ("train", "validation")
+        if side == "train" or recipe.validated
+    }
+    text_bytes = dict.fromkeys(writers, 0)
+    with text_progress(progress) as advance:
+        for (side, document), sentences in encoded(chunks(split_documents(recipe, base), count), encoder.encode):
+            if not sentences:
+                count.drop(document)
+                continue
+            writers[side].add(document, sentences)
+            if encoder.unknown_id is not None:
+                count.unknown_tokens += sum(ids.count(encoder.unknown_id) for ids in sentences)
+            size = len(document.text.encode())
+            text_bytes[side] += size
+            advance(size)
+    notes = Notes()
+    found = {side: writer.close() for side, writer in writers.items()}
+    written = {
+        side: _write_pairs(recipe, directory, side, sentences, tokenizer, notes) for side, sentences in found.items()
+    }
+    shutil.rmtree(folder)
+    check_sides(recipe, count.read, count.empty, written)
+    shown = ("examples", "tokens", "rows")
+    sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
+    return {
+        "train": sides["train"],
+        "validation": sides.get("validation"),
+        "documents_read": count.read,
+        "documents_empty": count.empty,
+        "empty_at": count.empty_at,
+        "notes": notes.found,
+        "max_length": recipe.data.max_length,
+        "packing": False,
+        "vocabulary": len(tokenizer),
+        "unknown_tokens": count.unknown_tokens,
+    }
+
+
+def _write_pairs(
+    recipe: Recipe,
+    directory: Path,
+    side: str,
+    sentences: Sentences,
+    tokenizer: PreTrainedTokenizerBase,
+    notes: Notes,
+) -> dict[str, Any]:
+    """Every document's pairs, drawn from (seed, side, duplicate, document). Returns what store.json says."""
+    _check_documents(side, sentences)
+    section, room = recipe.mlm_nsp, recipe.data.max_length - _SPECIAL
+    dtypes = {"input_ids": sentences.tokens.dtype.str, "token_type_ids": "u1", "next": "u1"}
+    writer = ExampleWriter(directory / side, dtypes, max_length=recipe.data.max_length)
+    cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    cutter, rows = Cutter(sentences, room, section.short_probability), itertools.count()
+    for duplicate in range(section.duplicates):
+        for document in range(len(sentences)):
+            key = (recipe.train.seed, int(side == "validation"), duplicate, document)
+            for pair in cutter.pairs(document, np.random.default_rng(key)):
+                first, second = pair.fitted(room)
+                where = f"{side} row {next(rows)}"
+                if len(first) + len(second) < len(pair.first) + len(pair.second):
+                    notes.add("shortened at their outer ends", where)
+                notes.add("of two random segments" if pair.unrelated else "of segments that follow each other", where)
+                writer.add(
+                    {
+                        "input_ids": np.concatenate((cls, first, sep, second, sep)),
+                        "token_type_ids": np.repeat([0, 1], [len(first) + 2, len(second) + 1]),
+                        "next": UNRELATED if pair.unrelated else FOLLOWS,
+                    }
+                )
+    return writer.close()
+
+
+def _check_documents(side: str, sentences: Sentences) -> None:
+    """Raises DataError if there is no other document to draw from, or nothing that goes on."""
+    remedy = "Give more documents" + ", or a larger share (data.validation)" * (side == "validation")
+    if len(sentences) and bool((sentences.texts == sentences.texts[0]).all()):
+        raise DataError(
+            f"data: {side} has one document (or several with the same text), and half of the pairs take their second "
+            f"segment from another one. {remedy}, or cut them smaller (document: paragraph)."
+        )
+    if len(sentences) and bool((np.diff(sentences.firsts) == 1).all()):
+        raise DataError(
+            f"data: {side} has no document of two sentences, so no segment follows another. {remedy}, larger ones, or "
+            "see whether mlm_nsp.sentence is right for them; or take task: mlm."
+        )
+
+
+class SentenceEncoder:
+    """Encodes each sentence of a document by itself."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._kind, self._encoder = recipe.mlm_nsp.sentence, DocumentEncoder(tokenizer, ("cls", "sep"))
+        self.vocab_size, self.unknown_id = self._encoder.vocab_size, self._encoder.unknown_id
+
+    def encode(self, documents: list[Document]) -> list[list[list[int]]]:
+        """The ids of each document's sentences; those that come to nothing are left out."""
+        sentences = [[Document(s, d.where) for s in split_sentences(d.text, self._kind)] for d in documents]
+        ids = iter(self._encoder.encode([sentence for each in sentences for sentence in each]))
+        return [[one[1:-1] for one in (next(ids) for _ in each) if one] for each in sentences]
+
+
+class SentenceWriter:
+    """The sentences of one side, as a stream.
+
+    A token store whose documents are the sentences, and beside it firsts.npy, int64 [D + 1], each document's first
+    sentence and at the end their number, and texts.npy, int64 [D], a hash of each document's text.
+    """
+
+    def __init__(self, path: Path, vocab_size: int) -> None:
+        self._path, self._count = path, 0
+        self._store = StoreWriter(path, vocab_size=vocab_size, max_length=2**40, packing=True)
+        self._firsts, self._texts = Int64Stream(path / "firsts.npy"), Int64Stream(path / "texts.npy")
+
+    def add(self, document: Document, sentences: list[list[int]]) -> None:
+        self._firsts.append(self._count)
+        digest = hashlib.blake2b(document.text.strip().encode(), digest_size=8).digest()
+        self._texts.append(int.from_bytes(digest, "big", signed=True))
+        for ids in sentences:
+            self._store.add(ids)
+        self._count += len(sentences)
+
+    def close(self) -> Sentences:
+        self._firsts.append(self._count)
+        self._firsts.close()
+        self._texts.close()
+        dtype = self._store.close()["dtype"]
+        size = (self._path / TOKENS).stat().st_size  # an empty file cannot be mapped
+        return Sentences(
+            np.asarray(np.memmap(self._path / TOKENS, dtype=dtype, mode="r")) if size else np.empty(0, dtype),
+            *(np.asarray(np.load(self._path / name, mmap_mode="r")) for name in (DOCUMENTS, "firsts.npy", "texts.npy")),
+        )
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """The sentences of one side, memory-mapped."""
+
+    tokens: np.ndarray
+    """[T]: all sentences, end to end."""
+    starts: np.ndarray
+    """int64 [S + 1]: where each sentence begins in tokens, and at the end T."""
+    firsts: np.ndarray
+    """int64 [D + 1]: each document's first sentence, and at the end S."""
+    texts: np.ndarray
+    """int64 [D]: a hash of each document's text."""
+
+    def __len__(self) -> int:
+        """The number of documents."""
+        return len(self.texts)
+
+    def ids(self, first: int, end: int) -> np.ndarray:
+        """The tokens of the sentences from `first` to before `end`."""
+        return self.tokens[self.starts[first] : self.starts[end]]
+
+    def reach(self, first: int, last: int, length: int) -> int:
+        """Where the fewest sentences from `first` on end that have `length` tokens together; at most at `last`."""
+        found = np.searchsorted(self.starts[first : last + 1], self.starts[first] + length)
+        return min(first + int(found), last)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two segments; `unrelated`: the second does not follow the first."""
+
+    first: np.ndarray
+    second: np.ndarray
+    unrelated: bool
+
+    def fitted(self, room: int) -> tuple[np.ndarray, np.ndarray]:
+        """Both, `room` tokens together at most: the longer one is cut until they are equal. The first loses its
+        beginning and the second its end, so that the seam between them stays."""
+        second = self.second[: max(room - len(self.first), room // 2)]
+        return self.first[-(room - len(second)) :], second
+
+
+class Cutter:
+    """Cuts documents into pairs, half of them with an unrelated second segment."""
+
+    def __init__(self, sentences: Sentences, room: int, short_probability: float) -> None:
+        self.sentences, self.room, self.short_probability = sentences, room, short_probability
+        self.owed = 0  # pairs that could not but be unrelated; as many others will not be
+
+    def pairs(self, document: int, random: np.random.Generator) -> Iterator[Pair]:
+        """Sentences are gathered up to the room, or a random shorter length, and cut into two segments. Those that an
+        unrelated segment displaces are used again; the last sentence of a document has none to follow it."""
+        at, last = (int(x) for x in self.sentences.firsts[document : document + 2])
+        while at < last:
+            short = random.random() < self.short_probability
+            target = int(random.integers(2, self.room + 1)) if short else self.room
+            end = max(self.sentences.reach(at, last, target), min(at + 2, last))
+            middle = at + int(random.integers(1, max(end - at, 2)))
+            first, follows = self.sentences.ids(at, middle), self.sentences.ids(middle, end)
+            unrelated = self._unrelated(len(follows) > 0, random)
+            if unrelated:
+                length = len(follows) or max(target - len(first), 1)
+                yield Pair(first, self._elsewhere(document, length, follows, random), True)
+            else:
+                yield Pair(first, follows, False)
+            at = middle if unrelated else end
+
+    def _unrelated(self, free: bool, random: np.random.Generator) -> bool:
+        if free and not self.owed:
+            return bool(random.random() < 0.5)
+        self.owed += -1 if free else 1
+        return not free
+
+    def _elsewhere(self, document: int, length: int, displaced: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """Sentences of another document, `length` tokens or a little more if it has as many: neither their place in the
+        document nor their length shall tell that they are unrelated. They do not read as what they displace."""
+        sentences = self.sentences
+        for _ in range(_TRIES):
+            other = self._other(document, random)
+            first, last = (int(x) for x in sentences.firsts[other : other + 2])
+            starts = sentences.starts[first : last + 1]
+            choices = int(np.searchsorted(starts, starts[-1] - length, side="right"))
+            at = first + int(random.integers(max(choices, 1)))
+            found = sentences.ids(at, sentences.reach(at, last, length))
+            both = min(len(found), len(displaced))
+            if not both or not np.array_equal(found[:both], displaced[:both]):
+                break
+        return found
+
+    def _other(self, document: int, random: np.random.Generator) -> int:
+        """A document with another text."""
+        texts = self.sentences.texts
+        for _ in range(_TRIES):
+            other = int(random.integers(len(texts)))
+            if texts[other] != texts[document]:
+                return other
+        # Nearly all have this one's text: the next that has not. `_check_documents` has seen that there is one.
+        after = itertools.chain(range(document, len(texts)), range(document))
+        return next(other for other in after if texts[other] != texts[document])

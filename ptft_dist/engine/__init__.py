@@ -82,6 +82,11 @@ class Engine:
         if self.world_size != expected:
             raise RuntimeError(f"the launcher started {expected} processes, but this one sees {self.world_size}")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of networks that are not trained."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+
     def building(self, pretrained: bool) -> contextlib.AbstractContextManager[None]:
         """The context in which a network is built. Under ZeRO-3, pretrained weights are sharded as they are read."""
         return built_whole(self.accelerator) if self.kind == "zero3" and not pretrained else contextlib.nullcontext()
@@ -139,7 +144,7 @@ class Engine:
         if self.kind.startswith("zero"):
             return
         with self.micro_batch(last=True):
-            self.backend.warm_up_backward(self.forward(call, inputs)[0])
+            self.backend.warm_up_backward(self.forward(call, inputs)[0].sum())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ SPAN_LENGTH, LONGEST_SPAN = 5.0, 10  # SpanBERT's p = 0.2 and its clip
 class MaskedLM(BaseTask):
     """Rows of token ids in, the summed cross-entropy of the chosen tokens out."""
 
-    auto_class = AutoModelForMaskedLM
+    auto_class: Any = AutoModelForMaskedLM
 
     def __init__(
         self,
@@ -36,31 +37,36 @@ class MaskedLM(BaseTask):
         facts: Mapping[str, Any] | None = None,  # noqa: ARG002
     ) -> None:
         if tokenizer.mask_token_id is None:
-            raise RecipeError("tokenizer: it has no mask token, and task mlm needs one (mask_token)")
-        self.seed, self.settings, self.isolate = recipe.train.seed, recipe.mlm, recipe.mlm.isolated
+            raise RecipeError(f"tokenizer: it has no mask token, and task {recipe.task} needs one (mask_token)")
+        assert isinstance(recipe.rows, Masking)
+        self.seed, self.settings, self.isolate = recipe.train.seed, recipe.rows, recipe.rows.isolated
         self.mask_id, self.vocab_size = int(tokenizer.mask_token_id), len(tokenizer)
         self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
         self.special = np.zeros(self.vocab_size, bool)
         self.special[tokenizer.all_special_ids] = True
-        self.begins_word = word_beginnings(tokenizer) if recipe.mlm.unit == "word" else None
+        self.begins_word = word_beginnings(tokenizer, recipe.task) if self.settings.unit == "word" else None
         self.pad_multiple = pad_multiple(device)
-        self.position_offset = 0
+        self.position_offset, self.least_width = 0, 0
+        self.max_length, self.has_mask = recipe.data.max_length, True
 
     @classmethod
     def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
         return "loss", "perplexity", "accuracy"
 
     def install(self, model: PreTrainedModel) -> None:
-        """RoBERTa and its kin count positions from padding_idx + 1."""
+        """RoBERTa and its kin count positions from padding_idx + 1. FNet takes no mask and mixes the padding in: its
+        rows are all padded alike, so that none depends on the others of its micro-batch."""
         table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
         padding = getattr(table, "padding_idx", None)
         self.position_offset = 0 if padding is None else padding + 1
+        self.has_mask = self.isolate or "attention_mask" in inspect.signature(model.forward).parameters
+        self.least_width = 0 if self.has_mask else self.max_length
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
         """input_ids with masks and targets (the original ids where chosen, else -100), both [B, T]; attention_mask,
         [B, T] (True: a token), or [B, 1, T, T] and position_ids where documents share a row and must not see each
         other. The choice is a pure function of (seed, epoch, row)."""
-        longest = max(len(row.input_ids) for row in rows)
+        longest = max(self.least_width, *(len(row.input_ids) for row in rows))
         width = -(-longest // self.pad_multiple) * self.pad_multiple
         input_ids = np.full((len(rows), width), self.pad_id, np.int64)
         targets = np.full((len(rows), width), IGNORE, np.int64)
@@ -72,7 +78,7 @@ class MaskedLM(BaseTask):
         if self.isolate:
             inputs["position_ids"] = torch.from_numpy(restarting_positions(rows, width) + self.position_offset)
             inputs["attention_mask"] = torch.from_numpy(numbers[:, None, :, None] == numbers[:, None, None, :])
-        else:
+        elif self.has_mask:
             inputs["attention_mask"] = torch.from_numpy(numbers >= 0)
         return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
@@ -92,16 +98,12 @@ class MaskedLM(BaseTask):
         return seen, np.where(chosen, ids, IGNORE)
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        targets = inputs["targets"]
-        chosen = targets != IGNORE
-        logits = self.logits(model, inputs)[chosen]
-        labels = targets[chosen]
-        right = (logits.argmax(-1) == labels).sum()
-        return LossOut(F.cross_entropy(logits, labels, reduction="sum"), {"accuracy": (right, chosen.sum())})
+        loss_sum, right, count = summed_loss(self.logits(model, inputs), inputs["targets"])
+        return LossOut(loss_sum, {"accuracy": (right, count)})
 
     def logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """fp32 [B, T, V]."""
-        logits: torch.Tensor = model(**{key: x for key, x in inputs.items() if key != "targets"}).logits
+        logits: torch.Tensor = model(**{key: x for key, x in inputs.items() if not key.startswith("targets")}).logits
         return logits.float()
 
     def probe(self) -> IsolationProbe | None:
@@ -115,7 +117,22 @@ class MaskedLM(BaseTask):
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """loss: mean over the chosen tokens, in nats; perplexity: its exponential; accuracy: the share predicted."""
-        return {**totals, "perplexity": math.exp(min(totals["loss"], 700.0))}
+        return {**totals, "perplexity": perplexity(totals["loss"])}
+
+
+def summed_loss(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where there is a target: the cross-entropy summed, how many are predicted right, and how many there are.
+
+    logits: [..., V]; targets: [...], -100 where there is none.
+    """
+    chosen = targets != IGNORE
+    logits, labels = logits[chosen].float(), targets[chosen]
+    right = (logits.argmax(-1) == labels).sum()
+    return F.cross_entropy(logits, labels, reduction="sum"), right, chosen.sum()
+
+
+def perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0))
 
 
 def choose(
@@ -150,7 +167,7 @@ def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Gene
     return chosen
 
 
-def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def word_beginnings(tokenizer: PreTrainedTokenizerBase, section: str = "mlm") -> np.ndarray:
     """For each token id, whether a word begins with it: bool [V]. Raises RecipeError where that cannot be known."""
     kind, tokens = None, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     if tokenizer.is_fast:
@@ -162,4 +179,4 @@ def word_beginnings(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
         return np.array([token.startswith(("\u0120", "\u010a", "\u0109")) for token in tokens])
     if kind is not None and kind[0] == "Unigram":
         return np.array([token.startswith("\u2581") for token in tokens])
-    raise RecipeError("mlm.unit: where words begin is not known for this tokenizer; use unit: token or span")
+    raise RecipeError(f"{section}.unit: where words begin is not known for this tokenizer; use unit: token or span")
