@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +43,9 @@ from ptft_dist.run_files import FailureReport, lock_run_dir, make_run_dir, write
 from ptft_dist.schedule import warmup_steps
 from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task, task_class
+from ptft_dist.tasks.distillation import METRICS as DISTILLATION_METRICS
+from ptft_dist.tasks.distillation import Distillation
+from ptft_dist.teacher import Teacher, check_teacher, load_teacher, teacher_section
 from ptft_dist.trainer import Outcome, Trainer
 from ptft_dist.validation import Validation
 
@@ -102,6 +105,7 @@ class Intent:
     deepspeed: dict[str, Any] | None
     identity: dict[str, Any]
     resume: Resume
+    teacher: Teacher | None = None
 
 
 def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str], None]) -> Intent:
@@ -109,7 +113,8 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
     recipe = loaded.recipe
     check_launch(recipe)
     found = task_class(recipe.task)
-    if recipe.eval.metric not in (names := found.metric_names(recipe)):
+    names = (*found.metric_names(recipe), *(DISTILLATION_METRICS if recipe.distillation else ()))
+    if recipe.eval.metric not in names:
         raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(names)}")
     shape = batch_shape(recipe, where.world_size)
     knobs = deepspeed_config_of_launch()
@@ -119,6 +124,10 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         tell(describe(prepared.report))
     tokenizer = load_tokenizer(prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
     network = local_or_hub(recipe.model, loaded.base)
+    teacher = None
+    if recipe.distillation is not None:
+        section = teacher_section(recipe, loaded.base)
+        teacher = Teacher(section, check_teacher(recipe, section, tokenizer, prepared.facts))
     who = identity(loaded, prepared.fingerprint)
     kind = planned_kind(where.world_size, knobs)
     checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints")
@@ -148,6 +157,7 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         deepspeed_settings(recipe, shape, knobs),
         who,
         resume,
+        teacher,
     )
 
 
@@ -160,6 +170,8 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, intent.deepspeed)
     task = intent.task_class(recipe, intent.tokenizer, engine.device, intent.prepared.facts)
+    if intent.teacher is not None:
+        task = with_teacher(task, intent.teacher, recipe, engine)
     model = prepare_network(recipe, intent.network, engine, task, intent.config, len(intent.tokenizer), tell)
     checkpoint = intent.resume.choose(engine, tell)
     device = device_name(engine)
@@ -258,6 +270,16 @@ def deepspeed_settings(recipe: Recipe, shape: BatchShape, knobs: dict[str, Any] 
         return None
     norm, micro_size = recipe.optim.max_grad_norm, shape.micro_size or 1
     return complete_deepspeed_config(knobs, recipe.train.precision, norm, micro_size, shape.accumulation)
+
+
+def with_teacher(task: Any, teacher: Teacher, recipe: Recipe, engine: Engine) -> Task:
+    """The task with a teacher beside it. Only the student is sharded."""
+    assert recipe.distillation is not None
+    task.fused = False  # a student needs logits
+    with engine.building(pretrained=False):
+        network = load_teacher(teacher.section, task.auto_class, engine.device, engine.dtype)
+    # A Task but for its class methods, which have been asked of the task itself.
+    return cast(Task, Distillation(task, recipe.distillation, network, teacher.order))
 
 
 def prepare_network(

@@ -29,8 +29,10 @@ MAY_IMPORT = {
     "resume": {"checkpoint", "config", "errors"},
     "engine": {"config", "errors", "optim"},
     "batches": {"data"},
-    "tasks": {"batches", "config", "data", "errors"},
+    "tasks": {"batches", "config", "data", "errors", "evaluation"},
     "run_files": {"config", "errors", "launch", "metrics"},
+    "teacher": {"config", "data", "errors", "models"},
+    "evaluation": {"config", "errors"},
     "validation": {"batches", "data", "engine", "metrics", "tasks"},
     "trainer": {
         "validation",

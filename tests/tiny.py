@@ -84,6 +84,25 @@ def rewritten(chance: random.Random) -> dict[str, Any]:
     return {"source": " ".join(words), "target": " ".join(sorted(words)[: chance.randint(3, 6)])}
 
 
+def tagged(chance: random.Random) -> dict[str, Any]:
+    """An animal, with the word after it, is an entity."""
+    words = sentence(chance)
+    tags = ["O"] * len(words)
+    for i, word in enumerate(words):
+        if word in ("cat", "dog"):
+            tags[i : i + 2] = [f"B-{word.upper()}", f"I-{word.upper()}"][: len(words) - i]
+    return {"tokens": words, "tags": tags}
+
+
+def asked(chance: random.Random) -> dict[str, Any]:
+    words = sentence(chance)
+    wanted = chance.choice(WORDS)
+    context = " ".join(words)
+    start = f" {context} ".find(f" {wanted} ")
+    answers = {"text": [wanted], "answer_start": [start]} if start >= 0 else {"text": [], "answer_start": []}
+    return {"question": f"where is {wanted}?", "context": context, "answers": answers}
+
+
 def written(chance: random.Random) -> dict[str, Any]:
     return {"text": " ".join(f"{' '.join(sentence(chance, 8))}." for _ in range(chance.randint(1, 6)))}
 
@@ -105,6 +124,11 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]
         talked,
     ),
     "regression": ({"model": {"config": BERT}, "regression": {"pair": True}}, rated),
+    "token_classification": ({"model": {"config": BERT}, "data": {"max_length": 16}}, tagged),
+    "question_answering": (
+        {"model": {"config": BERT}, "data": {"max_length": 20}, "question_answering": {"stride": 4}},
+        asked,
+    ),
 }
 """Task -> what is special in its recipe, and how a row is made."""
 

@@ -1,12 +1,196 @@
-"""Chat templates."""
+"""Chat templates: finding one, and rendering a conversation so that it is known which of its text is to be learned."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Span = tuple[int, int]
+"""[start, end) in characters."""
+
+CHATML = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n' }}
+    {%- if messages[0].role == 'system' %}
+        {{- messages[0].content + '\\n\\n' }}
+    {%- endif %}
+    {{- 'Tools:' }}
+    {%- for tool in tools %}
+        {{- '\\n' }}{{- tool | tojson }}
+    {%- endfor %}
+    {{- '<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {%- if message.role == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+            {{- message.content or '' }}
+            {%- for call in message.tool_calls or [] %}
+                {{- '<tool_call>' }}{{- (call.function or call) | tojson }}{{- '</tool_call>' }}
+            {%- endfor %}
+            {{- '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\\n' }}
+    {%- elif not (tools and loop.first and message.role == 'system') %}
+        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+"""ChatML, with the assistant's turns marked: each is learned up to and including its <|im_end|>."""
 
 
-def saved_template(recipe: Recipe, base: Path) -> str | None:  # noqa: ARG001
-    """The template that the tokenizer is saved with, if it is not its own."""
-    return None
+def saved_template(recipe: Recipe, base: Path) -> str | None:
+    """The template that the tokenizer is saved with; None: its own, or the task has none.
+
+    Raises:
+        RecipeError: there is no such template.
+    """
+    if recipe.task != "sft":
+        return None
+    name = recipe.sft.template
+    if name is None:
+        return CHATML if recipe.tokenizer.train is not None else None
+    if name == "chatml":
+        return CHATML
+    if "/" in name or name.endswith((".jinja", ".j2", ".txt")):
+        path = base / Path(name).expanduser()
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"sft.template: {path} cannot be read ({error}). A path starts at the recipe.") from None
+    known = trl_templates()
+    if name not in known:
+        raise RecipeError(f"sft.template: {name!r} is none of chatml, {', '.join(known)}, and no .jinja file")
+    return known[name].read_text(encoding="utf-8")
+
+
+def trl_templates() -> dict[str, Path]:
+    """The chat templates that TRL carries, by name. TRL itself is not imported."""
+    found = importlib.util.find_spec("trl")
+    assert found is not None
+    assert found.submodule_search_locations
+    folder = Path(next(iter(found.submodule_search_locations))) / "chat_templates"
+    names = sorted(path.name.removesuffix(".jinja") for path in folder.glob("*.jinja"))
+    return {name: folder / f"{name}.jinja" for name in names if not name.endswith("_training")}
+
+
+class TemplateRefused(Exception):
+    """The template cannot show this conversation; the text says why."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text, and the spans of it that the assistant says, the end of each turn included."""
+
+    text: str
+    spans: list[Span]
+
+
+class ChatTemplate:
+    """Renders conversations with a tokenizer's template.
+
+    What the assistant says is known from {% generation %} markers: the template's own, or those of TRL's training
+    variant of it. A template without any is rendered turn by turn, and must then give each beginning of a
+    conversation the same text whatever follows.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """
+        Raises:
+            RecipeError: the tokenizer has no template.
+        """
+        from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+        template = tokenizer.chat_template
+        if not template:
+            raise RecipeError(
+                "sft.template: this tokenizer has no chat template of its own; name one, for example chatml with "
+                "tokenizer.add: ['<|im_start|>', '<|im_end|>']"
+            )
+        self.template: str = template["default"] if isinstance(template, dict) else template
+        self.marked = has_generation_markers(self.template)
+        if not self.marked:
+            with contextlib.suppress(ValueError):  # TRL does not know it
+                self.template, self.marked = get_training_chat_template(tokenizer) or self.template, True
+        self.special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+
+    def render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Rendered:
+        """
+        Raises:
+            TemplateRefused: the template does not take the conversation, or loses part of it.
+        """
+        if self.marked:
+            text, spans = self._text(messages, tools, marked=True)
+        else:
+            text, _ = self._text(messages, tools)
+            spans = self._turn_by_turn(messages, tools, text)
+        _nothing_lost(messages, tools, text)
+        if not spans:
+            raise TemplateRefused("the chat template shows nothing that the assistant says")
+        return Rendered(text, spans)
+
+    def _text(
+        self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, marked: bool = False, prompt: bool = False
+    ) -> tuple[str, list[Span]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        render: Any = render_jinja_template  # its annotations speak of one text; it gives a list of each
+        try:
+            texts, indices = render(
+                conversations=[list(messages)],
+                tools=tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=marked,
+                add_generation_prompt=prompt,
+                **self.special,
+            )
+        except (TemplateError, TypeError, ValueError, KeyError) as error:
+            raise TemplateRefused(f"the chat template does not take this conversation: {error}") from None
+        return texts[0], [(start, end) for start, end in indices[0] if start < end] if marked else []
+
+    def _turn_by_turn(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> list[Span]:
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._text(messages[:i], tools, prompt=True)[0]
+                after = self._text(messages[: i + 1], tools)[0]
+                if not (after.startswith(before) and text.startswith(after)):
+                    raise TemplateRefused(
+                        "the chat template has no {% generation %} markers and shows the beginning of a conversation "
+                        "differently when it goes on, so what the assistant says cannot be found: give sft.template a "
+                        "template with markers"
+                    )
+                spans.append((len(before), len(after)))
+        return spans
+
+
+def _nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
+    """
+    Raises:
+        TemplateRefused: a message, a tool or a call does not stand in the text.
+    """
+    for message in messages:
+        said = (message.get("content") or "").strip()
+        if said and message["role"] != "tool" and said not in text and "</think>" not in said:
+            raise TemplateRefused(f"the chat template loses this {message['role']} message: {said[:60]!r}")
+        for call in message.get("tool_calls") or ():
+            if call["function"]["name"] not in text:
+                raise TemplateRefused(f"the chat template loses the call of {call['function']['name']}")
+    for tool in tools or ():
+        name = tool.get("function", tool).get("name", "") if isinstance(tool, dict) else ""
+        if name not in text:
+            raise TemplateRefused(f"the chat template does not show the tool {name}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tasks.pretraining import ClmSection
+from ptft_dist.config.tasks.text import SftSection
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks import IGNORE, BaseTask, LossOut, pad_multiple
@@ -35,9 +38,12 @@ class CausalLM(BaseTask):
         self.vocab_size = len(tokenizer)
         # What fills rows carries no label and nothing sees it, so any id will do.
         self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-        self.isolate = recipe.clm.isolated
-        on_cpu = device.type == "cpu"
-        self.fused = recipe.clm.head == "fused" or (recipe.clm.head == "auto" and not on_cpu)
+        self.section, settings = recipe.task, recipe.rows
+        assert isinstance(settings, ClmSection | SftSection)
+        self.isolate = settings.isolated
+        self.on_cpu = device.type == "cpu"
+        self.fused = settings.head == "fused" or (settings.head == "auto" and not self.on_cpu)
+        self.takes_positions = False
         self.pad_multiple = pad_multiple(device)
 
     @classmethod
@@ -57,7 +63,7 @@ class CausalLM(BaseTask):
         for i, row in enumerate(rows):
             n = len(row.input_ids)
             input_ids[i, :n] = row.input_ids
-            targets[i, : n - 1] = row.input_ids[1:]
+            targets[i, : n - 1] = self.next_tokens(row)
             if self.isolate:
                 starts = row.document_starts
                 # The last token of a document does not predict the first of the next one.
@@ -67,8 +73,13 @@ class CausalLM(BaseTask):
             inputs["position_ids"] = torch.from_numpy(restarting_positions(rows, width))
         return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
+    def next_tokens(self, row: Row) -> np.ndarray:
+        """What each token but the last is to predict: int64 [T - 1]."""
+        return row.input_ids[1:]
+
     def install(self, model: PreTrainedModel) -> None:
         """Give the network the fused head, if it is wanted; its ordinary forward, and generation, stay as they are."""
+        self.takes_positions = "logits_to_keep" in inspect.signature(model.forward).parameters
         if self.fused:
             from trl.trainer.utils import add_fused_lm_head
 
@@ -77,19 +88,37 @@ class CausalLM(BaseTask):
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         return LossOut(-self.logprobs(model, inputs, self.fused).sum(), {})
 
+    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed cross-entropy, and the number of targets; see tasks/distillation.py."""
+        flat = logits.reshape(-1, logits.size(-1)).float()
+        loss_sum = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE, reduction="sum")
+        return loss_sum, (targets != IGNORE).sum()
+
     def logprobs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
-        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T]."""
+        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T], or fewer positions if only those
+        have targets."""
         targets = inputs["targets"]
-        network_inputs = {key: x for key, x in inputs.items() if key != "targets"}
         if fused:
+            network_inputs = {key: x for key, x in inputs.items() if not key.startswith("targets")}
             output = model(**network_inputs, shift_labels=targets, fused_lm_head=True)
             logprobs: torch.Tensor = output.log_probs
             return logprobs
-        logits = model(**network_inputs, use_cache=False).logits
+        logits, kept = self.choices(model, inputs)
         flat = F.cross_entropy(
-            logits.view(-1, logits.size(-1)).float(), targets.view(-1), ignore_index=IGNORE, reduction="none"
+            logits.reshape(-1, logits.size(-1)).float(), kept.reshape(-1), ignore_index=IGNORE, reduction="none"
         )
-        return -flat.view(targets.shape)
+        return -flat.view(kept.shape)
+
+    def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target; on an accelerator, where
+        finding them would be waited for, at all T positions."""
+        targets = inputs["targets"]
+        network_inputs = {key: x for key, x in inputs.items() if not key.startswith("targets")}
+        if self.on_cpu and self.takes_positions:
+            places = (targets != IGNORE).any(0).nonzero()[:, 0]
+            if 0 < len(places) < targets.size(1):
+                network_inputs["logits_to_keep"], targets = places, targets[:, places]
+        return model(**network_inputs, use_cache=False).logits, targets
 
     def probe(self) -> DocumentProbe | None:
         return DocumentProbe(self) if self.isolate or self.fused else None
@@ -118,10 +147,10 @@ class DocumentProbe:
     def check(self, outputs: torch.Tensor) -> None:
         spread = outputs[outputs != 0].std().item()
         if self.task.isolate:
-            check_isolation(outputs, spread, "clm")
+            check_isolation(outputs, spread, self.task.section)
         apart = (outputs[..., 0] - outputs[..., 1]).abs().max().item()
         if not apart <= ROUNDING_TOLERANCE * spread:
             raise RecipeError(
-                f"clm.head: the fused head does not reproduce this architecture's logits (log-probabilities differ by "
-                f"{apart:.2g}): set clm.head: logits"
+                f"{self.task.section}.head: the fused head does not reproduce this architecture's logits "
+                f"(log-probabilities differ by {apart:.2g}): set {self.task.section}.head: logits"
             )

@@ -1,0 +1,157 @@
+"""A student and its teacher: divergences by hand and as TRL has them, the promises, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import eval_rows, ptft, start, train_rows
+from tiny import write_tiny
+
+from ptft_dist.config.tasks.distillation import DistillationSection
+from ptft_dist.tasks.distillation import divergence
+
+
+def settings(**changes: Any) -> DistillationSection:
+    return DistillationSection(teacher="none", **changes)
+
+
+# --- divergences ------------------------------------------------------------------------------------------------------
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+
+
+def test_divergences_by_hand() -> None:
+    student, teacher = [0.2, 0.3, 0.5], [0.6, 0.3, 0.1]
+    ours, theirs = torch.tensor([student]).log(), torch.tensor([teacher]).log()
+    mixture = [0.25 * t + 0.75 * s for s, t in zip(student, teacher, strict=True)]
+    expected = {
+        ("forward_kl", None): kl(teacher, student),
+        ("reverse_kl", None): kl(student, teacher),
+        ("jsd", 0.25): 0.25 * kl(teacher, mixture) + 0.75 * kl(student, mixture),
+    }
+    for (name, beta), value in expected.items():
+        found = divergence(ours, theirs, settings(divergence=name, beta=beta))
+        assert found.tolist() == pytest.approx([value], rel=1e-5), name
+    for name in ("forward_kl", "reverse_kl", "jsd"):
+        assert divergence(ours, ours, settings(divergence=name)).item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize(("name", "beta"), [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5), ("jsd", 0.1)])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergences_are_trl_s(name: str, beta: float, temperature: float) -> None:
+    from trl.experimental.gkd import GKDTrainer
+
+    random = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 7, 11, generator=random) * 3, torch.randn(2, 7, 11, generator=random) * 3
+    given = settings(divergence=name, temperature=temperature, beta=beta if name == "jsd" else None)
+    expected = GKDTrainer.generalized_jsd_loss(ours, theirs, beta=beta, temperature=temperature, reduction="none")
+    assert torch.allclose(divergence(ours, theirs, given), expected.sum(-1), rtol=1e-5, atol=1e-6)
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Path]:
+    """A trained network for each task."""
+    found = {}
+    for task in ("sft", "classification"):
+        folder = tmp_path_factory.mktemp(f"teacher-{task}")
+        write_tiny(folder, task, **({"sft": {"generation": None}} if task == "sft" else {}))
+        run = start("train", "recipe.yaml", cwd=folder, cache=cache)
+        assert run.wait() == 0, run.stderr
+        found[task] = folder / "run/model"
+    return found
+
+
+def write_student(folder: Path, task: str, teacher: Path, **changes: Any) -> Path:
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    more = {"sft": {"generation": None}, "tokenizer": {"train": None, "path": str(teacher)}} if task == "sft" else {}
+    distillation = {"teacher": str(teacher), "temperature": 2.0, **changes}
+    return write_tiny(folder, task, model={"config": small}, distillation=distillation, **more)
+
+
+RUNS = {"ddp": (2, "cpu"), "zero3": (2, "cpu_zero3")}
+
+
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_a_student_learns_from_its_teacher_the_same_over_any_split(
+    tmp_path: Path, cache: Path, teachers: dict[str, Path], task: str
+) -> None:
+    write_student(tmp_path, task, teachers[task])
+    whole = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache)
+    assert whole.wait() == 0, whole.stderr
+    expected = train_rows(tmp_path / "whole")
+    assert expected[-1]["divergence"] < expected[0]["divergence"]
+    for row in expected:
+        assert row["loss"] == pytest.approx(0.5 * row["hard_loss"] + 0.5 * 4.0 * row["divergence"], rel=1e-5)
+    scored = eval_rows(tmp_path / "whole")[-1]
+    assert scored["eval/loss"] == pytest.approx(
+        0.5 * scored["eval/hard_loss"] + 0.5 * 4.0 * scored["eval/divergence"], rel=1e-5
+    )
+    for name, (ranks, kind) in RUNS.items():
+        run = start("train", "recipe.yaml", f"run_dir={name}", cwd=tmp_path, cache=cache, ranks=ranks, kind=kind)
+        assert run.wait() == 0, run.stderr
+        losses = [row["loss"] for row in train_rows(tmp_path / name)]
+        assert losses == pytest.approx([row["loss"] for row in expected], rel=1e-5), name
+
+
+def test_a_teacher_that_is_the_student_says_nothing_new(
+    tmp_path: Path, cache: Path, teachers: dict[str, Path]
+) -> None:
+    """The divergence from itself is 0, and without it the hard loss is what fine-tuning has."""
+    teacher = teachers["sft"]
+    recipe = json.loads(write_student(tmp_path, "sft", teacher, temperature=1.0).read_text())
+    recipe["model"] = {"path": str(teacher)}
+    recipe["train"]["max_steps"] = 1
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    with_teacher = train_rows(tmp_path / "run")[0]
+    assert with_teacher["divergence"] == pytest.approx(0, abs=1e-6)
+    del recipe["distillation"]
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    run = start("train", "recipe.yaml", "run_dir=alone", cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    assert train_rows(tmp_path / "alone")[0]["loss"] == pytest.approx(with_teacher["hard_loss"], rel=1e-6)
+
+
+def test_another_vocabulary_and_other_labels_are_refused(
+    tmp_path: Path, cache: Path, teachers: dict[str, Path]
+) -> None:
+    write_student(tmp_path, "sft", teachers["sft"])
+    recipe = json.loads((tmp_path / "recipe.yaml").read_text())
+    recipe["tokenizer"] = {"train": {"vocab_size": 300}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    refused = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert refused.wait() == 2
+    assert "has another vocabulary" in refused.stderr
+    folder = tmp_path / "labels"
+    folder.mkdir()
+    write_student(folder, "classification", teachers["classification"])
+    rows = (folder / "rows.jsonl").read_text().replace('"animal"', '"beast"')
+    (folder / "rows.jsonl").write_text(rows)
+    refused = start("train", "recipe.yaml", cwd=folder, cache=cache)
+    assert refused.wait() == 2
+    assert "but not beast" in refused.stderr
+
+
+def test_settings_that_cannot_work(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "regression", distillation={"teacher": "x"})
+    refused = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "distillation has no effect here: it needs one of the tasks clm, sft, classification" in refused.stderr
+    for changes, message in (
+        ({"beta": 0.5}, "beta has no effect here"),
+        ({"divergence": "jsd", "beta": 1.0}, "no mixture"),
+        ({"hard": 1.0}, "the teacher has no effect"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings(**changes)
