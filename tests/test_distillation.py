@@ -103,9 +103,7 @@ def test_a_student_learns_from_its_teacher_the_same_over_any_split(
         assert losses == pytest.approx([row["loss"] for row in expected], rel=1e-5), name
 
 
-def test_a_teacher_that_is_the_student_says_nothing_new(
-    tmp_path: Path, cache: Path, teachers: dict[str, Path]
-) -> None:
+def test_a_teacher_that_is_the_student_says_nothing_new(tmp_path: Path, cache: Path, teachers: dict[str, Path]) -> None:
     """The divergence from itself is 0, and without it the hard loss is what fine-tuning has."""
     teacher = teachers["sft"]
     recipe = json.loads(write_student(tmp_path, "sft", teacher, temperature=1.0).read_text())
@@ -128,7 +126,7 @@ def test_another_vocabulary_and_other_labels_are_refused(
 ) -> None:
     write_student(tmp_path, "sft", teachers["sft"])
     recipe = json.loads((tmp_path / "recipe.yaml").read_text())
-    recipe["tokenizer"] = {"train": {"vocab_size": 300}}
+    recipe["tokenizer"] = {"train": {"algorithm": "unigram", "vocab_size": 300}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     refused = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert refused.wait() == 2
@@ -147,7 +145,7 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     write_tiny(tmp_path, "regression", distillation={"teacher": "x"})
     refused = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
     assert refused.returncode == 2
-    assert "distillation has no effect here: it needs one of the tasks clm, sft, classification" in refused.stderr
+    assert "distillation: has no effect here: it needs one of the tasks clm, sft, classification" in refused.stderr
     for changes, message in (
         ({"beta": 0.5}, "beta has no effect here"),
         ({"divergence": "jsd", "beta": 1.0}, "no mixture"),

@@ -62,19 +62,32 @@ class Classification(LabelledTextTask):
         return Batch({**inputs, "targets": ids}, count, tokens)
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        logits, targets = self.logits(model, inputs), inputs["targets"]
+        logits, targets = self.choices(model, inputs)
+        if self.settings.multi_label:
+            there = ~targets.isnan().any(1)
+            right = ((logits > 0) == (targets > 0)).all(1) & there
+        else:
+            there = targets != IGNORE
+            right = (logits.argmax(-1) == targets) & there
+        loss_sum, _ = self.loss_of(logits, targets)
+        return LossOut(loss_sum, {"accuracy": (right.sum(), there.sum())}, logits.detach())
+
+    def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, labels] and targets: ids [B], or a yes or no for each label [B, labels]."""
+        return self.logits(model, inputs), inputs["targets"]
+
+    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed loss, and what it is averaged over."""
         weights = None if self.weights is None else self.weights.to(logits.device)
         if self.settings.multi_label:
             there = ~targets.isnan()
             each = F.binary_cross_entropy_with_logits(
                 logits, targets.nan_to_num(), pos_weight=weights, reduction="none"
             )
-            right = ((logits > 0) == (targets > 0)).all(1) & there.all(1)
-            return LossOut((each * there).sum(), {"accuracy": (right.sum(), there.all(1).sum())}, logits.detach())
+            return (each * there).sum(), there.sum()
         loss_sum = weighted_cross_entropy(logits, targets, weights, self.settings.label_smoothing)
-        there = targets != IGNORE
-        right = (logits.argmax(-1) == targets) & there
-        return LossOut(loss_sum, {"accuracy": (right.sum(), there.sum())}, logits.detach())
+        there = targets[targets != IGNORE]
+        return loss_sum, torch.tensor(len(there)) if weights is None else weights[there].sum()
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         return {"loss": totals["loss"]}
