@@ -33,11 +33,18 @@ def train(
     from ptft_dist.launch.environment import place
 
     loaded = load_recipe(recipe, overrides or [])
+    options = ["--resume", resume, *(word for key in accept or () for word in ("--accept", key))]
+    if loaded.recipe.data.folds is not None and loaded.recipe.data.fold is None and not place().launched:
+        from ptft_dist.cli.folds import train_folds
+
+        given = {"launch": launch, "processes": processes, "machines": machines, "machine-rank": machine_rank}
+        given["address"] = address
+        options += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+        raise typer.Exit(train_folds(loaded, recipe, overrides or [], options, writes=not machine_rank))
     if not place().launched and (launch, processes, machines, machine_rank, address) != (None,) * 5:
         from ptft_dist.launch.local import machines as which
 
-        arguments = ["train", recipe, *(overrides or []), "--resume", resume]
-        arguments += [word for key in accept or () for word in ("--accept", key)]
+        arguments = ["train", recipe, *(overrides or []), *options]
         raise typer.Exit(_launch(loaded, launch, processes, which(machines, machine_rank, address), arguments))
 
     from ptft_dist.worker import Options, run
