@@ -44,8 +44,10 @@ def write(
     )
     together = dist.is_initialized() and dist.get_world_size() > 1
     ids: torch.Tensor = model.generate(**inputs, generation_config=config, synced_gpus=together)
-    begin = 1 if model.config.is_encoder_decoder else inputs["input_ids"].size(1)
-    return F.pad(ids[:, begin:], (0, settings.max_new_tokens - (ids.size(1) - begin)), value=pad_id)
+    ids = ids[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].size(1) :]
+    ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
+    ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search may go on with EOS for longer texts beside it
+    return F.pad(ids, (0, settings.max_new_tokens - ids.size(1)), value=pad_id)
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
@@ -42,36 +42,41 @@ class Seq2Seq(BaseTask):
         generation = recipe.seq2seq.generation
         return "loss", "perplexity", "accuracy", *(text_metric_names(generation) if generation else ())
 
-    def install(self, model: PreTrainedModel) -> None:
-        """A network from a config has no token yet that its decoder begins with: it becomes the pad token, as in T5.
-
-        Ids that its config class has by default are another vocabulary's, and go.
-        """
-        if (given := self.recipe.model.config) is not None:
-            defaults = {"decoder_start_token_id": self.pad_id, "forced_bos_token_id": None, "forced_eos_token_id": None}
-            for settings in (model.config, model.generation_config):
-                for key, value in defaults.items():
-                    if key not in given and (value is not None or getattr(settings, key, None) is not None):
-                        setattr(settings, key, value)
-        start = getattr(model.config, "decoder_start_token_id", None)
-        if start is None:
+    @classmethod
+    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A new network's decoder begins with the pad token, as T5's do, unless the recipe says otherwise. The ids that
+        a kind of network has by default belong to another vocabulary."""
+        if not config.is_encoder_decoder:
             raise RecipeError(
-                f"model.path: the config of {self.recipe.model.path} has no decoder_start_token_id, with which a "
-                "decoder begins. Set it in its config.json."
+                f"model: a {config.model_type} network has no encoder and decoder, as task seq2seq needs: use t5, mt5, "
+                "bart, marian, ..., or task sft"
             )
-        self.start_id = int(start)
-        self._check_positions(getattr(model.config, "max_position_embeddings", None))
-
-    def _check_positions(self, positions: int | None) -> None:
-        lengths = {"seq2seq.max_target_length": self.settings.max_target_length}
-        if self.settings.generation is not None:
-            lengths["seq2seq.generation.max_new_tokens"] = self.settings.generation.max_new_tokens
+        if (given := recipe.model.config) is not None:
+            if "decoder_start_token_id" not in given:
+                config.decoder_start_token_id = tokenizer.pad_token_id
+            for key in ("forced_bos_token_id", "forced_eos_token_id"):
+                if key not in given and hasattr(config, key):
+                    setattr(config, key, None)
+        lengths = {"seq2seq.max_target_length": recipe.seq2seq.max_target_length}
+        if recipe.seq2seq.generation is not None:
+            lengths["seq2seq.generation.max_new_tokens"] = recipe.seq2seq.generation.max_new_tokens
+        positions = getattr(config, "max_position_embeddings", None)
         for name, length in lengths.items():
             if isinstance(positions, int) and 0 < positions < length:
                 raise RecipeError(
                     f"{name}: {length} is more than the model's max_position_embeddings ({positions}): lower the one "
                     "or raise the other"
                 )
+
+    def install(self, model: PreTrainedModel) -> None:
+        for settings in (model.config, model.generation_config):
+            if (start := getattr(settings, "decoder_start_token_id", None)) is not None:
+                self.start_id = int(start)
+                return
+        raise RecipeError(
+            f"model.path: the config of {self.recipe.model.path} has no decoder_start_token_id, with which a decoder "
+            "begins. Set it in its config.json."
+        )
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad on the right: input_ids and attention_mask (1: a token) [B, S]; targets and decoder_input_ids, which are

@@ -1,0 +1,227 @@
+"""Texts written at evaluations: the ids of a naive loop, whatever the batch, and a network that is left as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tasks.text import GenerationSection
+from ptft_dist.data.example_store import meta_bytes
+from ptft_dist.data.store import Row
+from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.tasks.generation import left_padded, write, written_scores
+
+V, PAD, START = 40, 0, 2
+LENGTH = 9
+COMMON: dict[str, Any] = {"vocab_size": V, "pad_token_id": PAD, "eos_token_id": 1, "bos_token_id": None}
+BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+NETWORKS: dict[str, tuple[Any, Any]] = {
+    "t5": (
+        T5ForConditionalGeneration,
+        T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, decoder_start_token_id=START, **COMMON),
+    ),
+    "bart": (
+        BartForConditionalGeneration,
+        BartConfig(decoder_start_token_id=START, forced_eos_token_id=None, **BART, **COMMON),
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig(max_position_embeddings=64, **LLAMA, **COMMON)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **COMMON)),
+}
+
+
+def network(name: str) -> PreTrainedModel:
+    """Random, and so sure of itself that it does not write one token for ever."""
+    made, config = NETWORKS[name]
+    torch.manual_seed(3)
+    model: PreTrainedModel = made(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.4)
+    model.config.use_cache = False
+    return model
+
+
+def prompts(count: int = 5) -> list[np.ndarray]:
+    chance = np.random.default_rng(0)
+    return [chance.integers(3, V, size=int(chance.integers(2, 12))) for _ in range(count)]
+
+
+def batch_of(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """As a task gives them: padded on the right for an encoder, on the left for a decoder."""
+    if not model.config.is_encoder_decoder:
+        return left_padded(rows, PAD)
+    width = max(map(len, rows))
+    ids = torch.tensor([[*row, *[PAD] * (width - len(row))] for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@torch.no_grad()
+def naive(model: PreTrainedModel, prompt: np.ndarray, eos: Sequence[int]) -> list[int]:
+    """The likeliest token each time, one row alone, everything computed anew."""
+    source, written = torch.from_numpy(prompt)[None], [START]
+    while len(written) <= LENGTH and (len(written) == 1 or written[-1] not in eos):
+        if model.config.is_encoder_decoder:
+            logits = model(input_ids=source, decoder_input_ids=torch.tensor([written])).logits
+        else:
+            logits = model(input_ids=torch.cat([source, torch.tensor([written[1:]], dtype=torch.long)], 1)).logits
+        written.append(int(logits[0, -1].argmax()))
+    return written[1:]
+
+
+def ends(model: PreTrainedModel) -> list[int]:
+    """Two tokens that some row writes in its middle, to be its end."""
+    free = [naive(model, prompt, []) for prompt in prompts()]
+    return [free[0][3], free[1][5]]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_greedy_is_the_naive_loop(name: str) -> None:
+    model, settings = network(name), GenerationSection(max_new_tokens=LENGTH)
+    eos = ends(model)
+    expected = [naive(model, prompt, eos) for prompt in prompts()]
+    assert len({len(ids) for ids in expected}) > 1, "all rows are of one length: a weak test"
+    found = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
+    assert found.tolist() == [ids + [PAD] * (LENGTH - len(ids)) for ids in expected]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_beams_are_those_of_each_row_alone(name: str) -> None:
+    """transformers' own beam search, one unpadded row at a time and without a cache."""
+    model, settings = network(name), GenerationSection(max_new_tokens=LENGTH, num_beams=3)
+    eos = ends(model)
+    found = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
+    options = {"num_beams": 3, "max_new_tokens": LENGTH, "eos_token_id": eos, "use_cache": False, "pad_token_id": PAD}
+    differs = False
+    for prompt, ids in zip(prompts(), found.tolist(), strict=True):
+        alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), **options)[0].tolist()
+        alone = alone[1 if model.config.is_encoder_decoder else len(prompt) :]
+        assert ids == alone + [PAD] * (LENGTH - len(alone))
+        differs |= ids[: len(alone)] != naive(model, prompt, eos)
+    assert differs, "beams find what greedy finds: a weak test"
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
+    model = network(name)
+    first = naive(model, prompts(1)[0], [])[0]
+    found = write(
+        model, batch_of(model, prompts(1)), GenerationSection(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[first]
+    )
+    assert found.tolist() == [[first] + [PAD] * (LENGTH - 1)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_is_changed_and_nothing_drawn(name: str) -> None:
+    model, settings = network(name), GenerationSection(max_new_tokens=LENGTH, num_beams=2)
+    before = model.config.to_json_string(), model.generation_config.to_json_string(), torch.get_rng_state()
+    write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    after = model.config.to_json_string(), model.generation_config.to_json_string()
+    assert after == before[:2]
+    assert model.config.use_cache is False
+    assert not model.training
+    assert torch.equal(torch.get_rng_state(), before[2])
+
+
+def test_the_cache_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step but the first reads one token, although training has switched the cache off."""
+    model = network("llama")
+    widths, forward = [], model.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        widths.append(kwargs["input_ids"].shape[1])
+        return forward(*args, **kwargs)
+
+    counted.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
+    monkeypatch.setattr(model, "forward", counted)
+    rows = prompts()
+    write(model, batch_of(model, rows), GenerationSection(max_new_tokens=4), pad_id=PAD, eos_ids=[])
+    assert widths == [max(map(len, rows)), 1, 1, 1]
+
+
+def test_what_a_network_brings_along() -> None:
+    """Sampling, returning several texts and its own lengths are not used; tokens that it must write are."""
+    model = network("t5")
+    eos = [1]
+    expected = naive(model, prompts(1)[0], eos)
+    own = model.generation_config
+    own.do_sample, own.temperature, own.top_k, own.num_beams, own.num_return_sequences, own.max_length = (
+        True,
+        5.0,
+        3,
+        4,
+        2,
+        3,
+    )
+    settings = GenerationSection(max_new_tokens=LENGTH)
+    found = write(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)
+    assert found.tolist() == [expected + [PAD] * (LENGTH - len(expected))]
+    own.forced_bos_token_id = 7
+    assert write(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)[0, 0] == 7
+
+
+def test_gradient_checkpointing_does_not_touch_it() -> None:
+    model = network("t5")
+    settings = GenerationSection(max_new_tokens=LENGTH)
+    plain = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert torch.equal(write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1]), plain)
+
+
+def test_under_autocast() -> None:
+    """As mixed precision runs it; the texts of a network that is sure of itself are hardly touched by bf16."""
+    model, settings = network("llama"), GenerationSection(max_new_tokens=LENGTH)
+    plain = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    assert mixed.shape == plain.shape
+    assert mixed.dtype == torch.int64
+    assert (mixed[:, :2] == plain[:, :2]).float().mean() > 0.7
+
+
+def test_left_padding_by_hand() -> None:
+    found = left_padded([np.array([5, 6, 7]), np.array([8])], 9)
+    assert found["input_ids"].tolist() == [[5, 6, 7], [9, 9, 8]]
+    assert found["attention_mask"].tolist() == [[1, 1, 1], [0, 0, 1]]
+    assert left_padded([np.array([5])], 9, 4)["input_ids"].tolist() == [[9, 9, 9, 5]]
+
+
+def test_scores_and_samples() -> None:
+    """Special tokens are not text, references are the data's own, and samples are the first rows."""
+    texts = ["one two three", "vier fünf", "六七"]
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=300), texts * 9, ("eos", "pad"))
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    metas = [{"source": text.upper(), "reference": text} for text in [*texts, "never"]]
+    rows = {
+        4 + i: Row(np.zeros(1), np.zeros(1), {"meta": np.frombuffer(meta_bytes(m), np.uint8)})
+        for i, m in enumerate(metas)
+    }
+    written = {4 + i: [*tokenizer(text).input_ids, eos, pad, pad] for i, text in enumerate(texts)} | {7: [eos, pad]}
+    settings = GenerationSection(metrics=("exact_match",), show=2)
+    scores, samples = written_scores(tokenizer, settings, written, rows.__getitem__)
+    assert scores == {"exact_match": 3 / 4}
+    assert samples == [
+        {"row": 4, "source": "ONE TWO THREE", "reference": "one two three", "prediction": "one two three"},
+        {"row": 5, "source": "VIER FÜNF", "reference": "vier fünf", "prediction": "vier fünf"},
+    ]
+    json.dumps(samples)
