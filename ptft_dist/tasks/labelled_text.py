@@ -21,7 +21,7 @@ class LabelledTextTask(BaseTask):
     def __init__(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
     ) -> None:
-        self.recipe, self.facts = recipe, facts
+        self.recipe, self.facts, self.tokenizer = recipe, facts, tokenizer
         if tokenizer.pad_token_id is None:  # the rows' encoder has seen to an EOS; the exported tokenizer pads so too
             tokenizer.pad_token = tokenizer.eos_token
         self.pad_id = int(tokenizer.pad_token_id)
@@ -30,14 +30,17 @@ class LabelledTextTask(BaseTask):
         self.has_types = False
 
     def install(self, model: PreTrainedModel) -> None:
-        """Token types are given to networks that tell them apart. Decoders read the last token that is not padding, so
-        they must know the padding of these rows.
+        """Token types are given to networks that tell them apart, and then by the exported tokenizer too. Decoders read
+        the last token that is not padding, so they must know the padding of these rows.
 
         Raises:
             RecipeError: the network does not go with the tokenizer.
         """
         config = model.config
         self.has_types = (getattr(config, "type_vocab_size", None) or 0) > 1
+        if self.has_types and "token_type_ids" not in self.tokenizer.model_input_names:
+            names = ["input_ids", "token_type_ids", "attention_mask"]
+            self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
         counted_from = [
             module.padding_idx
             for name, module in model.named_modules()
