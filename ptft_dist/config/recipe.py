@@ -338,6 +338,8 @@ class Recipe(Section):
             if value and self.eval.every is None:
                 what = "save.best" if name == "best" else "eval.patience"
                 raise ValueError(f"{what} has no effect here: it needs eval.every")
+        if getattr(self.rows, "generation", None) is not None and not self.validated:
+            raise ValueError(f"{self.task}.generation has no effect here: it needs data.validation")
         tokens, length = self.batch.global_tokens, self.data.max_length
         if tokens is not None and self.rows.full_rows and tokens % length:
             low = tokens // length * length
