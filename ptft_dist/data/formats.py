@@ -211,19 +211,20 @@ def _check_header(header: list[str], columns: Sequence[str], where: str) -> None
 def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
     """Sentences with a word and its tag a line, an empty line between them: columns `tokens` and `tags`.
 
-    The word is the first field of a line and the tag the last; tabs divide them, or else spaces. Lines of CoNLL-2003's
-    `-DOCSTART-` are no sentences.
+    The word is the first field of a line and the tag the last; tabs divide them, or else plain spaces: any other space
+    is a part of the word. Lines of CoNLL-2003's `-DOCSTART-` are no words, and end a sentence.
     """
     tokens: list[str] = []
     tags: list[str] = []
     for number, line in enumerate(itertools.chain(lines, ("",)), 1):
-        if not line.strip():
-            if tokens and tokens != ["-DOCSTART-"]:
+        text = line.rstrip("\r\n")
+        fields = text.split("\t") if "\t" in text else [part for part in text.split(" ") if part]
+        if not line.strip() or fields[0] == "-DOCSTART-":
+            if tokens:
                 yield Record({"tokens": tokens, "tags": tags}, f"{path}:{number - len(tokens)}")
             tokens, tags = [], []
             continue
-        fields = line.rstrip("\r\n").split("\t") if "\t" in line else line.split()
-        if len(fields) < 2 or not fields[0].strip() or not fields[-1].strip():
+        if len(fields) < 2 or not fields[0] or not fields[-1].strip():
             raise DataError(
                 f"{path}:{number}: a line needs a word and a tag, with a tab or a space between; found "
                 f"{line.strip()!r}. An empty line ends a sentence."

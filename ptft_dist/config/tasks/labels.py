@@ -6,10 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ptft_dist.config.section import BelowOne, NonNegative, Positive, Text, only_with
+from ptft_dist.config.section import BelowOne, Positive, Text, only_with
 from ptft_dist.config.tasks.rows import TaskSection
 
 ENTITY_MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
+TAG_LETTERS = {"iob2": "BI", "iob1": "BI", "bioes": "BIES"}
+"""What tags of entities begin with, by scheme; beside them there is O."""
+
+
+def inner_tag(scheme: str, tag: str) -> str:
+    """The tag of a word's later pieces: inside the same entity."""
+    return tag if scheme == "plain" or tag == "O" else "I" + tag[1:]
 
 
 class LabelledText(TaskSection):
@@ -99,7 +106,21 @@ class TokenClassificationSection(TaskSection):
     labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
     """The tags in the order of their ids; when not given, those of the training rows, sorted."""
     pieces: Literal["first", "all"] = "first"
-    """Which tokens of a word carry its tag in the loss. The first one's prediction is the word's."""
+    """Which tokens of a word carry its tag in the loss. The first one's prediction is the word's. `all`: the later ones
+    of a word in an entity carry I- of its type."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        labels = self.labels or ()
+        if len(set(labels)) != len(labels):
+            raise ValueError("labels: each tag may stand there once")
+        for tag in labels if self.scheme != "plain" else ():
+            letter, dash, kind = tag.partition("-")
+            if tag != "O" and (letter not in TAG_LETTERS[self.scheme] or bool(dash) != bool(kind)):
+                raise ValueError(f"labels: {tag!r} is no tag of the scheme {self.scheme}")
+            if self.pieces == "all" and inner_tag(self.scheme, tag) not in labels:
+                raise ValueError(f"labels: pieces: all needs {inner_tag(self.scheme, tag)} beside {tag}")
+        return self
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -122,8 +143,9 @@ class QuestionAnsweringSection(TaskSection):
     """Tokens of a predicted answer at most."""
     n_best: PositiveInt = 20
     """Beginnings and ends that are combined to find the best answer."""
-    no_answer_margin: NonNegative = 0.0
-    """`no answer` is predicted if its score is higher than the best answer's by more than this."""
+    no_answer_margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
+    """`no answer` is predicted if its score is higher than the best answer's by more than this. Only where training
+    rows without an answer teach it; else there is always one."""
 
     @property
     def roles(self) -> tuple[str, ...]:
