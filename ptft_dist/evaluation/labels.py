@@ -22,7 +22,9 @@ def classification_scores(gold: Sequence[int], predicted: Sequence[int], labels:
         )
         scores |= {f"precision_{average}": float(precision), f"recall_{average}": float(recall)}
         scores[f"f1_{average}"] = float(f1)
-    return scores | {"mcc": float(metrics.matthews_corrcoef(gold, predicted))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # a single label everywhere has the correlation 0
+        return scores | {"mcc": float(metrics.matthews_corrcoef(gold, predicted))}
 
 
 def multi_label_scores(gold: np.ndarray, predicted: np.ndarray) -> dict[str, float]:

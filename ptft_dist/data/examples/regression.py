@@ -14,6 +14,8 @@ from ptft_dist.data.formats import Record, json_type
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
+_LARGEST = 3.4e38
+
 
 class RegressionRows(LabelledTextRows):
     """Columns: input_ids, token_type_ids, and labels: one number."""
@@ -32,9 +34,10 @@ class RegressionRows(LabelledTextRows):
 
 
 def number(record: Record) -> float:
-    """
+    """The label, which fp32 can hold.
+
     Raises:
-        RowError: the label is not a finite number.
+        RowError: it is no such number.
     """
     label = require(record.values, "label")
     if isinstance(label, bool) or not isinstance(label, int | float | str):
@@ -43,6 +46,10 @@ def number(record: Record) -> float:
         value = float(label)
     except ValueError:
         raise RowError(f"the label {label!r} is not a number. Correct or remove the row.") from None
+    except OverflowError:
+        value = math.inf
     if not math.isfinite(value):
         raise RowError(f"the label is {value}, which is not a finite number. Correct or remove the row.")
+    if abs(value) > _LARGEST:
+        raise RowError(f"the label is {value}, more than 32 bits can hold. Scale the labels, or correct the row.")
     return value
