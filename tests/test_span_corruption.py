@@ -101,7 +101,8 @@ def test_the_shares_are_those_of_the_recipe(density: float, mean_span: float) ->
             begins = sum(b and not a for a, b in pairwise([False, *mask]))
             assert sum(mask) == round(length * density)
             assert begins == min(round(sum(mask) / mean_span), length - sum(mask))
-            assert not mask[0] and mask[-1]
+            assert not mask[0]
+            assert mask[-1]
             lengths.add(tuple(mask))
     assert len(lengths) > 100, "the places are random"
 
@@ -114,7 +115,8 @@ def test_all_ways_to_cut_are_equally_likely() -> None:
         mask = tuple(noise_mask(10, section, random).tolist())
         counts[mask] = counts.get(mask, 0) + 1
     assert len(counts) == 15
-    assert min(counts.values()) > 300 and max(counts.values()) < 500
+    assert min(counts.values()) > 300
+    assert max(counts.values()) < 500
 
 
 def test_what_is_drawn_follows_from_seed_epoch_and_row_alone(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -147,7 +149,8 @@ def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast, co
     right = (theirs.logits.argmax(-1) == inputs["targets"]).sum().item()
     assert [x.item() for x in metrics["accuracy"]] == [right, batch.count]
     nothing = task.loss(model, mask_all(inputs)).loss_sum
-    assert nothing.item() == 0 and nothing.requires_grad
+    assert nothing.item() == 0
+    assert nothing.requires_grad
 
 
 def test_a_row_of_one_token_hides_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
