@@ -63,10 +63,13 @@ class JsonLines:
         self.pending: list[str] = []
         if path.exists():
             _cut_after(path, last_step)
-        self.file = path.open("a")
+        self.file = self._open()
+
+    def _open(self) -> TextIO:
+        return self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.pending.append(json.dumps(row) + "\n")
+        self.pending.append(json.dumps(row, ensure_ascii=False) + "\n")  # texts of every script are to be read
         position = self.file.tell()
         try:
             self.file.write("".join(self.pending))
@@ -84,7 +87,7 @@ class JsonLines:
             self.file.close()
         os.ftruncate(descriptor, position)
         os.close(descriptor)
-        self.file = self.path.open("a")
+        self.file = self._open()
 
     def flush(self) -> None:
         """Put every row on the disk: called before a checkpoint says that they are there."""
@@ -103,15 +106,15 @@ def _cut_after(path: Path, last_step: int) -> None:
     A start from zero (last_step 0) keeps none: it makes an evaluation before the first update again.
     """
     kept = []
-    for line in path.read_text().splitlines(keepends=True):
+    for line in path.read_bytes().split(b"\n")[:-1]:
         try:
             row = json.loads(line)
         except ValueError:
             continue
-        if line.endswith("\n") and row["step"] <= last_step and last_step:
-            kept.append(line)
+        if row["step"] <= last_step and last_step:
+            kept.append(line + b"\n")
     replacement = path.with_name(path.name + ".new")
-    replacement.write_text("".join(kept))
+    replacement.write_bytes(b"".join(kept))
     replacement.replace(path)
 
 

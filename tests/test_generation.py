@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from ptft_dist.config.tasks.text import GenerationSection
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.metrics import JsonLines
 from ptft_dist.tasks.generation import left_padded, write, written_scores
 
 V, PAD, START = 40, 0, 2
@@ -225,3 +227,20 @@ def test_scores_and_samples() -> None:
         {"row": 5, "source": "VIER FÜNF", "reference": "vier fünf", "prediction": "vier fünf"},
     ]
     json.dumps(samples)
+
+
+def test_samples_of_every_script_are_readable_and_cut_at_a_resume(tmp_path: Path) -> None:
+    path, texts = tmp_path / "samples.jsonl", ["高祖东进", "a\u2028b\x85c\nd", "\ud800 half", "später"]
+    file = JsonLines(path, 0)
+    for step, text in enumerate(texts, start=1):
+        file.write({"step": step, "prediction": text})
+    file.close()
+    assert "高祖东进" in path.read_text(encoding="utf-8")
+    with path.open("ab") as torn:
+        torn.write('{"step": 1, "prediction": "高'.encode()[:-1])  # a kill in the middle of a character
+    again = JsonLines(path, 3)
+    again.write({"step": 4, "prediction": "von vorn"})
+    again.close()
+    found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    assert [row["prediction"] for row in found] == [*texts[:3], "von vorn"]

@@ -200,6 +200,17 @@ def test_prepared_rows(tmp_path: Path) -> None:
     assert prepared.report["notes"]["source cut to data.max_length"][0] == cut > 0
 
 
+def test_unknown_tokens_of_targets_are_counted_too(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{"source": "a fox", "target": "a dog"}] * 4)
+    write_rows(tmp_path / "more.jsonl", [{"source": "a fox ж", "target": "ж ж dog"}])
+    given = recipe(
+        tmp_path,
+        {"train": {"algorithm": "wordpiece", "vocab_size": 300}},
+        data={"validation": [{"path": "more.jsonl"}]},
+    )
+    assert prepare(given, tmp_path, progress=False).report["unknown_tokens"] == 3
+
+
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 

@@ -160,7 +160,7 @@ def write(
                 text_bytes[side] += size
                 advance(size)
                 for example in examples:
-                    unknown += _unknown(tokenizer, example)
+                    unknown += _unknown(tokenizer, encoder, example)
                     meta = {META: meta_bytes(example.meta)} if side == "validation" else {}
                     writers[side].add({**example.columns, **meta})
     bad.stop_if_any(recipe)
@@ -232,8 +232,8 @@ def _encoded(
         yield side, record, examples
 
 
-def _unknown(tokenizer: PreTrainedTokenizerBase, example: Example) -> int:
+def _unknown(tokenizer: PreTrainedTokenizerBase, encoder: RowEncoder, example: Example) -> int:
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown == tokenizer.eos_token_id:
         return 0
-    return int(list(example.columns["input_ids"]).count(unknown))
+    return sum(list(example.columns[name]).count(unknown) for name in encoder.length_columns)
