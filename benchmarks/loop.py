@@ -163,14 +163,14 @@ def run_ours(job: Job, clock: Clock) -> None:
             None,
             Checkpoints(Path(run_dir) / "checkpoints"),
             {},
-            [metrics, _Ticks(clock)],
+            [metrics, Ticks(clock)],
             StopRequest(None),
         )
         trainer.fit()
         metrics.close()
 
 
-class _Ticks:
+class Ticks:
     """A sink that stands last, so that a tick comes when the row is written."""
 
     def __init__(self, clock: Clock) -> None:
@@ -229,13 +229,13 @@ def run_transformers(job: Job, clock: Clock) -> None:
         train_dataset=[{"input_ids": row.input_ids} for rows in job.rows for row in rows],
         data_collator=pad_right,
         optimizers=(optimizer, schedule),
-        callbacks=[_Log(clock)],
+        callbacks=[Log(clock)],
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
 
 
-class _Log(transformers.TrainerCallback):
+class Log(transformers.TrainerCallback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
 
@@ -272,21 +272,21 @@ CONTENDERS: dict[str, Callable[[Job, Clock], None]] = {
 # --- the comparison ---------------------------------------------------------------------------------------------------
 
 
-def race(job: Job) -> dict[str, Clock]:
+def race(job: Any, contenders: Mapping[str, Callable[[Any, Clock], None]]) -> dict[str, Clock]:
     """All contenders once through the job, one update each in turn."""
     reset_accelerate()
     done = threading.Semaphore(0)
-    clocks = {name: Clock(done) for name in CONTENDERS}
+    clocks = {name: Clock(done) for name in contenders}
 
     def contend(name: str) -> None:
         try:
             clocks[name].start()
-            CONTENDERS[name](job, clocks[name])
+            contenders[name](job, clocks[name])
         finally:
             done.release()
 
-    with ThreadPoolExecutor(len(CONTENDERS)) as threads:
-        running = {name: threads.submit(contend, name) for name in CONTENDERS}
+    with ThreadPoolExecutor(len(contenders)) as threads:
+        running = {name: threads.submit(contend, name) for name in contenders}
         for _ in range(len(job.rows) + 1):  # the last turn is for what comes after the last update
             for name, clock in clocks.items():
                 if not running[name].done():
@@ -308,7 +308,7 @@ def compare(case: str, job: Job, repeats: int) -> bool:
     by_cpu: list[dict[str, float]] = []
     curves: dict[str, list[float]] = {}
     for repeat in range(repeats):
-        clocks = race(job)
+        clocks = race(job, CONTENDERS)
         curves = {name: clock.losses for name, clock in clocks.items()}
         assert all(len(losses) == len(job.rows) for losses in curves.values())
         wall = {name: sum(clock.wall[WARM_UP_UPDATES:]) for name, clock in clocks.items()}
