@@ -45,26 +45,30 @@ def check_teacher(
     Raises:
         RecipeError: the teacher has another vocabulary, or other labels.
     """
-    config = read_config(section, {}, key="distillation.teacher")
+    _check_vocabulary(section, tokenizer)
     if recipe.task == "classification":
-        theirs = {str(label): int(i) for label, i in (config.label2id or {}).items()}
+        theirs = read_config(section, {}, key="distillation.teacher").label2id or {}
         absent = [label for label in facts["labels"] if label not in theirs]
         if absent:
             raise RecipeError(
                 f"distillation.teacher: {section.path} has the labels {', '.join(theirs)}, but not "
                 f"{', '.join(absent)}. A teacher must know the labels of the data."
             )
-        return [theirs[label] for label in facts["labels"]]
+        return [int(theirs[label]) for label in facts["labels"]]
     if recipe.rows.head == "fused":  # type: ignore[attr-defined]
         raise RecipeError(f"{recipe.task}.head: fused makes no logits, which a student needs; leave it out")
-    vocabulary = load_tokenizer(str(section.path), revision=section.revision).get_vocab()
+    return list(range(max(tokenizer.get_vocab().values()) + 1))
+
+
+def _check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The teacher reads the student's token ids. Raises RecipeError if they mean something else to it."""
+    theirs = load_tokenizer(str(section.path), revision=section.revision).get_vocab()
     ours = tokenizer.get_vocab()
-    if different := {token for token, i in ours.items() if vocabulary.get(token) != i}:
+    if different := {token for token, i in ours.items() if theirs.get(token) != i}:
         raise RecipeError(
             f"distillation.teacher: {section.path} has another vocabulary ({len(different):,} of {len(ours):,} tokens "
             "have another id or none there). Teacher and student must share their tokenizer: set tokenizer.path to it."
         )
-    return list(range(max(ours.values()) + 1))
 
 
 def load_teacher(section: ModelSection, auto_class: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -73,7 +73,9 @@ def teachers(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str,
 
 def write_student(folder: Path, task: str, teacher: Path, **changes: Any) -> Path:
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    more = {"sft": {"generation": None}, "tokenizer": {"train": None, "path": str(teacher)}} if task == "sft" else {}
+    more: dict[str, Any] = {"tokenizer": {"train": None, "path": str(teacher)}}
+    if task == "sft":
+        more["sft"] = {"generation": None}
     distillation = {"teacher": str(teacher), "temperature": 2.0, **changes}
     return write_tiny(folder, task, model={"config": small}, distillation=distillation, **more)
 

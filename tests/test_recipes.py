@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from support import ROOT, eval_rows, start, train_rows
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+NEEDS = re.compile(r"^# Needs: ptft train (\w+)$", re.MULTILINE)  # a recipe that must have run before
 SMOKE = ["train.max_steps=3", "eval.every=3", "eval.max_rows=8", "save.every=3", "data.train.0.limit=40"]
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
 def test_a_shipped_recipe_runs(path: Path, tmp_path: Path, cache: Path) -> None:
-    smoke = [*SMOKE, "data.validation=0.2", "run_dir=run", "batch.global_size=8", "batch.micro_size=2"]
+    smoke = [*SMOKE, "data.validation=0.2", "batch.global_size=8", "batch.micro_size=2"]
+    for name in NEEDS.findall(path.read_text()):
+        needed = start("train", name, *smoke, cwd=tmp_path, cache=cache, ranks=2)
+        assert needed.wait() == 0, needed.stderr
+    smoke.append("run_dir=run")
     run = start("train", str(path), *smoke, cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 0, run.stderr
     assert len(train_rows(tmp_path / "run")) == 3
