@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptft_dist.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,17 @@ class Frame:
     text_types: tuple[int, ...]
 
     @classmethod
-    def of(cls, backend: Any, texts: int) -> Frame:
-        """backend: the Rust tokenizer. texts: 1 or 2.
+    def of(cls, tokenizer: PreTrainedTokenizerBase, backend: Any, texts: int) -> Frame:
+        """backend: the tokenizer's own, in Rust. texts: 1 or 2.
 
         Raises:
-            RecipeError: the tokenizer makes no token of the letter `a`, so nothing can be learned from it.
+            RecipeError: nothing can be learned with this tokenizer.
         """
+        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+            raise RecipeError(
+                f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token to fill rows up with. Name "
+                "one as pad_token in its tokenizer_config.json, or use another tokenizer."
+            )
         probe = backend.encode(*["a"] * texts, add_special_tokens=True)
         frame = cls(
             tuple([] for _ in range(texts + 1)),

@@ -33,7 +33,7 @@ class QuestionRows(RowEncoder):
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
         super().__init__(recipe, tokenizer, facts)
-        self.frame = Frame.of(self.backend, 2)
+        self.frame = Frame.of(tokenizer, self.backend, 2)
         self.stride, self.cls = recipe.question_answering.stride, tokenizer.cls_token_id
         if self.max_length - len(self.frame) <= self.stride:
             raise RecipeError(

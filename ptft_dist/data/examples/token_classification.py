@@ -37,13 +37,13 @@ class TaggedRows(RowEncoder):
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
         super().__init__(recipe, tokenizer, facts)
         self.ids = {tag: i for i, tag in enumerate(facts["labels"])}
-        self.frame = Frame.of(self.backend, 1)
+        self.frame = Frame.of(tokenizer, self.backend, 1)
         self.room = self.max_length - len(self.frame)
         if self.room < 1:
             raise RecipeError(
                 f"data.max_length: {self.max_length} leaves no room beside {len(self.frame)} special tokens"
             )
-        self.filler = tokenizer.pad_token_id or 0
+        self.filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.sentences = 0
         if recipe.tokenizer.path is not None and _spaces_matter(self.backend):
             logging.getLogger("ptft").warning(
