@@ -373,6 +373,7 @@ def samples(run_dir: Path) -> list[dict[str, Any]]:
 def test_every_row_is_written_once_whatever_the_ranks_and_batches(tmp_path: Path, cache: Path) -> None:
     thirteen(tmp_path)
     runs = {"whole": (1, "cpu", []), "one": (1, "cpu", ["eval.micro_size=1"]), "two": (2, "cpu", ["eval.micro_size=4"])}
+    runs["sharded"] = (2, "cpu_zero3", ["eval.micro_size=1"])  # ranks whose rows end at different steps
     for name, (ranks, kind, more) in runs.items():
         run = start("train", "recipe.yaml", f"run_dir={name}", *more, cwd=tmp_path, cache=cache, ranks=ranks, kind=kind)
         assert run.wait() == 0, run.stderr
@@ -380,8 +381,8 @@ def test_every_row_is_written_once_whatever_the_ranks_and_batches(tmp_path: Path
     assert [(row["step"], row["row"]) for row in expected] == [(step, row) for step in (4, 8) for row in range(13)]
     rows = made(13, rewritten)
     assert [{"source": s["source"], "target": s["reference"]} for s in expected[:13]] == rows
-    assert len({row["prediction"] for row in expected[13:]}) > 1
-    for name in ("one", "two"):
+    assert len({len(row["prediction"]) for row in expected[13:]}) > 1
+    for name in ("one", "two", "sharded"):
         assert samples(tmp_path / name) == expected
         for row, other in zip(eval_rows(tmp_path / name), eval_rows(tmp_path / "whole"), strict=True):
             assert row == pytest.approx(other, rel=1e-5)
