@@ -95,8 +95,7 @@ class CausalLM(BaseTask):
         return loss_sum, (targets != IGNORE).sum()
 
     def logprobs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
-        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T], or fewer positions if only those
-        have targets."""
+        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T]."""
         targets = inputs["targets"]
         if fused:
             network_inputs = {key: x for key, x in inputs.items() if not key.startswith("targets")}
@@ -107,7 +106,11 @@ class CausalLM(BaseTask):
         flat = F.cross_entropy(
             logits.reshape(-1, logits.size(-1)).float(), kept.reshape(-1), ignore_index=IGNORE, reduction="none"
         )
-        return -flat.view(kept.shape)
+        if kept.shape == targets.shape:
+            return -flat.view(targets.shape)
+        everywhere = flat.new_zeros(targets.shape)
+        everywhere[:, (targets != IGNORE).any(0)] = -flat.view(kept.shape)
+        return everywhere
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target; on an accelerator, where
