@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from support import eval_rows, merge, start
-from tiny import made, rewritten, write_rows, write_tiny
+from support import merge
+from tiny import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForSeq2SeqLM,
@@ -350,70 +348,3 @@ def test_metric_names_follow_the_settings() -> None:
 def test_generation_without_validation_is_refused() -> None:
     with pytest.raises(ValidationError, match="generation has no effect here"):
         recipe(seq2seq={"generation": {}})
-
-
-# --- whole runs -------------------------------------------------------------------------------------------------------
-
-
-def thirteen(folder: Path, **changes: Any) -> Path:
-    """The tiny recipe with 13 validation rows of their own, all of them shown."""
-    path = write_tiny(folder, "seq2seq")
-    write_rows(folder / "validation.jsonl", made(13, rewritten))
-    raw = json.loads(path.read_text()) | changes
-    raw["data"]["validation"] = [{"path": "validation.jsonl"}]
-    raw["seq2seq"]["generation"] = {"max_new_tokens": 10, "show": 100}
-    path.write_text(json.dumps(raw))
-    return path
-
-
-def samples(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "samples.jsonl").read_text().splitlines()]
-
-
-def test_every_row_is_written_once_whatever_the_ranks_and_batches(tmp_path: Path, cache: Path) -> None:
-    thirteen(tmp_path)
-    runs = {"whole": (1, "cpu", []), "one": (1, "cpu", ["eval.micro_size=1"]), "two": (2, "cpu", ["eval.micro_size=4"])}
-    runs["sharded"] = (2, "cpu_zero3", ["eval.micro_size=1"])  # ranks whose rows end at different steps
-    for name, (ranks, kind, more) in runs.items():
-        run = start("train", "recipe.yaml", f"run_dir={name}", *more, cwd=tmp_path, cache=cache, ranks=ranks, kind=kind)
-        assert run.wait() == 0, run.stderr
-    expected = samples(tmp_path / "whole")
-    assert [(row["step"], row["row"]) for row in expected] == [(step, row) for step in (4, 8) for row in range(13)]
-    rows = made(13, rewritten)
-    assert [{"source": s["source"], "target": s["reference"]} for s in expected[:13]] == rows
-    assert len({len(row["prediction"]) for row in expected[13:]}) > 1
-    for name in ("one", "two", "sharded"):
-        assert samples(tmp_path / name) == expected
-        for row, other in zip(eval_rows(tmp_path / name), eval_rows(tmp_path / "whole"), strict=True):
-            assert row == pytest.approx(other, rel=1e-5)
-    assert eval_rows(tmp_path / "whole")[-1]["eval/exact_match"] == pytest.approx(
-        sum(row["prediction"].strip() == row["reference"] for row in expected[13:]) / 13
-    )
-
-
-def test_the_exported_model_writes_the_samples(tmp_path: Path, cache: Path) -> None:
-    """Loaded with transformers alone, from the run's last evaluation."""
-    thirteen(tmp_path, model={"config": BART}, train={"max_steps": 4, "precision": "fp32"})
-    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
-    assert run.wait() == 0, run.stderr
-    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run/model").eval()
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
-    for sample in samples(tmp_path / "run"):
-        ids = torch.tensor([[*tokenizer(sample["source"]).input_ids[:31], tokenizer.eos_token_id]])
-        written = model.generate(ids, max_new_tokens=10)[0]
-        assert tokenizer.decode(written, skip_special_tokens=True) == sample["prediction"]
-
-
-def test_a_resume_cuts_the_samples_behind_its_checkpoint(tmp_path: Path, cache: Path) -> None:
-    thirteen(tmp_path, eval={"every": 2})
-    whole = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
-    assert whole.wait() == 0, whole.stderr
-    expected = samples(tmp_path / "run")
-    assert {row["step"] for row in expected} == {2, 4, 6, 8}
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
-    with (tmp_path / "run/samples.jsonl").open("a") as file:
-        file.write('{"step": 8, "row": 0, "torn')  # as a kill leaves it
-    again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
-    assert again.wait() == 0, again.stderr
-    assert "update 4 of 8" in again.stderr
-    assert samples(tmp_path / "run") == expected
