@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -21,6 +22,8 @@ METRICS = ("hard_loss", "divergence")
 
 class Distillable(Task, Protocol):
     """A task that chooses from a fixed list: tokens, or labels."""
+
+    takes_positions: bool
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [..., C] and targets: ids [...], -100 where there is none, or a yes or no for each choice [..., C]."""
@@ -73,6 +76,8 @@ class Distillation:
 
     def install(self, model: PreTrainedModel) -> None:
         self.task.install(model)
+        if "logits_to_keep" not in inspect.signature(self.teacher.forward).parameters:
+            self.task.takes_positions = False  # both must give logits at the same positions
 
     def probe(self) -> Probe | None:
         return self.task.probe()
