@@ -182,6 +182,8 @@ class Trainer:
 
     def is_best(self, metrics: dict[str, float]) -> bool:
         progress, value = self.progress, metrics[self.recipe.eval.metric]
+        if progress.step == 0:
+            return False  # weights that have not learned are no candidate: no checkpoint holds them
         sign = 1 if self.recipe.eval.goal == "max" else -1
         if progress.best is not None and not sign * value > sign * progress.best:
             progress.worse_evaluations += 1
@@ -194,8 +196,9 @@ class Trainer:
         step = self.progress.step
         if step == self.saved_step:
             return
-        for sink in self.sinks:
-            sink.flush()
+        for sink in (*self.sinks, self.samples):
+            if sink is not None:
+                sink.flush()
         facts = {**self.facts, "progress": asdict(self.progress), "batches": self.batches.state_dict()}
         try:
             self.checkpoints.commit(step, self.engine.save_state, facts, self.engine, self.engine.state_bytes())

@@ -360,4 +360,6 @@ def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> 
     if outcome.finished:
         hint = f"   (ptft generate {run_dir} --prompt ...)" if trainer.recipe.task == "clm" else ""
         say(f"  {'model':<16} {run_dir / 'model'}{hint}")
+    if trainer.samples is not None:
+        say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
     say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")
