@@ -238,7 +238,7 @@ class EvalSection(Section):
     every: PositiveInt | None = None
     """Evaluate each time this many updates are done, and at the end; only at the end when not given."""
     at_start: bool = False
-    """Evaluate before the first update too."""
+    """Evaluate before the first update too; `best` and `patience` do not look at it."""
     micro_size: PositiveInt | None = None
     """Rows of one forward pass of one process; batch.micro_size, or what fits batch.micro_tokens, when not given."""
     max_rows: PositiveInt | None = None
