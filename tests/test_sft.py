@@ -232,6 +232,18 @@ def test_a_token_is_learned_if_it_shares_a_character_with_a_span() -> None:
     assert learned_tokens(offsets, []).tolist() == [0, 0, 0, 0, 0]
 
 
+def test_the_end_is_learned_also_where_padding_is_spelt_like_it(tokenizer: Any) -> None:
+    import copy
+
+    same = copy.deepcopy(tokenizer)
+    same.pad_token = same.eos_token
+    rows = [as_row(encode(same, {"messages": m})) for m in ([USER, ASSISTANT], [USER, ASSISTANT, *SECOND])]
+    batch = SupervisedFineTuning(recipe(), same, torch.device("cpu")).collate(rows)
+    ends = (batch.inputs["targets"] == same.eos_token_id).sum(1)
+    assert ends.tolist() == [1, 2]
+    assert batch.count == sum(int(row.columns["learned"].sum()) for row in rows)
+
+
 # --- templates --------------------------------------------------------------------------------------------------------
 
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
