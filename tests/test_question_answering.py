@@ -12,10 +12,12 @@ import pytest
 import torch
 from support import merge
 from tiny import write_rows
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from ptft_dist.batches import mask_all
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.examples.frame import Frame
 from ptft_dist.data.examples.question_answering import BROKEN, NO_ROOM
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Row
@@ -119,6 +121,44 @@ def test_windows_and_targets_are_those_of_transformers(tmp_path: Path, algorithm
     assert prepared.facts == {"unanswerable": sum(not row["answers"]["text"] for row in rows)}
 
 
+def test_a_target_has_all_tokens_of_the_answer_and_no_other(tmp_path: Path) -> None:
+    """Answers without spaces around them, in bytes, one token each (two for Ä): (text, first, last)."""
+    context = "(re)bl-Äx"
+    cases = [("re", 1, 2), ("bl", 4, 5), (")", 3, 3), ("Ä", 7, 8), ("x", 9, 9), ("(", 0, 0), (context, 0, 9)]
+    rows = [
+        {"question": "?", "context": context, "answers": {"text": [text], "answer_start": [context.index(text)]}}
+        for text, _, _ in cases
+    ]
+    bytes_alone = {"train": {"vocab_size": 260, "min_frequency": 10**6}}
+    prepared, _, _ = made(tmp_path, rows, questions(1), tokenizer=bytes_alone)
+    for i, (_, first, last) in enumerate(cases):
+        found = prepared.train.row(i).columns
+        begins = found["context"][0]
+        assert (found["start"][0] - begins, found["end"][0] - begins) == (first, last)
+
+
+@pytest.mark.parametrize(
+    ("single", "pair"),
+    [
+        ("<s> $A </s>", "<s> $A </s> </s> $B </s>"),  # RoBERTa
+        ("$A </s> <s>:2", "$A </s> $B:1 </s>:1 <s>:2"),  # XLNet
+        ("$A", "$A $B"),
+        ("<s> $A", "<s> $A <s>:1 $B:1"),  # Llama
+    ],
+)
+def test_special_tokens_stand_where_the_tokenizer_has_them(single: str, pair: str) -> None:
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=300), WORDS, ("bos=<s>", "eos=</s>", "pad"))
+    backend = tokenizer.backend_tokenizer
+    special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=special)
+    texts = ["a red panda", "runs"]
+    plain = [backend.encode(text, add_special_tokens=False).ids for text in texts]
+    for count in (1, 2):
+        whole, frame = backend.encode(*texts[:count]), Frame.of(tokenizer, backend, count)
+        assert frame.fill(*plain[:count]) == (whole.ids, whole.type_ids)
+        assert len(frame) == len(whole.ids) - sum(map(len, plain[:count]))
+
+
 def test_an_evaluation_reads_the_answer_back(tmp_path: Path) -> None:
     """The targets of every window, as a prediction, are the answers: all questions right, each counted once."""
     rows = questions(40)
@@ -188,6 +228,11 @@ def test_what_has_no_room_is_left_out_and_counted(tmp_path: Path) -> None:
     notes = prepared.report["notes"]
     assert notes[NO_ROOM] == [2, [f"{tmp_path}/train.jsonl:31", f"{tmp_path}/train.jsonl:32"]]
     assert notes[BROKEN] == [1, [f"{tmp_path}/train.jsonl:34"]]
+    # To the token: 40 less 3 special ones and a stride of 7. The tokenizer knows no ~, which is a byte each time.
+    known = {"train": None, "path": str(prepared.tokenizer_path)}
+    rows = [{"question": "~" * n, "context": context, "answers": NO_ANSWER} for n in (29, 30)]
+    prepared, _, _ = made(tmp_path, rows, questions(2), tokenizer=known)
+    assert prepared.report["notes"][NO_ROOM] == [1, [f"{tmp_path}/train.jsonl:2"]]
     with pytest.raises(RecipeError, match=r"question_answering\.stride: 37 leaves no room in data\.max_length \(40\)"):
         made(tmp_path, questions(3), questions(2), question_answering={"stride": 37})
 

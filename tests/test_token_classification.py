@@ -14,13 +14,15 @@ import pytest
 import torch
 from support import merge
 from tiny import write_rows
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, DataCollatorForTokenClassification
 
 from ptft_dist.batches import mask_all
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.examples.token_classification import misplaced
 from ptft_dist.data.formats import read_file
 from ptft_dist.data.prepare import Prepared, prepare
+from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.evaluation.entities import AVERAGES, entities, entity_scores, score_names
 from ptft_dist.tasks.token_classification import TokenClassification
@@ -343,6 +345,23 @@ def test_sentences_without_words_are_left_out_and_counted(tmp_path: Path) -> Non
 def test_labels_that_cannot_be(tmp_path: Path, section: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         make_recipe(tmp_path, [], [], token_classification=section)
+
+
+@pytest.mark.parametrize("algorithm", ["wordpiece", "bpe"])
+def test_a_tokenizer_that_wants_spaces_is_told_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, algorithm: str
+) -> None:
+    """A pretrained byte-level one, for words come to it without; not if it puts a space before each itself."""
+    section = TokenizerTraining.model_validate({"algorithm": algorithm, "vocab_size": 320})
+    texts = [" ".join(row["tokens"]) + " and and and" for row in sentences()]
+    tokenizer = train_tokenizer(section, texts, ("cls", "sep", "mask", "pad"))
+    for prefix_space in (False, True):
+        if algorithm == "bpe":
+            tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=prefix_space)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        caplog.clear()
+        made(tmp_path, sentences(), sentences(2), tokenizer={"train": None, "path": str(tmp_path / "tokenizer")})
+        assert ("add_prefix_space: true" in caplog.text) == (algorithm == "bpe" and not prefix_space)
 
 
 def test_no_room_beside_the_special_tokens(tmp_path: Path) -> None:
