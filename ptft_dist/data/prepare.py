@@ -220,7 +220,8 @@ class _Job:
             name, build = tokenizer_fingerprint(tokenizer), tokenizer.save_pretrained
         directory = self.cache / "tokenizers" / name
         build_once(directory, build, say=self.say)
-        return name, directory
+        # Known by its contents: learned anew from the same texts, wordpiece and unigram come out with other ids.
+        return self._directory_fingerprint(directory), directory
 
     def check_unchanged(self) -> None:
         """

@@ -38,7 +38,8 @@ def train_tokenizer(
     extra: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Learn a tokenizer with special tokens for `roles`, and the `extra` ones, which have no role. The same texts give
-    the same tokenizer, byte for byte.
+    the same tokenizer by `bpe`, byte for byte; by `wordpiece` and `unigram` one as good, for the library goes through
+    its words in a random order.
 
     If the texts do not hold enough repetition for settings.vocab_size, the tokenizer is smaller, and a warning says so.
 

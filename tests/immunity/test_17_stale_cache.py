@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,9 +111,26 @@ def test_other_training_settings_train_another_tokenizer(base: Path, settings: d
     raw = raw_recipe() | {"tokenizer": {"train": {"vocab_size": 280}}}
     before = run(base, raw)
     raw["tokenizer"] = {"train": {"vocab_size": 280} | settings}
+    assert run(base, raw).tokenizer_path != before.tokenizer_path
+
+
+def test_a_tokenizer_that_comes_out_otherwise_makes_a_new_store(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learned anew after the cache was lost, wordpiece gives the same words other ids: old rows would be nonsense."""
+    raw = raw_recipe() | {"tokenizer": {"train": {"vocab_size": 280}}}
+    before = run(base, raw)
+    shutil.rmtree(before.tokenizer_path)
+    learn = module.train_tokenizer
+
+    def learn_otherwise(*arguments: Any) -> Any:
+        tokenizer = learn(*arguments)
+        tokenizer.add_tokens(["line 1"])
+        return tokenizer
+
+    monkeypatch.setattr(module, "train_tokenizer", learn_otherwise)
     after = run(base, raw)
+    assert after.tokenizer_path == before.tokenizer_path
     assert not after.from_cache
-    assert after.tokenizer_path != before.tokenizer_path
+    assert after.fingerprint != before.fingerprint
 
 
 def test_another_share_trains_another_tokenizer(base: Path) -> None:
