@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.config.recipe import ModelSection, Recipe
+from ptft_dist.data.cache import HashMemo, cache_root, fingerprint
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.models.load import build_model, local_or_hub, read_config
@@ -69,6 +70,17 @@ def _check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase)
             f"distillation.teacher: {section.path} has another vocabulary ({len(different):,} of {len(ours):,} tokens "
             "have another id or none there). Teacher and student must share their tokenizer: set tokenizer.path to it."
         )
+
+
+def teacher_fingerprint(recipe: Recipe, section: ModelSection, base: Path) -> str:
+    """Of its files, or its commit on the Hub: another teacher makes another run."""
+    assert section.path is not None
+    folder = Path(section.path)
+    if not folder.is_dir():
+        return str(getattr(read_config(section, {}, key="distillation.teacher"), "_commit_hash", None))
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".safetensors", ".bin"))
+    memo = HashMemo(cache_root(recipe.data.cache_dir, base.absolute()) / "hashes.json", lambda _: None)
+    return fingerprint([[file.name for file in files], memo.digests(files)])
 
 
 def load_teacher(section: ModelSection, auto_class: Any, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -184,7 +184,7 @@ class Trainer:
         progress, value = self.progress, metrics[self.recipe.eval.metric]
         if progress.step == 0:
             return False  # weights that have not learned are no candidate: no checkpoint holds them
-        sign = 1 if self.recipe.eval.goal == "max" else -1
+        sign = 1 if self.recipe.eval.larger_is_better else -1
         if progress.best is not None and not sign * value > sign * progress.best:
             progress.worse_evaluations += 1
             return False

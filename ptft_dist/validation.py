@@ -45,7 +45,7 @@ class Validation:
         numbers = engine.all_sum(*averages.sums(), *map(float, counts)).tolist()
         loss, others = averages.read(numbers[: -len(counts)], numbers[-len(counts) :])
         scores: tuple[dict[str, float], list[dict[str, Any]]] = ({}, [])
-        gathered = engine.gather_objects(predictions)
+        gathered = engine.gather_on_main(predictions)
         if engine.is_main:
             found = {row: prediction for part in gathered for row, prediction in part}
             scores = task.scores({row: found[row] for row in sorted(found)}, self.store.row)

@@ -45,7 +45,7 @@ from ptft_dist.stopping import StopRequest
 from ptft_dist.tasks import Task, task_class
 from ptft_dist.tasks.distillation import METRICS as DISTILLATION_METRICS
 from ptft_dist.tasks.distillation import Distillation
-from ptft_dist.teacher import Teacher, check_teacher, load_teacher, teacher_section
+from ptft_dist.teacher import Teacher, check_teacher, load_teacher, teacher_fingerprint, teacher_section
 from ptft_dist.trainer import Outcome, Trainer
 from ptft_dist.validation import Validation
 
@@ -129,6 +129,8 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         section = teacher_section(recipe, loaded.base)
         teacher = Teacher(section, check_teacher(recipe, section, tokenizer, prepared.facts))
     who = identity(loaded, prepared.fingerprint)
+    if teacher is not None:
+        who["distillation.teacher's files"] = teacher_fingerprint(recipe, teacher.section, loaded.base)
     kind = planned_kind(where.world_size, knobs)
     checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints")
     resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
@@ -351,7 +353,7 @@ def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> 
     write_result(run_dir, result)
     say(f"{result['status']} after update {progress.step}: {outcome.reason}")
     for name, last in progress.metrics.items():
-        first = progress.first_metrics[name]
+        first = progress.first_metrics.get(name)  # none, where a new metric was accepted at a resume
         say(
             f"  {name:<16} {first:.4g} -> {last:.4g}  ({last / first - 1:+.0%})"
             if first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,48 @@ def test_another_vocabulary_and_other_labels_are_refused(
     refused = start("train", "recipe.yaml", cwd=folder, cache=cache)
     assert refused.wait() == 2
     assert "but not beast" in refused.stderr
+
+
+def test_a_decoder_teacher_reads_the_students_padding(tmp_path: Path, cache: Path) -> None:
+    """Its own config may name another pad token, or none; the losses must not depend on how rows are padded."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    write_tiny(tmp_path, "classification")
+    first = start("train", "recipe.yaml", "train.max_steps=1", cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    student = tmp_path / "run/model"
+    saved = AutoConfig.from_pretrained(student)
+    labels = {"id2label": saved.id2label, "label2id": saved.label2id}
+    sizes = {"vocab_size": saved.vocab_size, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    config = AutoConfig.for_model("gpt2", **sizes, **labels, pad_token_id=None)
+    teacher = tmp_path / "teacher"
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(teacher)
+    for file in student.glob("tokenizer*"):
+        (teacher / file.name).write_bytes(file.read_bytes())
+    write_student(tmp_path, "classification", teacher)
+    losses = {}
+    for size in (1, 12):
+        run = start("train", "recipe.yaml", f"run_dir=by{size}", f"batch.micro_size={size}", cwd=tmp_path, cache=cache)
+        assert run.wait() == 0, run.stderr
+        losses[size] = [row["loss"] for row in train_rows(tmp_path / f"by{size}")]
+    assert losses[1] == pytest.approx(losses[12], rel=1e-5)
+
+
+def test_another_teacher_in_the_same_place_is_another_run(
+    tmp_path: Path, cache: Path, teachers: dict[str, Path]
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teachers["sft"], teacher)
+    write_student(tmp_path, "sft", teacher)
+    first = start("train", "recipe.yaml", "train.max_steps=4", cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    from safetensors.torch import load_file, save_file
+
+    changed = {name: tensor * 1.5 for name, tensor in load_file(teacher / "model.safetensors").items()}
+    save_file(changed, teacher / "model.safetensors", metadata={"format": "pt"})
+    again = start("train", "recipe.yaml", "train.max_steps=4", cwd=tmp_path, cache=cache)
+    assert again.wait() == 4
+    assert "distillation.teacher's files" in again.stderr
 
 
 def test_settings_that_cannot_work(tmp_path: Path) -> None:

@@ -244,6 +244,88 @@ def test_the_end_is_learned_also_where_padding_is_spelt_like_it(tokenizer: Any) 
     assert batch.count == sum(int(row.columns["learned"].sum()) for row in rows)
 
 
+def test_a_lone_answer_and_an_empty_prompt_can_be_evaluated(tokenizer: Any) -> None:
+    alone = encode(tokenizer, {"messages": [ASSISTANT]})
+    assert alone.meta["source"] == ""
+    assert alone.meta["reference"] == "it sleeps"
+    empty = encode(tokenizer, {"prompt": "", "completion": "it sleeps"})
+    assert empty.meta["prompt"] == [tokenizer.bos_token_id]
+
+
+def test_what_is_written_is_the_last_answer_that_begins_within_the_row(tokenizer: Any) -> None:
+    values = {"messages": [USER, ASSISTANT, *SECOND]}
+    whole = encode(tokenizer, values)
+    assert whole.meta["reference"] == "runs"
+    assert whole.meta["source"] == "and the dog"
+    assert tokenizer.decode(whole.meta["prompt"]).endswith("and the dog<|im_end|>\n<|im_start|>assistant\n")
+    first = encode(tokenizer, values, max_length=len(whole.meta["prompt"]) - 3)
+    assert first.meta["reference"] == "it sleeps"
+    assert first.meta["source"] == "a red cat"
+    assert len(first.meta["prompt"]) < len(first.columns["input_ids"])
+
+
+def test_the_end_of_a_turn_ends_what_is_written_and_exported(tokenizer: Any) -> None:
+    """A base model's tokenizer: ChatML's tokens, but another EOS, and no PAD."""
+    import copy
+
+    base = copy.deepcopy(tokenizer)
+    base.eos_token, base.pad_token = "<|bos|>", None
+    encoder = ConversationRows(recipe(), base, {})
+    encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "rows.jsonl:1"))
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert encoder.facts["end_of_turn"] == end
+    task = SupervisedFineTuning(recipe(), base, torch.device("cpu"), encoder.facts)
+    model = tiny_model(tokenizer, recipe())
+    task.install(model)
+    assert set(task.eos_ids) >= {end, base.eos_token_id}
+    assert end in model.generation_config.eos_token_id
+    assert task.fill_id == base.eos_token_id  # skipped as special when read; id 0 would be a word
+
+
+def test_added_chat_tokens_are_special(tmp_path: Path) -> None:
+    """What the message of a tokenizer without a template proposes."""
+    folder = tmp_path / "plain"
+    train_tokenizer(TokenizerTraining(vocab_size=300), [" ".join(WORDS)] * 5).save_pretrained(folder)
+    changes = {
+        "tokenizer": {"train": None, "path": str(folder), "add": ["<|im_start|>", "<|im_end|>", "dog"]},
+        "sft": {"template": "chatml"},
+        "data": {"max_length": 64},
+    }
+    found = prepared_rows(tmp_path, made(20, talked), **changes)
+    from transformers import AutoTokenizer
+
+    added = {
+        str(t): t.special for t in AutoTokenizer.from_pretrained(found.tokenizer_path).added_tokens_decoder.values()
+    }
+    assert (added["<|im_start|>"], added["<|im_end|>"], added["dog"]) == (True, True, False)
+    assert found.facts["end_of_turn"] is not None
+
+
+def test_files_in_folders_with_signs_are_told_apart(tokenizer: Any) -> None:
+    encoder = ConversationRows(recipe(), tokenizer, {})
+    encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "k#1/a.jsonl:1"))
+    encoder.pieces(Record({"instruction": "a", "output": "b"}, "k#1/b.jsonl:1"))
+
+
+def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: Path) -> None:
+    with pytest.raises(ValueError, match="generation has no effect here"):
+        recipe(shape="text", generation={"max_new_tokens": 4})
+    with pytest.raises(ValueError, match="system has no effect here"):
+        recipe(shape="text", system="be kind")
+    write_tiny(tmp_path, "sft", sft={"generation": {"max_new_tokens": 33}})  # 32 + 33 > 64 positions
+    refused = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert refused.wait() == 2
+    assert "sft.generation.max_new_tokens: data.max_length and it make 65" in refused.stderr
+
+
+def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:
+    write_tiny(tmp_path, "sft")
+    with pytest.raises(DataError, match=r"fields: \{system: sytem\}: no row of this source has a column 'sytem'"):
+        prepared_rows(
+            tmp_path, made(20, talked), data={"train": [{"path": "rows.jsonl", "fields": {"system": "sytem"}}]}
+        )
+
+
 # --- templates --------------------------------------------------------------------------------------------------------
 
 NO_SYSTEM = "{% for m in messages if m.role != 'system' %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"

@@ -131,7 +131,8 @@ class BatchSection(Section):
     micro_size: PositiveInt | None = None
     """Rows of one forward pass of one process. Accumulation follows: global_size / (processes x micro_size)."""
     micro_tokens: PositiveInt | None = None
-    """Instead of micro_size: at most this many tokens, padding included, in one forward pass of one process."""
+    """Instead of micro_size: at most this many tokens, padding included, in one forward pass of one process. (For text
+    to text a row's length is source and target together; each is padded for itself, so a bit more can go through.)"""
     group_by_length: bool = True
     """Sort the rows of one update by length before they are cut into micro-batches: less padding, the same update."""
 
@@ -245,10 +246,19 @@ class EvalSection(Section):
     """Use only the first this many validation rows."""
     metric: str = "loss"
     """What `best` and `patience` look at: a name as it stands in the log, without the `eval/`."""
-    goal: Literal["min", "max"] = "min"
-    """Whether a smaller or a larger metric is better."""
+    goal: Literal["min", "max"] | None = None
+    """Whether a smaller or a larger metric is better; when not given, a smaller one for losses, errors and perplexity,
+    and a larger one for all other scores."""
     patience: PositiveInt | None = None
     """Stop after this many evaluations in a row without a better metric."""
+
+    @property
+    def larger_is_better(self) -> bool:
+        if self.goal is not None:
+            return self.goal == "max"
+        return self.metric not in ("loss", "perplexity", "mse", "mae", "divergence") and not self.metric.endswith(
+            "_loss"
+        )
 
 
 class SaveSection(Section):
@@ -334,6 +344,9 @@ class Recipe(Section):
         for name in ("every", "at_start", "micro_size", "max_rows", "patience", "metric", "goal"):
             if getattr(self.eval, name) != EvalSection.model_fields[name].default and not self.validated:
                 raise ValueError(f"eval.{name} has no effect here: it needs data.validation")
+        for name in self.rows.evaluation_only:
+            if getattr(self.rows, name) != type(self.rows).model_fields[name].default and not self.validated:
+                raise ValueError(f"{self.task}.{name} has no effect here: it needs data.validation")
         for name, value in (("best", self.save.best), ("every", self.eval.patience)):
             if value and self.eval.every is None:
                 what = "save.best" if name == "best" else "eval.patience"

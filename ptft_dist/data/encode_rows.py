@@ -175,7 +175,7 @@ def write(
         "bad_rows": bad.count,
         "bad_rows_at": bad.first,
         "notes": notes.found,
-        "facts": facts,
+        "facts": dict(encoder.facts),
         "max_length": recipe.data.max_length,
         "packing": packing,
         "vocabulary": len(tokenizer),

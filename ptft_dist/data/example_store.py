@@ -3,6 +3,7 @@
     <column>.bin           every example's values, end to end
     <column>.offsets.npy   int64 [N + 1]: where each example begins in it, and at the end their total number
     rows.npy, members.npy  only with packing: int64 [R + 1] and [N]; row r holds members[rows[r]:rows[r + 1]]
+    lengths.npy            only with packing: int64 [R], the tokens of each row
     store.json             counts, columns and file sizes; written last, so a store without it is not one
 
 The column `input_ids` is always there. `meta` is JSON in UTF-8, what an evaluation must know of an example.
@@ -74,7 +75,10 @@ class ExampleWriter:
             packed = best_fit(np.array(self._lengths, np.int64), self._max_length)
             rows = len(packed)
             np.save(self._path / "rows.npy", np.cumsum([0, *map(len, packed)]))
-            np.save(self._path / "members.npy", np.array([i for row in packed for i in row], np.int64))
+            members = np.array([i for row in packed for i in row], np.int64)
+            np.save(self._path / "members.npy", members)
+            lengths = np.array(self._lengths, np.int64)
+            np.save(self._path / "lengths.npy", np.array([lengths[row].sum() for row in packed], np.int64))
         summary = {
             "version": EXAMPLE_STORE_VERSION,
             "rows": rows,
@@ -99,12 +103,13 @@ class ExampleStore:
         self._count: int = summary["rows"]
         self._length_columns: list[str] = summary["length_columns"]
         self._columns = {
-            name: (_mapped(path / f"{name}.bin", dtype), np.load(path / f"{name}.offsets.npy", mmap_mode="r"))
+            name: (_mapped(path / f"{name}.bin", dtype), _loaded(path / f"{name}.offsets.npy"))
             for name, dtype in summary["columns"].items()
         }
         packing = summary["packing"]
-        self._rows = np.load(path / "rows.npy", mmap_mode="r") if packing else None
-        self._members = np.load(path / "members.npy", mmap_mode="r") if packing else None
+        self._rows = _loaded(path / "rows.npy") if packing else None
+        self._members = _loaded(path / "members.npy") if packing else None
+        self._row_lengths = _loaded(path / "lengths.npy") if packing else None
 
     @classmethod
     def open(cls, path: Path) -> ExampleStore:
@@ -133,18 +138,12 @@ class ExampleStore:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and (indices.min() < 0 or indices.max() >= self._count):
             raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
-        if self._rows is None:
-            return self._example_lengths(indices)
-        assert self._members is not None
-        starts, stops = self._rows[indices], self._rows[indices + 1]
-        sums = [self._example_lengths(self._members[a:b]).sum() for a, b in zip(starts, stops, strict=True)]
-        return np.array(sums, np.int64)
-
-    def _example_lengths(self, examples: np.ndarray) -> np.ndarray:
-        total = np.zeros(np.shape(examples), np.int64)
+        if self._row_lengths is not None:
+            return self._row_lengths[indices]
+        total = np.zeros(indices.shape, np.int64)
         for name in self._length_columns:
             offsets = self._columns[name][1]
-            total += offsets[examples + 1] - offsets[examples]
+            total += offsets[indices + 1] - offsets[indices]
         return total
 
     def row(self, i: int) -> Row:
@@ -212,6 +211,11 @@ class _Column:
         if self._waiting_values:
             self._file.write(np.concatenate(self._waiting).data)
         self._waiting, self._waiting_values = [], 0
+
+
+def _loaded(path: Path) -> np.ndarray:
+    """A plain array over the map: np.memmap as a class costs a few microseconds at every slice."""
+    return np.asarray(np.load(path, mmap_mode="r"))
 
 
 def _mapped(path: Path, dtype: str) -> np.ndarray:

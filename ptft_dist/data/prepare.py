@@ -174,6 +174,8 @@ class _Job:
         if isinstance(section, DocumentRows) and recipe.task != "mlm_nsp":
             return settings | {"packing": section.packing, "boundaries": section.boundaries}
         settings |= {"task": recipe.task, "section": section.model_dump(exclude=set(section.after_prepare))}
+        if recipe.task == "sft":  # which tokens are learned is the libraries' affair too
+            settings["libraries"] = [version("transformers"), version("trl")]
         settings |= {"bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed if section.draws else None}
         if recipe.data.augment:
             settings["seed"] = recipe.train.seed
@@ -195,9 +197,10 @@ class _Job:
             known = tokenizer.get_vocab()
             if double := [word for word in self.recipe.tokenizer.add if word in known]:
                 raise RecipeError(f"tokenizer.add: {double[0]!r} is a token already. Remove it.")
-            tokenizer.add_tokens([AddedToken(word, normalized=False, special=False) for word in added])
             if template is not None:
                 tokenizer.chat_template = template
+            control = str(tokenizer.chat_template or "")  # what a template spells is control, not text
+            tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
             tokenizer.save_pretrained(target)
 
         changed = fingerprint([name, added, template, version("transformers")])
@@ -263,7 +266,9 @@ class _Job:
         section = self.recipe.rows
         if isinstance(section, DocumentRows):
             return []
-        settings = {key: value for key, value in section.model_dump().items() if key in section.text_settings}
+        settings = section.model_dump(exclude=set(section.after_prepare))
+        if self.recipe.data.bad_rows == "stop":  # or else every setting may decide which rows are usable
+            settings = {key: value for key, value in settings.items() if key in section.text_settings}
         return [self.recipe.task, settings, self.recipe.data.bad_rows]
 
     def _directory_fingerprint(self, directory: Path) -> str:

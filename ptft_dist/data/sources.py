@@ -45,14 +45,18 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
         DataError: as `read_documents`.
     """
     columns = [source.fields.get(role, role) for role in roles]
+    unseen = dict(source.fields)
     for record in _read(source, base, columns):
         values = dict(record.values)
         for role, column in source.fields.items():
             if column in record.values:
+                unseen.pop(role, None)
                 values[role] = record.values[column]
                 if column not in source.fields:
                     values.pop(column, None)
         yield Record(values, record.where)
+    for role, column in unseen.items():
+        raise DataError(f"fields: {{{role}: {column}}}: no row of this source has a column {column!r}. Correct it.")
 
 
 def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:

@@ -181,6 +181,14 @@ class Engine:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """`value` of every rank, on rank 0; an empty list on the others."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.world_size if self.is_main else []
+        dist.gather_object(value, gathered if self.is_main else None)
+        return gathered
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -23,6 +23,8 @@ METRICS = ("hard_loss", "divergence")
 class Distillable(Task, Protocol):
     """A task that chooses from a fixed list: tokens, or labels."""
 
+    pad_id: int
+    has_types: bool
     takes_positions: bool
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,9 +53,9 @@ class Distillation:
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """loss_sum [2]: (1 - hard) and hard shares included."""
-        logits, targets = self.task.choices(model, inputs)
+        logits, targets = self.task.choices(model, inputs_of(model, inputs))
         with torch.no_grad():
-            theirs, _ = self.task.choices(self.teacher, inputs)
+            theirs, _ = self.task.choices(self.teacher, inputs_of(self.teacher, inputs))
         hard_sum, hard_count = self.task.loss_of(logits, targets)
         there = chosen(targets)
         ours, theirs = logits[..., : len(self.order)].float(), theirs.float().index_select(-1, self.order)
@@ -65,7 +67,7 @@ class Distillation:
         return LossOut(torch.stack([share * hard_sum, (1 - share) * square * distance]), metrics)
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        own, with_teacher = self.task.evaluate(model, inputs), self.loss(model, inputs)
+        own, with_teacher = self.task.evaluate(model, inputs_of(model, inputs)), self.loss(model, inputs)
         return LossOut(with_teacher.loss_sum, {**own.metrics, **with_teacher.metrics}, own.predictions)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
@@ -75,7 +77,12 @@ class Distillation:
         return {**seen, "loss": totals["loss"], **{name: totals[name] for name in METRICS}}
 
     def install(self, model: PreTrainedModel) -> None:
+        """The student as the task wants it; the teacher reads the same rows, so it must know their padding too."""
         self.task.install(model)
+        for config in (self.teacher.config, self.teacher.config.get_text_config()):
+            config.pad_token_id = self.task.pad_id
+        if tells_types_apart(self.teacher):
+            self.task.has_types = True  # what the student does not know is kept from it below
         if "logits_to_keep" not in inspect.signature(self.teacher.forward).parameters:
             self.task.takes_positions = False  # both must give logits at the same positions
 
@@ -89,6 +96,16 @@ class Distillation:
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return self.task.scores(predictions, row)
+
+
+def tells_types_apart(model: Any) -> bool:
+    """Whether the network knows which of two texts a token belongs to."""
+    return (getattr(model.config, "type_vocab_size", None) or 0) > 1
+
+
+def inputs_of(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What this network takes of them: student and teacher may differ in token types."""
+    return {key: x for key, x in inputs.items() if key != "token_type_ids" or tells_types_apart(model)}
 
 
 def chosen(targets: torch.Tensor) -> torch.Tensor:

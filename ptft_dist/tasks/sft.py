@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.batches import EVALUATION_EPOCH, Batch
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
 from ptft_dist.evaluation.text import text_metric_names
 from ptft_dist.tasks import IGNORE, LossOut, pad
 from ptft_dist.tasks.clm import CausalLM
@@ -33,13 +34,31 @@ class SupervisedFineTuning(CausalLM):
     ) -> None:
         super().__init__(recipe, tokenizer, device, facts)
         self.settings, self.tokenizer = recipe.sft, tokenizer
-        self.eos_ids = [tokenizer.eos_token_id]
+        turn = (facts or {}).get("end_of_turn")  # the template's own, where that is not EOS
+        self.eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([] if turn is None else [turn])]))
+        # What stands behind a text's end is left out when it is read, and only special tokens are.
+        self.fill_id = self.eos_ids[0] if tokenizer.pad_token_id is None else self.pad_id
         self.noise = None if self.settings.neftune_alpha is None else EmbeddingNoise(self.settings.neftune_alpha)
 
     @classmethod
     def metric_names(cls, recipe: Recipe) -> Sequence[str]:
         generation = recipe.sft.generation
         return *super().metric_names(recipe), *(text_metric_names(generation) if generation else ())
+
+    @classmethod
+    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ARG003
+        """
+        Raises:
+            RecipeError: what is written at evaluations goes beyond the network's positions.
+        """
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if recipe.sft.generation is None or not isinstance(positions, int) or positions <= 0:
+            return
+        if (longest := recipe.data.max_length + recipe.sft.generation.max_new_tokens) > positions:
+            raise RecipeError(
+                f"sft.generation.max_new_tokens: data.max_length and it make {longest}, more than the model's "
+                f"max_position_embeddings ({positions}): lower one, or raise the other"
+            )
 
     def next_tokens(self, row: Row) -> np.ndarray:
         ids = row.input_ids[1:]
@@ -63,6 +82,8 @@ class SupervisedFineTuning(CausalLM):
         ends = getattr(model.generation_config, "eos_token_id", None)  # models with turns have several
         several = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self.eos_ids = list(dict.fromkeys([*self.eos_ids, *several]))
+        if model.generation_config is not None and set(self.eos_ids) != set(several):
+            model.generation_config.eos_token_id = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
         if self.noise is not None:
             model.get_input_embeddings().register_forward_hook(self.noise)
 
@@ -83,7 +104,7 @@ class SupervisedFineTuning(CausalLM):
         if self.settings.generation is None:
             return out
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        ids = write(model, prompts, self.settings.generation, pad_id=self.pad_id, eos_ids=self.eos_ids)
+        ids = write(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
         return LossOut(out.loss_sum, out.metrics, ids)
 
     def scores(

@@ -135,6 +135,7 @@ class QuestionAnsweringSection(TaskSection):
     """Settings of extractive question answering (Rajpurkar et al. 2016, SQuAD). Rows have `question`, `context` and
     `answers`: {text: [...], answer_start: [...]}, empty lists where the context has no answer."""
 
+    evaluation_only = ("max_answer_length", "n_best", "no_answer_margin")
     after_prepare = ("max_answer_length", "n_best", "no_answer_margin")
 
     stride: Annotated[int, Field(ge=0)] = 64

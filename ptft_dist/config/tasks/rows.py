@@ -12,6 +12,8 @@ class TaskSection(Section):
 
     after_prepare: ClassVar[tuple[str, ...]] = ()
     """Settings of a task with rows that change nothing in the prepared rows: only the network, loss or evaluation."""
+    evaluation_only: ClassVar[tuple[str, ...]] = ()
+    """Those of them that only an evaluation looks at."""
     text_settings: ClassVar[tuple[str, ...]] = ()
     """Those that decide which texts of a row a tokenizer learns from."""
     draws: ClassVar[bool] = False

@@ -96,6 +96,9 @@ class SftSection(TaskSection):
     def _check(self) -> Self:
         if self.generation is not None and self.packing:
             raise ValueError("generation needs rows of one conversation each: packing: false")
+        if self.generation is not None and self.shape == "text":
+            raise ValueError("generation has no effect here: it needs rows with answers, and shape: text has none")
+        only_with(self, ("system", "template"), self.shape != "text", "a shape with turns")
         return self
 
     @property

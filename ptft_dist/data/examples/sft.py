@@ -48,11 +48,13 @@ class ConversationRows(RowEncoder):
     def template(self) -> ChatTemplate:
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer)
-            self._end_is_learned(self._template)
+            end = self._end_is_learned(self._template)
+            self.facts = {**self.facts, "end_of_turn": self.tokenizer.convert_tokens_to_ids(end)}
         return self._template
 
-    def _end_is_learned(self, template: ChatTemplate) -> None:
-        """
+    def _end_is_learned(self, template: ChatTemplate) -> str:
+        """The special token that ends the assistant's turn.
+
         Raises:
             RecipeError: no end-of-turn token is among what the assistant says.
         """
@@ -61,12 +63,15 @@ class ConversationRows(RowEncoder):
         except TemplateRefused as why:
             raise RecipeError(f"sft.template: {why}") from None
         start, end = probe.spans[-1]
-        if not self.control.search(probe.text[start:end]):
+        found = self.control.findall(probe.text[start:end])
+        if not found:
             raise RecipeError(
                 "sft.template: the end of the assistant's turn is no special token, or stands outside of the "
                 f"template's generation markers ({probe.text[start:end]!r}), so the model would never learn to stop. "
                 "Use another template, or make the token special in the tokenizer."
             )
+
+        return found[-1]
 
     @classmethod
     def required(cls, recipe: Recipe) -> tuple[str, ...]:
@@ -98,7 +103,7 @@ class ConversationRows(RowEncoder):
     def _same_shape_in_a_file(self, record: Record) -> None:
         if self.settings.shape != "auto":
             return
-        file, shape = re.split(r"[:#]\d+", record.where)[0], shape_of(record.values)
+        file, shape = re.sub(r"[:#]\d+$", "", record.where), shape_of(record.values)
         first = self._shapes.setdefault(file, shape)
         if shape != first:
             raise RowError(f"this row's shape is {shape}, but the file begins with {first}. Put them into two files.")
@@ -118,7 +123,13 @@ class ConversationRows(RowEncoder):
             rendered = self.template.render(said.messages, said.tools)
         except TemplateRefused as why:
             raise RowError(f"{why}.") from None
-        given = sum(message["role"] == "assistant" for message in said.messages[: said.given])
+        turns = [i for i, message in enumerate(said.messages) if message["role"] == "assistant"]
+        given = sum(i < said.given for i in turns)
+        if given and len(rendered.spans) != len(turns):
+            raise RowError(
+                f"the chat template shows {len(rendered.spans)} of {len(turns)} answers, so it is not known which of "
+                "them are given. Use another template, or rows of messages."
+            )
         return rendered.text, rendered.spans[given:]
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
@@ -131,17 +142,26 @@ class ConversationRows(RowEncoder):
                 raise LeftOut(TOO_LONG)
             notes.append(CUT)
         learned = learned_tokens(encoding.offsets, self._wanted(spans, len(text)))
-        answer = learned_tokens(encoding.offsets, spans[-1:])
         learned[:1] = 0
         if not learned[: self.max_length].any():
             raise LeftOut(NO_ANSWER_LEFT)
-        ids = encoding.ids[: self.max_length]
-        before = int(answer.argmax())
-        source = text[: encoding.offsets[before][0]] if isinstance(said, Plain) else said.messages[-2]["content"]
-        reference = self.control.sub("", text[slice(*spans[-1])]).strip()
-        meta = {"prompt": encoding.ids[:before], "source": source, "reference": reference}
-        columns = {"input_ids": ids, "learned": learned[: self.max_length]}
-        return [Example(columns, meta, tuple(notes))]
+        columns = {"input_ids": encoding.ids[: self.max_length], "learned": learned[: self.max_length]}
+        return [Example(columns, self._meta(said, text, spans, encoding), tuple(notes))]
+
+    def _meta(self, said: Conversation | Plain, text: str, spans: list[Span], encoding: Encoding) -> dict[str, Any]:
+        """For an evaluation that writes: the last answer that begins within data.max_length, and what stands before."""
+        begins = [int(learned_tokens(encoding.offsets, [span]).argmax()) for span in spans]
+        last = max((i for i, begin in enumerate(begins) if begin < self.max_length), default=0)
+        prompt = encoding.ids[: min(begins[last], self.max_length)]
+        if isinstance(said, Plain):
+            source = said.prompt
+        else:
+            answers = [i for i, message in enumerate(said.messages) if message["role"] == "assistant"]
+            before = answers[last + len(answers) - len(spans)] - 1
+            source = said.messages[before]["content"] if before >= 0 else ""
+        begin = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+        reference = self.control.sub("", text[slice(*spans[last])]).strip()
+        return {"prompt": prompt or [begin], "source": source, "reference": reference}
 
     def _wanted(self, spans: list[Span], end: int) -> list[Span]:
         if self.settings.loss == "all":
