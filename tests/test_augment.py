@@ -118,6 +118,33 @@ def test_punctuation_spaces_and_capitals_stay() -> None:
     assert changed("a a a", Augmentation(method="swap"), {}, random.Random(0)) == "a a a"
 
 
+def test_pairs_are_the_first_that_differ() -> None:
+    """Of all pairs of free places in the order drawn, the first of different words: here they are all looked at."""
+    import random
+    from itertools import combinations
+
+    for seed in range(200):
+        source = random.Random(seed)
+        words = source.choices("aaaab" if seed % 2 else "abc", k=source.randint(2, 12))
+        expected, count = list(words), max(1, int(0.8 * len(words)))
+        free = random.Random(seed).sample(range(len(words)), len(words))
+        for _ in range(max(1, count // 2)):
+            if pair := next((p for p in combinations(free, 2) if expected[p[0]] != expected[p[1]]), None):
+                expected[pair[0]], expected[pair[1]] = expected[pair[1]], expected[pair[0]]
+                free = [i for i in free if i not in pair]
+        swap = Augmentation(method="swap", unit="character", share=0.8)
+        assert changed("".join(words), swap, {}, random.Random(seed)) == "".join(expected)
+
+
+def test_a_long_text_of_one_word_costs_no_more_than_others() -> None:
+    import random
+    import time
+
+    before = time.monotonic()
+    assert changed("a" * 50_000, Augmentation(method="swap", unit="character"), {}, random.Random(0)) == "a" * 50_000
+    assert time.monotonic() - before < 5  # looking at all pairs takes minutes
+
+
 def test_both_texts_of_a_pair(folder: Path) -> None:
     pair = recipe({"method": "swap"}, classification={"pair": True})
     record = Record({"text": "one two three", "text_pair": "four five six", "label": "x"}, "here")

@@ -52,6 +52,12 @@ CASES: dict[str, Case] = {
     "an empty text": Case({"text": " \n", "label": "animal"}, ["'text' is empty", "remove the row"]),
     "a number as a text": Case({"text": 7, "label": "animal"}, ["'text' holds a number and not text"]),
     "half a surrogate pair": Case('{"text": "\\ud83d", "label": "animal"}', ["half of a surrogate pair"]),
+    "half a surrogate pair in a label": Case(
+        '{"text": "red cat", "label": "\\ud83d"}', ["field 'label'", "half of a surrogate pair"]
+    ),
+    "half a surrogate pair in a list of labels": Case(
+        '{"text": "red cat", "label": ["animal", "\\ud83d"]}', ["field 'label'", "half of a"], section=SEVERAL
+    ),
     "no second text": Case(
         {"text": TEXT, "label": "animal"}, ["no field 'text_pair'"], section={"pair": True, "class_weights": None}
     ),

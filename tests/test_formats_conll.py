@@ -34,6 +34,11 @@ def read(path: Path, text: str | bytes) -> list[Sentence]:
             [(["a"], ["O"], 3), (["b"], ["O"], 5)],
         ),
         "a hash is a word": ("#\tO\nx\tO\n", [(["#", "x"], ["O", "O"], 1)]),
+        "comments": (
+            "# sent_id = 1\n# text = a b\na\tO\n# note = c\nb\tO\n\n# x = y\n\n# sent_id = 2\nc\tO\n",
+            [(["a", "b"], ["O", "O"], 3), (["c"], ["O"], 10)],
+        ),
+        "a hash is a word between others": ("a O\n# O\n#\t=\tO\n#x = O\n", [(["a", "#", "#", "#x"], ["O"] * 4, 1)]),
         "a word with a space": ("New York\tB-LOC\n", [(["New York"], ["B-LOC"], 1)]),
         "strange spaces are words": (
             "\u00a0\tO\n\u3000\tO\na\u00a0b O\n",

@@ -20,6 +20,7 @@ from transformers import (
     DataCollatorForSeq2Seq,
     LlamaConfig,
     MT5Config,
+    NllbTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -74,6 +75,16 @@ def encoded(tokenizer: PreTrainedTokenizerFast, *rows: tuple[str, str], **change
     pieces = [piece for record in records for piece in encoder.pieces(record)]
     encodings = encoder.encode(pieces)
     return [encoder.build(record, encodings[2 * i : 2 * i + 2])[0] for i, record in enumerate(records)]
+
+
+def test_tokenizers_that_mark_the_language_are_refused() -> None:
+    for name in ("src_lang", "tgt_lang", "lang_code_to_id"):
+        tokenizer = tokenizer_that()
+        setattr(tokenizer, name, "en_XX")
+        with pytest.raises(RecipeError, match=r"source's language.*not supported yet"):
+            Seq2SeqRows(recipe(), tokenizer, {})
+    with pytest.raises(RecipeError, match="not supported yet"):
+        Seq2SeqRows(recipe(), NllbTokenizer(), {})
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -163,7 +174,10 @@ def test_tokenizers_without_an_end_or_padding_are_refused(missing: str) -> None:
         ({"source": ["a"], "target": "b"}, "the field 'source' holds a list and not text"),
         ({"source": " \t ", "target": "b"}, "the field 'source' is empty"),
         ({"source": "a", "target": ""}, "the field 'target' is empty"),
-        ({"source": "a", "target": "\ud800"}, "character 0 of the text, '\\ud800', is half of a surrogate pair"),
+        (
+            {"source": "a", "target": "\ud800"},
+            "character 0 of the field 'target', '\\ud800', is half of",
+        ),
     ],
 )
 def test_broken_rows_are_named(tmp_path: Path, row: dict[str, Any], says: str) -> None:

@@ -171,3 +171,20 @@ def test_what_cannot_work_is_refused(tokenizer: PreTrainedTokenizerFast) -> None
     with pytest.raises(RecipeError, match=r"llama .*task: clm"):
         SpanCorruption.fit_config(recipe(), LlamaConfig(), tokenizer)
     assert sentinel_ids(train_tokenizer(TokenizerTraining(vocab_size=300), TEXTS)) == []
+
+
+@pytest.mark.parametrize(("density", "mean_span"), [(0.15, 1.0), (0.5, 1.0), (0.9, 2.0), (0.9, 10.0)])
+def test_rows_that_grow_beyond_the_positions_are_refused(
+    tokenizer: PreTrainedTokenizerFast, density: float, mean_span: float
+) -> None:
+    """One position fewer than the longest input or target that comes out is too few; as many are enough."""
+    ours = recipe(64, density=density, mean_span=mean_span)
+    task = SpanCorruption(ours, tokenizer, torch.device("cpu"))
+    made = [task.corrupt(np.arange(100, 100 + n), (0, n)) for n in range(1, 65)]
+    longest = max(len(ids) for pair in made for ids in pair)
+    bart = BartConfig(**BART | {"max_position_embeddings": longest - 1})
+    if longest - 1 >= 64:  # otherwise, data.max_length itself is refused elsewhere
+        with pytest.raises(RecipeError, match=rf"of {longest}, .* has {longest - 1} positions"):
+            SpanCorruption.fit_config(ours, bart, tokenizer)
+    bart.max_position_embeddings = longest
+    SpanCorruption.fit_config(ours, bart, tokenizer)

@@ -304,7 +304,11 @@ BAD_ROWS = {
         {"tokens": ["a", "Bonn"], "tags": ["O", "S-LOC"]},
         "word 2 ('Bonn'): the tag 'S-LOC' is none of",
     ),
-    "half a character": ({"tokens": ["\ud83d"], "tags": ["O"]}, "word 1: character 0 of the text"),
+    "half a character": ({"tokens": ["\ud83d"], "tags": ["O"]}, "word 1: character 0 of the field 'tokens'"),
+    "half a character in a tag": (
+        {"tokens": ["a"], "tags": ["B-\ud83d"]},
+        "character 2 of the field 'tags'",
+    ),
 }
 
 

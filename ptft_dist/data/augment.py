@@ -11,8 +11,8 @@ import json
 import math
 import random
 import re
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +122,17 @@ def changed(text: str, method: Augmentation, synonyms: Mapping[str, Sequence[str
 
 def _swap(words: list[str], places: Sequence[int], count: int, chance: random.Random) -> None:
     """Pairs of different words change places: as many as have `count` words in them, at least one pair."""
-    free = chance.sample(places, len(places))
-    for _ in range(max(1, count // 2)):
-        pair = next((pair for pair in combinations(free, 2) if words[pair[0]] != words[pair[1]]), None)
-        if pair is None:
+    left = max(1, count // 2)
+    waiting: deque[int] = deque()  # places of one and the same word
+    for i in chance.sample(places, len(places)):
+        if not waiting or words[i] == words[waiting[0]]:
+            waiting.append(i)
+            continue
+        other = waiting.popleft()
+        words[i], words[other] = words[other], words[i]
+        left -= 1
+        if not left:
             return
-        a, b = pair
-        words[a], words[b] = words[b], words[a]
-        free = [i for i in free if i not in pair]
 
 
 def _options(word: str, synonyms: Mapping[str, Sequence[str]]) -> list[str]:

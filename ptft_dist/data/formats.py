@@ -212,23 +212,28 @@ def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
     """Sentences with a word and its tag a line, an empty line between them: columns `tokens` and `tags`.
 
     The word is the first field of a line and the tag the last; tabs divide them, or else plain spaces: any other space
-    is a part of the word. Lines of CoNLL-2003's `-DOCSTART-` are no words, and end a sentence.
+    is a part of the word. Lines of CoNLL-2003's `-DOCSTART-` are no words, and end a sentence. Comments as CoNLL-U has
+    them, such as `# sent_id = 1`, are skipped: lines that begin with "# " and hold " = ". Any other # is a word.
     """
     tokens: list[str] = []
     tags: list[str] = []
+    first = 0
     for number, line in enumerate(itertools.chain(lines, ("",)), 1):
         text = line.rstrip("\r\n")
         fields = text.split("\t") if "\t" in text else [part for part in text.split(" ") if part]
         if not line.strip() or fields[0] == "-DOCSTART-":
             if tokens:
-                yield Record({"tokens": tokens, "tags": tags}, f"{path}:{number - len(tokens)}")
+                yield Record({"tokens": tokens, "tags": tags}, f"{path}:{first}")
             tokens, tags = [], []
+            continue
+        if text.startswith("# ") and " = " in text:
             continue
         if len(fields) < 2 or not fields[0] or not fields[-1].strip():
             raise DataError(
                 f"{path}:{number}: a line needs a word and a tag, with a tab or a space between; found "
                 f"{line.strip()!r}. An empty line ends a sentence."
             )
+        first = first if tokens else number
         tokens.append(fields[0])
         tags.append(fields[-1].strip())
 
@@ -287,8 +292,8 @@ def text_problem(name: str, text: Any) -> str | None:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
         return (
-            f"character {error.start} of the text, {text[error.start]!r}, is half of a surrogate pair and not Unicode "
-            "text."
+            f"character {error.start} of the field {name!r}, {text[error.start]!r}, is half of a surrogate pair and "
+            "not Unicode text."
         )
     return None
 

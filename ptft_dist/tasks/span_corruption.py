@@ -54,6 +54,7 @@ class SpanCorruption(BaseTask):
         if config.decoder_start_token_id is None:
             raise RecipeError("tokenizer: it has no padding token, with which the decoder starts (pad_token)")
         _check_sentinels(recipe, len(sentinel_ids(tokenizer)))
+        _check_positions(recipe, config)
 
     def install(self, model: PreTrainedModel) -> None:
         self.start_id = int(model.config.decoder_start_token_id)
@@ -140,3 +141,16 @@ def _check_sentinels(recipe: Recipe, there: int) -> None:
             f"tokenizer: a row of {length} tokens gets up to {needed} hidden spans, and the tokenizer has {there} "
             f"sentinels (<extra_id_0> and so on): {remedy}, lower data.max_length, or raise span_corruption.mean_span"
         )
+
+
+def _check_positions(recipe: Recipe, config: PretrainedConfig) -> None:
+    """A row can become longer: every hidden span has a sentinel on both sides, and both sides get an EOS."""
+    positions, length = getattr(config, "max_position_embeddings", None), recipe.data.max_length
+    noise, spans = span_counts(length, recipe.span_corruption)
+    for side, longest in (("inputs", length - noise + spans + 1), ("targets", noise + spans + 1)):
+        if isinstance(positions, int) and 0 < positions < longest:
+            raise RecipeError(
+                f"data.max_length: a row of {length} tokens gives {side} of {longest}, sentinels and EOS among them, "
+                f"and the network has {positions} positions (max_position_embeddings): lower data.max_length, or raise "
+                "span_corruption.mean_span"
+            )

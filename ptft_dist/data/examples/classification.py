@@ -11,7 +11,7 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.tasks.labels import ENTITY_MARKERS
 from ptft_dist.data.examples.encoder import Example, LeftOut, RowError, require, require_list, require_text
 from ptft_dist.data.examples.labelled_text import LabelledTextRows
-from ptft_dist.data.formats import Record, json_type
+from ptft_dist.data.formats import Record, json_type, text_problem
 from ptft_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def _name(label: Any) -> str:
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     if isinstance(label, str) and label.strip():
+        if problem := text_problem("label", label):
+            raise RowError(problem)
         return label
     if isinstance(label, int):
         return str(label)

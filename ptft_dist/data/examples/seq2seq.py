@@ -28,6 +28,12 @@ class Seq2SeqRows(RowEncoder):
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
         super().__init__(recipe, tokenizer, facts)
+        if any(hasattr(tokenizer, name) for name in ("src_lang", "tgt_lang", "lang_code_to_id")):
+            raise RecipeError(
+                f"tokenizer: {tokenizer.name_or_path} puts the code of a language around every text (as those of NLLB "
+                "and mBART do), and would mark targets as texts in the source's language. Tokenizers of this kind are "
+                "not supported yet; use another one."
+            )
         for role, use in (("eos", "every source and target ends with it"), ("pad", "batches are filled up with it")):
             if getattr(tokenizer, f"{role}_token_id") is None:
                 raise RecipeError(

@@ -69,6 +69,8 @@ class TaggedRows(RowEncoder):
                     f"the tag of word {i} ({token!r}) is {held}; a tag is a name such as O or B-PER. Write names for "
                     "the numbers of a data set."
                 )
+            if problem := text_problem("tags", tag):
+                raise RowError(f"the tag of word {i} ({token!r}): {problem}")
         if found := misplaced(recipe.token_classification.scheme, tags):
             i, why = found
             raise RowError(f"word {i + 1} ({tokens[i]!r}): {why}")
