@@ -63,7 +63,10 @@ def check_teacher(
 
 def _check_vocabulary(section: ModelSection, tokenizer: PreTrainedTokenizerBase) -> None:
     """The teacher reads the student's token ids. Raises RecipeError if they mean something else to it."""
-    theirs = load_tokenizer(str(section.path), revision=section.revision).get_vocab()
+    try:
+        theirs = load_tokenizer(str(section.path), revision=section.revision).get_vocab()
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("tokenizer.path", "distillation.teacher", 1)) from None
     ours = tokenizer.get_vocab()
     if different := {token for token, i in ours.items() if theirs.get(token) != i}:
         raise RecipeError(

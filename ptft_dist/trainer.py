@@ -34,6 +34,7 @@ class Progress:
     evaluated_step: int = -1
     first_metrics: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    best_metrics: dict[str, float] = field(default_factory=dict)  # all of the best evaluation
 
 
 @dataclass(frozen=True)
@@ -189,6 +190,7 @@ class Trainer:
             progress.worse_evaluations += 1
             return False
         progress.best, progress.best_step, progress.worse_evaluations = value, progress.step, 0
+        progress.best_metrics = progress.metrics
         return True
 
     def save(self, *, must: bool) -> None:

@@ -49,6 +49,8 @@ from ptft_dist.teacher import Teacher, check_teacher, load_teacher, teacher_fing
 from ptft_dist.trainer import Outcome, Trainer
 from ptft_dist.validation import Validation
 
+WRITERS = ("clm", "sft", "seq2seq")  # tasks whose networks `ptft generate` can ask
+
 
 @dataclass(frozen=True)
 class Options:
@@ -338,6 +340,9 @@ def open_sinks(loaded: Loaded, first_step: int, total_steps: int) -> list[Sink]:
 
 def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> None:
     progress = trainer.progress
+    metrics, step = progress.metrics, progress.evaluated_step
+    if outcome.finished and trainer.recipe.save.export == "best" and progress.best_step is not None:
+        metrics, step = progress.best_metrics, progress.best_step  # those of the weights in run_dir/model
     result = {
         "status": "finished" if outcome.finished else "preempted",
         "exit_code": EXIT_FINISHED if outcome.finished else EXIT_PREEMPTED,
@@ -347,21 +352,21 @@ def finish(run_dir: Path, trainer: Trainer, outcome: Outcome, wall_s: float) -> 
         "wall_s": round(wall_s, 2),
         "tokens_per_s": round(trainer.tokens_here / max(trainer.seconds_here, 1e-9), 1),
         "peak_memory_bytes": trainer.engine.peak_memory_bytes(),
-        "metrics": progress.metrics,
+        "metrics": metrics,
+        "metrics_step": step,
         "best": {"step": progress.best_step, trainer.recipe.eval.metric: progress.best},
     }
     write_result(run_dir, result)
     say(f"{result['status']} after update {progress.step}: {outcome.reason}")
-    for name, last in progress.metrics.items():
+    for name, last in metrics.items():
         first = progress.first_metrics.get(name)  # none, where a new metric was accepted at a resume
-        say(
-            f"  {name:<16} {first:.4g} -> {last:.4g}  ({last / first - 1:+.0%})"
-            if first
-            else f"  {name:<16} {last:.4g}"
-        )
+        change = "" if first is None else f"{first:.4g} -> "
+        share = f"  ({last / first - 1:+.0%})" if first and first > 0 and last >= 0 else ""
+        say(f"  {name:<16} {change}{last:.4g}{share}")
     if outcome.finished:
-        hint = f"   (ptft generate {run_dir} --prompt ...)" if trainer.recipe.task == "clm" else ""
-        say(f"  {'model':<16} {run_dir / 'model'}{hint}")
+        hint = f"   (ptft generate {run_dir} --prompt ...)" if trainer.recipe.task in WRITERS else ""
+        best = f"   (the best, of update {step})" if trainer.recipe.save.export == "best" else ""
+        say(f"  {'model':<16} {run_dir / 'model'}{best}{hint}")
     if trainer.samples is not None:
         say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
     say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")

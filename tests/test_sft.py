@@ -491,6 +491,27 @@ def test_a_batch_of_few_learned_positions_has_the_loss_of_all_logits(tokenizer: 
     assert logits.shape[1] == targets.shape[1] == batch.count < batch.inputs["input_ids"].shape[1]
 
 
+# --- asking the model ------------------------------------------------------------------------------------------------
+
+
+def test_generate_answers_rewrites_and_refuses(tmp_path: Path, cache: Path) -> None:
+    texts = {}
+    for task in ("sft", "seq2seq", "classification"):
+        folder = tmp_path / task
+        folder.mkdir()
+        write_tiny(folder, task)
+        run = start("train", "recipe.yaml", "train.max_steps=2", cwd=folder, cache=cache)
+        assert run.wait() == 0, run.stderr
+        words = ["--prompt", "a red cat", "--max-new-tokens", "4", "--temperature", "0"]
+        texts[task] = start("generate", "run", *words, cwd=folder, cache=cache)
+        texts[task].wait()
+    assert texts["sft"].exit_codes == [0], texts["sft"].stderr
+    assert "red cat" not in texts["sft"].stdout  # an answer, not the question again
+    assert texts["seq2seq"].exit_codes == [0], texts["seq2seq"].stderr
+    assert texts["classification"].exit_codes == [4]
+    assert "BertForSequenceClassification cannot write texts" in texts["classification"].stderr
+
+
 # --- noise ------------------------------------------------------------------------------------------------------------
 
 

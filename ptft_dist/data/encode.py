@@ -60,6 +60,10 @@ class Count:
     empty_at: list[str] = field(default_factory=list)
     unknown_tokens: int = 0
 
+    @property
+    def told(self) -> str:
+        return f"{self.read} documents were read, {self.empty} of them empty"
+
     def drop(self, document: Document) -> None:
         self.empty += 1
         if len(self.empty_at) < _SHOWN_EMPTY:
@@ -102,7 +106,7 @@ def write(
             text_bytes[side] += size
             advance(size)
     written = {side: writer.close() for side, writer in writers.items()}
-    check_sides(recipe, count.read, count.empty, written)
+    check_sides(recipe, count.told, written)
     shown = ("documents", "tokens", "rows", "dropped_tokens")
     sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
     return {
@@ -160,24 +164,22 @@ def encoded(
             yield from zip(done, ids.result(), strict=True)
 
 
-def check_sides(recipe: Recipe, read: int, left_out: int, written: dict[str, dict[str, Any]]) -> None:
-    """Raises DataError if nothing is left for a side."""
+def check_sides(recipe: Recipe, read: str, written: dict[str, dict[str, Any]]) -> None:
+    """Raises DataError if nothing is left for a side. read: how much there was, and what became of it."""
     empty = [side for side, summary in written.items() if not summary["rows"]]
     if not empty:
         return
     if recipe.data.folds is not None:
         remedy = f"A fold (data.folds: {recipe.data.folds}) is cut by a hash: take fewer folds, or more data."
     elif isinstance(recipe.data.validation, float):
+        smaller = "smaller documents (document: paragraph), " if isinstance(recipe.rows, DocumentRows) else ""
         remedy = (
-            f"A share (data.validation: {recipe.data.validation}) is made of whole documents. Take a larger share, "
-            "smaller documents (document: paragraph), more data, or sources of their own for validation."
+            f"A share (data.validation: {recipe.data.validation}) is cut by a hash of whole documents or rows. Take a "
+            f"larger share, {smaller}more data, or sources of their own for validation."
         )
     else:
         remedy = "Look at the sources."
-    raise DataError(
-        f"data: nothing is left for {' and '.join(empty)}: {read} documents were read, {left_out} of them "
-        f"empty. {remedy}"
-    )
+    raise DataError(f"data: nothing is left for {' and '.join(empty)}: {read}. {remedy}")
 
 
 @contextmanager

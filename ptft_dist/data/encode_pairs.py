@@ -89,7 +89,7 @@ def write(
         side: _write_pairs(recipe, directory, side, sentences, tokenizer, notes) for side, sentences in found.items()
     }
     shutil.rmtree(folder)
-    check_sides(recipe, count.read, count.empty, written)
+    check_sides(recipe, count.told, written)
     shown = ("examples", "tokens", "rows")
     sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
     return {

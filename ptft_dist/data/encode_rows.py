@@ -165,7 +165,8 @@ def write(
                     writers[side].add({**example.columns, **meta})
     bad.stop_if_any(recipe)
     written = {side: writer.close() for side, writer in writers.items()}
-    check_sides(recipe, read, bad.count, written)
+    lost = [f"{bad.count} bad"] * bool(bad.count) + [f"{count} {reason}" for reason, (count, _) in notes.found.items()]
+    check_sides(recipe, f"{read} rows were read" + "".join(f"; {each}" for each in lost), written)
     shown = ("examples", "tokens", "rows")
     sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
     return {

@@ -36,6 +36,9 @@ PREPARE_VERSION = 2
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
 
+_MANY = 0.1  # a share of rows left out that is told as a warning
+
+
 @dataclass(frozen=True)
 class Prepared:
     """What `prepare` leads to."""
@@ -137,8 +140,12 @@ def describe(report: dict[str, Any]) -> str:
     if bad := report.get("bad_rows"):
         lines.append(("left out", f"{bad:,} bad rows, as data.bad_rows: skip wants:"))
         lines += [("", place) for place in report["bad_rows_at"]]
+        if bad > len(report["bad_rows_at"]):
+            lines.append(("", f"and {bad - len(report['bad_rows_at']):,} more"))
     for reason, (count, places) in report.get("notes", {}).items():
-        lines.append(("note", f"{count:,} rows {reason}: {_places(count, places)}"))
+        many = reason.startswith("left out") and count > _MANY * report["rows_read"]
+        of = f" of {report['rows_read']:,}" if many else ""
+        lines.append(("warning" if many else "note", f"{count:,}{of} rows {reason}: {_places(count, places)}"))
     if unknown := report["unknown_tokens"]:
         lines.append(("warning", f"{unknown:,} tokens stand for text that the tokenizer does not know"))
     lines.append(("prepared in", f"{report['seconds']:,.1f} s"))
