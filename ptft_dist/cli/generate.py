@@ -47,9 +47,9 @@ def generate(
     model = getattr(transformers, kind).from_pretrained(model_dir).eval()
     model.to(device)
     torch.manual_seed(seed)
-    ids = _encode(tokenizer, prompt, chat=bool(tokenizer.chat_template) and not raw, source="Seq2Seq" in kind).to(
-        device
-    )
+    source = "Seq2Seq" in kind
+    chat = bool(tokenizer.chat_template) and not raw and not source
+    ids = _encode(tokenizer, prompt, chat=chat, source=source).to(device)
     if ids.shape[1] == 0:
         raise CheckpointError("--prompt: the tokenizer makes no token of it; give some text")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {"do_sample": False}
