@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForPreTraining,
     BertConfig,
     BertForPreTraining,
+    BigBirdConfig,
     FNetConfig,
     LlamaConfig,
     PreTrainedTokenizerFast,
@@ -310,5 +311,8 @@ def test_what_cannot_learn_pairs_is_refused(
     for config in (RobertaConfig(), AlbertConfig(), LlamaConfig()):
         with pytest.raises(RecipeError, match=rf"{config.model_type} has none.*task: mlm"):
             MaskedLMWithPairs.fit_config(recipe(tokenizer_dir), config, tokenizer)
+    with pytest.raises(RecipeError, match=r"attention_type: original_full"):
+        MaskedLMWithPairs.fit_config(recipe(tokenizer_dir), BigBirdConfig(), tokenizer)
+    MaskedLMWithPairs.fit_config(recipe(tokenizer_dir), BigBirdConfig(attention_type="original_full"), tokenizer)
     with pytest.raises(RecipeError, match="at least 5"):
         prepared(tmp_path, tokenizer_dir, made(10), max_length=4)

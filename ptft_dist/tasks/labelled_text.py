@@ -13,10 +13,12 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks import BaseTask, pad, pad_multiple
+from ptft_dist.tasks.padding import LONG, ROWS, SHORT, TOLERANCE, TOLERANCE_16_BITS, PaddingProbe, refuse_known
 
 
 class LabelledTextTask(BaseTask):
     auto_class: Any = AutoModelForSequenceClassification
+    texts = 1  # of a row, for the probe
 
     def __init__(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
@@ -37,6 +39,7 @@ class LabelledTextTask(BaseTask):
             RecipeError: the network does not go with the tokenizer.
         """
         config = model.config
+        refuse_known(config)
         self.has_types = (getattr(config, "type_vocab_size", None) or 0) > 1
         if self.has_types and "token_type_ids" not in self.tokenizer.model_input_names:
             names = ["input_ids", "token_type_ids", "attention_mask"]
@@ -56,6 +59,8 @@ class LabelledTextTask(BaseTask):
                 f"tokenizer: {config.model_type} reads a text's meaning at its EOS token, and this tokenizer puts none "
                 "at the end. Use the tokenizer that belongs to the network, or another network"
             )
+        if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+            config.decoder_start_token_id = self.pad_id  # as T5's own
         config.get_text_config().pad_token_id = config.pad_token_id = self.pad_id
 
     def text_inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
@@ -73,3 +78,27 @@ class LabelledTextTask(BaseTask):
         """fp32 [B, labels]."""
         logits: torch.Tensor = model(**{k: x for k, x in inputs.items() if not k.startswith("targets")}).logits
         return logits.float()
+
+    def probed(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """What must not depend on padding: [B, labels], or [B, T, labels]."""
+        return self.logits(model, inputs)
+
+    def probe(self) -> PaddingProbe:
+        rows = [self.probe_row(i, SHORT) for i in range(ROWS)]
+        return PaddingProbe(
+            self.probed,
+            self.text_inputs([*rows, self.probe_row(ROWS, LONG)]),
+            self.text_inputs(rows)["input_ids"].shape[1],
+            TOLERANCE if self.recipe.train.precision == "fp32" else TOLERANCE_16_BITS,
+        )
+
+    def probe_row(self, number: int, length: int) -> Row:
+        """A made-up text between the tokenizer's special tokens, which some networks look for."""
+        encoding = self.tokenizer(*["a"] * self.texts)
+        frame, types = np.array(encoding.input_ids), np.array(encoding.get("token_type_ids", encoding.attention_mask))
+        text = sorted(set(self.tokenizer.get_vocab().values()) - {*self.tokenizer.all_special_ids, self.pad_id})
+        place = int(np.flatnonzero(np.isin(frame, text))[-1])
+        count = max(0, min(length, self.recipe.data.max_length) - len(frame))
+        ids = np.insert(frame, place, np.random.default_rng(number).choice(text, count))
+        types = np.insert(types, place, np.full(count, types[place])) * self.has_types
+        return Row(ids, np.zeros(1, np.int64), {"token_type_ids": types})

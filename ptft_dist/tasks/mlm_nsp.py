@@ -16,6 +16,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks import LossOut, pad
 from ptft_dist.tasks.mlm import MaskedLM, perplexity, summed_loss
+from ptft_dist.tasks.padding import refuse_known
 
 
 class MaskedLMWithPairs(MaskedLM):
@@ -38,8 +39,9 @@ class MaskedLMWithPairs(MaskedLM):
         if type(config) not in networks or not _takes_pairs(networks[type(config)]):
             raise RecipeError(
                 f"model: task mlm_nsp needs a network with a head for pairs of segments (bert, ernie, megatron-bert, "
-                f"mobilebert, big_bird, fnet); a {config.model_type} has none: train it with task: mlm"
+                f"mobilebert, fnet); a {config.model_type} has none: train it with task: mlm"
             )
+        refuse_known(config)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
         """As masked language modelling, with token_type_ids [B, T] (1: the second segment) and targets_next [B] (0: it

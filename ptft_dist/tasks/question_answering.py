@@ -27,6 +27,7 @@ class QuestionAnswering(LabelledTextTask):
     """
 
     auto_class = AutoModelForQuestionAnswering
+    texts = 2
 
     def __init__(
         self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
@@ -73,10 +74,15 @@ class QuestionAnswering(LabelledTextTask):
 
     def end_logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Of beginnings and of ends, fp32 [B, T], -inf where a row is padded."""
-        read = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
-        output, padding = model(**read), inputs["attention_mask"] == 0
-        start, end = (x.float().masked_fill(padding, -torch.inf) for x in (output.start_logits, output.end_logits))
+        padding = inputs["attention_mask"] == 0
+        start, end = (x.masked_fill(padding, -torch.inf) for x in self.probed(model, inputs).unbind(-1))
         return start, end
+
+    def probed(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """fp32 [B, T, 2]: of beginnings and of ends, before padding is left out."""
+        read = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
+        output = model(**read)
+        return torch.stack([output.start_logits, output.end_logits], -1).float()
 
     @staticmethod
     def scored(inputs: dict[str, torch.Tensor], start: torch.Tensor, end: torch.Tensor) -> LossOut:
