@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from support import eval_rows, start
 from tiny import BERT, WORDS, write_rows, write_tiny
+from tokenizers.normalizers import Replace
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -270,6 +271,39 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
         made(bart, tokenizer())
 
 
+@pytest.mark.parametrize("several", [False, True])
+def test_weights_are_balanced_over_what_is_learned(tmp_path: Path, several: bool) -> None:
+    """Changed copies count, validation rows and rows that are skipped or left out do not: as counted in the store."""
+    rows = [{"text": f"red cat {i}" if i % 3 else f"dog{i}", "label": ["few", "many"][i % 3 > 0]} for i in range(40)]
+    rows += [{"text": "red cat", "label": "strange"}] * 3  # skipped: not listed
+    rows += [{"text": "\u200b" * i, "label": "few"} for i in range(1, 9)]  # left out: of no token
+    if several:
+        rows = [{**row, "label": [row["label"]]} for row in rows]
+    section = {"class_weights": "balanced", "labels": ["few", "many"], "multi_label": several}
+    data = {"bad_rows": "skip", "augment": [{"method": "swap"}], "cache_dir": "cache"}
+    path = write_tiny(tmp_path, "classification", classification=section, data=data)
+    raw = json.loads(path.read_text())
+    raw["tokenizer"] = {"path": "words"}
+    path.write_text(json.dumps(raw))
+    words = tokenizer(("eos", "pad"))
+    words.backend_tokenizer.normalizer = Replace("\u200b", "")
+    words.save_pretrained(tmp_path / "words")
+    write_rows(tmp_path / "rows.jsonl", rows)
+    prepared, _ = _prepared(path)
+    labels = [int(prepared.train.row(i).columns["labels"][0]) for i in range(len(prepared.train))]
+    counts = [labels.count(0), labels.count(1)]
+    notes = prepared.report["notes"]
+    assert prepared.report["bad_rows"] == 3
+    assert notes["left out, for the tokenizer makes nothing of the text"][0] == 8
+    assert notes["copied with changes (swap)"][0] > 0
+    assert (prepared.facts["frequencies"], prepared.facts["rows"]) == (counts, len(labels))
+    weights = label_weights(recipe(class_weights="balanced", multi_label=several), prepared.facts)
+    assert weights is not None
+    share = [len(labels) / (2 * count) for count in counts]
+    expected = [counts[1] / counts[0], counts[0] / counts[1]] if several else share
+    assert weights.tolist() == pytest.approx(expected)
+
+
 def test_cut_texts_are_counted_and_keep_their_special_tokens(tmp_path: Path, cache: Path) -> None:
     path = write_tiny(tmp_path, "classification", data={"max_length": 8, "cache_dir": str(cache)})
     prepared, words = _prepared(path)
@@ -305,8 +339,6 @@ def test_labels_and_their_order() -> None:
     records = [Record({"text": "x", "label": value}, "here") for value in values]
     found = ClassificationRows.survey(recipe(), records)
     assert found["labels"] == ["-1", "1.5", "2", "9", "10", "a", "b", "nan", "true"]
-    assert found["frequencies"] == [1] * 9
-    assert found["rows"] == 9
     listed = ClassificationRows.survey(recipe(labels=["thing", "animal"]), [])
     assert listed["labels"] == ["thing", "animal"]
 

@@ -161,6 +161,8 @@ def write(
                 advance(size)
                 for example in examples:
                     unknown += _unknown(tokenizer, encoder, example)
+                    if side == "train":
+                        encoder.count(example)
                     meta = {META: meta_bytes(example.meta)} if side == "validation" else {}
                     writers[side].add({**example.columns, **meta})
     bad.stop_if_any(recipe)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.config.recipe import Recipe
@@ -28,32 +27,32 @@ class ClassificationRows(LabelledTextRows):
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
         super().__init__(recipe, tokenizer, facts)
+        self.facts = {**facts, "frequencies": [0] * len(facts["labels"]), "rows": 0}
         self.ids = {label: i for i, label in enumerate(facts["labels"])}
         self.markers = [tokenizer.convert_tokens_to_ids(marker) for marker in ENTITY_MARKERS]
 
     @classmethod
     def check(cls, recipe: Recipe, record: Record) -> None:
         super().check(recipe, record)
-        label_names(recipe, record)
+        names = label_names(recipe, record)
+        if recipe.classification.labels:
+            _check_known(names, recipe.classification.labels)
         if recipe.classification.entities:
             _marked(record)
 
     @classmethod
     def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:
-        """labels: their names in the order of their ids; frequencies: of each in the training rows; rows: how many."""
+        """labels: their names in the order of their ids. `count` adds frequencies: of each in the examples that
+        training gets, with copies and without rows left out; and rows: how many examples."""
         settings = recipe.classification
-        counts: Counter[str] = Counter()
-        rows = 0
-        for record in records:
-            rows += 1
-            counts.update(label_names(recipe, record))
-        labels = list(settings.labels or sorted(counts, key=_numbers_first))
+        seen = {name for record in records for name in label_names(recipe, record)}
+        labels = list(settings.labels or sorted(seen, key=_numbers_first))
         if len(labels) < 2:
             raise DataError(
                 f"data: the training rows have the labels {', '.join(labels) or '(none)'}; a classifier needs two or "
                 "more. Look at the label column, or name it with fields: {label: ...}."
             )
-        return {"labels": labels, "frequencies": [counts[label] for label in labels], "rows": rows}
+        return {"labels": labels}
 
     def pieces(self, record: Record) -> Sequence[Any]:
         return [_marked(record)] if self.recipe.classification.entities else super().pieces(record)
@@ -61,16 +60,16 @@ class ClassificationRows(LabelledTextRows):
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         columns, notes = self.text_columns(encodings[0])
         names = label_names(self.recipe, record)
-        unknown = [name for name in names if name not in self.ids]
-        if unknown:
-            raise RowError(
-                f"the label {unknown[0]!r} is none of {', '.join(self.ids)}. Correct it, or list all labels in "
-                "classification.labels."
-            )
+        _check_known(names, self.ids)
         if self.recipe.classification.entities and not set(self.markers) <= set(columns["input_ids"]):
             raise LeftOut("left out, for an entity lies beyond data.max_length")
         labels = [self.ids[name] for name in names]
         return [Example({**columns, "labels": labels}, {"text": record.values["text"], "label": names}, notes)]
+
+    def count(self, example: Example) -> None:
+        self.facts["rows"] += 1
+        for label in example.columns["labels"]:
+            self.facts["frequencies"][label] += 1
 
 
 def label_names(recipe: Recipe, record: Record) -> list[str]:
@@ -85,6 +84,15 @@ def label_names(recipe: Recipe, record: Record) -> list[str]:
     if len(set(names)) != len(names):
         raise RowError(f"a label stands twice in {names}. Remove one.")
     return names
+
+
+def _check_known(names: Sequence[str], labels: Collection[str]) -> None:
+    """Raises RowError if a name is none of the labels."""
+    if unknown := [name for name in names if name not in labels]:
+        raise RowError(
+            f"the label {unknown[0]!r} is none of {', '.join(labels)}. Correct it, or list all labels in "
+            "classification.labels."
+        )
 
 
 def _name(label: Any) -> str:

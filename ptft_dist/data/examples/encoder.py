@@ -56,7 +56,7 @@ class RowEncoder:
         """
         if not tokenizer.is_fast:
             raise RecipeError(f"tokenizer: task {recipe.task} needs a fast tokenizer (one with a tokenizer.json)")
-        self.recipe, self.tokenizer, self.facts = recipe, tokenizer, facts
+        self.recipe, self.tokenizer, self.facts = recipe, tokenizer, dict(facts)
         self.max_length = recipe.data.max_length
         self.backend = text_only_backend(tokenizer)
         self.backend.encode_special_tokens = self.text_only
@@ -110,6 +110,9 @@ class RowEncoder:
             RowError: the row cannot be used after all.
         """
         raise NotImplementedError
+
+    def count(self, example: Example) -> None:
+        """Is told of every example that training gets, copies among them; what it counts belongs into `facts`."""
 
     def encode(self, pieces: Sequence[Any]) -> list[Encoding]:
         return self.backend.encode_batch(
