@@ -70,8 +70,9 @@ def hang_in_save(step: str) -> None:
 def record_rows() -> None:
     """Append which rows this rank gets in which update to rows-RANK.jsonl."""
     from ptft_dist import batches
+    from ptft_dist.data.store import TokenStore
 
-    get, read = batches.UpdateDataset.__getitem__, batches.TokenStore.row
+    get, read = batches.UpdateDataset.__getitem__, TokenStore.row
     taken: list[int] = []
 
     def watched_read(self: Any, i: int) -> Any:
@@ -85,7 +86,7 @@ def record_rows() -> None:
             file.write(json.dumps({"step": step + 1, "rows": taken}) + "\n")
         return group
 
-    batches.TokenStore.row = watched_read  # type: ignore[method-assign]
+    TokenStore.row = watched_read  # type: ignore[method-assign]
     batches.UpdateDataset.__getitem__ = watched_get  # type: ignore[method-assign]
 
 
