@@ -31,7 +31,7 @@ from ptft_dist.data.store import Store, TokenStore
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Part of every fingerprint: raise it when the same input should come out differently."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
