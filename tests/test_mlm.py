@@ -234,3 +234,21 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path, documents: Path, cac
     assert again.wait() == 0, again.stderr
     assert "resumed from" in again.stderr
     assert outcome(tmp_path / "run") == expected
+
+
+def test_a_network_that_reads_padding_is_refused(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """BigBird's blocks follow from the padded width."""
+    import json
+
+    path = mlm_recipe(tmp_path, documents, 0.0, packing=False)
+    recipe = json.loads(path.read_text())
+    recipe["model"]["config"] = {
+        "model_type": "big_bird",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    path.write_text(json.dumps(recipe))
+    refused = start("train", str(path), cwd=tmp_path, cache=cache)
+    assert refused.wait() == 2
+    assert "attention_type: original_full" in refused.stderr

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForMaskedLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
@@ -20,6 +20,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks import IGNORE, BaseTask, LossOut, pad_multiple
 from ptft_dist.tasks.isolation import IsolationProbe, document_numbers, restarting_positions
+from ptft_dist.tasks.padding import refuse_known
 
 SPAN_LENGTH, LONGEST_SPAN = 5.0, 10  # SpanBERT's p = 0.2 and its clip
 
@@ -52,6 +53,11 @@ class MaskedLM(BaseTask):
     @classmethod
     def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
         return "loss", "perplexity", "accuracy"
+
+    @classmethod
+    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ARG003
+        """Raises RecipeError for a network that reads padding."""
+        refuse_known(config)
 
     def install(self, model: PreTrainedModel) -> None:
         """RoBERTa and its kin count positions from padding_idx + 1. FNet takes no mask and mixes the padding in: its
