@@ -35,7 +35,7 @@ def paragraphs(pattern: str) -> int:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_model_learns_from_it(name: str, tmp_path: Path, cache: Path) -> None:
+def test_a_model_learns_from_it(name: str, tmp_path: Path) -> None:
     source, documents = SOURCES[name]
     data = {"train": [source], "validation": 0.05, "max_length": 64}
     recipe = write_recipe(
@@ -49,15 +49,12 @@ def test_a_model_learns_from_it(name: str, tmp_path: Path, cache: Path) -> None:
         eval={"every": 20, "at_start": True, "max_rows": 30},
         save={"every": None},
     )
-    run = start("train", str(recipe), cwd=tmp_path, cache=cache)
+    run = start("train", str(recipe), cwd=tmp_path, cache=tmp_path / "cache")
     assert run.wait() == 0, run.stderr
     losses = [row["eval/loss"] for row in eval_rows(tmp_path / "run")]
     assert losses[-1] < 0.95 * losses[0]
     assert len(train_rows(tmp_path / "run")) == 40
-    reports = [json.loads(path.read_text()) for path in cache.glob("stores/*/report.json")]
+    (path,) = (tmp_path / "cache").glob("stores/*/report.json")
+    report = json.loads(path.read_text())
     expected = documents or paragraphs(source["path"])
-    assert any(
-        report["train"]["documents"] + report["validation"]["documents"] + report["documents_empty"] == expected
-        for report in reports
-        if report["validation"]
-    ), (expected, reports)
+    assert report["train"]["documents"] + report["validation"]["documents"] + report["documents_empty"] == expected
