@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support import eval_rows, ptft, start, train_rows
 from tiny import write_tiny
 
 from ptft_dist.config.tasks.distillation import DistillationSection
-from ptft_dist.tasks.distillation import divergence
+from ptft_dist.tasks.distillation import Distillation, divergence, inputs_of
 
 
 def settings(**changes: Any) -> DistillationSection:
@@ -167,6 +168,23 @@ def test_a_decoder_teacher_reads_the_students_padding(tmp_path: Path, cache: Pat
         assert run.wait() == 0, run.stderr
         losses[size] = [row["loss"] for row in train_rows(tmp_path / f"by{size}")]
     assert losses[1] == pytest.approx(losses[12], rel=1e-5)
+
+
+def test_each_network_gets_the_token_types_that_it_knows() -> None:
+    """A BERT teaches a DistilBERT on pairs: the teacher must see which text is the second, the student cannot."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    small = {"vocab_size": 20, "num_labels": 2}
+    bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **small)
+    distilled = AutoConfig.for_model("distilbert", dim=16, hidden_dim=32, n_layers=1, n_heads=2, **small)
+    teacher, student = (AutoModelForSequenceClassification.from_config(c) for c in (bert, distilled))
+    task = SimpleNamespace(auto_class=None, pad_id=3, has_types=False, install=lambda _: None)
+    Distillation(task, settings(), teacher, [0, 1]).install(student)
+    assert task.has_types
+    assert teacher.config.pad_token_id == 3
+    inputs = {name: torch.zeros(1, 2) for name in ("input_ids", "token_type_ids")}
+    assert set(inputs_of(teacher, inputs)) == {"input_ids", "token_type_ids"}
+    assert set(inputs_of(student, inputs)) == {"input_ids"}
 
 
 def test_another_teacher_in_the_same_place_is_another_run(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import write_tiny
 
-from ptft_dist.config.recipe import Source
+from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data import cache
+from ptft_dist.data.prepare import prepare
 from ptft_dist.data.sources import HashMemo, fingerprint_source
 from ptft_dist.errors import DataError
 
@@ -70,3 +72,13 @@ def test_a_file_that_grows_while_it_is_hashed_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(cache.hashlib, "file_digest", lambda *a: (file.write_text("one more"), digest(*a))[1])
     with pytest.raises(DataError, match=f"{file}: the file changes while it is read"):
         HashMemo(tmp_path / "hashes.json", print).digests([file])
+
+
+def test_settings_that_decide_which_rows_are_usable_learn_their_own_tokenizer(tmp_path: Path) -> None:
+    """Bad rows that are skipped are not learned from, and which are bad is the task's affair."""
+    found = {}
+    for scheme in ("iob2", "plain"):
+        changes = {"token_classification": {"scheme": scheme}, "data": {"bad_rows": "skip", "cache_dir": "cache"}}
+        values = json.loads(write_tiny(tmp_path, "token_classification", **changes).read_text())
+        found[scheme] = prepare(Recipe.model_validate(values), tmp_path, progress=False)
+    assert found["iob2"].tokenizer_path != found["plain"].tokenizer_path
