@@ -11,6 +11,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.config.recipe import ModelSection, Recipe
+from ptft_dist.config.tasks.pretraining import ClmSection
+from ptft_dist.config.tasks.text import SftSection
 from ptft_dist.data.cache import HashMemo, cache_root, fingerprint
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
@@ -56,7 +58,8 @@ def check_teacher(
                 f"{', '.join(absent)}. A teacher must know the labels of the data."
             )
         return [int(theirs[label]) for label in facts["labels"]]
-    if recipe.rows.head == "fused":  # type: ignore[attr-defined]
+    assert isinstance(recipe.rows, ClmSection | SftSection)
+    if recipe.rows.head == "fused":
         raise RecipeError(f"{recipe.task}.head: fused makes no logits, which a student needs; leave it out")
     return list(range(max(tokenizer.get_vocab().values()) + 1))
 

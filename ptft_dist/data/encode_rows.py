@@ -31,9 +31,8 @@ _SHOWN = 10
 def training_records(recipe: Recipe, base: Path, bad: BadRows | None = None) -> Iterator[Record]:
     """The usable rows of the training side. bad: is told of the others."""
     found = encoder_class(recipe.task)
-    read = partial(read_records, base=base, roles=found.required(recipe))
     told = BadRows() if bad is None else bad
-    for record in of_train(recipe.data, read, row_key):
+    for record in of_train(recipe.data, _reader(recipe, base), row_key):
         if told.passes(found, recipe, record):
             yield record
 
@@ -54,7 +53,7 @@ def survey(recipe: Recipe, base: Path) -> dict[str, Any]:
         DataError: there are bad rows, or the rows together make no sense.
     """
     found = encoder_class(recipe.task)
-    if not found.needs_survey(recipe):
+    if not found.surveys:
         return {}
     bad = BadRows()
     facts = found.survey(recipe, training_records(recipe, base, bad))

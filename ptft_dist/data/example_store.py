@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ptft_dist.data.store import Int64Stream, Row, damaged, read_summary, write_summary
+from ptft_dist.data.store import Int64Stream, MappedStore, Row, write_summary
 
 EXAMPLE_STORE_VERSION = 1
 META = "meta"
@@ -92,8 +92,10 @@ class ExampleWriter:
         return write_summary(self._path, summary)
 
 
-class ExampleStore:
+class ExampleStore(MappedStore):
     """The rows of a finished store. Nothing but its index is held in memory, and a pickled copy holds only the path."""
+
+    version = EXAMPLE_STORE_VERSION
 
     def __init__(self, path: Path, summary: dict[str, Any]) -> None:
         """Use `ExampleStore.open`, which checks the files first."""
@@ -111,33 +113,13 @@ class ExampleStore:
         self._members = _loaded(path / "members.npy") if packing else None
         self._row_lengths = _loaded(path / "lengths.npy") if packing else None
 
-    @classmethod
-    def open(cls, path: Path) -> ExampleStore:
-        """
-        Raises:
-            DataError: the store is unfinished, or its files are not what store.json says.
-        """
-        summary = read_summary(path, EXAMPLE_STORE_VERSION)
-        try:
-            return cls(path, summary)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, error) from error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return ExampleStore.open, (self.path,)
-
-    def __len__(self) -> int:
-        return self._count
-
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """int64, the shape of `indices`: the number of tokens of those rows.
 
         Raises:
             IndexError: there is no such row.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and (indices.min() < 0 or indices.max() >= self._count):
-            raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
+        indices = self.known(indices)
         if self._row_lengths is not None:
             return self._row_lengths[indices]
         total = np.zeros(indices.shape, np.int64)

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 
@@ -77,6 +77,48 @@ def read_summary(path: Path, version: int) -> dict[str, Any]:
 
 def damaged(path: Path, error: Exception) -> DataError:
     return DataError(f"{path}: this token store is damaged ({error}). Delete it and prepare it anew.")
+
+
+class MappedStore:
+    """What both kinds of stores are: opened by their path, and pickled as it, for readers in other processes."""
+
+    version: ClassVar[int]
+    path: Path
+    _count: int
+
+    def __init__(self, path: Path, summary: dict[str, Any]) -> None:
+        """Use `open`, which checks the files first."""
+        raise NotImplementedError
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Map a store into memory: milliseconds, whatever its size.
+
+        Raises:
+            DataError: the store is unfinished, or its files are not what store.json says.
+        """
+        summary = read_summary(path, cls.version)
+        try:
+            return cls(path, summary)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise damaged(path, error) from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self).open, (self.path,)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def known(self, indices: np.ndarray) -> np.ndarray:
+        """int64: the indices, if there are such rows.
+
+        Raises:
+            IndexError: there is no such row.
+        """
+        found = np.asarray(indices, dtype=np.int64)
+        if found.size and (found.min() < 0 or found.max() >= self._count):
+            raise IndexError(f"rows {found.min()} to {found.max()} of a store of {self._count}")
+        return found
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +208,10 @@ class StoreWriter:
         return write_summary(self._path, summary)
 
 
-class TokenStore:
+class TokenStore(MappedStore):
     """The rows of a finished store. Nothing but its index is held in memory, and a pickled copy holds only the path."""
+
+    version = STORE_VERSION
 
     def __init__(self, path: Path, summary: dict[str, Any]) -> None:
         """Use `TokenStore.open`, which checks the files first."""
@@ -183,34 +227,13 @@ class TokenStore:
         self._documents = np.asarray(np.load(path / DOCUMENTS, mmap_mode="r"))
         self._rows = None if self.packing else np.asarray(np.load(path / ROWS, mmap_mode="r"))
 
-    @classmethod
-    def open(cls, path: Path) -> TokenStore:
-        """Map a store into memory: milliseconds, whatever its size.
-
-        Raises:
-            DataError: the store is unfinished, or its files are not what store.json says.
-        """
-        summary = read_summary(path, STORE_VERSION)
-        try:
-            return cls(path, summary)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise damaged(path, error) from error
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TokenStore.open, (self.path,)
-
-    def __len__(self) -> int:
-        return self._count
-
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         """int64, the shape of `indices`: the number of tokens of those rows, without reading any token.
 
         Raises:
             IndexError: there is no such row.
         """
-        indices = np.asarray(indices, dtype=np.int64)
-        if indices.size and (indices.min() < 0 or indices.max() >= self._count):
-            raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
+        indices = self.known(indices)
         if self._rows is not None:
             return self._rows[indices, 1] - self._rows[indices, 0]
         return np.minimum(self._total - indices * self.max_length, self.max_length)

@@ -223,6 +223,15 @@ def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
     return backend
 
 
+def check_can_pad(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RecipeError if there is no token to fill rows up with."""
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
+        raise RecipeError(
+            f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token to fill rows up with. Name one as "
+            "pad_token in its tokenizer_config.json, or use another tokenizer."
+        )
+
+
 def _special_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int:
     token_id: int | None = getattr(tokenizer, f"{role}_token_id")
     if token_id is None:

@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 class ClassificationRows(LabelledTextRows):
     """Columns: input_ids, token_type_ids, and labels: ids, one or (multi_label) any number."""
 
+    surveys = True
     columns = {**LabelledTextRows.columns, "labels": "<i4"}
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:

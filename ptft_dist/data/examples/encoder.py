@@ -45,6 +45,8 @@ class RowEncoder:
     """`pieces` gives lists of words instead of texts."""
     add_special_tokens: ClassVar[bool] = False
     """The tokenizer puts its own special tokens around each piece ([CLS], [SEP])."""
+    surveys: ClassVar[bool] = False
+    """`survey` has something to find out."""
     text_only: ClassVar[bool] = True
     """What a text spells is text, even if it spells a special token."""
 
@@ -86,16 +88,12 @@ class RowEncoder:
     @classmethod
     def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:  # noqa: ARG003
         """What must be known of all training rows before one is encoded, such as the labels: JSON. The rows have passed
-        `check`. Not called if `needs_survey` says no.
+        `check`. Called if `surveys`: it costs a pass over the data.
 
         Raises:
             DataError: the rows together make no sense.
         """
         return {}
-
-    @classmethod
-    def needs_survey(cls, recipe: Recipe) -> bool:  # noqa: ARG003
-        return cls.survey.__func__ is not RowEncoder.survey.__func__  # type: ignore[attr-defined]
 
     # --- with it -----------------------------------------------------------------------------------------------------
 
@@ -104,10 +102,11 @@ class RowEncoder:
         raise NotImplementedError
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
-        """The examples of a row from its tokenized pieces; none, if it is left out: then `left_out` says why.
+        """The examples of a row from its tokenized pieces.
 
         Raises:
             RowError: the row cannot be used after all.
+            LeftOut: it is well formed, but has no use here.
         """
         raise NotImplementedError
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ptft_dist.data.tokenizer import check_can_pad
 from ptft_dist.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -32,11 +33,7 @@ class Frame:
         Raises:
             RecipeError: nothing can be learned with this tokenizer.
         """
-        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            raise RecipeError(
-                f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token to fill rows up with. Name "
-                "one as pad_token in its tokenizer_config.json, or use another tokenizer."
-            )
+        check_can_pad(tokenizer)
         probe = backend.encode(*["a"] * texts, add_special_tokens=True)
         frame = cls(
             tuple([] for _ in range(texts + 1)),

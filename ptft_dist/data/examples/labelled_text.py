@@ -9,6 +9,7 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.tasks.labels import LabelledText
 from ptft_dist.data.examples.encoder import LeftOut, RowEncoder, require_text
 from ptft_dist.data.formats import Record
+from ptft_dist.data.tokenizer import check_can_pad
 from ptft_dist.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ class LabelledTextRows(RowEncoder):
         around = tokenizer.num_special_tokens_to_add(pair=_section(recipe).pair)
         if self.max_length <= around:
             raise RecipeError(f"data.max_length: {self.max_length} leaves no room beside {around} special tokens")
-        if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
-            raise RecipeError(
-                f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token to fill rows up with. Name "
-                "one as pad_token in its tokenizer_config.json, or use another tokenizer."
-            )
+        check_can_pad(tokenizer)
         self.backend.enable_truncation(self.max_length, strategy="longest_first")
 
     @classmethod

@@ -29,6 +29,7 @@ class QuestionRows(RowEncoder):
     no answer.
     """
 
+    surveys = True
     columns = {"token_type_ids": "u1", "context": "<i4", "start": "<i4", "end": "<i4"}
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:

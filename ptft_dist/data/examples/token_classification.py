@@ -31,6 +31,7 @@ class TaggedRows(RowEncoder):
     position of each word's first token, null for a word that came to no token.
     """
 
+    surveys = True
     columns = {"token_type_ids": "u1", "labels": "<i4"}
     pretokenized = True
 
