@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -510,6 +511,19 @@ def test_generate_answers_rewrites_and_refuses(tmp_path: Path, cache: Path) -> N
     assert texts["seq2seq"].exit_codes == [0], texts["seq2seq"].stderr
     assert texts["classification"].exit_codes == [4]
     assert "BertForSequenceClassification cannot write texts" in texts["classification"].stderr
+
+
+def test_a_run_may_begin_to_write_when_it_is_resumed(tmp_path: Path, cache: Path) -> None:
+    """Its end has metrics that its first evaluation had not."""
+    write_tiny(tmp_path, "sft", sft={"generation": None})
+    first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    changes = ["sft.generation={max_new_tokens: 4, metrics: [chrf]}"]
+    again = start("train", "recipe.yaml", *changes, cwd=tmp_path, cache=cache)
+    assert again.wait() == 0, again.stderr
+    assert "resumed from" in again.stderr
+    assert "eval/chrf" in json.loads((tmp_path / "run/result.json").read_text())["metrics"]
 
 
 # --- noise ------------------------------------------------------------------------------------------------------------
