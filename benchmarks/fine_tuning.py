@@ -30,8 +30,7 @@ import transformers
 from loop import LOSS_TOLERANCE, WARM_UP_UPDATES, Clock, Log, Ticks, adamw, medians, race, write_corpus
 from transformers import PreTrainedModel
 
-from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
-from ptft_dist.checkpoint import Checkpoints
+from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.order import Plan, make_plan
@@ -39,11 +38,14 @@ from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine
-from ptft_dist.metrics import JsonLines
-from ptft_dist.models.load import build_config, build_model
-from ptft_dist.stopping import StopRequest
-from ptft_dist.tasks import Task, pad, task_class
-from ptft_dist.trainer import Trainer
+from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.reporting.metrics import JsonLines
+from ptft_dist.tasks.common.padding import pad
+from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.stopping import StopRequest
+from ptft_dist.training.trainer import Trainer
 
 LLAMA = {
     "model_type": "llama",
@@ -98,7 +100,7 @@ def make_job(case: str, folder: Path, rows: str | None, updates: int, group: int
             write_corpus(folder / "corpus.jsonl", 0)
             source = {"path": "corpus.jsonl"}
         special, more = {"mlm": {"packing": False}, "model": {"config": BERT}}, {}
-    recipe = Recipe.model_validate(
+    recipe = recipe_class().model_validate(
         {
             "task": case,
             "tokenizer": tokenizer_section,

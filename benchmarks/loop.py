@@ -32,8 +32,7 @@ import torch.nn.functional as F
 import transformers
 from transformers import PreTrainedModel
 
-from ptft_dist.batches import Batch, Shape, SupervisedBatches, UpdateDataset
-from ptft_dist.checkpoint import Checkpoints
+from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.order import make_plan
@@ -42,12 +41,14 @@ from ptft_dist.data.sources import read_documents
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, reset_accelerate
-from ptft_dist.metrics import JsonLines
-from ptft_dist.models.load import build_config, build_model
-from ptft_dist.stopping import StopRequest
-from ptft_dist.tasks import task_class
-from ptft_dist.tasks.clm import CausalLM
-from ptft_dist.trainer import Trainer
+from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.reporting.metrics import JsonLines
+from ptft_dist.tasks.clm.task import CausalLM
+from ptft_dist.tasks.protocol import Batch
+from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.stopping import StopRequest
+from ptft_dist.training.trainer import Trainer
 
 LLAMA = {
     "model_type": "llama",
@@ -119,7 +120,7 @@ def write_corpus(path: Path, seed: int, count: int = 20_000) -> None:
 
 
 def make_job(case: str, folder: Path, updates: int, seed: int) -> Job:
-    recipe = Recipe.model_validate(
+    recipe = recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": LLAMA},

@@ -119,7 +119,7 @@ def lead_rouge(_train: Path, validation: Path, _run: Path) -> float:
 
 def token_frequencies(_train: Path, _validation: Path, run: Path) -> float:
     """The perplexity of learned tokens, each predicted by its frequency in the training answers (one added to each)."""
-    from ptft_dist.config.load import load_recipe
+    from ptft_dist.api import load_recipe
     from ptft_dist.data.prepare import prepare
 
     loaded = load_recipe(str(run.parent / "recipe.yaml"))

@@ -11,16 +11,17 @@ from typing import Any
 import torch
 from support import Vocabulary, merge
 
-from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
-from ptft_dist.checkpoint import Checkpoints
+from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.engine import Engine, reset_accelerate
-from ptft_dist.models.load import build_model
-from ptft_dist.stopping import StopRequest
-from ptft_dist.tasks import Task, task_class
-from ptft_dist.trainer import Trainer
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.stopping import StopRequest
+from ptft_dist.training.trainer import Trainer
 
 VOCAB, MAX_LENGTH = 48, 32
 
@@ -61,7 +62,7 @@ def make_recipe(**changes: Any) -> Recipe:
         "train": {"max_steps": 4, "precision": "fp32"},
         "run_dir": "none",
     }
-    return Recipe.model_validate(merge(raw, changes))
+    return recipe_class().model_validate(merge(raw, changes))
 
 
 def make_dataset(

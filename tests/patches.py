@@ -41,7 +41,7 @@ def witness() -> None:
 
 def slow_updates(seconds: str) -> None:
     """Sleep after each update, so that a test can meet it."""
-    from ptft_dist.trainer import Trainer
+    from ptft_dist.training.trainer import Trainer
 
     update = Trainer.update
 
@@ -55,7 +55,7 @@ def slow_updates(seconds: str) -> None:
 
 def hang_in_save(step: str) -> None:
     """Never finish the checkpoint of this step: its files are there, its manifest is not."""
-    from ptft_dist import checkpoint
+    from ptft_dist.checkpoint import checkpoint
 
     seal = checkpoint._seal
 
@@ -69,8 +69,8 @@ def hang_in_save(step: str) -> None:
 
 def record_rows() -> None:
     """Append which rows this rank gets in which update to rows-RANK.jsonl."""
-    from ptft_dist import batches
     from ptft_dist.data.store import TokenStore
+    from ptft_dist.training import batches
 
     get, read = batches.UpdateDataset.__getitem__, TokenStore.row
     taken: list[int] = []
@@ -92,7 +92,7 @@ def record_rows() -> None:
 
 def raise_in_rank(rank: str, step: str) -> None:
     """This rank fails in this update, before it moves its weights."""
-    from ptft_dist.trainer import Trainer
+    from ptft_dist.training.trainer import Trainer
 
     update = Trainer.update
 
@@ -134,7 +134,7 @@ def watch_engine() -> None:
 
 def die_in_rank(rank: str, step: str) -> None:
     """This rank is killed in this update."""
-    from ptft_dist.trainer import Trainer
+    from ptft_dist.training.trainer import Trainer
 
     update = Trainer.update
 
@@ -148,7 +148,7 @@ def die_in_rank(rank: str, step: str) -> None:
 
 def evaluations(*losses: str) -> None:
     """ "STEP=LOSS" of each evaluation, whatever the network says."""
-    from ptft_dist.trainer import Trainer
+    from ptft_dist.training.trainer import Trainer
 
     made = {int(step): float(loss) for step, loss in (pair.split("=") for pair in losses)}
     is_best = Trainer.is_best
@@ -157,7 +157,7 @@ def evaluations(*losses: str) -> None:
 
 def prompt_tensorboard() -> None:
     """Each point is in its file at once, so that a kill finds it there."""
-    from ptft_dist.metrics import TensorBoard
+    from ptft_dist.reporting.metrics import TensorBoard
 
     write = TensorBoard.write
 
@@ -170,7 +170,7 @@ def prompt_tensorboard() -> None:
 
 def fill_disk_before_save(step: str, left_bytes: str) -> None:
     """Before the save of this step, leave `left_bytes` free on the run's disk; before the next save, all is free."""
-    from ptft_dist.checkpoint import Checkpoints
+    from ptft_dist.checkpoint.checkpoint import Checkpoints
 
     commit = Checkpoints.commit
 

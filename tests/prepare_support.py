@@ -8,6 +8,7 @@ from typing import Any
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.store import TokenStore
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.tasks.registry import recipe_class
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards watch in silence and it's 42"
 DOCUMENTS = [f"{SENTENCE[i % 17 :: 1 + i % 3]} number {i}" for i in range(60)]
@@ -26,7 +27,7 @@ def write_text(base: Path) -> Path:
 
 def recipe(tokenizer: Path | str | dict[str, Any], clm: dict[str, Any] | None = None, **data: Any) -> Recipe:
     train = [{"path": "text.txt", "document": "line"}]
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": {"model_type": "llama"}},

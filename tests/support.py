@@ -44,10 +44,10 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 # Imported once by the server. What a forked process finds here it does not import again.
 PRELOADED = [
-    "ptft_dist.worker",
+    "ptft_dist.session",
     "ptft_dist.cli",
     "ptft_dist.cli.train",
-    "ptft_dist.tasks.clm",
+    "ptft_dist.tasks.clm.task",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
@@ -321,7 +321,7 @@ def lives(process: psutil.Process) -> bool:
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock and the machine."""
-    from ptft_dist.metrics import TIMING_KEYS
+    from ptft_dist.reporting.metrics import TIMING_KEYS
 
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMING_KEYS} for line in lines]

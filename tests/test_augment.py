@@ -11,7 +11,7 @@ import pytest
 from support import ptft
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ptft_dist.config.load import load_recipe
+from ptft_dist.api import load_recipe
 from ptft_dist.config.recipe import Augmentation, Recipe, TokenizerTraining
 from ptft_dist.data.augment import Augmenter, changed, read_synonyms
 from ptft_dist.data.example_store import ExampleStore
@@ -19,6 +19,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import Prepared, prepare
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.tasks.registry import recipe_class
 
 SYNONYMS = "cat\tfeline,pussy cat\nold\tancient\n# a remark\n\nhouse\thome\n"
 TEXTS = [
@@ -37,7 +38,7 @@ def recipe(*methods: dict[str, Any], seed: int = 0, task: str = "classification"
         "run_dir": "run",
     } | changes
     raw["data"] = {**raw["data"], "augment": list(methods)}
-    return Recipe.model_validate_json(json.dumps(raw), strict=True)
+    return recipe_class().model_validate_json(json.dumps(raw), strict=True)
 
 
 def rows(texts: list[str]) -> list[Record]:

@@ -11,7 +11,7 @@ import pytest
 from support import ptft, start
 from tiny import WORDS, write_tiny
 
-from ptft_dist.config.load import load_recipe
+from ptft_dist.api import load_recipe
 from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.errors import DataError
 

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from ptft_dist import checkpoint as module
-from ptft_dist.checkpoint import Checkpoint, Checkpoints, OneProcess, SaveError, read_checkpoint, verify
+from ptft_dist.checkpoint import checkpoint as module
+from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, OneProcess, SaveError, read_checkpoint, verify
 from ptft_dist.errors import CheckpointError
 
 FACTS = {"world_size": 1, "progress": {"step": 7}}

@@ -21,20 +21,21 @@ from transformers import (
     pipeline,
 )
 
-from ptft_dist.batches import mask_all
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.config.tasks.labels import ENTITY_MARKERS
 from ptft_dist.data.example_store import ExampleStore
-from ptft_dist.data.examples.classification import ClassificationRows, _marked
-from ptft_dist.data.examples.encoder import LeftOut
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import prepare
+from ptft_dist.data.row_encoder import LeftOut
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_config, build_model, check_positions
-from ptft_dist.tasks import Task
-from ptft_dist.tasks.classification import Classification, label_weights
+from ptft_dist.networks.load import build_config, build_model, check_positions
+from ptft_dist.tasks.classification.encode import ClassificationRows, _marked
+from ptft_dist.tasks.classification.settings import ENTITY_MARKERS
+from ptft_dist.tasks.classification.task import Classification, label_weights
+from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.training.batches import mask_all
 
 CPU = torch.device("cpu")
 ROLES = ("cls", "sep", "mask", "pad")
@@ -60,7 +61,7 @@ def recipe(kind: str = "bert", max_length: int = 32, **settings: Any) -> Recipe:
         "train": {"max_steps": 1},
         "run_dir": "run",
     }
-    return Recipe.model_validate_json(json.dumps(raw), strict=True)
+    return recipe_class().model_validate_json(json.dumps(raw), strict=True)
 
 
 def tokenizer(roles: tuple[str, ...] = ROLES) -> PreTrainedTokenizerFast:
@@ -318,7 +319,7 @@ def test_cut_texts_are_counted_and_keep_their_special_tokens(tmp_path: Path, cac
 
 
 def _prepared(path: Path) -> tuple[Any, PreTrainedTokenizerFast]:
-    from ptft_dist.config.load import load_recipe
+    from ptft_dist.api import load_recipe
 
     loaded = load_recipe(str(path))
     prepared = prepare(loaded.recipe, loaded.base, progress=False)

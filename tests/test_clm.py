@@ -13,12 +13,12 @@ from support import Vocabulary
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from ptft_dist.batches import Batch
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks import task_class
-from ptft_dist.tasks.clm import CausalLM
+from ptft_dist.tasks.clm.task import CausalLM
+from ptft_dist.tasks.protocol import Batch
+from ptft_dist.tasks.registry import recipe_class, task_class
 
 VOCAB, PAD = 40, 39
 TINY: dict[str, dict[str, Any]] = {
@@ -63,7 +63,7 @@ def one_thread() -> Iterator[None]:
 
 
 def recipe(**clm: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": {"model_type": "llama"}},

@@ -9,10 +9,11 @@ import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from ptft_dist.config.load import Loaded, describe, dump_resolved, load_recipe
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.api import load_recipe
+from ptft_dist.config.load import Loaded, describe, dump_resolved
 from ptft_dist.config.shipped import find_shipped, shipped
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.registry import recipe_class
 
 GOOD = """\
 task: clm
@@ -441,7 +442,7 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
 
 def test_the_resolved_recipe_holds_every_value(tmp_path: Path) -> None:
     resolved = YAML(typ="safe").load(dump_resolved(load(tmp_path)))
-    assert list(resolved) == list(Recipe.model_fields)
+    assert list(resolved) == list(recipe_class().model_fields)
     assert resolved["optim"]["schedule"] == "cosine"
     assert resolved["optim"]["betas"] == [0.9, 0.95]
     assert resolved["eval"]["every"] is None
@@ -456,7 +457,7 @@ def test_describe_is_a_table(tmp_path: Path) -> None:
 
 
 def test_the_schema_names_every_section_and_describes_every_key() -> None:
-    schema = json.loads(json.dumps(Recipe.model_json_schema()))
+    schema = json.loads(json.dumps(recipe_class().model_json_schema()))
     assert {"task", "model", "tokenizer", "data", "clm", "batch", "optim", "train", "eval", "save", "log"} <= set(
         schema["properties"]
     )
@@ -469,9 +470,9 @@ def test_pydantic_alone_would_not_be_strict() -> None:
     """Why load.py validates in strict mode: without it, text and true pass for numbers."""
     data = YAML(typ="safe").load(GOOD)
     data["batch"] = {"global_size": "64", "micro_size": True}
-    assert Recipe.model_validate(data).batch.micro_size == 1
+    assert recipe_class().model_validate(data).batch.micro_size == 1
     with pytest.raises(ValidationError):
-        Recipe.model_validate_json(json.dumps(data), strict=True)
+        recipe_class().model_validate_json(json.dumps(data), strict=True)
 
 
 def test_the_shipped_folder_is_the_package_s_or_else_the_checkout_s(

@@ -14,12 +14,12 @@ import torch
 from support import eval_rows, ptft, start, train_rows
 from tiny import write_tiny
 
-from ptft_dist.config.tasks.distillation import DistillationSection
-from ptft_dist.tasks.distillation import Distillation, divergence, inputs_of
+from ptft_dist.config.distillation import DistillationSettings
+from ptft_dist.tasks.common.distillation import Distillation, divergence, inputs_of
 
 
-def settings(**changes: Any) -> DistillationSection:
-    return DistillationSection(teacher="none", **changes)
+def settings(**changes: Any) -> DistillationSettings:
+    return DistillationSettings(teacher="none", **changes)
 
 
 # --- divergences ------------------------------------------------------------------------------------------------------

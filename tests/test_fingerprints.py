@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from tiny import write_tiny
 
-from ptft_dist.config.recipe import Recipe, Source
+from ptft_dist.config.recipe import Source
 from ptft_dist.data import cache
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.sources import HashMemo, fingerprint_source
 from ptft_dist.errors import DataError
+from ptft_dist.tasks.registry import recipe_class
 
 
 def test_the_fingerprint_follows_contents_and_settings(tmp_path: Path) -> None:
@@ -80,5 +81,5 @@ def test_settings_that_decide_which_rows_are_usable_learn_their_own_tokenizer(tm
     for scheme in ("iob2", "plain"):
         changes = {"token_classification": {"scheme": scheme}, "data": {"bad_rows": "skip", "cache_dir": "cache"}}
         values = json.loads(write_tiny(tmp_path, "token_classification", **changes).read_text())
-        found[scheme] = prepare(Recipe.model_validate(values), tmp_path, progress=False)
+        found[scheme] = prepare(recipe_class().model_validate(values), tmp_path, progress=False)
     assert found["iob2"].tokenizer_path != found["plain"].tokenizer_path

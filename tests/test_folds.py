@@ -16,13 +16,14 @@ from prepare_support import recipe as clm_recipe
 from support import COMMAND, environment, ptft, start, wait_until
 from tiny import write_tiny
 
+from ptft_dist.api import load_recipe
 from ptft_dist.cli.folds import summarize
-from ptft_dist.config.load import load_recipe
-from ptft_dist.config.recipe import DataSection, Recipe
+from ptft_dist.config.recipe import DataSection
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.registry import recipe_class
 
 FOLDS = {"validation": None, "folds": 3}
 
@@ -88,7 +89,7 @@ def test_prepare_wants_to_know_which_fold(tmp_path: Path) -> None:
 def test_settings_that_make_no_sense(data: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         DataSection.model_validate({"train": [{"path": "x"}], **data})
-    assert "folds" in Recipe.model_fields["data"].annotation.model_fields  # type: ignore[union-attr]
+    assert "folds" in recipe_class().model_fields["data"].annotation.model_fields  # type: ignore[union-attr]
 
 
 def test_the_summary_is_the_sample_statistics() -> None:

@@ -28,12 +28,12 @@ from transformers import (
 )
 
 from ptft_dist.config.recipe import TokenizerTraining
-from ptft_dist.config.tasks.text import GenerationSection
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
-from ptft_dist.metrics import JsonLines
-from ptft_dist.tasks.generation import left_padded, write, written_scores
+from ptft_dist.reporting.metrics import JsonLines
+from ptft_dist.tasks.common.generation import left_padded, write, written_scores
+from ptft_dist.tasks.common.generation_settings import GenerationSettings
 
 V, PAD, START = 40, 0, 2
 LENGTH = 9
@@ -104,7 +104,7 @@ def ends(model: PreTrainedModel) -> list[int]:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_greedy_is_the_naive_loop(name: str) -> None:
-    model, settings = network(name), GenerationSection(max_new_tokens=LENGTH)
+    model, settings = network(name), GenerationSettings(max_new_tokens=LENGTH)
     eos = ends(model)
     expected = [naive(model, prompt, eos) for prompt in prompts()]
     assert len({len(ids) for ids in expected}) > 1, "all rows are of one length: a weak test"
@@ -115,7 +115,7 @@ def test_greedy_is_the_naive_loop(name: str) -> None:
 @pytest.mark.parametrize("name", NETWORKS)
 def test_beams_are_those_of_each_row_alone(name: str) -> None:
     """transformers' own beam search, one unpadded row at a time and without a cache."""
-    model, settings = network(name), GenerationSection(max_new_tokens=LENGTH, num_beams=3)
+    model, settings = network(name), GenerationSettings(max_new_tokens=LENGTH, num_beams=3)
     eos = ends(model)
     found = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
     options = {"num_beams": 3, "max_new_tokens": LENGTH, "eos_token_id": eos, "use_cache": False, "pad_token_id": PAD}
@@ -133,14 +133,14 @@ def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
     model = network(name)
     first = naive(model, prompts(1)[0], [])[0]
     found = write(
-        model, batch_of(model, prompts(1)), GenerationSection(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[first]
+        model, batch_of(model, prompts(1)), GenerationSettings(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[first]
     )
     assert found.tolist() == [[first] + [PAD] * (LENGTH - 1)]
 
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_is_changed_and_nothing_drawn(name: str) -> None:
-    model, settings = network(name), GenerationSection(max_new_tokens=LENGTH, num_beams=2)
+    model, settings = network(name), GenerationSettings(max_new_tokens=LENGTH, num_beams=2)
     before = model.config.to_json_string(), model.generation_config.to_json_string(), torch.get_rng_state()
     write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     after = model.config.to_json_string(), model.generation_config.to_json_string()
@@ -162,7 +162,7 @@ def test_the_cache_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
     counted.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(model, "forward", counted)
     rows = prompts()
-    write(model, batch_of(model, rows), GenerationSection(max_new_tokens=4), pad_id=PAD, eos_ids=[])
+    write(model, batch_of(model, rows), GenerationSettings(max_new_tokens=4), pad_id=PAD, eos_ids=[])
     assert widths == [max(map(len, rows)), 1, 1, 1]
 
 
@@ -180,7 +180,7 @@ def test_what_a_network_brings_along() -> None:
         2,
         3,
     )
-    settings = GenerationSection(max_new_tokens=LENGTH)
+    settings = GenerationSettings(max_new_tokens=LENGTH)
     found = write(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)
     assert found.tolist() == [expected + [PAD] * (LENGTH - len(expected))]
     own.forced_bos_token_id = 7
@@ -189,7 +189,7 @@ def test_what_a_network_brings_along() -> None:
 
 def test_gradient_checkpointing_does_not_touch_it() -> None:
     model = network("t5")
-    settings = GenerationSection(max_new_tokens=LENGTH)
+    settings = GenerationSettings(max_new_tokens=LENGTH)
     plain = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert torch.equal(write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1]), plain)
@@ -197,7 +197,7 @@ def test_gradient_checkpointing_does_not_touch_it() -> None:
 
 def test_under_autocast() -> None:
     """As mixed precision runs it; the texts of a network that is sure of itself are hardly touched by bf16."""
-    model, settings = network("llama"), GenerationSection(max_new_tokens=LENGTH)
+    model, settings = network("llama"), GenerationSettings(max_new_tokens=LENGTH)
     plain = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
@@ -224,7 +224,7 @@ def test_scores_and_samples() -> None:
         for i, m in enumerate(metas)
     }
     written = {4 + i: [*tokenizer(text).input_ids, eos, pad, pad] for i, text in enumerate(texts)} | {7: [eos, pad]}
-    settings = GenerationSection(metrics=("exact_match",), show=2)
+    settings = GenerationSettings(metrics=("exact_match",), show=2)
     scores, samples = written_scores(tokenizer, settings, written, rows.__getitem__)
     assert scores == {"exact_match": 3 / 4}
     assert samples == [

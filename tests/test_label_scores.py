@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn import metrics
 
-from ptft_dist.evaluation.labels import classification_scores, multi_label_scores, regression_scores
+from ptft_dist.tasks.common.scores.labels import classification_scores, multi_label_scores, regression_scores
 
 CASES = {
     "ordinary": ([0, 1, 2, 1, 0, 2, 2], [0, 2, 2, 1, 1, 2, 0], 3),

@@ -11,15 +11,17 @@ import torch
 from support import ROOT, outcome, start, train_rows, write_recipe
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
-from ptft_dist.config.recipe import MlmSection, Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_model
-from ptft_dist.tasks.mlm import MaskedLM, word_beginnings
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.mlm.settings import MlmSettings
+from ptft_dist.tasks.mlm.task import MaskedLM, word_beginnings
+from ptft_dist.tasks.registry import recipe_class
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-ROLES = MlmSection().special_tokens
+ROLES = MlmSettings().special_tokens
 TEXTS = [path.read_text() for path in sorted((ROOT / "ptft_dist").rglob("*.py"))]
 
 
@@ -32,7 +34,7 @@ def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
 
 
 def recipe(**mlm: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "mlm",
             "model": {"config": {"model_type": "bert"}},

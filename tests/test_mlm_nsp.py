@@ -24,15 +24,17 @@ from transformers import (
     RobertaConfig,
 )
 
-from ptft_dist.batches import mask_all
-from ptft_dist.config.recipe import MlmNspSection, Recipe, TokenizerTraining
-from ptft_dist.data.encode_pairs import Pair, split_sentences
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.prepare import Prepared, describe, prepare
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.models.load import build_model
-from ptft_dist.tasks.mlm_nsp import MaskedLMWithPairs
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.mlm_nsp.encode import Pair, split_sentences
+from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
+from ptft_dist.tasks.mlm_nsp.task import MaskedLMWithPairs
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.training.batches import mask_all
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 MARK = re.compile(r"d(\d+)s(\d+)e")
@@ -44,7 +46,7 @@ def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     texts = [path.read_text() for path in sorted((ROOT / "ptft_dist").rglob("*.py"))[:20]]
     settings = TokenizerTraining(algorithm="bpe", vocab_size=600)
-    train_tokenizer(settings, texts, MlmNspSection().special_tokens).save_pretrained(folder)
+    train_tokenizer(settings, texts, MlmNspSettings().special_tokens).save_pretrained(folder)
     return folder
 
 
@@ -64,7 +66,7 @@ def made(count: int, fewest: int = 1, most: int = 9) -> Documents:
 
 
 def recipe(tokenizer_dir: Path, max_length: int = 400, seed: int = 0, validation: Any = None, **section: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "mlm_nsp",
             "model": {"config": {"model_type": "bert"}},

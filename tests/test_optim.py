@@ -13,9 +13,9 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ptft_dist.config.recipe import OptimSection
+from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
 from ptft_dist.engine.state import flatten_optimizer, unflatten_optimizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.optim import build_optimizer, parameter_groups, set_lr
 
 CPU = torch.device("cpu")
 

@@ -13,12 +13,12 @@ from test_classification import CONFIGS, CPU, ROLES, SIZES, TEXTS, encoded, keys
 from tiny import write_tiny
 from tokenizers.processors import TemplateProcessing
 
-from ptft_dist.config.load import load_recipe
+from ptft_dist.api import load_recipe
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_config, build_model
-from ptft_dist.tasks import task_class
+from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.tasks.registry import task_class
 
 XLNET_SIZES = {"d_model": 32, "d_inner": 64, "n_layer": 2, "n_head": 2}
 

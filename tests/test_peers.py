@@ -20,17 +20,17 @@ from support import Vocabulary
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
-from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
-from ptft_dist.checkpoint import Checkpoints
+from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.order import make_plan
 from ptft_dist.data.store import Row, StoreWriter, TokenStore
 from ptft_dist.engine import Engine, reset_accelerate
-from ptft_dist.models.load import build_model
-from ptft_dist.stopping import StopRequest
-from ptft_dist.tasks import task_class
-from ptft_dist.trainer import Trainer
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.stopping import StopRequest
+from ptft_dist.training.trainer import Trainer
 
 VOCAB, PAD, LENGTH, UPDATES = 64, 63, 24, 20
 PEAK, WARMUP, DECAY, CLIP = 1e-2, 5, 0.1, 0.7
@@ -93,7 +93,7 @@ def rate(step: int, total: int) -> float:
 
 def recipe(network: str, layout: str) -> Recipe:
     parts = copy.deepcopy(LAYOUTS[layout])
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": NETWORKS[network]},

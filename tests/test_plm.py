@@ -17,20 +17,22 @@ from transformers import (
     XLNetConfig,
 )
 
-from ptft_dist.batches import mask_all
-from ptft_dist.config.recipe import PlmSection, Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_model
-from ptft_dist.tasks.plm import PermutedLM, choose_spans, hidden
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.plm.settings import PlmSettings
+from ptft_dist.tasks.plm.task import PermutedLM, choose_spans, hidden
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.training.batches import mask_all
 
 TEXTS = [path.read_text() for path in sorted((ROOT / "ptft_dist").rglob("*.py"))]
 SIZES = {"d_model": 32, "d_inner": 64, "n_layer": 2, "n_head": 2}
 
 
 def recipe(**section: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "plm",
             "model": {"config": {"model_type": "xlnet"}},
@@ -46,7 +48,7 @@ def recipe(**section: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(TokenizerTraining(vocab_size=600), TEXTS, PlmSection().special_tokens)
+    return train_tokenizer(TokenizerTraining(vocab_size=600), TEXTS, PlmSettings().special_tokens)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +113,7 @@ def test_the_mask_is_that_of_transformers_collator(
 
 def test_the_share_is_that_of_the_recipe() -> None:
     """In runs of 1 to 5 tokens, evenly, which may touch; never special tokens."""
-    section, special = PlmSection(), np.zeros(3000, bool)
+    section, special = PlmSettings(), np.zeros(3000, bool)
     special[::10] = True
     shares, kept = [], 0
     for i in range(40):
@@ -123,7 +125,7 @@ def test_the_share_is_that_of_the_recipe() -> None:
     lengths = np.bincount(edges[1::2] - edges[::2])
     assert lengths[1:6].min() > 0.15 * lengths.sum()
     assert lengths[6:].sum() < 0.05 * lengths.sum()
-    dense = PlmSection(mask_share=0.99)
+    dense = PlmSettings(mask_share=0.99)
     for i in range(50):  # somebody must be seen
         assert not choose_spans(np.zeros(2, bool), dense, np.random.default_rng(i)).all()
 

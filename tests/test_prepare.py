@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 from prepare_support import DOCUMENTS, all_ids, recipe, save_tokenizer, write_text
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data import encode
 from ptft_dist.data import prepare as module
 from ptft_dist.data.formats import Document
 from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.tasks.registry import recipe_class
 
 
 @pytest.fixture(scope="session")
@@ -249,7 +250,7 @@ def test_a_tokenizer_of_the_hub_is_kept_as_a_copy(
     monkeypatch.setattr(module, "load_tokenizer", load)
     raw = recipe("org/name").model_dump(exclude_unset=True)
     raw["tokenizer"]["revision"] = "v1"
-    wanted = Recipe.model_validate(raw)
+    wanted = recipe_class().model_validate(raw)
     prepared = prepare(wanted, base)
     assert asked == [("org/name", "v1", False), (str(prepared.tokenizer_path), None, False)]
     assert prepared.tokenizer_path.is_relative_to(base / "cache/tokenizers")

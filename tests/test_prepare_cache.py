@@ -98,7 +98,7 @@ def test_a_hit_imports_nothing_heavy(base: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ptft_dist.config.recipe import Recipe\n"
         "from ptft_dist.data.prepare import prepare\n"
-        f"prepared = prepare(Recipe.model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
+        f"prepared = prepare(recipe_class().model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
         "print(prepared.from_cache, {'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, wanted.model_dump_json(exclude_unset=True)]

@@ -15,16 +15,17 @@ from tiny import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from ptft_dist.batches import mask_all
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.examples.frame import Frame
-from ptft_dist.data.examples.question_answering import BROKEN, NO_ROOM
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.evaluation.spans import answer_scores, answer_words, span_scores
-from ptft_dist.tasks.question_answering import QuestionAnswering
+from ptft_dist.tasks.common.frame import Frame
+from ptft_dist.tasks.common.scores.spans import answer_scores, answer_words, span_scores
+from ptft_dist.tasks.question_answering.encode import BROKEN, NO_ROOM
+from ptft_dist.tasks.question_answering.task import QuestionAnswering
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.training.batches import mask_all
 
 WORDS = ["red", "green", "blue", "tiger", "panda", "river", "mountain", "sleeps", "runs", "Ä", "日本", "don't", "x-ray"]
 NO_ANSWER: dict[str, list[Any]] = {"text": [], "answer_start": []}
@@ -63,7 +64,7 @@ def make_recipe(folder: Path, train: list[dict[str, Any]], validation: list[dict
         "run_dir": "run",
     }
     recipe["data"]["cache_dir"] = str(folder / "cache")
-    return Recipe.model_validate(merge(recipe, changes))
+    return recipe_class().model_validate(merge(recipe, changes))
 
 
 def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], **changes: Any) -> Any:
@@ -358,7 +359,7 @@ def window(number: int, text: str, answers: list[str]) -> Any:
 
 def make_task(tmp_path: Path, unanswerable: int, **section: Any) -> QuestionAnswering:
     recipe = make_recipe(tmp_path, [], [], question_answering=section)
-    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=262), ["a"], recipe.rows.special_tokens)
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=262), ["a"], recipe.settings.special_tokens)
     return QuestionAnswering(recipe, tokenizer, torch.device("cpu"), {"unanswerable": unanswerable})
 
 

@@ -15,14 +15,15 @@ from test_classification import recipe as classification
 from tiny import write_rows, write_tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from ptft_dist.batches import mask_all
 from ptft_dist.config.recipe import Recipe
-from ptft_dist.data.examples.encoder import RowError
-from ptft_dist.data.examples.regression import RegressionRows, number
 from ptft_dist.data.formats import Record
+from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.store import Row
-from ptft_dist.models.load import build_config, build_model
-from ptft_dist.tasks.regression import Regression
+from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.regression.encode import RegressionRows, number
+from ptft_dist.tasks.regression.task import Regression
+from ptft_dist.training.batches import mask_all
 
 NUMBERS = [0.25, -3.0, 1e3, 0.0, 2.5, 7.0, 0.1, -0.1, 5.0, 1.0, 3.0, 2.0]
 
@@ -31,7 +32,7 @@ def recipe(**settings: Any) -> Recipe:
     raw = classification().model_dump(mode="json", exclude_unset=True)
     raw |= {"task": "regression", "regression": settings}
     del raw["classification"]
-    return Recipe.model_validate_json(json.dumps(raw), strict=True)
+    return recipe_class().model_validate_json(json.dumps(raw), strict=True)
 
 
 def parts(ours: Recipe) -> tuple[Any, torch.nn.Module, list[Row]]:

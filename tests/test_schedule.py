@@ -14,7 +14,7 @@ import torch
 from transformers import get_scheduler
 
 from ptft_dist.config.recipe import OptimSection
-from ptft_dist.schedule import lr_at, warmup_steps
+from ptft_dist.training.schedule import lr_at, warmup_steps
 
 PEAK = 3e-3
 FALLING = ["linear", "cosine", "wsd", "polynomial"]

@@ -27,17 +27,18 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ptft_dist.batches import mask_all
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.examples.encoder import RowError
-from ptft_dist.data.examples.seq2seq import Seq2SeqRows
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import prepare
+from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.models.load import build_model
-from ptft_dist.tasks.seq2seq import Seq2Seq
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.seq2seq.encode import Seq2SeqRows
+from ptft_dist.tasks.seq2seq.task import Seq2Seq
+from ptft_dist.training.batches import mask_all
 
 TEXTS = ["the quick brown fox jumps", "over the lazy dog", "ein Bär läuft", "高祖东进", "name: 42"] * 5
 T5 = {"model_type": "t5", "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
@@ -56,7 +57,7 @@ def recipe(folder: Path = Path(), tokenizer: Any = None, **changes: Any) -> Reci
         "train": {"max_steps": 1},
         "run_dir": "run",
     }
-    return Recipe.model_validate(merge(base, changes))
+    return recipe_class().model_validate(merge(base, changes))
 
 
 def tokenizer_that(adds: str = "nothing") -> PreTrainedTokenizerFast:

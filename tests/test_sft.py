@@ -16,17 +16,18 @@ from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
-from ptft_dist.data.examples.chat import Conversation, Plain, read_row, shape_of
-from ptft_dist.data.examples.encoder import Example, LeftOut, RowError
-from ptft_dist.data.examples.sft import ConversationRows, learned_tokens
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import prepare
+from ptft_dist.data.row_encoder import Example, LeftOut, RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.models.load import build_config, build_model
-from ptft_dist.tasks.sft import EmbeddingNoise, SupervisedFineTuning, conversation_lengths
+from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.sft.chat import Conversation, Plain, read_row, shape_of
+from ptft_dist.tasks.sft.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
+from ptft_dist.tasks.sft.encode import ConversationRows, learned_tokens
+from ptft_dist.tasks.sft.task import EmbeddingNoise, SupervisedFineTuning, conversation_lengths
 
 USER, ASSISTANT = {"role": "user", "content": "a red cat"}, {"role": "assistant", "content": "it sleeps"}
 SECOND = [{"role": "user", "content": "and the dog"}, {"role": "assistant", "content": "runs"}]
@@ -43,7 +44,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def recipe(max_length: int = 200, **sft: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "sft",
             "model": {"config": LLAMA | {"max_position_embeddings": 256}},
@@ -609,7 +610,7 @@ def prepared_rows(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> A
     write_rows(folder / "rows.jsonl", rows)
     values = json.loads(path.read_text()) | {"run_dir": "run"}
     values["data"] |= {"cache_dir": str(folder / "cache")}
-    return prepare(Recipe.model_validate(values), folder, progress=False)
+    return prepare(recipe_class().model_validate(values), folder, progress=False)
 
 
 def test_bad_rows_are_named_by_file_and_line_or_skipped_and_counted(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import zstandard
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.sources import HashMemo, check_sources, fingerprint_source, read_documents
 from ptft_dist.errors import DataError
+from ptft_dist.tasks.registry import recipe_class
 
 TEXTS = ["first", "zwei\nZeilen", 'drei, "mit" Komma\tund Tab', "第四"]
 
@@ -255,7 +256,7 @@ def test_an_empty_archive_has_no_documents(tmp_path: Path) -> None:
 
 
 def recipe(train: list[dict[str, Any]], validation: Any = None) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": {"model_type": "llama"}},

@@ -11,13 +11,15 @@ import torch
 from support import ROOT
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from ptft_dist.batches import mask_all
-from ptft_dist.config.recipe import Recipe, SpanCorruptionSection, TokenizerTraining
+from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_model
-from ptft_dist.tasks.span_corruption import SpanCorruption, noise_mask, sentinel_ids
+from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
+from ptft_dist.tasks.span_corruption.task import SpanCorruption, noise_mask, sentinel_ids
+from ptft_dist.training.batches import mask_all
 
 TEXTS = [path.read_text() for path in sorted((ROOT / "ptft_dist").rglob("*.py"))]
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
@@ -26,7 +28,7 @@ BART |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_positi
 
 
 def recipe(max_length: int = 64, tokenizer: dict[str, Any] | None = None, **section: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "span_corruption",
             "model": {"config": {"model_type": "t5"}},
@@ -42,7 +44,7 @@ def recipe(max_length: int = 64, tokenizer: dict[str, Any] | None = None, **sect
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    section = SpanCorruptionSection(sentinels=40)
+    section = SpanCorruptionSettings(sentinels=40)
     settings = TokenizerTraining(algorithm="bpe", vocab_size=600)
     return train_tokenizer(settings, TEXTS, section.special_tokens, section.extra_special_tokens)
 
@@ -93,7 +95,7 @@ def test_source_and_target_together_are_the_row(tokenizer: PreTrainedTokenizerFa
 @pytest.mark.parametrize(("density", "mean_span"), [(0.15, 3.0), (0.3, 5.0), (0.4, 1.0), (0.9, 2.0)])
 def test_the_shares_are_those_of_the_recipe(density: float, mean_span: float) -> None:
     """So many tokens, in so many spans, as the length says: no more and no less, as in T5."""
-    section = SpanCorruptionSection(density=density, mean_span=mean_span)
+    section = SpanCorruptionSettings(density=density, mean_span=mean_span)
     lengths = set()
     for length in (20, 100, 513):
         for i in range(50):
@@ -109,7 +111,7 @@ def test_the_shares_are_those_of_the_recipe(density: float, mean_span: float) ->
 
 def test_all_ways_to_cut_are_equally_likely() -> None:
     """Ten tokens, four hidden in two spans: 5 x 3 masks, each as often."""
-    section, counts = SpanCorruptionSection(density=0.4, mean_span=2.0), dict[tuple[bool, ...], int]()
+    section, counts = SpanCorruptionSettings(density=0.4, mean_span=2.0), dict[tuple[bool, ...], int]()
     random = np.random.default_rng(0)
     for _ in range(6000):
         mask = tuple(noise_mask(10, section, random).tolist())

@@ -11,8 +11,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
 
-from ptft_dist.config.tasks.text import GenerationSection
-from ptft_dist.evaluation.text import Words, text_metric_names, text_scores
+from ptft_dist.tasks.common.generation_settings import GenerationSettings
+from ptft_dist.tasks.common.scores.text import Words, text_metric_names, text_scores
 
 PAIRS = [  # prediction, reference
     ("", "a cat sat on the mat"),
@@ -30,7 +30,7 @@ ENGLISH = [pair for pair in PAIRS if all(text.isascii() for text in pair)]
 
 
 def scores(pairs: list[tuple[str, str]], **settings: Any) -> dict[str, float]:
-    return text_scores([a for a, _ in pairs], [b for _, b in pairs], GenerationSection(**settings))
+    return text_scores([a for a, _ in pairs], [b for _, b in pairs], GenerationSettings(**settings))
 
 
 @pytest.mark.parametrize("tokenize", [None, "13a", "zh", "char", "intl", "none"])
@@ -105,16 +105,16 @@ def test_exact_match_is_a_share() -> None:
 
 
 def test_the_names_are_those_of_the_scores() -> None:
-    kinds = get_args(get_args(GenerationSection.model_fields["metrics"].annotation)[0])
+    kinds = get_args(get_args(GenerationSettings.model_fields["metrics"].annotation)[0])
     assert set(kinds) == {"exact_match", "bleu", "chrf", "rouge"}
     for chosen in ([*kinds], ["rouge"], ["chrf", "exact_match"], []):
-        settings = GenerationSection(metrics=tuple(chosen))
+        settings = GenerationSettings(metrics=tuple(chosen))
         assert text_metric_names(settings) == tuple(text_scores(["a"], ["a"], settings))
-    assert text_metric_names(GenerationSection(metrics=("rouge",))) == ("rouge1", "rouge2", "rougeL")
+    assert text_metric_names(GenerationSettings(metrics=("rouge",))) == ("rouge1", "rouge2", "rougeL")
 
 
 def test_settings_without_effect_are_refused() -> None:
     with pytest.raises(ValidationError, match="bleu_tokenize"):
-        GenerationSection(metrics=("chrf",), bleu_tokenize="zh")
+        GenerationSettings(metrics=("chrf",), bleu_tokenize="zh")
     with pytest.raises(ValidationError, match="no metrics"):
-        GenerationSection(metrics=(), show=0)
+        GenerationSettings(metrics=(), show=0)

@@ -17,15 +17,16 @@ from tiny import write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, DataCollatorForTokenClassification
 
-from ptft_dist.batches import mask_all
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.examples.token_classification import misplaced
 from ptft_dist.data.formats import read_file
 from ptft_dist.data.prepare import Prepared, prepare
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.evaluation.entities import AVERAGES, entities, entity_scores, score_names
-from ptft_dist.tasks.token_classification import TokenClassification
+from ptft_dist.tasks.common.scores.entities import AVERAGES, entities, entity_scores, score_names
+from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.token_classification.encode import misplaced
+from ptft_dist.tasks.token_classification.task import TokenClassification
+from ptft_dist.training.batches import mask_all
 
 seqeval = pytest.importorskip("seqeval.metrics")
 ZERO_WIDTH = "\u200b"  # BERT's normalisation removes it
@@ -61,7 +62,7 @@ def make_recipe(folder: Path, train: list[dict[str, Any]], validation: list[dict
         "run_dir": "run",
     }
     recipe["data"]["cache_dir"] = str(folder / "cache")
-    return Recipe.model_validate(merge(recipe, changes))
+    return recipe_class().model_validate(merge(recipe, changes))
 
 
 def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], **changes: Any) -> Any:
@@ -487,7 +488,7 @@ def test_real_sentences(tmp_path: Path, name: str, bad: int) -> None:
     recipe = make_recipe(tmp_path, [], []).model_dump(mode="json")
     sources = {"train": [{"path": str(folder / "train.conll")}], "validation": [{"path": str(folder / "dev.conll")}]}
     recipe = merge(recipe, {"data": {**sources, "bad_rows": "skip"}})
-    prepared = prepare(Recipe.model_validate(json.loads(json.dumps(recipe))), tmp_path, progress=False)
+    prepared = prepare(recipe_class().model_validate(json.loads(json.dumps(recipe))), tmp_path, progress=False)
     assert prepared.report["bad_rows"] == bad
     store = prepared.validation
     assert store is not None

@@ -10,7 +10,7 @@ import typer
 
 def checkpoints(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
     """List and verify the checkpoints of a run; exit code 4 if one is damaged."""
-    from ptft_dist.checkpoint import Checkpoints, read_checkpoint, verify
+    from ptft_dist.checkpoint.checkpoint import Checkpoints, read_checkpoint, verify
     from ptft_dist.errors import CheckpointError
 
     paths = Checkpoints(run / "checkpoints").paths()

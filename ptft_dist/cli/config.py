@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptft_dist.tasks.registry import recipe_class
+
 if TYPE_CHECKING:
     from ptft_dist.config.recipe import Recipe
 
@@ -20,7 +22,7 @@ app = typer.Typer(help="Check a recipe, show all its values, or print the schema
 @app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Report every mistake in a recipe, and data that are not there."""
-    from ptft_dist.config.load import load_recipe
+    from ptft_dist.api import load_recipe
     from ptft_dist.data.sources import check_sources
 
     loaded = load_recipe(recipe, overrides or ())
@@ -31,7 +33,8 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 @app.command()
 def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Print every value and where it came from: the file, the command line, the environment or a default."""
-    from ptft_dist.config.load import describe, load_recipe
+    from ptft_dist.api import load_recipe
+    from ptft_dist.config.load import describe
 
     print(describe(load_recipe(recipe, overrides or ())))
 
@@ -41,10 +44,8 @@ def schema() -> None:
     """Print the JSON Schema of a recipe: each key, its type, default and meaning."""
     import json
 
-    from ptft_dist.config.recipe import Recipe
-
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
-    print(json.dumps(head | Recipe.model_json_schema(), indent=2))
+    print(json.dumps(head | recipe_class().model_json_schema(), indent=2))
 
 
 def _summary(recipe: Recipe) -> str:

@@ -12,9 +12,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ptft_dist.config.load import Loaded, dump_resolved, load_recipe
+from ptft_dist.api import load_recipe
+from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, RecipeError
-from ptft_dist.metrics import say
+from ptft_dist.reporting.metrics import say
 
 _BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # before the fold had begun to listen
 

@@ -12,7 +12,7 @@ def prepare(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.max_length=1024.")] = None,
 ) -> None:
     """Tokenize and pack a recipe's data into the cache; `ptft train` does it too, if it is not done."""
-    from ptft_dist.config.load import load_recipe
+    from ptft_dist.api import load_recipe
     from ptft_dist.data.prepare import describe
     from ptft_dist.data.prepare import prepare as run
     from ptft_dist.data.sources import check_sources

@@ -29,7 +29,7 @@ def train(
     ] = None,
 ) -> None:
     """Train a recipe; go on where the run directory's newest checkpoint is."""
-    from ptft_dist.config.load import load_recipe
+    from ptft_dist.api import load_recipe
     from ptft_dist.launch.environment import place
 
     loaded = load_recipe(recipe, overrides or [])
@@ -47,7 +47,7 @@ def train(
         arguments = ["train", recipe, *(overrides or []), *options]
         raise typer.Exit(_launch(loaded, launch, processes, which(machines, machine_rank, address), arguments))
 
-    from ptft_dist.worker import Options, run
+    from ptft_dist.session import Options, run
 
     raise typer.Exit(run(loaded, Options(resume, tuple(accept or ()))))
 
@@ -61,8 +61,8 @@ def _launch(
     from ptft_dist.data.sources import check_sources
     from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
-    from ptft_dist.metrics import say
-    from ptft_dist.run_files import lock_run_dir, make_run_dir
+    from ptft_dist.reporting.metrics import say
+    from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
 
     name = launch or default_launch()
     words = command(name, processes, several, arguments)

@@ -36,8 +36,11 @@ class Loaded:
     """The texts that hold references, as they were written."""
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """Read, override and validate a recipe: a file, or the name of a shipped one. Raises RecipeError."""
+def read_recipe(name_or_path: str, overrides: Sequence[str], schema: type[Recipe]) -> Loaded:
+    """Read, override and validate a recipe: a file, or the name of a shipped one. Raises RecipeError.
+
+    schema: `ptft_dist.tasks.registry.recipe_class()`.
+    """
     path = find_shipped("recipes", name_or_path, ".yaml")
     text = _read(path)
     document = Document()
@@ -46,12 +49,12 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
         raise _refusal(document.mistakes, path)
     if not isinstance(document.values, dict):
         what = "the file is empty" if document.values is None else "a recipe is a set of `key: value` lines"
-        raise RecipeError(f"{path}:1: {what}; its required keys: {', '.join(Recipe.model_json_schema()['required'])}")
+        raise RecipeError(f"{path}:1: {what}; its required keys: {', '.join(schema.model_json_schema()['required'])}")
     for assignment in overrides:
         document.override(assignment)
     document.resolve(os.environ)
     document.check_leaves()
-    recipe = _validate(document, path)
+    recipe = _validate(document, path, schema)
     return Loaded(recipe, path, path.resolve().parent, _origins(recipe, document, path), text, document.written)
 
 
@@ -74,14 +77,14 @@ def _refusal(mistakes: Sequence[Mistake], path: Path) -> RecipeError:
     return RecipeError("\n".join(lines))
 
 
-def _validate(document: Document, path: Path) -> Recipe:
-    schema = Schema(Recipe)
+def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Recipe:
+    schema = Schema(recipe_class)
     try:
         # As JSON: pydantic's strict mode then takes lists for tuples, and still no text and no 8.0 for a whole number.
         text = json.dumps(document.values, ensure_ascii=False).encode(
             errors="replace"
         )  # bad Unicode is already reported
-        recipe = Recipe.model_validate_json(text, strict=True)
+        recipe = recipe_class.model_validate_json(text, strict=True)
     except ValidationError as error:
         # Without the cause, which quotes values: they may be secret.
         raise _refusal([*document.mistakes, *explain(error, document, schema)], path) from None

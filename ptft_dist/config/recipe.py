@@ -6,11 +6,12 @@ Every model is frozen and refuses unknown keys. The docstring under a field is i
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
 from ptft_dist.config.data_section import Augmentation, DataSection, Source
+from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.section import (
     BelowOne,
     Fraction,
@@ -21,39 +22,9 @@ from ptft_dist.config.section import (
     exactly_one,
     only_with,
 )
-from ptft_dist.config.tasks.distillation import DISTILLABLE, DistillationSection
-from ptft_dist.config.tasks.labels import (
-    ClassificationSection,
-    QuestionAnsweringSection,
-    RegressionSection,
-    TokenClassificationSection,
-)
-from ptft_dist.config.tasks.pretraining import (
-    ClmSection,
-    DocumentRows,
-    MlmNspSection,
-    MlmSection,
-    PlmSection,
-    SpanCorruptionSection,
-)
-from ptft_dist.config.tasks.rows import TaskSection
-from ptft_dist.config.tasks.text import Seq2SeqSection, SftSection
+from ptft_dist.config.task_settings import DocumentSettings, TaskSettings
 
-__all__ = ["Augmentation", "DataSection", "DocumentRows", "Recipe", "Source"]
-
-TaskName = Literal[
-    "clm",
-    "mlm",
-    "mlm_nsp",
-    "plm",
-    "span_corruption",
-    "seq2seq",
-    "sft",
-    "classification",
-    "regression",
-    "token_classification",
-    "question_answering",
-]
+__all__ = ["Augmentation", "DataSection", "DocumentSettings", "Recipe", "Source"]
 
 
 class ModelSection(Section):
@@ -290,29 +261,18 @@ class LogSection(Section):
 
 
 class Recipe(Section):
-    """What to train. `task` comes first in every recipe."""
+    """What to train. `task` comes first in every recipe.
 
-    task: TaskName
-    """`clm`: causal language modelling. `mlm`: masked language modelling; `mlm_nsp`: with next-sentence prediction.
-    `plm`: permuted language modelling. `span_corruption`: T5's denoising. `seq2seq`: text to text. `sft`: supervised
-    fine-tuning on conversations. `classification`, `regression`: of texts or pairs of texts. `token_classification`: a
-    tag for each word. `question_answering`: the answer is a span of a context."""
+    The sections of the tasks are added by `ptft_dist.tasks.registry.recipe_class`.
+    """
+
+    task: Text
+    """What is trained. The section of the same name has the task's own settings."""
     model: ModelSection
     tokenizer: TokenizerSection
     data: DataSection
-    clm: ClmSection = ClmSection()
-    mlm: MlmSection = MlmSection()
-    mlm_nsp: MlmNspSection = MlmNspSection()
-    plm: PlmSection = PlmSection()
-    span_corruption: SpanCorruptionSection = SpanCorruptionSection()
-    seq2seq: Seq2SeqSection = Seq2SeqSection()
-    sft: SftSection = SftSection()
-    classification: ClassificationSection = ClassificationSection()
-    regression: RegressionSection = RegressionSection()
-    token_classification: TokenClassificationSection = TokenClassificationSection()
-    question_answering: QuestionAnsweringSection = QuestionAnsweringSection()
-    distillation: DistillationSection | None = None
-    """Learn from a teacher too: for clm, sft and classification."""
+    distillation: DistillationSettings | None = None
+    """Learn from a teacher too, for tasks that choose from a list: tokens or labels."""
     batch: BatchSection
     optim: OptimSection = OptimSection()
     train: TrainSection
@@ -323,10 +283,16 @@ class Recipe(Section):
     """Everything that the run writes goes here. A relative path starts at the current directory."""
 
     @property
-    def rows(self) -> TaskSection:
+    def settings(self) -> TaskSettings:
         """The section of the recipe's task."""
-        section: TaskSection = getattr(self, self.task)
-        return section
+        settings: TaskSettings = getattr(self, self.task)
+        return settings
+
+    @classmethod
+    def task_sections(cls) -> dict[str, TaskSettings]:
+        """Task -> its section with all defaults."""
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {name: default for name, default in defaults.items() if isinstance(default, TaskSettings)}
 
     @property
     def validated(self) -> bool:
@@ -335,26 +301,27 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        for name in get_args(TaskName):
-            if name != self.task and getattr(self, name) != type(self).model_fields[name].default:
+        for name, default in self.task_sections().items():
+            if name != self.task and getattr(self, name) != default:
                 raise ValueError(f"{name} has no effect here: the task is {self.task}")
-        if self.distillation is not None and self.task not in DISTILLABLE:
-            raise ValueError(f"distillation has no effect here: it needs one of the tasks {', '.join(DISTILLABLE)}")
+        if self.distillation is not None and not self.settings.distillable:
+            able = ", ".join(name for name, section in self.task_sections().items() if section.distillable)
+            raise ValueError(f"distillation has no effect here: it needs one of the tasks {able}")
         self._check_data()
         for name in ("every", "at_start", "micro_size", "max_rows", "patience", "metric", "goal"):
             if getattr(self.eval, name) != EvalSection.model_fields[name].default and not self.validated:
                 raise ValueError(f"eval.{name} has no effect here: it needs data.validation")
-        for name in self.rows.evaluation_only:
-            if getattr(self.rows, name) != type(self.rows).model_fields[name].default and not self.validated:
+        for name in self.settings.evaluation_only:
+            if getattr(self.settings, name) != type(self.settings).model_fields[name].default and not self.validated:
                 raise ValueError(f"{self.task}.{name} has no effect here: it needs data.validation")
         for name, value in (("best", self.save.best), ("every", self.eval.patience)):
             if value and self.eval.every is None:
                 what = "save.best" if name == "best" else "eval.patience"
                 raise ValueError(f"{what} has no effect here: it needs eval.every")
-        if getattr(self.rows, "generation", None) is not None and not self.validated:
+        if getattr(self.settings, "generation", None) is not None and not self.validated:
             raise ValueError(f"{self.task}.generation has no effect here: it needs data.validation")
         tokens, length = self.batch.global_tokens, self.data.max_length
-        if tokens is not None and self.rows.full_rows and tokens % length:
+        if tokens is not None and self.settings.full_rows and tokens % length:
             low = tokens // length * length
             near = [n for n in (low, low + length) if n]
             raise ValueError(
@@ -365,7 +332,7 @@ class Recipe(Section):
 
     def _check_data(self) -> None:
         """Settings of sources and rows that mean something to other tasks only."""
-        documents, data = isinstance(self.rows, DocumentRows), self.data
+        documents, data = isinstance(self.settings, DocumentSettings), self.data
         for side in (data.train, data.validation):
             for source in side if isinstance(side, list) else ():
                 if source.fields and documents:
@@ -374,11 +341,12 @@ class Recipe(Section):
                     )
                 if source.field and not documents:
                     raise ValueError(f"field has no effect here: name the columns of task {self.task} with fields")
-                unknown = [] if documents else [role for role in source.fields if role not in self.rows.roles]
+                unknown = [] if documents else [role for role in source.fields if role not in self.settings.roles]
                 if unknown:
-                    roles = ", ".join(self.rows.roles)
+                    roles = ", ".join(self.settings.roles)
                     raise ValueError(f"fields: task {self.task} has no {unknown[0]!r}, only {roles}")
         if data.bad_rows != "stop" and documents:
             raise ValueError(f"data.bad_rows has no effect here: it needs a task with rows, and not {self.task}")
-        if data.augment and not self.rows.augmentable:
-            raise ValueError("data.augment has no effect here: it needs the task classification or regression")
+        if data.augment and not self.settings.augmentable:
+            able = ", ".join(name for name, section in self.task_sections().items() if section.augmentable)
+            raise ValueError(f"data.augment has no effect here: it needs one of the tasks {able}")

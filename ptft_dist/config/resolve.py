@@ -29,7 +29,7 @@ def batch_shape(recipe: Recipe, world_size: int) -> BatchShape:
     global_size, global_tokens = batch.global_size, batch.global_tokens
     if global_tokens is not None and global_tokens < max_length:
         raise RecipeError(f"batch.global_tokens: {global_tokens} is less than one row (data.max_length {max_length})")
-    if global_tokens is not None and recipe.rows.full_rows:
+    if global_tokens is not None and recipe.settings.full_rows:
         global_size, global_tokens = global_tokens // max_length, None
     micro_size = batch.micro_size
     if batch.micro_tokens is not None and batch.micro_tokens < max_length:

@@ -40,7 +40,7 @@ class Augmenter:
             RecipeError: a translation model cannot be loaded.
         """
         self.seed, self.methods, self.note = recipe.train.seed, recipe.data.augment, note
-        self.texts = [role for role in _TEXTS if role in recipe.rows.roles]
+        self.texts = [role for role in _TEXTS if role in recipe.settings.roles]
         self.synonyms = [read_synonyms(_path(base, m.synonyms)) if m.synonyms else {} for m in self.methods]
         self.translations = [
             BackTranslation(m.forward, m.backward, base) if m.forward and m.backward else None for m in self.methods

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ptft_dist.config.recipe import DocumentRows, Recipe
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.task_settings import DocumentSettings
 from ptft_dist.data.cache import to_stderr
 from ptft_dist.data.formats import Document
 from ptft_dist.data.sides import of_train, sided
@@ -84,8 +85,8 @@ def write(
         DataError: as `read_documents`; or a text spells a special token that the tokenizer cannot write as text; or a
             side has no document.
     """
-    section = recipe.rows
-    assert isinstance(section, DocumentRows)
+    section = recipe.settings
+    assert isinstance(section, DocumentSettings)
     encoder = DocumentEncoder(tokenizer, section.boundaries)
     max_length, packing = recipe.data.max_length, section.packing
     writers = {
@@ -172,7 +173,7 @@ def check_sides(recipe: Recipe, read: str, written: dict[str, dict[str, Any]]) -
     if recipe.data.folds is not None:
         remedy = f"A fold (data.folds: {recipe.data.folds}) is cut by a hash: take fewer folds, or more data."
     elif isinstance(recipe.data.validation, float):
-        smaller = "smaller documents (document: paragraph), " if isinstance(recipe.rows, DocumentRows) else ""
+        smaller = "smaller documents (document: paragraph), " if isinstance(recipe.settings, DocumentSettings) else ""
         remedy = (
             f"A share (data.validation: {recipe.data.validation}) is cut by a hash of whole documents or rows. Take a "
             f"larger share, {smaller}more data, or sources of their own for validation."

@@ -14,12 +14,12 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.augment import Augmenter
 from ptft_dist.data.encode import check_sides, text_progress
 from ptft_dist.data.example_store import META, ExampleWriter, meta_bytes
-from ptft_dist.data.examples import encoder_class
-from ptft_dist.data.examples.encoder import Example, LeftOut, RowEncoder, RowError
 from ptft_dist.data.formats import Record
+from ptft_dist.data.row_encoder import Example, LeftOut, RowEncoder, RowError
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.sources import read_records
 from ptft_dist.errors import DataError
+from ptft_dist.tasks.registry import encoder_class
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,7 +132,7 @@ def write(
     """
     facts = survey(recipe, base)
     encoder = encoder_class(recipe.task)(recipe, tokenizer, facts)
-    packing = recipe.rows.isolated
+    packing = recipe.settings.isolated
     columns = {"input_ids": "token"} | dict(encoder.columns)
     dtypes = {name: encoder.token_dtype if dtype == "token" else dtype for name, dtype in columns.items()}
     writers = {

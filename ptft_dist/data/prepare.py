@@ -20,16 +20,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.config.recipe import DocumentRows, Recipe, Source
-from ptft_dist.data import encode, encode_pairs, encode_rows
+from ptft_dist.config.recipe import Recipe, Source
+from ptft_dist.config.task_settings import DocumentSettings
+from ptft_dist.data import encode, encode_rows
 from ptft_dist.data.augment import augmentation_contents
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, to_stderr
-from ptft_dist.data.chat_template import saved_template
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store, TokenStore
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.tasks.sft.chat_template import saved_template
 
 PREPARE_VERSION = 3
 """Part of every fingerprint: raise it when the same input should come out differently."""
@@ -63,8 +64,10 @@ class Prepared:
 def _kind(recipe: Recipe) -> tuple[Any, Any]:
     """The module that writes the rows of this task, and the class that reads them."""
     if recipe.task == "mlm_nsp":
+        from ptft_dist.tasks.mlm_nsp import encode as encode_pairs
+
         return encode_pairs, ExampleStore
-    return (encode, TokenStore) if isinstance(recipe.rows, DocumentRows) else (encode_rows, ExampleStore)
+    return (encode, TokenStore) if isinstance(recipe.settings, DocumentSettings) else (encode_rows, ExampleStore)
 
 
 def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
@@ -177,9 +180,9 @@ class _Job:
 
     def _row_settings(self) -> dict[str, Any]:
         """Everything beside contents and tokenizer that decides how rows come out."""
-        recipe, section = self.recipe, self.recipe.rows
+        recipe, section = self.recipe, self.recipe.settings
         settings: dict[str, Any] = {"max_length": recipe.data.max_length}
-        if isinstance(section, DocumentRows) and recipe.task != "mlm_nsp":
+        if isinstance(section, DocumentSettings) and recipe.task != "mlm_nsp":
             return settings | {"packing": section.packing, "boundaries": section.boundaries}
         settings |= {"task": recipe.task, "section": section.model_dump(exclude=set(section.after_prepare))}
         if recipe.task == "sft":  # which tokens are learned is the libraries' affair too
@@ -193,7 +196,7 @@ class _Job:
     def provide_tokenizer(self) -> tuple[str, Path]:
         """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded."""
         name, directory = self._plain_tokenizer()
-        added = (*self.recipe.tokenizer.add, *self.recipe.rows.added_tokens)
+        added = (*self.recipe.tokenizer.add, *self.recipe.settings.added_tokens)
         template = saved_template(self.recipe, self.base)
         if not added and template is None:
             return name, directory
@@ -262,7 +265,7 @@ class _Job:
                 "version": PREPARE_VERSION,
                 "tokenizers": version("tokenizers"),
                 "settings": self.recipe.tokenizer.train.model_dump(),
-                "special": [self.recipe.rows.special_tokens, self.recipe.rows.extra_special_tokens],
+                "special": [self.recipe.settings.special_tokens, self.recipe.settings.extra_special_tokens],
                 "train": self._contents["train"],
                 "share": validation if isinstance(validation, float) else None,
                 "folds": self._contents["folds"],
@@ -272,8 +275,8 @@ class _Job:
 
     def _text_settings(self) -> list[Any]:
         """What decides which texts a tokenizer learns from, beside the sources."""
-        section = self.recipe.rows
-        if isinstance(section, DocumentRows):
+        section = self.recipe.settings
+        if isinstance(section, DocumentSettings):
             return []
         settings = section.model_dump(exclude=set(section.after_prepare))
         if self.recipe.data.bad_rows == "stop":  # or else every setting may decide which rows are usable
@@ -289,7 +292,7 @@ class _Job:
         settings = self.recipe.tokenizer.train
         assert settings is not None
         self.say(f"learning a tokenizer of {settings.vocab_size:,} tokens from the training texts")
-        texts, rows = _kind(self.recipe)[0].training_texts(self.recipe, self.base), self.recipe.rows
+        texts, rows = _kind(self.recipe)[0].training_texts(self.recipe, self.base), self.recipe.settings
         train_tokenizer(settings, texts, rows.special_tokens, rows.extra_special_tokens).save_pretrained(directory)
         self.check_unchanged()
 

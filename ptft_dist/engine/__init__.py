@@ -28,8 +28,8 @@ from transformers import PreTrainedModel
 
 from ptft_dist.config.recipe import OptimSection
 from ptft_dist.engine.backends import Backend, Fsdp2, Whole, Zero, built_whole
+from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
 from ptft_dist.errors import RecipeError
-from ptft_dist.optim import build_optimizer, parameter_groups, set_lr
 
 Precision = Literal["fp32", "bf16", "fp16"]
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}

@@ -151,7 +151,7 @@ def test_evaluation_drops_nothing(
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM
 
-    from ptft_dist.config.load import load_recipe
+    from ptft_dist.api import load_recipe
     from ptft_dist.data.prepare import prepare
 
     run_dir = whole(1, "cpu")

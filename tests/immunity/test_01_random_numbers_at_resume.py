@@ -13,7 +13,7 @@ import pytest
 import torch
 from in_process import make_recipe, make_store, make_trainer, ragged
 
-from ptft_dist.checkpoint import read_checkpoint
+from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.engine import Engine, reset_accelerate
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from in_process import make_dataset, make_recipe, make_store, make_task, ragged
 
-from ptft_dist.batches import SupervisedBatches
+from ptft_dist.training.batches import SupervisedBatches
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from in_process import make_recipe, make_task
 
-from ptft_dist.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.data.order import make_plan
 from ptft_dist.data.store import Row
+from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 
 ROWS = 2_000_000_000
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from in_process import make_dataset, make_recipe, make_store, make_task, ragged
 
-from ptft_dist.config.identity import differences, identity
-from ptft_dist.config.load import load_recipe
+from ptft_dist.api import load_recipe
+from ptft_dist.checkpoint.identity import differences, identity
 
 SPLITS: list[tuple[int, dict[str, Any]]] = [
     (1, {"micro_size": 12}),

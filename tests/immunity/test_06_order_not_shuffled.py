@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from ptft_dist.batches import Batch, Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.data.order import make_plan
 from ptft_dist.data.store import Row, StoreWriter, TokenStore
+from ptft_dist.tasks.protocol import Batch
+from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 
 ROWS, EPOCHS = 60, 3
 

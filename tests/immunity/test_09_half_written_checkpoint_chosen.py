@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from ptft_dist.checkpoint import Checkpoints, OneProcess
+from ptft_dist.checkpoint.checkpoint import Checkpoints, OneProcess
+from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.errors import CheckpointError
-from ptft_dist.resume import Resume
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:

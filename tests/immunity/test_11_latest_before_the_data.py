@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ptft_dist.checkpoint import Checkpoints, OneProcess
+from ptft_dist.checkpoint.checkpoint import Checkpoints, OneProcess
 
 
 def test_every_byte_is_on_the_disk_before_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.prepare import Prepared, prepare
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
-from ptft_dist.tasks import task_class
-from ptft_dist.tasks.clm import CausalLM
+from ptft_dist.tasks.clm.task import CausalLM
+from ptft_dist.tasks.registry import recipe_class, task_class
 
 DOCUMENTS = ["one two three", "red green blue yellow", "up down"]
 
@@ -53,7 +53,7 @@ def recipe(tmp_path: Path, packing: bool) -> Recipe:
         "train": {"max_steps": 1},
         "run_dir": "run",
     }
-    return Recipe.model_validate(raw)
+    return recipe_class().model_validate(raw)
 
 
 def load(recipe: Recipe, base: Path) -> tuple[Prepared, CausalLM, Any]:

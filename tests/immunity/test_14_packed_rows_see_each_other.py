@@ -16,9 +16,9 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.engine import Engine, reset_accelerate
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_model
-from ptft_dist.tasks import task_class
-from ptft_dist.worker import prepare_network
+from ptft_dist.networks.load import build_model
+from ptft_dist.session import prepare_network
+from ptft_dist.tasks.registry import recipe_class, task_class
 
 VOCAB, LENGTH = 40, 8
 DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -33,7 +33,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 
 def recipe(network: str, kernel: str = "auto", **clm: Any) -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": {"model_type": network, **NETWORKS[network]}, "attention": kernel},

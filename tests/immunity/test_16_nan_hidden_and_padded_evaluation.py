@@ -10,10 +10,10 @@ import pytest
 import torch
 from in_process import make_recipe, make_store, make_task, make_trainer, ragged
 
-from ptft_dist.batches import Shape
 from ptft_dist.errors import NonFiniteLossError
-from ptft_dist.tasks import LossOut
-from ptft_dist.worker import validation
+from ptft_dist.session import validation
+from ptft_dist.tasks.protocol import LossOut
+from ptft_dist.training.batches import Shape
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data import prepare as module
 from ptft_dist.data.prepare import Prepared, prepare
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from ptft_dist.tasks.registry import recipe_class
 
 TEXT = "\n".join(f"line {i} of a text that is the same for all" for i in range(50))
 Change = Callable[[Path, dict[str, Any]], None]
@@ -50,7 +51,7 @@ def write_rows(base: Path, text: str) -> None:
 
 
 def run(base: Path, raw: dict[str, Any]) -> Prepared:
-    return prepare(Recipe.model_validate(raw), base, progress=False)
+    return prepare(recipe_class().model_validate(raw), base, progress=False)
 
 
 def edit(section: str, key: str, value: Any) -> Change:

@@ -14,6 +14,7 @@ from pathlib import Path
 import ptft_dist.data
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.prepare import prepare
+from ptft_dist.tasks.registry import recipe_class
 
 # The first process stops in the middle of its work until it is told to go on; so the order of events is certain.
 PREPARE = """
@@ -31,13 +32,13 @@ def pause_and_write(*args, **kwargs):
     return write(*args, **kwargs)
 
 encode.write = pause_and_write
-prepared = module.prepare(Recipe.model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+prepared = module.prepare(recipe_class().model_validate_json(sys.argv[1]), Path(sys.argv[2]))
 print(prepared.from_cache, prepared.fingerprint, prepared.train.row(0).input_ids.tolist(), flush=True)
 """
 
 
 def make_recipe() -> Recipe:
-    return Recipe.model_validate(
+    return recipe_class().model_validate(
         {
             "task": "clm",
             "model": {"config": {"model_type": "llama"}},

@@ -13,8 +13,8 @@ import pytest
 from in_process import make_recipe, make_store, make_trainer, ragged
 from support import last_step, start, write_recipe
 
-from ptft_dist.stopping import StopRequest
-from ptft_dist.trainer import Outcome
+from ptft_dist.training.stopping import StopRequest
+from ptft_dist.training.trainer import Outcome
 
 
 @pytest.fixture(autouse=True)

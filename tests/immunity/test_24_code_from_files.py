@@ -16,7 +16,7 @@ from support import start, write_recipe
 
 from ptft_dist.config.recipe import ModelSection, TokenizerSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.models.load import build_config
+from ptft_dist.networks.load import build_config
 
 
 class Bomb:

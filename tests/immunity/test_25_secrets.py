@@ -9,8 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from ptft_dist.api import load_recipe
 from ptft_dist.cli import main
-from ptft_dist.config.load import describe, dump_resolved, load_recipe
+from ptft_dist.config.load import describe, dump_resolved
 from ptft_dist.errors import RecipeError
 
 SECRET = "hf_5ecretT0ken\\'(x"  # what repr and regular expressions write differently has to stay hidden too

@@ -1,1 +1,0 @@
-"""Scores that are no averages over examples, from predictions and references. From kept libraries."""

@@ -1,0 +1,147 @@
+"""Rows with a text (or two, or a text with two marked spans) and a label, or a list of labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.formats import Record, json_type, text_problem
+from ptft_dist.data.row_encoder import Example, LeftOut, RowError, require, require_list, require_text
+from ptft_dist.errors import DataError
+from ptft_dist.tasks.classification.settings import ENTITY_MARKERS
+from ptft_dist.tasks.common.labelled_text_rows import LabelledTextRows
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
+
+
+class ClassificationRows(LabelledTextRows):
+    """Columns: input_ids, token_type_ids, and labels: ids, one or (multi_label) any number."""
+
+    surveys = True
+    columns = {**LabelledTextRows.columns, "labels": "<i4"}
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
+        super().__init__(recipe, tokenizer, facts)
+        self.facts = {**facts, "frequencies": [0] * len(facts["labels"]), "rows": 0}
+        self.ids = {label: i for i, label in enumerate(facts["labels"])}
+        self.markers = [tokenizer.convert_tokens_to_ids(marker) for marker in ENTITY_MARKERS]
+
+    @classmethod
+    def check(cls, recipe: Recipe, record: Record) -> None:
+        super().check(recipe, record)
+        names = label_names(recipe, record)
+        if recipe.classification.labels:
+            _check_known(names, recipe.classification.labels)
+        if recipe.classification.entities:
+            _marked(record)
+
+    @classmethod
+    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:
+        """labels: their names in the order of their ids. `count` adds frequencies: of each in the examples that
+        training gets, with copies and without rows left out; and rows: how many examples."""
+        settings = recipe.classification
+        seen = {name for record in records for name in label_names(recipe, record)}
+        labels = list(settings.labels or sorted(seen, key=_numbers_first))
+        if len(labels) < 2:
+            raise DataError(
+                f"data: the training rows have the labels {', '.join(labels) or '(none)'}; a classifier needs two or "
+                "more. Look at the label column, or name it with fields: {label: ...}."
+            )
+        return {"labels": labels}
+
+    def pieces(self, record: Record) -> Sequence[Any]:
+        return [_marked(record)] if self.recipe.classification.entities else super().pieces(record)
+
+    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
+        columns, notes = self.text_columns(encodings[0])
+        names = label_names(self.recipe, record)
+        _check_known(names, self.ids)
+        if self.recipe.classification.entities and not set(self.markers) <= set(columns["input_ids"]):
+            raise LeftOut("left out, for an entity lies beyond data.max_length")
+        labels = [self.ids[name] for name in names]
+        return [Example({**columns, "labels": labels}, {"text": record.values["text"], "label": names}, notes)]
+
+    def count(self, example: Example) -> None:
+        self.facts["rows"] += 1
+        for label in example.columns["labels"]:
+            self.facts["frequencies"][label] += 1
+
+
+def label_names(recipe: Recipe, record: Record) -> list[str]:
+    """The row's labels as texts: a number's digits, `true` or `false`.
+
+    Raises:
+        RowError: there is none, or it is no label.
+    """
+    if not recipe.classification.multi_label:
+        return [_name(require(record.values, "label"))]
+    names = [_name(label) for label in require_list(record.values, "label")]
+    if len(set(names)) != len(names):
+        raise RowError(f"a label stands twice in {names}. Remove one.")
+    return names
+
+
+def _check_known(names: Sequence[str], labels: Collection[str]) -> None:
+    """Raises RowError if a name is none of the labels."""
+    if unknown := [name for name in names if name not in labels]:
+        raise RowError(
+            f"the label {unknown[0]!r} is none of {', '.join(labels)}. Correct it, or list all labels in "
+            "classification.labels."
+        )
+
+
+def _name(label: Any) -> str:
+    if isinstance(label, bool):
+        return "true" if label else "false"
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    if isinstance(label, str) and label.strip():
+        if problem := text_problem("label", label):
+            raise RowError(problem)
+        return label
+    if isinstance(label, int):
+        return str(label)
+    raise RowError(
+        f"the label is {json_type(label) if not isinstance(label, str) else 'an empty string'}; a label is a word or a "
+        "whole number (with several to a row: multi_label: true)."
+    )
+
+
+def _numbers_first(label: str) -> tuple[int, float, str]:
+    """Numbers in their order, then words in theirs."""
+    number = _NUMBER.fullmatch(label)
+    return (0, float(label), label) if number else (1, 0.0, label)
+
+
+def _marked(record: Record) -> str:
+    """The text with markers around the spans `head` and `tail`.
+
+    Raises:
+        RowError: a span is no span of the text, the two overlap, or the text holds a marker itself.
+    """
+    text = require_text(record.values, "text")
+    if found := [marker for marker in ENTITY_MARKERS if marker in text]:
+        raise RowError(f"the text spells the marker {found[0]!r}. Remove it.")
+    spans = []
+    for role in ("head", "tail"):
+        span = require_list(record.values, role)
+        if len(span) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) for x in span):
+            raise RowError(f"the field {role!r} is not [start, end) in characters, two whole numbers: {span}")
+        if not 0 <= span[0] < span[1] <= len(text):
+            raise RowError(f"{role}: {span} is no span of a text of {len(text)} characters")
+        spans.append(span)
+    (a, b), (c, d) = spans
+    if max(a, c) < min(b, d):
+        raise RowError(f"head {spans[0]} and tail {spans[1]} overlap")
+    # At one place an ending marker comes before a beginning one.
+    first, first_end, second, second_end = ENTITY_MARKERS
+    inserts = [(a, 1, first), (b, 0, first_end), (c, 1, second), (d, 0, second_end)]
+    for place, _, marker in sorted(inserts, reverse=True):
+        text = text[:place] + marker + text[place:]
+    return text

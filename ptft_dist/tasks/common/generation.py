@@ -1,0 +1,81 @@
+"""Texts that a network writes at evaluations: for tasks with a `generation` section."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ptft_dist.data.store import Row
+from ptft_dist.tasks.common.generation_settings import GenerationSettings
+from ptft_dist.tasks.common.scores.text import text_scores
+
+
+def write(
+    model: Any, inputs: Mapping[str, torch.Tensor], settings: GenerationSettings, *, pad_id: int, eos_ids: Sequence[int]
+) -> torch.Tensor:
+    """What the network writes for each row, likeliest token by likeliest token or by beam search.
+
+    Nothing is drawn at random, and nothing of the network is changed. What its own generation config says beside
+    (forced tokens, penalties) holds. Every process must call this equally often: where the weights are sharded, each
+    step needs all of them, so all go on until the last has ended.
+
+    Args:
+        model: the network itself, inside the engine's forward, in evaluation mode.
+        inputs: input_ids and attention_mask [B, T]: for the encoder; or, without one, prompts padded on the left.
+
+    Returns:
+        int64 [B, max_new_tokens]: the ids without prompt or decoder start, filled up with `pad_id` behind EOS.
+    """
+    config = GenerationConfig(
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        num_return_sequences=1,
+        do_sample=False,
+        use_cache=True,  # whatever model.config says for training
+        return_dict_in_generate=False,
+        pad_token_id=pad_id,
+        eos_token_id=list(eos_ids),
+    )
+    together = dist.is_initialized() and dist.get_world_size() > 1
+    ids: torch.Tensor = model.generate(**inputs, generation_config=config, synced_gpus=together)
+    ids = ids[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].size(1) :]
+    ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
+    ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search may go on with EOS for longer texts beside it
+    return F.pad(ids, (0, settings.max_new_tokens - ids.size(1)), value=pad_id)
+
+
+def left_padded(prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask (1: a token), int64 [B, T], T a multiple of `multiple`: prompts for `write`."""
+    width = -(-max(map(len, prompts)) // multiple) * multiple
+    ids = np.full((len(prompts), width), pad_id, np.int64)
+    mask = np.zeros((len(prompts), width), np.int64)
+    for i, prompt in enumerate(prompts):
+        ids[i, width - len(prompt) :] = prompt
+        mask[i, width - len(prompt) :] = 1
+    return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+
+def written_scores(
+    tokenizer: PreTrainedTokenizerBase,
+    settings: GenerationSettings,
+    predictions: Mapping[int, list[int]],
+    row: Callable[[int], Row],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores of all written ids, by row number, and the first `show` as texts. A row's meta has its `source` and
+    `reference`, as the data spell them."""
+    metas = [row(number).meta for number in predictions]
+    ids = list(predictions.values())
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    references = [meta["reference"] for meta in metas]
+    scores = text_scores(texts, references, settings)
+    samples = [
+        {"row": number, "source": meta["source"], "reference": meta["reference"], "prediction": text}
+        for number, meta, text in zip(predictions, metas, texts, strict=True)
+    ]
+    return scores, samples[: settings.show]

@@ -1,0 +1,31 @@
+"""Settings of generation at evaluations."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from ptft_dist.config.section import Section, only_with
+
+
+class GenerationSettings(Section):
+    """Let the network write, at every evaluation, and compare with the reference."""
+
+    max_new_tokens: PositiveInt = 64
+    """Write at most this many tokens."""
+    num_beams: PositiveInt = 1
+    """1: the likeliest token each time; more: beam search."""
+    metrics: tuple[Literal["exact_match", "bleu", "chrf", "rouge"], ...] = ("exact_match", "bleu", "chrf", "rouge")
+    """`bleu`, `chrf`: sacrebleu's, 0 to 100. `rouge`: F1 of ROUGE-1, -2, -L, 0 to 1. `exact_match`: a share."""
+    bleu_tokenize: Literal["13a", "zh", "char", "intl", "none"] | None = None
+    """sacrebleu's tokenizer; 13a when not given. Use zh for Chinese."""
+    show: Annotated[int, Field(ge=0)] = 5
+    """Write this many of the texts to run_dir/samples.jsonl at each evaluation."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        only_with(self, ("bleu_tokenize",), "bleu" in self.metrics, "bleu among the metrics")
+        if not self.metrics and not self.show:
+            raise ValueError("generation has no effect here: no metrics, and nothing to show")
+        return self

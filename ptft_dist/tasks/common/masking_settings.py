@@ -1,0 +1,44 @@
+"""Settings of masking, shared by masked language modelling with and without next-sentence prediction."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ptft_dist.config.section import Fraction, only_with
+from ptft_dist.config.task_settings import DocumentSettings
+
+
+class Masking(DocumentSettings):
+    """What masked language modelling hides (Devlin et al. 2019)."""
+
+    probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """The share of tokens that are to be predicted; never special tokens."""
+    mask_share: Fraction = 0.8
+    """Of those, the share that the network sees as [MASK]."""
+    random_share: Fraction = 0.1
+    """Of those, the share that it sees as a random token; the rest it sees unchanged."""
+    unit: Literal["token", "word", "span"] = "token"
+    """What is chosen as one: a token; a whole word; a span of tokens (Joshi et al. 2020, SpanBERT)."""
+    span_length: Annotated[float, Field(ge=1.0)] | None = None
+    """`span`: the mean of the geometric distribution of lengths, which ends at 10 tokens; 5 when not given."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        only_with(self, ("span_length",), self.unit == "span", f"{self._name}.unit: span")
+        if self.mask_share + self.random_share > 1:
+            raise ValueError(f"mask_share + random_share is {self.mask_share + self.random_share:g}, more than 1")
+        return self
+
+    @property
+    def _name(self) -> str:
+        return "mlm"
+
+    @property
+    def boundaries(self) -> tuple[str | None, str]:
+        return "cls", "sep"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return "cls", "sep", "mask", "pad"

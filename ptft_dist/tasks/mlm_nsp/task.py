@@ -1,0 +1,77 @@
+"""BERT's pretraining: masked tokens, and whether the second segment of a row follows the first (Devlin et al. 2019)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForPreTraining, PretrainedConfig, PreTrainedTokenizerBase
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.common.padding import pad
+from ptft_dist.tasks.common.padding_probe import refuse_known
+from ptft_dist.tasks.mlm.task import MaskedLM, perplexity, summed_loss
+from ptft_dist.tasks.protocol import Batch, LossOut
+
+
+class MaskedLMWithPairs(MaskedLM):
+    """Rows [CLS] A [SEP] B [SEP] in; two sums out: the cross-entropy of the chosen tokens, and that of the pairs."""
+
+    auto_class = AutoModelForPreTraining
+
+    @classmethod
+    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
+        return "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "perplexity"
+
+    @classmethod
+    def fit_config(
+        cls,
+        recipe: Recipe,  # noqa: ARG003
+        config: PretrainedConfig,
+        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG003
+    ) -> None:
+        networks: Any = AutoModelForPreTraining._model_mapping
+        if type(config) not in networks or not _takes_pairs(networks[type(config)]):
+            raise RecipeError(
+                f"model: task mlm_nsp needs a network with a head for pairs of segments (bert, ernie, megatron-bert, "
+                f"mobilebert, fnet); a {config.model_type} has none: train it with task: mlm"
+            )
+        refuse_known(config)
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
+        """As masked language modelling, with token_type_ids [B, T] (1: the second segment) and targets_next [B] (0: it
+        follows the first, 1: it is from elsewhere)."""
+        batch = super().collate(rows, keys)
+        types, width = pad([row.columns["token_type_ids"] for row in rows], 0), batch.inputs["input_ids"].shape[1]
+        inputs = {
+            **batch.inputs,
+            "token_type_ids": torch.nn.functional.pad(types, (0, width - types.shape[1])),
+            "targets_next": torch.tensor([int(row.columns["next"][0]) for row in rows]),
+        }
+        return replace(batch, inputs=inputs, more_counts=(len(rows),))
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        """loss_sum [2]: over the chosen tokens, and over the pairs."""
+        output = model(**{key: x for key, x in inputs.items() if not key.startswith("targets")})
+        tokens, right_tokens, token_count = summed_loss(output.prediction_logits, inputs["targets"])
+        pairs, right_pairs, pair_count = summed_loss(output.seq_relationship_logits, inputs["targets_next"])
+        metrics = {
+            "mlm_loss": (tokens.detach(), token_count),
+            "nsp_loss": (pairs.detach(), pair_count),
+            "mlm_accuracy": (right_tokens, token_count),
+            "nsp_accuracy": (right_pairs, pair_count),
+        }
+        return LossOut(torch.stack([tokens, pairs]), metrics)
+
+    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """loss: the sum of both means, in nats; perplexity: of the masked tokens."""
+        return {**totals, "perplexity": perplexity(totals["mlm_loss"])}
+
+
+def _takes_pairs(network: type[torch.nn.Module]) -> bool:
+    return "next_sentence_label" in inspect.signature(network.forward).parameters

@@ -1,0 +1,166 @@
+"""Rows with a question, a context and the answers that stand in it; a long context becomes several windows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.formats import Record, json_type
+from ptft_dist.data.row_encoder import Example, LeftOut, RowEncoder, RowError, require, require_text
+from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.common.frame import Frame
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
+
+WINDOWS = "read in several windows, for they are longer than data.max_length"
+BROKEN = "with an answer that no window holds whole, so that none teaches it; question_answering.stride is shorter"
+NO_ROOM = "left out, for the question leaves no room for windows that share question_answering.stride tokens"
+
+
+class QuestionRows(RowEncoder):
+    """One example a window. Columns: input_ids and token_type_ids; context: where its tokens begin and end; start, end:
+    the answer's first and last token, both the [CLS] token if the window does not hold the whole answer.
+
+    meta of an example: question: the number of the question; text: what the window shows of the context; offsets:
+    beginning and end of each of its tokens there, in characters; answers: the texts that are right, none if there is
+    no answer.
+    """
+
+    surveys = True
+    columns = {"token_type_ids": "u1", "context": "<i4", "start": "<i4", "end": "<i4"}
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
+        super().__init__(recipe, tokenizer, facts)
+        self.frame = Frame.of(tokenizer, self.backend, 2)
+        self.stride, self.cls = recipe.question_answering.stride, tokenizer.cls_token_id
+        if self.max_length - len(self.frame) <= self.stride:
+            raise RecipeError(
+                f"question_answering.stride: {self.stride} leaves no room in data.max_length ({self.max_length}) with "
+                f"{len(self.frame)} special tokens. Lower it, or raise data.max_length."
+            )
+        self.questions = 0
+
+    @classmethod
+    def check(cls, recipe: Recipe, record: Record) -> None:
+        super().check(recipe, record)
+        require_text(record.values, "question")
+        context = require_text(record.values, "context")
+        for text, start in answers_of(record):
+            if context[start : start + len(text)] != text:
+                raise RowError(_elsewhere(context, text, start))
+
+    @classmethod
+    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:  # noqa: ARG003
+        yield record.values["question"]
+        yield record.values["context"]
+
+    @classmethod
+    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:  # noqa: ARG003
+        """unanswerable: how many training rows have no answer."""
+        return {"unanswerable": sum(not answers_of(record) for record in records)}
+
+    def pieces(self, record: Record) -> Sequence[Any]:
+        return [record.values["question"], record.values["context"]]
+
+    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
+        question, context = encodings
+        if not context.ids:
+            raise RowError("the context comes to no token in this tokenizer. Correct or remove the row.")
+        room = self.max_length - len(self.frame) - len(question.ids)
+        if room < 1 or (len(context.ids) > room and room <= self.stride):
+            raise LeftOut(NO_ROOM)
+        answers = answers_of(record)
+        target = _tokens_of(*answers[0], context.offsets) if answers else None
+        windows = _windows(len(context.ids), room, self.stride)
+        whole = target is None or any(target[0] in window and target[1] in window for window in windows)
+        notes = ((WINDOWS,) if len(windows) > 1 else ()) + (() if whole else (BROKEN,))
+        self.questions += 1
+        known = {"question": self.questions, "answers": [text for text, _ in answers]}
+        return [
+            Example(
+                self.window_columns(question.ids, context.ids, window, target),
+                {**known, **_shown(record.values["context"], context.offsets[window.start : window.stop])},
+                notes,
+            )
+            for window in windows
+        ]
+
+    def window_columns(
+        self, question: Sequence[int], context: Sequence[int], window: range, target: tuple[int, int] | None
+    ) -> dict[str, Any]:
+        """target: the answer's first and last token in the whole context."""
+        ids, types = self.frame.fill(question, context[window.start : window.stop])
+        first = len(self.frame.ids[0]) + len(question) + len(self.frame.ids[1])
+        nowhere = ids.index(self.cls) if self.cls in ids else 0
+        start, end = nowhere, nowhere
+        if target is not None and target[0] in window and target[1] in window:
+            start, end = (first + token - window.start for token in target)
+        return {
+            "input_ids": ids,
+            "token_type_ids": types,
+            "context": [first, first + len(window)],
+            "start": start,
+            "end": end,
+        }
+
+
+def answers_of(record: Record) -> list[tuple[str, int]]:
+    """Each answer's text and where it begins in the context, in characters.
+
+    Raises:
+        RowError: the column does not have SQuAD's form.
+    """
+    answers = require(record.values, "answers")
+    form = "{text: [...], answer_start: [...]}, with empty lists where there is no answer"
+    if not isinstance(answers, dict):
+        raise RowError(f"the field 'answers' holds {json_type(answers)} and not {form}.")
+    for key in ("text", "answer_start"):
+        if not isinstance(answers.get(key), list):
+            raise RowError(f"answers: {key!r} is not a list; the field has the form {form}.")
+    texts, starts = answers["text"], answers["answer_start"]
+    if len(texts) != len(starts):
+        raise RowError(f"answers: there are {len(texts)} texts and {len(starts)} places (answer_start).")
+    for text, start in zip(texts, starts, strict=True):
+        if not isinstance(text, str) or not text.strip():
+            found = "empty" if isinstance(text, str) else json_type(text)
+            raise RowError(f"answers: an answer is {found}. Where there is none, both lists are empty.")
+        if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+            raise RowError(f"answers: answer_start of {text!r} is {start!r} and not a place: a whole number from 0.")
+    return list(zip(texts, starts, strict=True))
+
+
+def _elsewhere(context: str, text: str, start: int) -> str:
+    found = context.find(text)
+    there = f"it stands at {found}" if found >= 0 else "it stands nowhere in the context"
+    return (
+        f"answers: the answer {text!r} does not stand at answer_start {start}, where the context has "
+        f"{context[start : start + len(text)]!r}; {there}. Places count characters (not bytes) from 0."
+    )
+
+
+def _tokens_of(text: str, start: int, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The first and the last token that have a part of the answer.
+
+    Raises:
+        RowError: no token has.
+    """
+    touched = [i for i, (begin, end) in enumerate(offsets) if begin < start + len(text) and end > start]
+    if not touched:
+        raise RowError(f"answers: the answer {text!r} comes to no token in this tokenizer. Correct or remove the row.")
+    return touched[0], touched[-1]
+
+
+def _windows(tokens: int, room: int, stride: int) -> list[range]:
+    """Windows of `room` tokens that share `stride` tokens with the one before; the last one ends with the context."""
+    step = max(room - stride, 1)
+    starts = range(0, max(tokens - room, 0) + step, step)
+    return [range(start, min(start + room, tokens)) for start in starts]
+
+
+def _shown(context: str, offsets: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """The part of the context that a window shows, and where its tokens stand in it."""
+    begin, end = offsets[0][0], offsets[-1][1]
+    return {"text": context[begin:end], "offsets": [[a - begin, b - begin] for a, b in offsets]}

@@ -1,0 +1,85 @@
+"""Every task in one table: its settings, its encoder and its class. Nothing here imports torch.
+
+A task is a folder `tasks/<name>/` and a line in TASKS. The recipe's schema, `ptft config`, `prepare` and the trainer
+follow from the table; no module outside of `tasks/` names a task.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from typing import Any, Literal
+
+from pydantic import create_model
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.task_settings import TaskSettings
+from ptft_dist.tasks.classification.settings import ClassificationSettings
+from ptft_dist.tasks.clm.settings import ClmSettings
+from ptft_dist.tasks.mlm.settings import MlmSettings
+from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
+from ptft_dist.tasks.plm.settings import PlmSettings
+from ptft_dist.tasks.question_answering.settings import QuestionAnsweringSettings
+from ptft_dist.tasks.regression.settings import RegressionSettings
+from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
+from ptft_dist.tasks.sft.settings import SftSettings
+from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
+from ptft_dist.tasks.token_classification.settings import TokenClassificationSettings
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. task, encoder: import strings `module:attribute`, relative to the task's folder."""
+
+    settings: type[TaskSettings]
+    """The recipe's section of the task; its class attributes say what the task supports."""
+    task: str
+    """The class with collate, loss, predictions and metrics."""
+    encoder: str | None = None
+    """The class that turns a record into an example; None: the task reads plain documents."""
+
+
+TASKS: dict[str, TaskSpec] = {
+    "clm": TaskSpec(ClmSettings, "task:CausalLM"),
+    "mlm": TaskSpec(MlmSettings, "task:MaskedLM"),
+    "mlm_nsp": TaskSpec(MlmNspSettings, "task:MaskedLMWithPairs"),
+    "plm": TaskSpec(PlmSettings, "task:PermutedLM"),
+    "span_corruption": TaskSpec(SpanCorruptionSettings, "task:SpanCorruption"),
+    "seq2seq": TaskSpec(Seq2SeqSettings, "task:Seq2Seq", "encode:Seq2SeqRows"),
+    "sft": TaskSpec(SftSettings, "task:SupervisedFineTuning", "encode:ConversationRows"),
+    "classification": TaskSpec(ClassificationSettings, "task:Classification", "encode:ClassificationRows"),
+    "regression": TaskSpec(RegressionSettings, "task:Regression", "encode:RegressionRows"),
+    "token_classification": TaskSpec(TokenClassificationSettings, "task:TokenClassification", "encode:TaggedRows"),
+    "question_answering": TaskSpec(QuestionAnsweringSettings, "task:QuestionAnswering", "encode:QuestionRows"),
+}
+
+
+@cache
+def recipe_class() -> type[Recipe]:
+    """The recipe's schema: the sections that all tasks share, and one section for each task."""
+    sections: dict[str, Any] = {name: (spec.settings, spec.settings()) for name, spec in TASKS.items()}
+    return create_model(
+        "Recipe",
+        __base__=Recipe,
+        __doc__=Recipe.__doc__,
+        task=(Literal[tuple(TASKS)], Recipe.model_fields["task"]),
+        **sections,
+    )
+
+
+def task_class(name: str) -> Any:
+    """The class that implements the task."""
+    return _imported(name, TASKS[name].task)
+
+
+def encoder_class(name: str) -> Any:
+    """The class that encodes the task's records."""
+    encoder = TASKS[name].encoder
+    assert encoder is not None, f"task {name} reads documents"
+    return _imported(name, encoder)
+
+
+def _imported(name: str, target: str) -> Any:
+    module, attribute = target.split(":")
+    return getattr(import_module(f"{__package__}.{name}.{module}"), attribute)

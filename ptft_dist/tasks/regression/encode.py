@@ -1,0 +1,55 @@
+"""Rows with a text or a pair of texts, and a number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.formats import Record, json_type
+from ptft_dist.data.row_encoder import Example, RowError, require
+from ptft_dist.tasks.common.labelled_text_rows import LabelledTextRows
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+
+_LARGEST = 3.4e38
+
+
+class RegressionRows(LabelledTextRows):
+    """Columns: input_ids, token_type_ids, and labels: one number."""
+
+    columns = {**LabelledTextRows.columns, "labels": "<f4"}
+
+    @classmethod
+    def check(cls, recipe: Recipe, record: Record) -> None:
+        super().check(recipe, record)
+        number(record)
+
+    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
+        columns, notes = self.text_columns(encodings[0])
+        label = number(record)
+        return [Example({**columns, "labels": label}, {"text": record.values["text"], "label": label}, notes)]
+
+
+def number(record: Record) -> float:
+    """The label, which fp32 can hold.
+
+    Raises:
+        RowError: it is no such number.
+    """
+    label = require(record.values, "label")
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        raise RowError(f"the label is {json_type(label)} and not a number. Correct or remove the row.")
+    try:
+        value = float(label)
+    except ValueError:
+        raise RowError(f"the label {label!r} is not a number. Correct or remove the row.") from None
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise RowError(f"the label is {value}, which is not a finite number. Correct or remove the row.")
+    if abs(value) > _LARGEST:
+        raise RowError(f"the label is {value}, more than 32 bits can hold. Scale the labels, or correct the row.")
+    return value

@@ -1,0 +1,16 @@
+"""Settings of regression."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from ptft_dist.tasks.common.labelled_text_settings import LabelledText
+
+
+class RegressionSettings(LabelledText):
+    """Settings of the prediction of a number from a text or a pair of texts. Longer texts are cut and counted."""
+
+    after_prepare = ("loss",)
+
+    loss: Literal["mse", "mae", "huber"] = "mse"
+    """The mean squared, absolute, or Huber's error."""

@@ -1,0 +1,47 @@
+"""Regression: a number from a text or a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.store import Row
+from ptft_dist.tasks.common.labelled_text import LabelledTextTask
+from ptft_dist.tasks.common.scores.labels import regression_scores
+from ptft_dist.tasks.protocol import Batch, LossOut
+
+ERRORS: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
+
+
+class Regression(LabelledTextTask):
+    """Rows of token ids in, the summed error of the predicted numbers out."""
+
+    @classmethod
+    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
+        return "loss", "pearson", "spearman", "mse", "mae"
+
+    @classmethod
+    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        return {"num_labels": 1, "problem_type": "regression"}
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
+        """targets: fp32 [B]."""
+        targets = torch.tensor([float(row.columns["labels"][0]) for row in rows])
+        inputs = {**self.text_inputs(rows), "targets": targets}
+        return Batch(inputs, len(rows), sum(len(row.input_ids) for row in rows))
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        predicted, targets = self.logits(model, inputs)[:, 0], inputs["targets"]
+        there = ~targets.isnan()
+        each = ERRORS[self.recipe.regression.loss](predicted, targets.nan_to_num(), reduction="none")
+        return LossOut((each * there).sum(), {}, predicted.detach())
+
+    def scores(
+        self, predictions: Mapping[int, Any], row: Callable[[int], Row]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        gold = [float(row(number).columns["labels"][0]) for number in predictions]
+        return regression_scores(gold, list(predictions.values())), []

@@ -1,0 +1,207 @@
+"""Rows of any usual shape, as conversations: a list of {role, content}, with tool calls as transformers has them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ptft_dist.data.formats import json_type, text_problem
+from ptft_dist.data.row_encoder import RowError, require, require_list, require_text
+
+Message = dict[str, Any]
+
+SHAPES = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Shape -> the columns that it needs."""
+
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "function_call": "function_call",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool": "tool",
+}
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """messages: what is said; tools: JSON schemas of functions; given: so many of the messages are given, and nothing
+    in them is learned; unanswered: so many messages at the end had no answer, and were left out."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+    given: int = 0
+    unanswered: int = 0
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Text outside of any template. prompt: it begins the text and is not learned."""
+
+    prompt: str
+    completion: str
+
+
+def shape_of(values: Mapping[str, Any]) -> str:
+    """The shape that a row's columns show.
+
+    Raises:
+        RowError: none, or several.
+    """
+    found = [shape for shape, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
+    if len(found) == 1:
+        return found[0]
+    has = ", ".join(map(repr, values)) or "none"
+    if found:
+        raise RowError(
+            f"the columns fit several shapes ({', '.join(found)}): say which with sft.shape. They are: {has}."
+        )
+    shapes = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
+    raise RowError(f"the columns fit no known shape ({shapes}); they are: {has}. Name them with fields.")
+
+
+def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conversation | Plain:
+    """What a row says. system: for conversations that have no system message.
+
+    Raises:
+        RowError: the row is not of this shape, or says nothing that can be learned.
+    """
+    if shape == "text":
+        return Plain("", require_text(values, "text"))
+    if shape == "prompt_completion" and isinstance(values.get("prompt"), str):
+        return Plain(require_text(values, "prompt", empty=True), require_text(values, "completion"))
+    given = 0
+    if shape == "messages":
+        messages = [_message(m, i) for i, m in enumerate(require_list(values, "messages"))]
+    elif shape == "sharegpt":
+        messages = [_from_sharegpt(m, i) for i, m in enumerate(require_list(values, "conversations"))]
+    elif shape == "alpaca":
+        messages = _from_alpaca(values)
+    else:
+        before = [_message(m, i) for i, m in enumerate(require_list(values, "prompt"))]
+        messages = before + [_message(m, i) for i, m in enumerate(require_list(values, "completion"), len(before))]
+        given = len(before)
+    own = values.get("system")
+    if own is not None and text_problem("system", own):
+        raise RowError(str(text_problem("system", own)))
+    if (own or system) and not (messages and messages[0]["role"] == "system"):
+        messages.insert(0, {"role": "system", "content": own or system})
+        given += given > 0
+    return _complete(messages, _tools(values), given)
+
+
+def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> Conversation:
+    """The conversation up to its last answer."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= given]
+    if not answers:
+        raise RowError("nothing is answered: there is no assistant message. Add one, or remove the row.")
+    kept = messages[: answers[-1] + 1]
+    return Conversation(kept, tools, given, len(messages) - len(kept))
+
+
+def _message(message: Any, number: int) -> Message:
+    """
+    Raises:
+        RowError: it is no message.
+    """
+    where = f"message {number + 1}"
+    if not isinstance(message, dict):
+        raise RowError(f"{where} is {json_type(message)} and not an object with role and content")
+    role = message.get("role")
+    if role == "developer":
+        role = "system"
+    if role not in ROLES:
+        found = "has no role" if role is None else f"has the role {role!r}"
+        raise RowError(f"{where} {found}; roles are {', '.join(ROLES)}. Correct or remove the row.")
+    content = _content(message.get("content"), where)
+    calls = [_call(call, where) for call in message.get("tool_calls") or ()]
+    if calls and role != "assistant":
+        raise RowError(f"{where}: a {role} message calls tools; only the assistant can")
+    if not content.strip() and not calls and role != "tool":
+        raise RowError(f"{where} of the {role} is empty. Fill it in, or remove the row.")
+    kept = {key: message[key] for key in ("name", "tool_call_id", "reasoning_content") if message.get(key)}
+    return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept}
+
+
+def _content(content: Any, where: str) -> str:
+    """Text, or the texts of a list of parts."""
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        parts = []
+        for part in content:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise RowError(f"{where} has a part that is not text. Only text can be learned here.")
+            parts.append(part["text"])
+        content = "".join(parts)
+    if problem := text_problem("content", content):
+        raise RowError(f"{where}: {problem}")
+    return content
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise RowError(f"{where}: a tool call needs a function with a name and arguments")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}")
+    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _from_sharegpt(turn: Any, number: int) -> Message:
+    where = f"turn {number + 1}"
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        raise RowError(f"{where} is not an object with from and value. Correct or remove the row.")
+    role = SHAREGPT.get(turn["from"]) if isinstance(turn["from"], str) else None
+    if role is None:
+        raise RowError(f"{where} is from {turn['from']!r}; known are {', '.join(SHAREGPT)}. Correct or remove the row.")
+    if role == "function_call":
+        call = _json(turn["value"], f"{where}, a function_call,")
+        calls = call if isinstance(call, list) else [call]
+        return {"role": "assistant", "content": "", "tool_calls": [_call(each, where) for each in calls]}
+    return _message({"role": role, "content": turn["value"]}, number)
+
+
+def _from_alpaca(values: Mapping[str, Any]) -> list[Message]:
+    asked = require_text(values, "instruction")
+    if values.get("input") is not None and (more := require_text(values, "input", empty=True)).strip():
+        asked = f"{asked}\n\n{more}"
+    answer = require(values, "output")
+    if problem := text_problem("output", answer):
+        raise RowError(problem)
+    if not answer.strip():
+        raise RowError("the field 'output' is empty: there is nothing to learn. Fill it in, or remove the row.")
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+
+def _tools(values: Mapping[str, Any]) -> list[Any] | None:
+    tools = values.get("tools")
+    if isinstance(tools, str):
+        tools = _json(tools, "the field 'tools'") if tools.strip() else None
+    if not tools:
+        return None
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError("the field 'tools' is not a list of JSON schemas. Correct or remove the row.")
+    return tools
+
+
+def _json(text: Any, what: str) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError) as error:
+        raise RowError(f"{what} is not JSON ({error}). Correct or remove the row.") from None

@@ -1,0 +1,138 @@
+"""Supervised fine-tuning: a causal network learns what the assistant says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.clm.task import CausalLM
+from ptft_dist.tasks.common.generation import left_padded, write, written_scores
+from ptft_dist.tasks.common.padding import pad
+from ptft_dist.tasks.common.scores.text import text_metric_names
+from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut
+
+PROMPT = "prompt/"
+
+
+class SupervisedFineTuning(CausalLM):
+    """As causal language modelling, but only the tokens that the row marks as learned are predicted."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(recipe, tokenizer, device, facts)
+        self.settings, self.tokenizer = recipe.sft, tokenizer
+        turn = (facts or {}).get("end_of_turn")  # the template's own, where that is not EOS
+        self.eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([] if turn is None else [turn])]))
+        # What stands behind a text's end is left out when it is read, and only special tokens are.
+        self.fill_id = self.eos_ids[0] if tokenizer.pad_token_id is None else self.pad_id
+        self.noise = None if self.settings.neftune_alpha is None else EmbeddingNoise(self.settings.neftune_alpha)
+
+    @classmethod
+    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
+        generation = recipe.sft.generation
+        return *super().metric_names(recipe), *(text_metric_names(generation) if generation else ())
+
+    @classmethod
+    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ARG003
+        """
+        Raises:
+            RecipeError: what is written at evaluations goes beyond the network's positions.
+        """
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if recipe.sft.generation is None or not isinstance(positions, int) or positions <= 0:
+            return
+        if (longest := recipe.data.max_length + recipe.sft.generation.max_new_tokens) > positions:
+            raise RecipeError(
+                f"sft.generation.max_new_tokens: data.max_length and it make {longest}, more than the model's "
+                f"max_position_embeddings ({positions}): lower one, or raise the other"
+            )
+
+    def next_tokens(self, row: Row) -> np.ndarray:
+        ids = row.input_ids[1:]
+        learned = row.columns.get("learned")  # the probe's rows have none: there, everything is learned
+        return ids if learned is None else np.where(learned[1:] == 1, ids, IGNORE)
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:
+        """As CausalLM's. With noise also lengths [B, T]: tokens of the conversation that a token belongs to. At
+        evaluations that write, also the prompts: prompt/input_ids and prompt/attention_mask [B, P]."""
+        batch = super().collate(rows, keys)
+        inputs = dict(batch.inputs)
+        if self.noise is not None:
+            inputs["lengths"] = pad([conversation_lengths(row) for row in rows], 1, self.pad_multiple)
+        if self.settings.generation is not None and keys and keys[0][0] == EVALUATION_EPOCH:
+            prompts = left_padded([np.array(row.meta["prompt"]) for row in rows], self.pad_id, self.pad_multiple)
+            inputs |= {PROMPT + name: x for name, x in prompts.items()}
+        return replace(batch, inputs=inputs)
+
+    def install(self, model: PreTrainedModel) -> None:
+        super().install(model)
+        ends = getattr(model.generation_config, "eos_token_id", None)  # models with turns have several
+        several = ends if isinstance(ends, list) else [] if ends is None else [ends]
+        self.eos_ids = list(dict.fromkeys([*self.eos_ids, *several]))
+        if model.generation_config is not None and set(self.eos_ids) != set(several):
+            model.generation_config.eos_token_id = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
+        if self.noise is not None:
+            model.get_input_embeddings().register_forward_hook(self.noise)
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        return super().loss(model, self._network_inputs(inputs))
+
+    def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        return super().choices(model, self._network_inputs(inputs))
+
+    def _network_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Without what is not the network's; the noise of the forward pass that comes learns its lengths."""
+        if self.noise is not None and "lengths" in inputs:
+            self.noise.lengths = inputs["lengths"]
+        return {key: x for key, x in inputs.items() if key != "lengths" and not key.startswith(PROMPT)}
+
+    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        out = self.loss(model, inputs)
+        if self.settings.generation is None:
+            return out
+        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
+        ids = write(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
+        return LossOut(out.loss_sum, out.metrics, ids)
+
+    def scores(
+        self, predictions: Mapping[int, Any], row: Callable[[int], Row]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """predictions: the token ids that were written after each prompt."""
+        if self.settings.generation is None:
+            return {}, []
+        return written_scores(self.tokenizer, self.settings.generation, predictions, row)
+
+
+def conversation_lengths(row: Row) -> np.ndarray:
+    """For each token, how many its conversation has: int64 [T]."""
+    lengths = np.diff(row.document_starts, append=len(row.input_ids))
+    return np.repeat(lengths, lengths)
+
+
+class EmbeddingNoise:
+    """Uniform noise on the embeddings in training: alpha / sqrt(L d) for conversations of L tokens and embeddings of d
+    numbers (Jain et al. 2023, equation in section 3). L is the conversation's own length, not that of its padding."""
+
+    def __init__(self, alpha: float) -> None:
+        self.alpha = alpha
+        self.lengths = torch.ones(1, 1)  # [B, T], of the forward pass that comes
+
+    def __call__(self, module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embeddings
+        size = self.alpha / (self.lengths * embeddings.size(-1)).sqrt().unsqueeze(-1)
+        noise = torch.empty_like(embeddings).uniform_(-1, 1)
+        return embeddings + noise * size.to(embeddings.dtype)

@@ -1,0 +1,54 @@
+"""Settings of token classification."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from ptft_dist.config.section import Text
+from ptft_dist.config.task_settings import TaskSettings
+
+TAG_LETTERS = {"iob2": "BI", "iob1": "BI", "bioes": "BIES"}
+"""What tags of entities begin with, by scheme; beside them there is O."""
+
+
+def inner_tag(scheme: str, tag: str) -> str:
+    """The tag of a word's later pieces: inside the same entity."""
+    return tag if scheme == "plain" or tag == "O" else "I" + tag[1:]
+
+
+class TokenClassificationSettings(TaskSettings):
+    """Settings of a tag for each word. Rows have `tokens` and `tags`, lists of the same length, as .conll files give.
+
+    A sentence longer than data.max_length is split at a word, not cut.
+    """
+
+    scheme: Literal["iob2", "iob1", "bioes", "plain"] = "iob2"
+    """How tags spell entities: IOB2, IOB1, BIOES, or `plain`: each tag for itself, as for parts of speech."""
+    labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
+    """The tags in the order of their ids; when not given, those of the training rows, sorted."""
+    pieces: Literal["first", "all"] = "first"
+    """Which tokens of a word carry its tag in the loss. The first one's prediction is the word's. `all`: the later ones
+    of a word in an entity carry I- of its type."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        labels = self.labels or ()
+        if len(set(labels)) != len(labels):
+            raise ValueError("labels: each tag may stand there once")
+        for tag in labels if self.scheme != "plain" else ():
+            letter, dash, kind = tag.partition("-")
+            if tag != "O" and (letter not in TAG_LETTERS[self.scheme] or bool(dash) != bool(kind)):
+                raise ValueError(f"labels: {tag!r} is no tag of the scheme {self.scheme}")
+            if self.pieces == "all" and inner_tag(self.scheme, tag) not in labels:
+                raise ValueError(f"labels: pieces: all needs {inner_tag(self.scheme, tag)} beside {tag}")
+        return self
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return "tokens", "tags"
+
+    @property
+    def special_tokens(self) -> tuple[str, ...]:
+        return "cls", "sep", "mask", "pad"

@@ -1,0 +1,79 @@
+"""A tag for each word: named entities, parts of speech, word boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.store import Row
+from ptft_dist.tasks.common.labelled_text import LabelledTextTask
+from ptft_dist.tasks.common.padding import pad
+from ptft_dist.tasks.common.scores.entities import AVERAGES, entity_scores, score_names
+from ptft_dist.tasks.common.scores.labels import classification_scores
+from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut
+
+
+class TokenClassification(LabelledTextTask):
+    """Rows of token ids in; the summed cross-entropy of the tags out."""
+
+    auto_class = AutoModelForTokenClassification
+
+    def __init__(
+        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
+    ) -> None:
+        super().__init__(recipe, tokenizer, device, facts)
+        self.plain, self.labels = recipe.token_classification.scheme == "plain", list(facts["labels"])
+
+    @classmethod
+    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
+        averages = AVERAGES[1:] if recipe.token_classification.scheme == "plain" else AVERAGES
+        return "loss", "accuracy", *(name for average in averages for name in score_names(average))
+
+    @classmethod
+    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        labels = facts["labels"]
+        return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
+        """targets: ids of tags [B, T], -100 where a token has none. The count is the number of the others."""
+        targets = pad([row.columns["labels"] for row in rows], IGNORE, self.pad_multiple)
+        tokens = sum(len(row.input_ids) for row in rows)
+        return Batch({**self.text_inputs(rows), "targets": targets}, int((targets != IGNORE).sum()), tokens)
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        """predictions: the most likely tag of each token [B, T]. The metric `accuracy` is over tokens with a tag."""
+        logits, targets = self.logits(model, inputs), inputs["targets"]
+        loss_sum = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
+        predicted = logits.detach().argmax(-1)
+        right = (predicted == targets) & (targets != IGNORE)
+        return LossOut(loss_sum, {"accuracy": (right.sum(), (targets != IGNORE).sum())}, predicted)
+
+    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        return {"loss": totals["loss"]}
+
+    def scores(
+        self, predictions: Mapping[int, Any], row: Callable[[int], Row]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Over whole sentences, whose pieces are put together again. A word is predicted by its first token; one
+        without tokens is predicted to be no entity, or in the plain scheme nothing, which is wrong."""
+        nothing = "" if self.plain else "O"
+        sentences: dict[int, tuple[list[str], list[str]]] = {}
+        for number, tags in predictions.items():
+            meta = row(number).meta
+            gold, predicted = sentences.setdefault(meta["sentence"], ([], []))
+            gold += meta["tags"]
+            predicted += [nothing if at is None else self.labels[tags[at]] for at in meta["at"]]
+        golds, found = zip(*sentences.values(), strict=True)
+        return self._plain_scores(golds, found) if self.plain else entity_scores(golds, found), []
+
+    def _plain_scores(self, gold: Sequence[list[str]], predicted: Sequence[list[str]]) -> dict[str, float]:
+        ids = {label: i for i, label in enumerate(self.labels)}
+        golds, found = ([ids.get(tag, -1) for tags in side for tag in tags] for side in (gold, predicted))
+        scores = classification_scores(golds, found, len(ids))
+        del scores["mcc"]
+        return scores

@@ -1,0 +1,121 @@
+"""Where groups of micro-batches come from. A group is what one rank contributes to one optimizer update."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ptft_dist.data.order import Plan, split_update
+from ptft_dist.data.store import Store
+from ptft_dist.tasks.protocol import Batch, Collate
+
+
+class Batches(Protocol):
+    """A stateful source of groups. A phase is a run of groups after which the whole state is consistent."""
+
+    def next_phase(self) -> Iterator[Sequence[Batch]]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows are laid out over ranks and forward passes."""
+
+    rank: int
+    world_size: int
+    micro_size: int | None
+    micro_tokens: int | None
+    group_by_length: bool
+
+    def split(self, lengths: np.ndarray) -> list[list[np.ndarray]]:
+        return split_update(
+            lengths,
+            self.world_size,
+            micro_size=self.micro_size,
+            micro_tokens=self.micro_tokens,
+            group_by_length=self.group_by_length,
+        )
+
+
+class UpdateDataset(Dataset):
+    """Item k is this rank's list of micro-batches for update k: a pure function of k, so any worker can make it."""
+
+    def __init__(self, store: Store, plan: Plan, shape: Shape, collate: Collate) -> None:
+        self.store, self.plan, self.shape, self.collate = store, plan, shape, collate
+
+    def __len__(self) -> int:
+        return self.plan.total_steps
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        rows, epochs = self.plan.rows_of(step), self.plan.epochs_of(step)
+        keys = np.stack([epochs, rows], axis=1)
+        parts = self.shape.split(self.store.lengths(rows))
+        return [micro_batch(self.store, keys[part[self.shape.rank]], keys[0], self.collate) for part in parts]
+
+
+def micro_batch(store: Store, keys: np.ndarray, spare: np.ndarray, collate: Collate) -> Batch:
+    """The collated rows of keys [N, 2], (epoch, row) each.
+
+    A rank without rows gets the `spare` row as a batch that counts nothing: it must take part in every forward and
+    backward pass, or the others would wait for it.
+    """
+    taken = [(int(epoch), int(row)) for epoch, row in (keys if len(keys) else [spare])]
+    batch = collate([store.row(row) for _, row in taken], taken)
+    if len(keys):
+        return replace(batch, rows=tuple(row for _, row in taken))
+    return Batch(mask_all(batch.inputs), 0, 0, tuple(0.0 for _ in batch.more_counts))
+
+
+def mask_all(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same batch with no label left: targets are the inputs whose names begin with `targets`. Ids of labels become
+    -100, which every loss ignores, and numbers become NaN, which every loss must leave out."""
+    return {key: _no_target(x) if key.startswith("targets") else x for key, x in inputs.items()}
+
+
+def _no_target(targets: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(targets, float("nan") if targets.is_floating_point() else -100)
+
+
+def ignore_sigterm(_worker: int) -> None:
+    """Slurm and systemd may signal every process of a job; it is for the rank, which ends its workers itself."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+class SupervisedBatches:
+    """Groups for training on rows that are known beforehand; a phase is one group."""
+
+    def __init__(self, dataset: UpdateDataset, workers: int, pin_memory: bool) -> None:
+        self.dataset, self.workers, self.pin_memory = dataset, workers, pin_memory
+        self.step = 0
+        self._updates: Iterator[list[Batch]] | None = None
+
+    def next_phase(self) -> Iterator[Sequence[Batch]]:
+        if self._updates is None:
+            loader = DataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=range(self.step, len(self.dataset)),
+                num_workers=self.workers,
+                prefetch_factor=2 if self.workers else None,
+                pin_memory=self.pin_memory,
+                worker_init_fn=ignore_sigterm,
+                # Seeds of workers come from this generator, so that the global one is left alone.
+                generator=torch.Generator(),
+            )
+            self._updates = iter(loader)
+        group = next(self._updates)
+        self.step += 1
+        yield group
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step, self._updates = int(state["step"]), None
