@@ -265,6 +265,7 @@ def plan_updates(recipe: Recipe, prepared: Prepared, shape: BatchShape) -> Plan:
         max_steps=train.max_steps,
         epochs=train.epochs,
         max_tokens=train.max_tokens,
+        cache=prepared.train.path.parent / "plans",
     )
 
 
