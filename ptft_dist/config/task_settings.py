@@ -85,7 +85,9 @@ class DocumentSettings(TaskSettings):
     def full_rows(self) -> bool:
         return self.packing
 
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        """The roles of the special tokens at a document's beginning and end."""
+    def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:  # noqa: ARG002
+        """The roles of the special tokens at a document's beginning (None: there is none) and end.
+
+        adds_bos: the tokenizer itself begins a text with BOS.
+        """
         return None, "eos"

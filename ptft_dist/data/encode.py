@@ -21,7 +21,7 @@ from ptft_dist.data.formats import Document
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.sources import read_documents
 from ptft_dist.data.store import StoreWriter
-from ptft_dist.data.tokenizer import DocumentEncoder
+from ptft_dist.data.tokenizer import DocumentEncoder, adds_bos
 from ptft_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write(
 
     Returns the report: for each side its documents, tokens, rows, dropped_tokens and text_bytes (validation: None if
     there is none); documents_read, documents_empty, empty_at (the first few); max_length, packing; vocabulary (number
-    of tokens that the tokenizer knows) and unknown_tokens.
+    of tokens that the tokenizer knows) and unknown_tokens; boundaries_differ (see DocumentEncoder.disagreement).
 
     Raises:
         RecipeError: the tokenizer has no EOS, or no BOS although the recipe wants it.
@@ -87,7 +87,7 @@ def write(
     """
     section = recipe.settings
     assert isinstance(section, DocumentSettings)
-    encoder = DocumentEncoder(tokenizer, section.boundaries)
+    encoder = DocumentEncoder(tokenizer, section.boundaries(adds_bos=adds_bos(tokenizer)))
     max_length, packing = recipe.data.max_length, section.packing
     writers = {
         side: StoreWriter(directory / side, vocab_size=encoder.vocab_size, max_length=max_length, packing=packing)
@@ -120,6 +120,7 @@ def write(
         "packing": packing,
         "vocabulary": len(tokenizer),
         "unknown_tokens": count.unknown_tokens,
+        "boundaries_differ": encoder.disagreement(),
     }
 
 

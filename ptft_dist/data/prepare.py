@@ -28,7 +28,7 @@ from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, 
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store, TokenStore
-from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from ptft_dist.data.tokenizer import adds_bos, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.sft.chat_template import saved_template
 
@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
         check_sources(recipe, base)  # knows of every such mistake in the recipe, and by its key
         raise
     tokenizer_print, tokenizer_path = job.provide_tokenizer()
-    store_print = job.store_fingerprint(tokenizer_print)
+    store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
     directory = job.cache / "stores" / store_print
 
     def build(unfinished: Path) -> None:
@@ -147,9 +147,11 @@ def describe(report: dict[str, Any]) -> str:
         if bad > len(report["bad_rows_at"]):
             lines.append(("", f"and {bad - len(report['bad_rows_at']):,} more"))
     for reason, (count, places) in report.get("notes", {}).items():
-        many = reason.startswith("left out") and count > _MANY * report["rows_read"]
+        many = reason.startswith(("left out", "dropped")) and count > _MANY * report["rows_read"]
         of = f" of {report['rows_read']:,}" if many else ""
         lines.append(("warning" if many else "note", f"{count:,}{of} rows {reason}: {_places(count, places)}"))
+    if differ := report.get("boundaries_differ"):
+        lines.append(("warning", differ))
     if unknown := report["unknown_tokens"]:
         lines.append(("warning", f"{unknown:,} tokens stand for text that the tokenizer does not know"))
     lines.append(("prepared in", f"{report['seconds']:,.1f} s"))
@@ -168,22 +170,23 @@ class _Job:
         self._memo = HashMemo(cache / "hashes.json", say)
         self._contents = self._fingerprint_contents()
 
-    def store_fingerprint(self, tokenizer_print: str) -> str:
+    def store_fingerprint(self, tokenizer_print: str, tokenizer_path: Path) -> str:
         return fingerprint(
             {
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
                 "tokenizer": [tokenizer_print, version("tokenizers")],
-                "rows": self._row_settings(),
+                "rows": self._row_settings(tokenizer_path),
             }
         )
 
-    def _row_settings(self) -> dict[str, Any]:
+    def _row_settings(self, tokenizer_path: Path) -> dict[str, Any]:
         """Everything beside contents and tokenizer that decides how rows come out."""
         recipe, section = self.recipe, self.recipe.settings
         settings: dict[str, Any] = {"max_length": recipe.data.max_length}
         if isinstance(section, DocumentSettings) and recipe.task != "mlm_nsp":
-            return settings | {"packing": section.packing, "boundaries": section.boundaries}
+            boundaries = section.boundaries(adds_bos=self._adds_bos(section, tokenizer_path))
+            return settings | {"packing": section.packing, "boundaries": boundaries}
         settings |= {"task": recipe.task, "section": section.model_dump(exclude=set(section.after_prepare))}
         if recipe.task == "sft":  # which tokens are learned is the libraries' affair too
             settings["libraries"] = [version("transformers"), version("trl")]
@@ -192,6 +195,13 @@ class _Job:
             settings["seed"] = recipe.train.seed
             settings["augment"] = augmentation_contents(recipe, self.base, self._memo)
         return settings
+
+    def _adds_bos(self, section: DocumentSettings, tokenizer_path: Path) -> bool:
+        """Whether the tokenizer begins a text with BOS. It is loaded only where the rows depend on that; a tokenizer
+        that is learned here does not."""
+        if section.boundaries(adds_bos=True) == section.boundaries(adds_bos=False) or self.recipe.tokenizer.train:
+            return False
+        return adds_bos(load_tokenizer(tokenizer_path, trust_remote_code=self.recipe.tokenizer.trust_remote_code))
 
     def provide_tokenizer(self) -> tuple[str, Path]:
         """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded."""

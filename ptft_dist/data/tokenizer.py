@@ -166,6 +166,21 @@ def _backend_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     return {key: value for key, value in state.items() if key not in ("truncation", "padding")}
 
 
+def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids of the special tokens that the tokenizer itself puts before and behind a text."""
+    text, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself begins a text with BOS, as those of Llama, Gemma and Mistral do."""
+    before, _ = added_around(tokenizer)
+    return tokenizer.bos_token_id is not None and before[:1] == [tokenizer.bos_token_id]
+
+
 class DocumentEncoder:
     """Encodes documents between two special tokens. What a text spells is text, even if it spells a special token."""
 
@@ -184,6 +199,25 @@ class DocumentEncoder:
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
         self._backend = text_only_backend(tokenizer) if tokenizer.is_fast else None
+
+    def disagreement(self) -> str | None:
+        """How these documents begin or end otherwise than what the tokenizer itself makes of a text; None: they agree.
+
+        A network is used with what its tokenizer makes of a text. A tokenizer that adds nothing behind a text agrees
+        with any end: the end is for the network to write.
+        """
+        before, behind = added_around(self._tokenizer)
+        if before == self._prefix and behind in ([], [self._end]):
+            return None
+
+        def shown(before: list[int], behind: list[int]) -> str:
+            names = self._tokenizer.convert_ids_to_tokens
+            return " ".join([*names(before), "text", *names(behind)])
+
+        return (
+            f"documents are encoded as `{shown(self._prefix, [self._end])}`, but the tokenizer itself encodes a text as "
+            f"`{shown(before, behind)}`, and so will everyone who uses the trained model"
+        )
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
         """The ids of each document; an empty list for one whose text comes to nothing in this tokenizer.
@@ -235,7 +269,7 @@ def check_can_pad(tokenizer: PreTrainedTokenizerBase) -> None:
 def _special_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int:
     token_id: int | None = getattr(tokenizer, f"{role}_token_id")
     if token_id is None:
-        need = {"eos": "each document ends with it", "bos": "clm.bos: true asks for it"}
+        need = {"eos": "each document ends with it", "bos": "clm.bos: true needs it"}
         raise RecipeError(
             f"tokenizer: {tokenizer.name_or_path} has no {role.upper()} token, and "
             f"{need.get(role, 'this task needs it')}. Name one as {role}_token in its tokenizer_config.json, or use "

@@ -13,12 +13,13 @@ class ClmSettings(DocumentSettings):
     distillable = True
     writes = True
 
-    bos: bool = False
-    """Begin each document with the tokenizer's BOS token. It always ends with EOS."""
+    bos: bool | Literal["auto"] = "auto"
+    """Begin each document with the tokenizer's BOS token. `auto`: if the tokenizer itself begins a text with it, as those
+    of Llama, Gemma and Mistral do. A document always ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
     they are. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
 
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        return "bos" if self.bos else None, "eos"
+    def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:
+        begins = adds_bos if self.bos == "auto" else self.bos
+        return "bos" if begins else None, "eos"

@@ -39,8 +39,8 @@ SHAREGPT = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: what is said; tools: JSON schemas of functions; given: so many of the messages are given, and nothing
-    in them is learned; unanswered: so many messages at the end had no answer, and were left out."""
+    """messages: in transformers' form; tools: JSON schemas of functions; given: the number of messages that belong to
+    the prompt, in which nothing is learned; unanswered: the number of messages dropped behind the last answer."""
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -50,7 +50,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Plain:
-    """Text outside of any template. prompt: it begins the text and is not learned."""
+    """Text outside of any template. prompt: the beginning of the text, which is not learned."""
 
     prompt: str
     completion: str
@@ -68,17 +68,17 @@ def shape_of(values: Mapping[str, Any]) -> str:
     has = ", ".join(map(repr, values)) or "none"
     if found:
         raise RowError(
-            f"the columns fit several shapes ({', '.join(found)}): say which with sft.shape. They are: {has}."
+            f"the columns fit several shapes ({', '.join(found)}): choose one with sft.shape. They are: {has}."
         )
     shapes = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
     raise RowError(f"the columns fit no known shape ({shapes}); they are: {has}. Name them with fields.")
 
 
 def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conversation | Plain:
-    """What a row says. system: for conversations that have no system message.
+    """A row as messages or plain text. system: the system message of conversations that have none.
 
     Raises:
-        RowError: the row is not of this shape, or says nothing that can be learned.
+        RowError: the row is not of this shape, or holds nothing that can be learned.
     """
     if shape == "text":
         return Plain("", require_text(values, "text"))
@@ -108,7 +108,7 @@ def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> C
     """The conversation up to its last answer."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= given]
     if not answers:
-        raise RowError("nothing is answered: there is no assistant message. Add one, or remove the row.")
+        raise RowError("there is no assistant message, so there is nothing to learn. Add one, or remove the row.")
     kept = messages[: answers[-1] + 1]
     return Conversation(kept, tools, given, len(messages) - len(kept))
 
@@ -116,7 +116,7 @@ def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> C
 def _message(message: Any, number: int) -> Message:
     """
     Raises:
-        RowError: it is no message.
+        RowError: it is not a message.
     """
     where = f"message {number + 1}"
     if not isinstance(message, dict):
@@ -128,12 +128,18 @@ def _message(message: Any, number: int) -> Message:
         found = "has no role" if role is None else f"has the role {role!r}"
         raise RowError(f"{where} {found}; roles are {', '.join(ROLES)}. Correct or remove the row.")
     content = _content(message.get("content"), where)
-    calls = [_call(call, where) for call in message.get("tool_calls") or ()]
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise RowError(f"{where}: tool_calls is {json_type(calls)} and not a list. Correct or remove the row.")
+    calls = [_call(call, where) for call in calls]
     if calls and role != "assistant":
         raise RowError(f"{where}: a {role} message calls tools; only the assistant can")
     if not content.strip() and not calls and role != "tool":
         raise RowError(f"{where} of the {role} is empty. Fill it in, or remove the row.")
     kept = {key: message[key] for key in ("name", "tool_call_id", "reasoning_content") if message.get(key)}
+    for key, value in kept.items():
+        if problem := text_problem(key, value):
+            raise RowError(f"{where}: {problem}")
     return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept}
 
 
@@ -159,7 +165,7 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise RowError(f"{where}: a tool call needs a function with a name and arguments")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}")
+        arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}", many=True)
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -200,8 +206,9 @@ def _tools(values: Mapping[str, Any]) -> list[Any] | None:
     return tools
 
 
-def _json(text: Any, what: str) -> Any:
+def _json(text: Any, what: str, *, many: bool = False) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"{what} is not JSON ({error}). Correct or remove the row.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RowError(f"{what} {'are' if many else 'is'} not JSON ({why}). Correct or remove the row.") from None
