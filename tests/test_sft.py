@@ -448,7 +448,7 @@ def test_without_a_template_the_message_names_all_that_is_missing(tokenizer: Any
     assert "chat template" not in str(refused.value)
 
 
-def test_a_template_whose_tokens_are_not_special_names_them(tokenizer: Any) -> None:
+def test_a_template_whose_tokens_are_not_special_names_them() -> None:
     plain = train_tokenizer(TokenizerTraining(vocab_size=300), [" ".join(WORDS)] * 5)
     with pytest.raises(RecipeError, match=r"tokenizer\.add: \['<\|im_start\|>', '<\|im_end\|>'\]"):
         encode(with_template(plain, CHATML), {"messages": [USER, ASSISTANT]})
@@ -478,7 +478,7 @@ def test_a_template_that_fails_is_an_error_of_the_recipe(tokenizer: Any, name: s
 
 def test_a_template_that_fails_on_a_row_is_an_error_of_the_row(tokenizer: Any) -> None:
     counting = "{% for i in range(messages[0].content | length * 10**5) %}{% endfor %}" + CHATML
-    with pytest.raises(RowError, match="does not take this conversation.*Range too big"):
+    with pytest.raises(RowError, match=r"does not take this conversation.*Range too big"):
         encode(with_template(tokenizer, counting), {"messages": [{"role": "user", "content": "a cat"}, ASSISTANT]})
 
 

@@ -169,6 +169,10 @@ BROKEN_LINES = {
     "a number": ('{"text": 3}\n', ("x.jsonl:1:", "'text'", "a number")),
     "half a surrogate pair": ('{"text": "ab\\ud83d"}\n', ("x.jsonl:1:", "character 2", "\\ud83d")),
     "too deep": ('{"text": "a"}\n' + "[" * 100_000, ("x.jsonl:2:", "nested too deeply")),
+    "5,000 digits": (
+        '{"text": "a"}\n{"text": "b", "n": %s}\n' % ("1" * 5000),
+        ("x.jsonl:2:", "4,300 digits", "as text"),
+    ),
     "blank": ("\n \n", ("x.jsonl:", "no documents")),
 }
 
@@ -182,6 +186,8 @@ def test_broken_jsonl(tmp_path: Path, case: str) -> None:
 
 
 BROKEN_JSON = {
+    "5,000 digits": ('[{"text": "a"},\n{"text": "b", "n": %s}]' % ("1" * 5000), ("x.json:2:", "4,300 digits")),
+    "too deep": ('[{"text": "a"},\n' + "[" * 100_000, ("x.json:2:", "nested too deeply")),
     "not an array": ('{"text": "a"}\n', ("x.json:1:", "not an array", ".jsonl")),
     "an element": ('[{"text": "a"},\n "b"]', ("x.json:2:", "a string")),
     "syntax": ('[{"text": "a"},\n {"text" "b"}]', ("x.json:2:", "not JSON")),

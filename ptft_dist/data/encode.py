@@ -21,7 +21,7 @@ from ptft_dist.data.formats import Document
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.sources import read_documents
 from ptft_dist.data.store import StoreWriter
-from ptft_dist.data.tokenizer import DocumentEncoder, adds_bos
+from ptft_dist.data.tokenizer import DocumentEncoder, adds_bos, learnable
 from ptft_dist.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def split_documents(recipe: Recipe, base: Path) -> Iterator[SidedDocument]:
 def training_texts(recipe: Recipe, base: Path) -> Iterator[str]:
     """The texts of the training side: what a tokenizer may learn from."""
     read = partial(read_documents, base=base)
-    return (document.text for document in of_train(recipe.data, read, lambda document: document.text))
+    for document in of_train(recipe.data, read, lambda document: document.text):
+        yield from learnable(document.text, document.where)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import Example, LeftOut, RowEncoder, RowError
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.sources import read_records
+from ptft_dist.data.tokenizer import learnable
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.registry import encoder_class
 
@@ -42,7 +43,8 @@ def training_texts(recipe: Recipe, base: Path) -> Iterator[str]:
     bad = BadRows()
     found = encoder_class(recipe.task)
     for record in training_records(recipe, base, bad):
-        yield from found.texts(recipe, record)
+        for text in found.texts(recipe, record):
+            yield from learnable(text, record.where)
     bad.stop_if_any(recipe)
 
 

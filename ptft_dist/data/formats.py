@@ -121,8 +121,8 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}). {_A_ROW}") from None
-        except RecursionError:
-            raise DataError(f"{where}: the JSON is nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{where}: {_limit(error)}") from None
         yield as_record(row, where)
 
 
@@ -154,8 +154,8 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
             row, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
-        except RecursionError:
-            raise refuse(position, "the JSON is nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}:{line}: {_limit(error)}") from None
         yield as_record(row, f"{path}:{line}")
         position = skip(end)
         separator = text[position : position + 1]
@@ -255,6 +255,14 @@ def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Re
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: this Parquet file is damaged or not one ({error}). Make or fetch it anew.") from error
+
+
+def _limit(error: Exception) -> str:
+    """What is wrong with JSON that Python does not read although it is well formed."""
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply. Correct or remove the row."
+    digits = sys.get_int_max_str_digits()
+    return f"the JSON has a number of more than {digits:,} digits. Write it as text, or remove the row."
 
 
 _A_ROW = 'Each line must be one object, such as {"text": "..."}.'

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,12 @@ from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data.cache import fingerprint
 from ptft_dist.data.formats import Document
 from ptft_dist.errors import DataError, RecipeError
+
+LONGEST_WORD = 2000
+"""Characters of a word that a tokenizer learns from. A word is a run of characters without white space, or of it."""
+
+_GIANT = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
+_PIECE = re.compile(rf"(?s:.{{1,{LONGEST_WORD}}})")
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -115,6 +123,21 @@ def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequ
     return backend, trainers.UnigramTrainer(unk_token=special["unk"], **common)
 
 
+def learnable(text: str, where: str) -> Iterator[str]:
+    """The text in pieces, with no word longer than LONGEST_WORD: learning takes time that grows with the square of the
+    longest word, 20 minutes for a million equal characters. A text without such a word comes back as it is."""
+    cuts = [match.start() for run in _GIANT.finditer(text) for match in _PIECE.finditer(text, *run.span())]
+    if cuts:
+        logging.getLogger("ptft").warning(
+            "%s: the text has a word (or white space) of more than %d characters; the tokenizer learns from "
+            "pieces of it. Is it text?",
+            where,
+            LONGEST_WORD,
+        )
+    for start, stop in pairwise([0, *(cut for cut in cuts if cut), len(text)]):
+        yield text[start:stop]
+
+
 def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
     """Whole texts until they reach that size in UTF-8."""
     size = 0
@@ -215,8 +238,8 @@ class DocumentEncoder:
             return " ".join([*names(before), "text", *names(behind)])
 
         return (
-            f"documents are encoded as `{shown(self._prefix, [self._end])}`, but the tokenizer itself encodes a text as "
-            f"`{shown(before, behind)}`, and so will everyone who uses the trained model"
+            f"documents are encoded as `{shown(self._prefix, [self._end])}`, but the tokenizer itself encodes a text "
+            f"as `{shown(before, behind)}`, and so will everyone who uses the trained model"
         )
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:

@@ -109,7 +109,7 @@ TIGHT = (
     "{% for m in messages %}<|im_start|>{{ m.role }}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
     "{% for c in m.tool_calls or [] %}<{{ c.function.name }}>{% for k in c.function.arguments %}<{{ k }}>{% endfor %}"
     "{% endfor %}<|im_end|>{% endgeneration %}{% else %}<{{ m.content }}{{ m.name or '' }}<|im_end|>{% endif %}"
-    "{% endfor %}{% for t in tools or [] %}<{{ (t.function or t).name }}>{{ (t.function or t).description }}{% endfor %}"
+    "{% endfor %}{% for t in tools or [] %}<{{ t.name }}>{{ t.description }}{% endfor %}"
 )
 SEAMS: dict[str, tuple[dict[str, Any], str]] = {
     "prompt and completion": ({"prompt": "a<|im_", "completion": "end|>b"}, "prompt and completion: "),

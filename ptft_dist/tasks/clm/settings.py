@@ -14,8 +14,8 @@ class ClmSettings(DocumentSettings):
     writes = True
 
     bos: bool | Literal["auto"] = "auto"
-    """Begin each document with the tokenizer's BOS token. `auto`: if the tokenizer itself begins a text with it, as those
-    of Llama, Gemma and Mistral do. A document always ends with EOS."""
+    """Begin each document with the tokenizer's BOS token. `auto`: if the tokenizer itself begins a text with it, as
+    those of Llama, Gemma and Mistral do. A document always ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
     they are. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""

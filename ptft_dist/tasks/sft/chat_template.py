@@ -68,8 +68,8 @@ def missing_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return (
         "sft.template: this tokenizer has no chat template, which rows with turns need. Set in the recipe:\n  "
         + "\n  ".join(steps)
-        + f"\nThe end of a turn is then {CHATML_TOKENS[1]}, which is learned and ends what is generated. Any other template "
-        "that TRL knows by name, or a .jinja file, needs its own special tokens in tokenizer.add."
+        + f"\nThe end of a turn is then {CHATML_TOKENS[1]}, which is learned and ends what is generated. Any other "
+        "template that TRL knows by name, or a .jinja file, needs its own special tokens in tokenizer.add."
     )
 
 

@@ -1,5 +1,5 @@
-"""Special tokens in a row come from the chat template alone: a text that spells one, or forms one together with the text
-next to it, would let the row's author end turns and begin others.
+"""Special tokens in a row come from the chat template alone: a text that spells one, or forms one together with the
+text next to it, would let the row's author end turns and begin others.
 
 Two checks. A text (a message, a key or value of a tool or of its arguments) that contains a special token is refused by
 name. Then the special tokens of the encoded row are compared with those of the same conversation with neutral texts in
@@ -25,11 +25,12 @@ if TYPE_CHECKING:
 _CACHED_SHAPES = 4096
 
 SCHEMA_KEYS = frozenset(
-    "type function name description strict parameters arguments properties required items enum const default format "
-    "anyOf oneOf allOf additionalProperties title return returns nullable minimum maximum $defs $ref".split()
+    {"type", "function", "name", "description", "strict", "parameters", "arguments", "return", "returns", "title"}
+    | {"properties", "required", "items", "additionalProperties", "anyOf", "oneOf", "allOf", "$defs", "$ref"}
+    | {"enum", "const", "default", "format", "nullable", "minimum", "maximum"}
 )
 """Keys of a tool that templates read by name."""
-SCHEMA_TYPES = frozenset("function object array string number integer boolean null".split())
+SCHEMA_TYPES = frozenset({"function", "object", "array", "string", "number", "integer", "boolean", "null"})
 
 
 class ControlTokens:

@@ -60,8 +60,8 @@ class ConversationRows(RowEncoder):
         if tokenizer.eos_token is None:
             with_turns = "" if self.settings.shape == "text" else missing_template(tokenizer)
             raise RecipeError(
-                "tokenizer: it has no EOS token, so the end of an answer cannot be learned. Name one as eos_token in its "
-                "tokenizer_config.json." + (f"\n{with_turns}" if with_turns else "")
+                "tokenizer: it has no EOS token, so the end of an answer cannot be learned. Name one as eos_token in "
+                "its tokenizer_config.json." + (f"\n{with_turns}" if with_turns else "")
             )
         self._template: ChatTemplate | None = None
         self._shapes: dict[str, str] = {}
@@ -96,8 +96,8 @@ class ConversationRows(RowEncoder):
         if found := self.control.pattern.findall(probe.text[start:end]):
             return found[-1]
         raise RecipeError(
-            f"sft.template: the assistant's turn ends without a special token ({probe.text[start:end]!r}), so the model "
-            "would never learn to stop. " + missing_end_of_turn(self.tokenizer, template.template)
+            f"sft.template: the assistant's turn ends without a special token ({probe.text[start:end]!r}), so the "
+            "model would never learn to stop. " + missing_end_of_turn(self.tokenizer, template.template)
         )
 
     @classmethod
