@@ -75,17 +75,7 @@ class Session:
         )
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup(
-            name=recipe.task,
-            settings=recipe.settings,
-            tokenizer=self.tokenizer,
-            survey=self.prepared.facts,
-            max_length=recipe.data.max_length,
-            seed=recipe.train.seed,
-            precision=recipe.train.precision,
-            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
-            learned_tokenizer=recipe.tokenizer.train is not None,
-        )
+        self.setup = TaskSetup.of(recipe, self.tokenizer, self.prepared.facts)
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
         if (settings := recipe.distillation) is not None:
@@ -170,10 +160,7 @@ class Session:
             self.model.compile(dynamic=True)
         self.engine.prepare(self.model, recipe.optim)
         self._place_teacher()
-        probe = self.task.probe()
-        if probe is not None:
-            with self.engine.evaluating():
-                probe.check(self.engine.forward(probe.outputs, probe.inputs))
+        ask_network(self.engine, self.task)
 
     def agree_on_data(self) -> None:
         """Raises DataError, naming the ranks, unless all of them hold the same tokenizer, rows and plan."""
@@ -280,6 +267,18 @@ class Session:
     def device_name(self) -> str:
         device = self.engine.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def ask_network(engine: Engine, task: Task) -> None:
+    """Put the task's question to the wrapped network, such as: does it keep packed documents apart?
+
+    Raises:
+        RecipeError: the answer is bad.
+    """
+    probe = task.probe()
+    if probe is not None:
+        with engine.evaluating():
+            probe.check(engine.forward(probe.outputs, probe.inputs))
 
 
 def check_metric(loaded: Loaded) -> None:
