@@ -23,3 +23,7 @@ class ClmSettings(DocumentSettings):
     def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:
         begins = adds_bos if self.bos == "auto" else self.bos
         return "bos" if begins else None, "eos"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "perplexity"
