@@ -260,7 +260,7 @@ def exported(folder: Path, name: str, *, template: str | None = None, pad: int |
     pad: the token with this id becomes PAD."""
     from tokenizers.processors import TemplateProcessing
 
-    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=300), ["one two three vier"] * 9, ("eos", "bos"))
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=300), ["one two three vier"] * 9, ("bos", "eos"))
     if template is not None:
         special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
