@@ -43,7 +43,7 @@ from ptft_dist.reporting.run_files import FailureReport, lock_run_dir, make_run_
 from ptft_dist.tasks.common.distillation import METRICS as DISTILLATION_METRICS
 from ptft_dist.tasks.common.distillation import Distillation
 from ptft_dist.tasks.protocol import Task
-from ptft_dist.tasks.registry import task_class
+from ptft_dist.tasks.registry import encoder_class, task_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -120,15 +120,14 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
     shape = batch_shape(recipe, where.world_size)
     knobs = deepspeed_config_of_launch()
     check_sources(recipe, loaded.base)
-    prepared = prepare(recipe, loaded.base, progress=where.is_main)
-    if not prepared.from_cache:
-        tell(describe(prepared.report))
+    prepared = prepare(recipe, loaded.base, encoder_class(recipe.task), progress=where.is_main)
+    tell(describe(prepared.report, from_cache=prepared.from_cache))
     tokenizer = load_tokenizer(prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
     network = local_or_hub(recipe.model, loaded.base)
     teacher = None
     if recipe.distillation is not None:
         section = teacher_section(recipe, loaded.base)
-        teacher = Teacher(section, check_teacher(recipe, section, tokenizer, prepared.facts))
+        teacher = Teacher(section, check_teacher(recipe, section, tokenizer, prepared.survey))
     who = identity(loaded, prepared.fingerprint)
     if teacher is not None:
         who["distillation.teacher's files"] = teacher_fingerprint(recipe, teacher.section, loaded.base)
@@ -144,7 +143,7 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         network,
         tokenizer,
         recipe.data.max_length,
-        found.model_settings(recipe, prepared.facts),
+        found.model_settings(recipe, prepared.survey),
         grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
     )
     found.fit_config(recipe, config, tokenizer)
@@ -172,7 +171,7 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
 
     torch.use_deterministic_algorithms(recipe.train.deterministic)
     engine = Engine(recipe.train.precision, intent.deepspeed)
-    task = intent.task_class(recipe, intent.tokenizer, engine.device, intent.prepared.facts)
+    task = intent.task_class(recipe, intent.tokenizer, engine.device, intent.prepared.survey)
     if intent.teacher is not None:
         task = with_teacher(task, intent.teacher, recipe, engine)
     model = prepare_network(recipe, intent.network, engine, task, intent.config, len(intent.tokenizer), tell)

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepare_support import prepare
 from tiny import write_tiny
 
 from ptft_dist.config.recipe import Source
 from ptft_dist.data import cache
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.sources import HashMemo, fingerprint_source
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.registry import recipe_class

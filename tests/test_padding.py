@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from prepare_support import prepare
 from support import start
 from test_classification import CONFIGS, CPU, ROLES, SIZES, TEXTS, encoded, keys, made, recipe, tokenizer
 from tiny import write_tiny
 from tokenizers.processors import TemplateProcessing
 
 from ptft_dist.api import load_recipe
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_config, build_model
@@ -94,8 +94,8 @@ def test_outputs_of_every_token(tmp_path: Path, kind: str, network: str) -> None
     ours, prepared = loaded.recipe, prepare(loaded.recipe, loaded.base, progress=False)
     words = load_tokenizer(prepared.tokenizer_path)
     found = task_class(kind)
-    task = found(ours, words, CPU, prepared.facts)
-    config = build_config(ours.model, words, 32, found.model_settings(ours, prepared.facts))
+    task = found(ours, words, CPU, prepared.survey)
+    config = build_config(ours.model, words, 32, found.model_settings(ours, prepared.survey))
     model = build_model(ours.model, config, 0, task.auto_class).eval()
     task.install(model)
     probe = task.probe()

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepare_support import all_ids, recipe, save_tokenizer, write_text
+from prepare_support import all_ids, prepare, recipe, save_tokenizer, write_text
 
-from ptft_dist.data import cache, encode
+from ptft_dist.data import cache, stream
 from ptft_dist.data import prepare as module
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint
 from ptft_dist.errors import DataError, PtftError, RecipeError
@@ -39,7 +38,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (encode, "write")])
+@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (stream, "write")])
 def test_a_source_that_changes_underneath_is_an_error(
     base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
@@ -98,7 +97,9 @@ def test_a_hit_imports_nothing_heavy(base: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ptft_dist.config.recipe import Recipe\n"
         "from ptft_dist.data.prepare import prepare\n"
-        f"prepared = prepare(recipe_class().model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
+        "from ptft_dist.tasks.registry import encoder_class, recipe_class\n"
+        f"recipe, base = recipe_class().model_validate_json(sys.argv[1]), Path({str(base)!r})\n"
+        "prepared = prepare(recipe, base, encoder_class(recipe.task))\n"
         "print(prepared.from_cache, {'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, wanted.model_dump_json(exclude_unset=True)]
