@@ -11,12 +11,12 @@ from prepare_support import prepare, recipe, save_tokenizer, write_text
 from support import ptft
 from tiny import write_tiny
 
-from ptft_dist import session
 from ptft_dist.api import load_recipe
 from ptft_dist.data.prepare import describe
 from ptft_dist.data.report import BadRows, Entry, Notes, Report, SideReport, StepReport
 from ptft_dist.errors import DataError
 from ptft_dist.launch.environment import place
+from ptft_dist.session import Session
 
 
 def made(**changes: Any) -> Report:
@@ -139,15 +139,15 @@ def test_the_command_says_it_once(tmp_path: Path) -> None:
     assert first.splitlines()[:-1] == second.splitlines()[:-1]
 
 
-def test_a_run_shows_the_report_of_cached_data(tmp_path: Path) -> None:
+def test_a_run_shows_the_report_of_cached_data(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What was truncated or dropped is told at every start, not only by the process that prepared."""
     path = write_tiny(tmp_path, "classification")
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"text": "red cat " * 40, "label": "animal"}) + "\n")
     loaded = load_recipe(str(path), [f"data.cache_dir={tmp_path}/cache"])
     assert not prepare(loaded.recipe, loaded.base, progress=False).from_cache
-    told: list[str] = []
-    session.intend(loaded, session.Options(), place(), told.append)
-    (report,) = [text for text in told if text.startswith("train:")]
+    caplog.set_level("INFO", logger="ptft")
+    Session(loaded, place())
+    (report,) = [message for message in caplog.messages if message.startswith("train:")]
     assert "1 rows truncated to data.max_length" in report
     assert "found in the cache" in report

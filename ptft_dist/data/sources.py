@@ -60,6 +60,7 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
 
 
 def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:
+    name: str
     if source.source is not None:
         name, records = source.source, read_builtin(source.source)
     elif source.hub is not None:
