@@ -213,6 +213,16 @@ def test_the_written_config_is_complete(tmp_path: Path) -> None:
     assert model.config.use_cache is False
 
 
+def test_the_number_of_experts_stands_under_the_old_name_too(tmp_path: Path) -> None:
+    """transformers 4 would build a Qwen3 mixture of 128 experts, whatever num_local_experts says."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    model = build({"model_type": "qwen3_moe", **SMALL, "intermediate_size": 32, "num_key_value_heads": 2, **experts})
+    write_model(content(model), model.state_dict(), tmp_path)
+    config = read(tmp_path / "config.json")
+    assert (config["num_experts"], config["num_local_experts"]) == (4, 4)
+    assert AutoConfig.from_pretrained(tmp_path).num_experts == 4
+
+
 def test_a_learned_tokenizer_has_a_class_that_transformers_4_knows(tmp_path: Path) -> None:
     model = build(LLAMA)
     made = content(model, extra=("<|user|>",))

@@ -85,8 +85,8 @@ def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path
     finally:
         model.config = training_config
     content.tokenizer.save_pretrained(folder)
-    dtype = str(content.dtype).removeprefix("torch.")
-    _edit(folder / "config.json", lambda config: with_legacy_rope(config) | {"dtype": dtype})
+    more = {"dtype": str(content.dtype).removeprefix("torch."), **renamed_keys(model.config)}
+    _edit(folder / "config.json", lambda config: with_legacy_rope(config) | more)
     _edit(folder / "tokenizer_config.json", lambda config: portable_tokenizer(config, content.network.max_positions))
     mode = (folder / "config.json").stat().st_mode
     for file in folder.iterdir():
@@ -148,6 +148,12 @@ def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
         own = ("rope_theta", "partial_rotary_factor")  # keys beside rope_scaling, not in it
         legacy["rope_scaling"] = {key: value for key, value in main.items() if key not in own}
     return config | legacy
+
+
+def renamed_keys(config: PretrainedConfig) -> dict[str, Any]:
+    """Config keys under the names of transformers 4, which knows no other: the number of experts, such as Qwen3's."""
+    old, new = "num_experts", "num_local_experts"
+    return {old: getattr(config, new)} if config.attribute_map.get(old) == new else {}
 
 
 def portable_tokenizer(config: dict[str, Any], max_positions: int | None) -> dict[str, Any]:
