@@ -20,7 +20,7 @@ from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.engine import reset_accelerate
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
 from ptft_dist.launch.environment import Place, job_id, restarted_job
-from ptft_dist.networks.export import export
+from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.run_files import (
@@ -168,7 +168,7 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
             trainer.progress.best_checkpoint = None
             if engine.is_main:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
-    export(engine, session.tokenizer, target)
+    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype), target)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:

@@ -30,6 +30,7 @@ from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
 from ptft_dist.launch.environment import Place, check_launch
+from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
 from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
@@ -99,6 +100,7 @@ class Session:
             grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
         )
         self.task_class.fit_config(self.setup, self.config)
+        self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
 
     # --- what makes two runs the same run ----------------------------------------------------------------------------
 
