@@ -33,8 +33,13 @@ from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, DataError, PtftError, RecipeError
-from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
-from ptft_dist.launch.environment import Place, check_launch, place
+from ptft_dist.launch.environment import (
+    Place,
+    check_launch,
+    deepspeed_config_of_launch,
+    describe_backend,
+    place,
+)
 from ptft_dist.networks.export import export
 from ptft_dist.networks.frozen import Teacher, check_teacher, load_teacher, teacher_fingerprint, teacher_section
 from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
@@ -186,7 +191,8 @@ def train(loaded: Loaded, options: Options, where: Place, stop: StopRequest) -> 
         trainer.restore(checkpoint)
         tell(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     tell(
-        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {device}, "
+        f"{engine.parameter_count:,} parameters, {describe_backend(engine.kind, os.environ)}, "
+        f"{engine.world_size} x {device}, "
         f"{recipe.train.precision}, {trainer.total_steps:,} updates"
     )
     rows = intent.prepared.train.largest(intent.shape.largest_micro_batch(recipe.data.max_length))

@@ -1,8 +1,8 @@
 """The keys of a DeepSpeed JSON: which are passed on, with which values, and why the others are refused.
 
-Source: DeepSpeed 0.19.8, `deepspeed/runtime/config.py` and `deepspeed/runtime/zero/config.py`. tests/test_deepspeed_config.py
-compares the tables with DeepSpeed's own schema, so that a key of a later version is noticed. They are written out
-here because importing DeepSpeed takes seconds, and a login node must not.
+Source: DeepSpeed 0.19.8, `deepspeed/runtime/config.py` and `deepspeed/runtime/zero/config.py`. The tables are written
+out here because importing DeepSpeed takes seconds; tests/test_deepspeed_config.py compares them with DeepSpeed's own
+schema, so that a key of a later version is noticed.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ TOP: Table = {
     "zero_allow_untested_optimizer": Refused("ptft needs true; remove the key", one_of(True)),
     # What would have no effect.
     "activation_checkpointing": _no_effect("use model.gradient_checkpointing: true in the recipe"),
-    "compile": _no_effect("use model.compile: true in the recipe", _disabled),
+    "compile": _no_effect("use model.compile: true in the recipe"),
     "steps_per_print": _no_effect("ptft logs every update; remove the key"),
     "log_level": _no_effect("remove the key"),
     "data_efficiency": _no_effect("ptft orders and loads the data itself; remove the key", _disabled),

@@ -105,7 +105,12 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path) -> None:
     assert "overlap_comm: this key is given twice" in refusal(tmp_path / "ds.json", text)
 
 
-LAUNCH = "distributed_type: DEEPSPEED\nnum_processes: 2\ngpu_ids: '-1,-1'\ndeepspeed_config: {deepspeed_config_file: ds.json}\n"
+LAUNCH = """
+distributed_type: DEEPSPEED
+num_processes: 2
+gpu_ids: '-1,-1'
+deepspeed_config: {deepspeed_config_file: ds.json}
+"""
 
 
 def test_before_the_group_forms_with_exit_code_2(tmp_path: Path, documents: Path, cache: Path) -> None:

@@ -15,6 +15,7 @@ from support import ROOT, ptft, write_recipe
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import check_launch
+from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.local import command, machines
 
 NO_LAUNCHER = """
@@ -44,7 +45,7 @@ def accelerate_starts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list
 def test_our_command_starts_torchrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / "mine.yaml").write_text(NO_LAUNCHER)
     monkeypatch.chdir(tmp_path)
-    words = command(name, 4, machines(2, 1, "10.0.0.1:2345"), ["train", "clm"])
+    words = command(read_launch_file(name), 4, machines(2, 1, "10.0.0.1:2345"), ["train", "clm"])
     assert accelerate_starts(words, monkeypatch) is None
 
 
