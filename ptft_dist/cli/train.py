@@ -34,8 +34,9 @@ def train(
     from ptft_dist.api import load_recipe
     from ptft_dist.launch.environment import place
 
-    given = {"launch": launch, "processes": processes, "machines": machines, "machine-rank": machine_rank}
-    given = {f"--{key}": str(value) for key, value in (given | {"address": address}).items() if value is not None}
+    names = ("--launch", "--processes", "--machines", "--machine-rank", "--address")
+    values = (launch, processes, machines, machine_rank, address)
+    given = {name: str(value) for name, value in zip(names, values, strict=True) if value is not None}
     if given and place().launched:
         raise RecipeError(
             f"{', '.join(given)}: no effect in a process that a launcher has started (LOCAL_RANK is set). Give the "

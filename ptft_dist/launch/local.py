@@ -100,8 +100,8 @@ def _deepspeed_launcher(file: LaunchFile, several: Machines | None) -> list[str]
     if several is not None and file.deepspeed_launcher not in (None, "standard"):
         raise RecipeError(
             f"{file.path}: deepspeed_multinode_launcher: {file.deepspeed_launcher}: not supported, as it starts the "
-            "other machines itself and writes the environment, secrets too, into a file; set it to standard, and run this "
-            "command on each machine"
+            "other machines itself and writes the environment, secrets too, into a file; set it to standard, and run "
+            "this command on each machine"
         )
     return ["--deepspeed_multinode_launcher", "standard"]
 
