@@ -65,7 +65,7 @@ def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str) -> 
         f"edit {recipe}": "data.train names the data; run_dir is where the run goes",
         f"ptft config check {recipe}": "every mistake, with its line",
         f"ptft train {recipe} --launch {launch}": "on this machine; --processes N for another number",
-        f"sbatch train.sbatch {recipe} --launch {launch}": "on a Slurm cluster; --nodes and --gpus-per-node before the file",
+        f"sbatch train.sbatch {recipe} --launch {launch}": "on Slurm; put --nodes and --gpus-per-node before the file",
     }
     width = max(map(len, steps))
     return "\n".join([*lines, *(f"  {step:{width}}  {hint}".rstrip() for step, hint in steps.items())])
