@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
 from ptft_dist.launch.environment import check_launch, describe_backend
 from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
-from ptft_dist.launch.local import command, local_processes, machines, own_exit_code
+from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code
 from ptft_dist.launch.settings import LaunchSettings, check_settings, settings_of_environment
 
 CONFIGS = sorted(path.stem for path in shipped("launch_configs").glob("*.yaml"))
@@ -198,6 +199,28 @@ def test_the_known_keys_are_accelerates() -> None:
     assert set(BLOCKS["parallelism_config"]) == {name for name in options if name.startswith("parallelism_config_")}
     assert set(BLOCKS["fsdp_config"]) - {"fsdp_ignored_modules"} == {n for n in options if n.startswith("fsdp_")}
     assert set(BLOCKS["deepspeed_config"]) <= options
+
+
+def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` sets no variable for them; our launcher does."""
+    inline = "{zero_stage: 3, offload_param_device: nvme, offload_param_nvme_path: /nvme}"
+    file = write(tmp_path, f"distributed_type: DEEPSPEED\ndeepspeed_config: {inline}")
+    environments: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, _words: list[str], env: dict[str, str], **_options: Any) -> None:
+            environments.append(env)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert launch(command(file, None, None, []), tmp_path / "run", 1, file.variables) == 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert environments[0]["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"] == "/nvme"
 
 
 # --- processes and machines -------------------------------------------------------------------------------------------
