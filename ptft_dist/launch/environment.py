@@ -71,3 +71,26 @@ def _check_launcher(environ: Mapping[str, str]) -> None:
             "which is not supported; set deepspeed_multinode_launcher: standard and start one command on each machine. "
             "Delete the file .deepspeed_env that the launcher wrote: it holds your environment, secrets too"
         )
+
+
+def job_id() -> str | None:
+    """Identifies the job of a scheduler or launcher that starts this process again by itself; None outside of one."""
+    if "SLURM_JOB_ID" in os.environ:
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        return f"slurm-{os.environ.get('SLURM_ARRAY_JOB_ID', os.environ['SLURM_JOB_ID'])}" + (
+            f"_{task}" if task else ""
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun-{os.environ['TORCHELASTIC_RUN_ID']}-{os.getppid()}"
+    return None
+
+
+def restarted_job() -> str | None:
+    """The job's id if this is not its first start: requeued by Slurm, or restarted by torchrun; else None."""
+    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return job_id() if any(count not in ("", "0") for count in restarts) else None
+
+
+def is_requeued() -> bool:
+    """Whether a scheduler starts this job again after exit code 75."""
+    return "SLURM_JOB_ID" in os.environ
