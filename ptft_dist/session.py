@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -30,7 +31,7 @@ from ptft_dist.data.prepare import Prepared, describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
-from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
+from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind, why_not_loadable
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, DataError, PtftError, RecipeError
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
@@ -134,7 +135,8 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
         who["distillation.teacher's files"] = teacher_fingerprint(recipe, teacher.section, loaded.base)
     kind = planned_kind(where.world_size, knobs)
     checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints")
-    resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)
+    loadable = partial(why_not_loadable, kind=kind, ranks=where.world_size)
+    resume = Resume(checkpoints, options.resume, options.accept, who, loadable)
     resume.look()
     plan = plan_updates(recipe, prepared, shape)
     warmup = warmup_steps(recipe.optim, plan.total_steps)
@@ -301,7 +303,7 @@ def prepare_network(
     task.install(model)
     if section.compile:
         model.compile(dynamic=True)
-    engine.prepare(model, recipe.optim)
+    engine.prepare(model, recipe.optim, tell)
     probe = task.probe()
     if probe is not None:
         with engine.evaluating():

@@ -91,7 +91,8 @@ class Trainer:
         while progress.step < self.total_steps and not self.out_of_patience():
             stop, started = False, time.perf_counter()
             for group in self.batches.next_phase():
-                report = self.update(group)
+                with self.engine.updating():
+                    report = self.update(group)
                 progress.step += 1
                 progress.tokens += report.tokens
                 stop = stop or report.stop
