@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.deepspeed_settings import frozen_deepspeed_config
@@ -24,7 +25,11 @@ class FrozenNetwork:
     def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
         """call(network, inputs) on the device, without gradients; a named tuple becomes a plain one."""
         with torch.no_grad():
-            return self.module({key: x.to(self.device, non_blocking=True) for key, x in inputs.items()}, call)
+            out = self.module({key: x.to(self.device, non_blocking=True) for key, x in inputs.items()}, call)
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # its outermost parts stay whole for a backward, which never comes
+        return out
 
 
 def place_frozen(

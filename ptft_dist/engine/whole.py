@@ -64,13 +64,14 @@ class Whole:
         return weights | write_optimizer(folder, self.optimizer.state_dict(), scaler)
 
     def load(self, folder: Path) -> None:
-        path, device = folder / WEIGHTS, str(self.accelerator.device)
+        path, device = folder / WEIGHTS, self.accelerator.device
+        place = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no "cpu:0"
         require_stored(tensor_shapes(path), self.model, path)
         targets, first = stored_tensors(self.model), first_names(self.model)
-        with torch.no_grad(), safe_open(path, "pt", device=device) as file:
+        with torch.no_grad(), safe_open(path, "pt", device=place) as file:
             for name in file.keys():  # noqa: SIM118
                 targets[first.get(name, name)].copy_(file.get_tensor(name))
-        state, extra = read_optimizer(folder, device)
+        state, extra = read_optimizer(folder, place)
         self.optimizer.load_state_dict(state)
         if self.scaler is not None:
             self.scaler.load_state_dict(extra["scaler"])
