@@ -1,7 +1,7 @@
 """The loss of every task's first update against transformers' own forward pass with labels, or a plain loop.
 
 The learning rate is so small that the exported network has the weights that the first update began with. Rows are read
-from the JSONL file here, tokenized by the exported tokenizer and given to the network one by one, without padding. Where
+from the JSONL file here, tokenized by the exported tokenizer and given to the network one by one, unpadded. Where
 the task draws masks, the first micro-batch is recorded, and its labels are checked against the text.
 """
 
@@ -138,7 +138,7 @@ def seq2seq(run: Finished) -> float:
     return mean(parts)
 
 
-# --- tasks that draw masks ---------------------------------------------------------------------------------------------
+# --- tasks that draw masks --------------------------------------------------------------------------------------------
 
 
 def unpadded(ids: torch.Tensor, mask: torch.Tensor) -> list[list[int]]:
