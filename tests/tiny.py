@@ -115,12 +115,12 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]
     "seq2seq": (
         {
             "model": {"config": T5},
-            "seq2seq": {"max_target_length": 12, "label_smoothing": 0.1, "generation": {"max_new_tokens": 12}},
+            "seq2seq": {"max_target_length": 12, "label_smoothing": 0.1, "generation": {"max_new_tokens": 4}},
         },
         rewritten,
     ),
     "sft": (
-        {"model": {"config": LLAMA}, "sft": {"generation": {"max_new_tokens": 6, "metrics": ["exact_match", "chrf"]}}},
+        {"model": {"config": LLAMA}, "sft": {"generation": {"max_new_tokens": 4, "metrics": ["exact_match", "chrf"]}}},
         talked,
     ),
     "regression": ({"model": {"config": BERT}, "regression": {"pair": True}}, rated),
