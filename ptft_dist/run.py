@@ -75,11 +75,9 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
-        if place.world_size > 1:
-            announce_failure(f"rank {place.rank}: {type(error).__name__}: {error}")
-        report.write(
-            error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started, who_failed()
-        )
+        announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
+        code = error.exit_code if isinstance(error, PtftError) else 1
+        report.write(error, code, time.monotonic() - started, first=who_failed())
         raise
     finally:
         if lock is not None:
