@@ -18,6 +18,8 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
+from ptft_dist.config import secrets
+
 KeyPath = tuple[str | int, ...]
 COMMAND_LINE = 0  # stands where a line number stands; files begin at line 1
 
@@ -65,8 +67,6 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     written: dict[KeyPath, Written] = field(default_factory=dict)
     """The texts that held a reference or an escape, as they stood before `resolve`."""
-    secrets: dict[str, str] = field(default_factory=dict)
-    """What the environment gave, and the reference to show instead."""
     mistakes: list[Mistake] = field(default_factory=list)
 
     def read(self, text: str) -> None:
@@ -165,8 +165,8 @@ class Document:
             name, default = reference["name"], reference["default"]
             variables.append(name)
             value = environment.get(name)
-            if value and len(value) >= 4:  # a shorter one is no secret, and hiding it would garble messages
-                self.secrets[value] = f"${{env:{name}}}"
+            if value:
+                secrets.remember(value, f"${{env:{name}}}")
             if default is not None:  # as in a shell, `:-` also replaces an empty value
                 return value or default[2:]
             if value is None:

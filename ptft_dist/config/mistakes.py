@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from ptft_dist.config.document import Document, KeyPath, Mistake, dotted
+from ptft_dist.config.secrets import hide
 
 Node = dict[str, Any]  # of a JSON Schema
 
@@ -164,7 +165,7 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
         path = path[:-1]
     node = schema.at(path)
     if node is None:
-        return path, _masked(detail["msg"], document)
+        return path, hide(detail["msg"])
     expected = schema.expectation(node)
     written = document.written.get(path)
     if written:
@@ -198,17 +199,10 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:
     """A validator's own words. When they begin with the name of a key that is there, the mistake is at that key."""
-    text = _masked(text, document)
+    text = hide(text)
     name = re.match(r"(?P<key>[\w.]+):? ", text)
     if name:
         inner = (*path, *name["key"].split("."))
         if inner in document.lines:
             return inner, text[name.end() :]
     return path, text
-
-
-def _masked(text: str, document: Document) -> str:
-    """A message that may quote what the environment gave: the reference stands there instead."""
-    for value, reference in document.secrets.items():
-        text = text.replace(value, reference).replace(repr(value)[1:-1], reference)
-    return text

@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ptft_dist.config.secrets import hide
 from ptft_dist.errors import DataError, PtftError, RecipeError
 
 # Two writes closer than this may carry the same time stamp, so a younger file's stamp does not prove its contents.
@@ -230,4 +231,4 @@ def _identity(path: str) -> list[int]:
 
 
 def to_stderr(line: str) -> None:
-    print(f"ptft: {line}", file=sys.stderr, flush=True)
+    print(hide(f"ptft: {line}"), file=sys.stderr, flush=True)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ptft_dist.config.secrets import hide
+
 if TYPE_CHECKING:
     import torch
     from torch.utils.tensorboard import SummaryWriter
@@ -204,5 +206,5 @@ def clock(seconds: float) -> str:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)
+    """A line for the person who watches, without values of the environment."""
+    print(hide(text), file=sys.stderr, flush=True)

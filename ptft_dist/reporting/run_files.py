@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.environment import Place
 from ptft_dist.reporting.metrics import say
@@ -88,7 +89,7 @@ class FailureReport:
                 old.unlink(missing_ok=True)
 
     def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
-        trace = traceback.format_exc()
+        trace = hide(traceback.format_exc())
         with _told(self.log), self.log.open("a") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.where.rank} failed\n{trace}\n")
         with _told(self.claim):
@@ -97,7 +98,7 @@ class FailureReport:
             except FileExistsError:
                 return  # another rank failed first; this failure most likely follows from that one
         who = f"rank {self.where.rank} failed first: " if self.where.world_size > 1 else ""
-        what = str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}"
+        what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
         if "closed by peer" in what or "reset by peer" in what:
             what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
         if not isinstance(error, PtftError):
