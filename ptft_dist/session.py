@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging as transformers_logging
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
-from ptft_dist.checkpoint.identity import identity
+from ptft_dist.checkpoint.identity import run_identity
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.recipe import ModelSection, Recipe
@@ -129,9 +129,10 @@ def intend(loaded: Loaded, options: Options, where: Place, tell: Callable[[str],
     if recipe.distillation is not None:
         section = teacher_section(recipe, loaded.base)
         teacher = Teacher(section, check_teacher(recipe, section, tokenizer, prepared.facts))
-    who = identity(loaded, prepared.fingerprint)
+    files = {}
     if teacher is not None:
-        who["distillation.teacher's files"] = teacher_fingerprint(recipe, teacher.section, loaded.base)
+        files["distillation.teacher's files"] = teacher_fingerprint(recipe, teacher.section, loaded.base)
+    who = run_identity(loaded, prepared.fingerprint, prepared.parts, files)
     kind = planned_kind(where.world_size, knobs)
     checkpoints = Checkpoints(Path(recipe.run_dir) / "checkpoints")
     resume = Resume(checkpoints, options.resume, options.accept, who, kind, where.world_size)

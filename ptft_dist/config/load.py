@@ -95,7 +95,7 @@ def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Rec
 
 def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
     origins = {}
-    for key, _ in leaves(recipe.model_dump(mode="json")):
+    for key, _ in leaves(recipe.own_values()):
         if key not in document.lines:
             origins[dotted(key)] = "default"
             continue
@@ -108,7 +108,7 @@ def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
 
 def public_values(loaded: Loaded) -> dict[str, Any]:
     """All values of the recipe, but references as they were written: what they stand for may be secret."""
-    values = loaded.recipe.model_dump(mode="json")
+    values = loaded.recipe.own_values()
     for path, written in loaded.written.items():
         put(values, path, written.text)
     return values

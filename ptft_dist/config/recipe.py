@@ -243,6 +243,8 @@ class SaveSection(Section):
     """Keep the checkpoint with the best eval.metric too, whatever its age. Evaluations save when they find it."""
     export: Literal["last", "best"] = "last"
     """Which weights become run_dir/model."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Data type of the weights in run_dir/model. `auto`: that of the weights in model.path, fp32 with model.config."""
 
     @model_validator(mode="after")
     def _check(self) -> SaveSection:
@@ -293,6 +295,10 @@ class Recipe(Section):
         """Task -> its section with all defaults."""
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         return {name: default for name, default in defaults.items() if isinstance(default, TaskSettings)}
+
+    def own_values(self) -> dict[str, Any]:
+        """All values as plain JSON, without the sections of other tasks, which must be at their defaults."""
+        return self.model_dump(mode="json", exclude=self.task_sections().keys() - {self.task})
 
     @property
     def validated(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +52,8 @@ class Prepared:
     fingerprint: str
     report: dict[str, Any]
     """What the writer returned when the stores were written, the seconds it took, and versions; see `describe`."""
+    parts: Mapping[str, Any]
+    """What the fingerprint follows from besides the recipe's keys: contents of the sources, tokenizer, libraries."""
     from_cache: bool
     """True if the stores were there before."""
 
@@ -116,6 +118,7 @@ def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
             train=store.open(directory / "train"),
             validation=store.open(directory / "validation") if recipe.validated else None,
             fingerprint=store_print,
+            parts=job.fingerprint_parts(tokenizer_print),
             report=json.loads((directory / "report.json").read_text(encoding="utf-8")),
             from_cache=from_cache,
         )
@@ -177,6 +180,16 @@ class _Job:
                 "rows": self._row_settings(),
             }
         )
+
+    def fingerprint_parts(self, tokenizer_print: str) -> dict[str, Any]:
+        """The fingerprint's parts that no key of the recipe says, by the key that they belong to."""
+        names = ("tokenizers", "transformers", "trl") if self.recipe.task == "sft" else ("tokenizers",)
+        parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
+        libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
+        parts |= {"tokenizer": tokenizer_print, "libraries": libraries}
+        if self.recipe.data.augment:
+            parts["data.augment.files"] = augmentation_contents(self.recipe, self.base, self._memo)
+        return parts
 
     def _row_settings(self) -> dict[str, Any]:
         """Everything beside contents and tokenizer that decides how rows come out."""

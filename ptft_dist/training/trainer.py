@@ -13,7 +13,7 @@ import torch
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, SaveError
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.engine import Engine
-from ptft_dist.errors import CheckpointError, NonFiniteLossError
+from ptft_dist.errors import CheckpointError, CheckpointVersionError, NonFiniteLossError
 from ptft_dist.reporting.metrics import Averages, JsonLines, Sink, say
 from ptft_dist.tasks.protocol import Batch, Task
 from ptft_dist.training.batches import Batches
@@ -219,8 +219,11 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a verified checkpoint."""
         self.engine.load_state(checkpoint.path)
-        self.batches.load_state_dict(checkpoint.manifest["batches"])
-        self.progress = Progress(**checkpoint.manifest["progress"])
+        self.batches.load_state_dict(checkpoint.fact("batches", dict))
+        try:
+            self.progress = Progress(**checkpoint.fact("progress", dict))
+        except TypeError as error:
+            raise CheckpointVersionError(f"{checkpoint.path} was written by another version of ptft: {error}") from None
         self.saved_step = checkpoint.step
         if self.progress.step != checkpoint.step:
             raise CheckpointError(f"{checkpoint.path}: its manifest tells of step {self.progress.step}")

@@ -206,7 +206,7 @@ def test_broken_data_under_such_a_path(tmp_path: Path, documents: Path, cache: P
 def test_a_traceback_of_the_command_is_hidden(
     file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(recipe: object, base: object) -> None:
+    def fail(*_: object) -> None:
         raise OSError(5, "Input/output error", f"/mnt/{SECRET}")
 
     monkeypatch.setattr("ptft_dist.data.sources.check_sources", fail)
