@@ -52,6 +52,15 @@ class LossModule(torch.nn.Module):
         return tuple(out) if isinstance(out, tuple) else out
 
 
+class FrozenNetwork:
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+        with torch.no_grad():
+            return call(self.model, inputs)
+
+
 def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> str:
     """How the network will be spread: single, ddp, fsdp2, zero1, zero2 or zero3, as the launcher's environment says."""
     if deepspeed_config is not None:
@@ -107,6 +116,13 @@ class Engine:
         optimizer = build_optimizer(parameter_groups(model.named_parameters(), optim), optim, self.device)
         spread = Zero if self.kind.startswith("zero") else Fsdp2 if self.kind == "fsdp2" else Whole
         self.backend: Backend = spread(self.accelerator, model, LossModule(model), optimizer)
+
+    def prepare_frozen(self, model: PreTrainedModel) -> FrozenNetwork:
+        return FrozenNetwork(model.to(self.device))
+
+    @property
+    def frozen_parameter_count(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
 
     @property
     def module(self) -> torch.nn.Module:
