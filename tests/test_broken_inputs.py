@@ -72,7 +72,7 @@ RECIPES: dict[str, Case] = {
     "an unknown task": Case(2, ["task: expected", "clm"], {"task": "clmm"}, verb=CHECK),
     "an unknown optimizer": Case(2, ["optim.name", "did you mean adamw?"], {"optim": {"name": "adamv"}}, verb=CHECK),
     "a recipe that is not YAML": Case(2, ["recipe.yaml:"], edit=lines("recipe.yaml", "task: [clm", "x: }"), verb=CHECK),
-    "an empty recipe": Case(2, ["recipe.yaml:1: the file is empty"], edit=lines("recipe.yaml", ""), verb=CHECK),
+    "an empty recipe": Case(2, ["recipe.yaml:1: the recipe is empty"], edit=lines("recipe.yaml", ""), verb=CHECK),
     "a recipe in another encoding": Case(
         2, ["recipe.yaml:2: not UTF-8"], edit=lines("recipe.yaml", "task: clm", b"x: \xe9"), verb=CHECK
     ),

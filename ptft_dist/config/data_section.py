@@ -91,7 +91,7 @@ class DataSection(Section):
     """Cross-validation: cut the training rows into this many parts by a hash, each the validation side of one run."""
     fold: Annotated[int, Field(ge=0)] | None = None
     """Run only this fold, counted from 0; when not given, `ptft train` runs them all, one after the other."""
-    max_length: Annotated[int, Field(ge=2)] = 512
+    max_length: Annotated[int, Field(ge=2, le=2**24)] = 512
     """Tokens in a row at most; a longer document goes on in the next row. What becomes of a longer row of other tasks
     is said there."""
     bad_rows: Literal["stop", "skip"] = "stop"
@@ -102,7 +102,7 @@ class DataSection(Section):
     cache_dir: str | None = None
     """Where prepared data are kept; the environment variable PTFT_CACHE, else the user's cache directory, if not
     given."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Annotated[int, Field(ge=0, le=256)] | None = None
     """Processes per rank that read ahead; 2 on an accelerator and 0 on a CPU when not given."""
 
     @model_validator(mode="after")

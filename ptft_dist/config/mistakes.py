@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ptft_dist.config.document import Document, KeyPath, Mistake, dotted
+from ptft_dist.config.document import Document, Mistake
 from ptft_dist.config.secrets import hide
+from ptft_dist.config.section import KeyPath, RecipeProblems, dotted
 
 Node = dict[str, Any]  # of a JSON Schema
 
@@ -79,7 +80,7 @@ def _expectation(node: Node) -> str:
         words = {
             "minimum": "of at least",
             "exclusiveMinimum": "above",
-            "maximum": "of at most",
+            "maximum": "at most",
             "exclusiveMaximum": "below",
         }
         bounds = " and ".join(f"{words[bound]} {_number(node[bound])}" for bound in words if bound in node)
@@ -118,13 +119,18 @@ def _found(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 80 else repr(value)[:80] + "..."
 
 
-def explain(error: ValidationError, document: Document, schema: Schema) -> Iterator[Mistake]:
+def explain(invalid: ValidationError, document: Document, schema: Schema) -> Iterator[Mistake]:
     """One mistake for each thing that is wrong; those about a value that is already reported are left out."""
     reported = {mistake.path for mistake in document.mistakes if mistake.path}
-    details = [(detail, *_locate(detail["loc"], detail["type"], document.values)) for detail in error.errors()]
+    details = [(detail, *_locate(detail["loc"], detail["type"], document.values)) for detail in invalid.errors()]
     paths = {path for _, path, _ in details}
     seen: set[tuple[KeyPath, str]] = set()
     for detail, path, in_union in details:
+        if detail["type"] == "default_factory_not_called":
+            continue  # a default follows from another section, whose mistakes are reported
+        if isinstance(error := detail.get("ctx", {}).get("error"), RecipeProblems):
+            yield from (Mistake(at, document.line(at), hide(text)) for at, text in error.problems)
+            continue
         if in_union and any(len(other) > len(path) and other[: len(path)] == path for other in paths):
             continue  # another alternative of the union got further: its complaints are the ones that help
         if any(path[:length] in reported for length in range(1, len(path) + 1)):

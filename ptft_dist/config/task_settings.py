@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -22,6 +23,8 @@ class TaskSettings(Section):
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False
     """`ptft generate` can ask the trained network."""
+    only_with_trained_tokenizer: ClassVar[tuple[str, ...]] = ()
+    """Settings that have an effect only on a tokenizer that is trained here."""
     draws: ClassVar[bool] = False
     """`prepare` draws something at random, from train.seed."""
 
@@ -29,6 +32,10 @@ class TaskSettings(Section):
     def metric_names(self) -> tuple[str, ...]:
         """The metrics of an evaluation, as eval.metric names them."""
         return ("loss",)
+
+    def length_problems(self, max_length: int) -> Iterator[tuple[str, str]]:  # noqa: ARG002
+        """Settings (name, what is wrong) that rows of data.max_length tokens make impossible."""
+        yield from ()
 
     @property
     def full_rows(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field, PositiveInt
@@ -25,6 +26,14 @@ class QuestionAnsweringSettings(TaskSettings):
     no_answer_margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
     """`no answer` is predicted if its score is higher than the best answer's by more than this. Only where training
     rows without an answer teach it; else there is always one."""
+
+    def length_problems(self, max_length: int) -> Iterator[tuple[str, str]]:
+        if self.stride >= max_length:
+            yield (
+                "stride",
+                f"{self.stride} leaves no room for a context in rows of data.max_length ({max_length}); lower it, or "
+                "raise data.max_length",
+            )
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -12,6 +12,8 @@ from ptft_dist.config.task_settings import DocumentSettings
 class SpanCorruptionSettings(DocumentSettings):
     """Settings of T5's denoising (Raffel et al. 2020): spans become sentinels, and are to be written after them."""
 
+    only_with_trained_tokenizer = ("sentinels",)
+
     attention: Literal["across"] | None = None
     """The documents of a packed row see each other, as in T5's own pretraining."""
     density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
