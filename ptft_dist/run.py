@@ -31,7 +31,7 @@ from ptft_dist.reporting.run_files import (
     write_result,
     write_start,
 )
-from ptft_dist.session import Session, check_metric
+from ptft_dist.session import Session
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Outcome, Trainer
 
@@ -84,7 +84,6 @@ def _train(
     loaded: Loaded, report: FailureReport, stop: StopRequest, how: str, accept: Sequence[str], started: float
 ) -> Result:
     recipe, run_dir, main = loaded.recipe, Path(loaded.recipe.run_dir), report.place.is_main
-    check_metric(loaded)
     session = Session(loaded, report.place, tokenizer_from=run_dir / "tokenizer")
     checkpoints = Checkpoints(run_dir / "checkpoints")
     resume = Resume(checkpoints, how, accept, session.identity, session.kind, report.place.world_size)

@@ -27,7 +27,7 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
-from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.errors import DataError
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
 from ptft_dist.launch.environment import Place, check_launch
 from ptft_dist.networks.facts import NetworkFacts, read_facts
@@ -280,14 +280,6 @@ class Session:
     def device_name(self) -> str:
         device = self.engine.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-
-
-def check_metric(loaded: Loaded) -> None:
-    """Raises RecipeError if eval.metric is no metric of the task."""
-    recipe = loaded.recipe
-    names = (*recipe.settings.metric_names, *(recipe.distillation.metric_names if recipe.distillation else ()))
-    if recipe.eval.metric not in names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(names)}")
 
 
 def _directory_hash(directory: Path) -> str:

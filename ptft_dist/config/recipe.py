@@ -190,7 +190,7 @@ class TrainSection(Section):
 
     max_steps: PositiveInt | None = None
     """Stop after this many optimizer updates."""
-    epochs: Positive | None = None
+    epochs: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Stop after this many passes over the rows. Every row is used; the last update may be smaller."""
     max_tokens: PositiveInt | None = None
     """Stop after the update that reaches this many tokens."""

@@ -63,7 +63,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     environment.json with versions and machine. Removes the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
-    (run_dir / "data_report.json").write_text(json.dumps(data_report, indent=1), encoding="utf-8")
+    (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
