@@ -127,7 +127,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
-    write_start(run_dir, session.loaded, session.prepared.report, environment)
+    write_start(run_dir, session.loaded, session.prepared.report.to_dict(), environment)
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)

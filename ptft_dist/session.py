@@ -22,7 +22,7 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.order import Plan, make_plan
-from ptft_dist.data.prepare import prepare
+from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
@@ -37,7 +37,7 @@ from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
 from ptft_dist.tasks.protocol import Task, TaskSetup
-from ptft_dist.tasks.registry import task_class
+from ptft_dist.tasks.registry import encoder_class, task_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -69,23 +69,21 @@ class Session:
         self.zero_config = deepspeed_config_of_launch()
         self.kind = planned_kind(place.world_size, self.zero_config)
         check_sources(recipe, loaded.base)
-        self.prepared = prepare(recipe, loaded.base, progress=place.is_main)
+        self.prepared = prepare(
+            recipe,
+            loaded.base,
+            encoder_class(recipe.task),
+            progress=place.is_main,
+            tell=say,
+            tokenizer_from=tokenizer_from if tokenizer_from is not None and tokenizer_from.is_dir() else None,
+        )
+        say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
         self.tokenizer = load_tokenizer(
             self.prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code
         )
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup(
-            name=recipe.task,
-            settings=recipe.settings,
-            tokenizer=self.tokenizer,
-            survey=self.prepared.facts,
-            max_length=recipe.data.max_length,
-            seed=recipe.train.seed,
-            precision=recipe.train.precision,
-            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
-            learned_tokenizer=recipe.tokenizer.train is not None,
-        )
+        self.setup = TaskSetup.of(recipe, self.tokenizer, self.prepared.survey)
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
         if (settings := recipe.distillation) is not None:
@@ -170,10 +168,7 @@ class Session:
             self.model.compile(dynamic=True)
         self.engine.prepare(self.model, recipe.optim)
         self._place_teacher()
-        probe = self.task.probe()
-        if probe is not None:
-            with self.engine.evaluating():
-                probe.check(self.engine.forward(probe.outputs, probe.inputs))
+        ask_network(self.engine, self.task)
 
     def agree_on_data(self) -> None:
         """Raises DataError, naming the ranks, unless all of them hold the same tokenizer, rows and plan."""
@@ -280,6 +275,18 @@ class Session:
     def device_name(self) -> str:
         device = self.engine.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def ask_network(engine: Engine, task: Task) -> None:
+    """Put the task's question to the wrapped network, such as: does it keep packed documents apart?
+
+    Raises:
+        RecipeError: the answer is bad.
+    """
+    probe = task.probe()
+    if probe is not None:
+        with engine.evaluating():
+            probe.check(engine.forward(probe.outputs, probe.inputs))
 
 
 def _directory_hash(directory: Path) -> str:
