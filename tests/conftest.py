@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from support import kill_leftovers, write_documents
 
+from ptft_dist.config import secrets
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,6 +49,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_leftovers() -> Iterator[None]:
     yield
     kill_leftovers()
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets_of_other_tests() -> Iterator[None]:
+    yield
+    secrets.forget()
 
 
 @pytest.fixture

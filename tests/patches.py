@@ -261,3 +261,23 @@ def break_shard(rank: str, step: str) -> None:
             torch.save = write
 
     deepspeed.DeepSpeedEngine.save_checkpoint = broken
+
+
+def quote_environment(rank: str, step: str, name: str) -> None:
+    """In this update, warn, log and fail with messages that quote an environment variable."""
+    import logging
+    import warnings
+
+    from ptft_dist.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def failing(self: Trainer, group: Any) -> Any:
+        if self.progress.step + 1 == int(step) and os.environ.get("RANK", "0") == rank:
+            value = os.environ[name]
+            warnings.warn(f"a warning about {value}", stacklevel=1)
+            logging.getLogger("library").error("a record about %s", value)
+            raise OSError(13, "Permission denied", f"/data/{value}/file")
+        return update(self, group)
+
+    Trainer.update = failing  # type: ignore[method-assign]

@@ -25,7 +25,7 @@ from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.environment import Place
-from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.messages import fail, say
 
 EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
 """The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
@@ -63,7 +63,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     environment.json with versions and machine. Removes the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
-    (run_dir / "data_report.json").write_text(json.dumps(data_report, indent=1), encoding="utf-8")
+    (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -128,9 +128,9 @@ class FailureReport:
         elif "closed by peer" in what or "reset by peer" in what:
             what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
         if not isinstance(error, PtftError):
-            say(trace)
+            fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
-        say(f"error: {who}{what}{where}")
+        fail(f"error: {who}{what}{where}")
         tell_launcher(exit_code)
         if self.begun:
             result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
