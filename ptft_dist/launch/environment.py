@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe
@@ -94,3 +95,13 @@ def restarted_job() -> str | None:
 def is_requeued() -> bool:
     """Whether a scheduler starts this job again after exit code 75."""
     return "SLURM_JOB_ID" in os.environ
+
+
+EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
+"""The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
+
+
+def tell_launcher(exit_code: int) -> None:
+    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. Raises OSError."""
+    if path := os.environ.get(EXIT_CODE_FILE):
+        Path(path).write_text(str(exit_code))
