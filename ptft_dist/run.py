@@ -8,7 +8,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import announce_failure, reset_accelerate, who_failed, why_not_loadable
-from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, tell_launcher
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import plain, say, warn
@@ -275,7 +275,18 @@ def libraries_restored(deterministic: bool = False) -> Iterator[None]:
 
 def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
     """The metrics of a model on the recipe's validation rows; see api.evaluate."""
-    raise NotImplementedError
+    if not loaded.recipe.validated:
+        raise RecipeError("data.validation: there is nothing to evaluate on; give a share, or sources")
+    section = loaded.recipe.model.model_copy(update={"config": None, "path": model, "revision": None})
+    with libraries_restored():
+        session = Session(replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section})), place)
+        session.start(training=False)
+        assert session.validation is not None
+        found = session.validation.score(session.engine, session.task)
+        assert found is not None
+        session.engine.barrier()
+        session.engine.close()
+    return {f"eval/{name}": value for name, value in found[0].items()}
 
 
 def _nobody(_text: str) -> None: ...
