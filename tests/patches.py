@@ -229,17 +229,6 @@ def _fill(filler: Path, left_bytes: int) -> None:
         file.truncate(max(0, file.tell() - left_bytes))
 
 
-if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ranks that a real launcher starts
-    import sys
-
-    from support import apply
-
-    from ptft_dist.cli import main
-
-    apply(sys.argv.pop(1))
-    main()
-
-
 def break_shard(rank: str, step: str) -> None:
     """A write error in one rank's part of a sharded checkpoint, while the others go on to DeepSpeed's barrier."""
     import deepspeed
@@ -281,3 +270,110 @@ def quote_environment(rank: str, step: str, name: str) -> None:
         return update(self, group)
 
     Trainer.update = failing  # type: ignore[method-assign]
+
+
+def fail_evaluation(step: str) -> None:
+    """The evaluation after this update fails; the one before training does not."""
+    from ptft_dist.training.trainer import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def failing(self: Trainer) -> None:
+        if self.progress.step == int(step):
+            raise RuntimeError("this evaluation was made to fail by a test")
+        evaluate(self)
+
+    Trainer.evaluate = failing  # type: ignore[method-assign]
+
+
+def fail_save(step: str) -> None:
+    """The save of this update fails, as on a full disk, and leaves nothing."""
+    from ptft_dist.checkpoint.checkpoint import Checkpoints, SaveError
+
+    commit = Checkpoints.commit
+
+    def failing(self: Checkpoints, at: int, *args: Any) -> Any:
+        if at == int(step):
+            raise SaveError("this save was made to fail by a test")
+        return commit(self, at, *args)
+
+    Checkpoints.commit = failing  # type: ignore[method-assign]
+
+
+def slow_micro_batches_of_evaluations(seconds: str) -> None:
+    """Sleep before each micro-batch of an evaluation, and touch the file `evaluating`."""
+    from ptft_dist.training.trainer import Trainer
+    from ptft_dist.training.validation import Validation
+
+    batches, evaluate = Validation.batches, Trainer.evaluate
+    running: list[Trainer] = []
+
+    def slow(self: Validation, *args: Any) -> Any:
+        for batch in batches(self, *args):
+            if running:
+                Path("evaluating").touch()
+                time.sleep(float(seconds))
+            yield batch
+
+    def watched(self: Trainer) -> None:
+        running.append(self)
+        evaluate(self)
+        running.clear()
+
+    Validation.batches, Trainer.evaluate = slow, watched  # type: ignore[method-assign]
+
+
+def slow_prepare(seconds: str) -> None:
+    """Touch the file `preparing`, and sleep in C code before anything is prepared."""
+    from ptft_dist.data import stream
+
+    write = stream.write
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        Path("preparing").touch()
+        time.sleep(float(seconds))
+        return write(*args, **kwargs)
+
+    stream.write = slow
+
+
+def break_metrics() -> None:
+    """What the task makes of its averages fails."""
+    from ptft_dist.tasks.clm.task import CausalLM
+
+    def broken(_self: Any, _totals: Any) -> Any:
+        raise RuntimeError("this metric was broken by a test")
+
+    CausalLM.eval_metrics = broken  # type: ignore[method-assign]
+
+
+def full_disk_at_flush() -> None:
+    """fsync of metrics.jsonl fails."""
+    from ptft_dist.reporting import metrics
+
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    metrics.os.fsync = failing  # type: ignore[attr-defined]
+
+
+def a_folder_for_each_rank(*folders: str) -> None:
+    """Each rank works in a folder of its own, with a cache there, as machines without a shared disk do."""
+    folder = folders[int(os.environ["RANK"])]
+    os.chdir(folder)
+    os.environ["PTFT_CACHE"] = str(Path("cache").absolute())
+
+
+if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ranks that a real launcher starts
+    import sys
+
+    from support import apply
+
+    from ptft_dist.cli import main
+
+    apply(sys.argv.pop(1))
+    main()
