@@ -112,14 +112,19 @@ def _launch(
 ) -> int:
     """Check and prepare everything in this one process, then start the ranks."""
     from ptft_dist.config.resolve import batch_shape
-    from ptft_dist.data.prepare import describe, prepare
+    from ptft_dist.data.prepare import prepare
     from ptft_dist.data.sources import check_sources
     from ptft_dist.launch.launch_file import read_launch_file
     from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
+<<<<<<< HEAD
     from ptft_dist.launch.settings import check_settings
     from ptft_dist.reporting.messages import say, show_messages
+=======
+    from ptft_dist.reporting.messages import show_messages
+>>>>>>> main
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
+    from ptft_dist.tasks.registry import encoder_class
 
     show_messages()
     file = read_launch_file(launch or default_launch())
@@ -131,7 +136,6 @@ def _launch(
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
     lock_run_dir(run_dir).release()  # refused here, where the exit code is ours; held by rank 0
-    prepared = prepare(loaded.recipe, loaded.base)
-    say(describe(prepared.report))
+    prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return start(words, run_dir, max(1, cores // local), file.variables)

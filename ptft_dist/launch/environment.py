@@ -12,6 +12,9 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
 from ptft_dist.launch.settings import check_settings, settings_of_environment
 
+EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
+"""The variable that names the file in which a rank leaves the run's exit code for `ptft train --launch`."""
+
 
 @dataclass(frozen=True)
 class Place:

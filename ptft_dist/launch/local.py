@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch.environment import EXIT_CODE_FILE
 from ptft_dist.launch.launch_file import LaunchFile
 
 
@@ -134,12 +137,14 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    exit_code_file = Path(tempfile.mkdtemp(prefix="ptft-")) / "exit_code"
     environment = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
         "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # the only signal that torchrun itself handles
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
         **variables,
+        EXIT_CODE_FILE: str(exit_code_file),
     }
     try:
         # In a session of their own the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a
@@ -151,11 +156,21 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         if asked:  # the run may have stopped on another machine's signal, before this machine got one
             stop_file.unlink(missing_ok=True)
-    return own_exit_code(code, run_dir / "result.json", started)
+        reported = _reported_exit_code(exit_code_file)
+        shutil.rmtree(exit_code_file.parent, ignore_errors=True)
+    return reported if code and reported else own_exit_code(code, run_dir / "result.json", started)
 
 
 def ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _reported_exit_code(file: Path) -> int | None:
+    """What a rank that was refused or failed wrote; None if none did. A refusal changes nothing in the run directory."""
+    try:
+        return int(file.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def own_exit_code(code: int, result: Path, started: float) -> int:

@@ -71,6 +71,11 @@ def warn(text: str) -> None:
     LOGGER.warning("%s", text)
 
 
+def fail(text: str) -> None:
+    """Why this process ends. Every rank shows it: which rank fails first is not known beforehand."""
+    LOGGER.error("%s", text)
+
+
 @contextlib.contextmanager
 def messages(rank: int = 0, *, quiet: bool = False) -> Iterator[None]:
     """Show messages for a while, unless they are shown already."""

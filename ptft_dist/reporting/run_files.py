@@ -24,11 +24,9 @@ from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
-from ptft_dist.launch.environment import Place
-from ptft_dist.reporting.messages import say
+from ptft_dist.launch.environment import EXIT_CODE_FILE, Place
+from ptft_dist.reporting.messages import fail, say
 
-EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
-"""The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
 _DAY_S = 86_400.0
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
 
@@ -125,9 +123,9 @@ class FailureReport:
         if "closed by peer" in what or "reset by peer" in what:
             what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
         if not isinstance(error, PtftError):
-            say(trace)
+            fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
-        say(f"error: {first}{what}{where}")
+        fail(f"{first}{what}{where}")
         tell_launcher(exit_code)
         if self.begun:
             result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{first}{what}"}
