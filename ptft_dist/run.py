@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,10 @@ from transformers.utils import logging as transformers_logging
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
-from ptft_dist.engine import reset_accelerate
+from ptft_dist.engine import announce_failure, reset_accelerate, who_failed, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
-<<<<<<< HEAD
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job
-from ptft_dist.networks.export import export
-=======
-from ptft_dist.launch.environment import Place, job_id, restarted_job
 from ptft_dist.networks.export import Export, export
->>>>>>> main
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.run_files import (
@@ -79,7 +75,11 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
-        report.write(error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started)
+        if place.world_size > 1:
+            announce_failure(f"rank {place.rank}: {type(error).__name__}: {error}")
+        report.write(
+            error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started, who_failed()
+        )
         raise
     finally:
         if lock is not None:
@@ -93,14 +93,15 @@ def _train(
     check_metric(loaded)
     session = Session(loaded, report.place, tokenizer_from=run_dir / "tokenizer")
     checkpoints = Checkpoints(run_dir / "checkpoints")
-    resume = Resume(checkpoints, how, accept, session.identity, session.kind, report.place.world_size)
+    loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)
+    resume = Resume(checkpoints, how, accept, session.identity, loadable)
     resume.after_requeue(restarted_job())
     resume.look()
     session.plan  # noqa: B018  # its mistakes are found before a process group exists
     session.start()
     engine = session.engine
     checkpoint = resume.choose(engine, warn if main else _nobody)
-    base = session.base_identity() if engine.frozen_parameter_count else None
+    base = session.base_identity() if engine.trained_count < engine.parameter_count else None
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
         resume.check_base(checkpoint, base)

@@ -28,12 +28,8 @@ from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import DataError, RecipeError
-<<<<<<< HEAD
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.export import export_dtype
-=======
-from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
->>>>>>> launch
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
 from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
@@ -171,7 +167,7 @@ class Session:
         self.task.prepare_network(self.model)
         if self.section.compile:
             self.model.compile(dynamic=True)
-        self.engine.prepare(self.model, recipe.optim)
+        self.engine.prepare(self.model, recipe.optim, say)
         self._place_teacher()
         ask_network(self.engine, self.task)
 

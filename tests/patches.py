@@ -19,8 +19,8 @@ def witness() -> None:
 
     prepare = Engine.prepare
 
-    def watched(self: Engine, *args: Any) -> None:
-        prepare(self, *args)
+    def watched(self: Engine, *args: Any, **more: Any) -> None:
+        prepare(self, *args, **more)
         optimizer = self.backend.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.kind == "zero3":  # the optimizer of stage 3 shows whole parameters; what a rank holds is in ds_tensor
@@ -57,14 +57,14 @@ def hang_in_save(step: str) -> None:
     """Never finish the checkpoint of this step: its files are there, its manifest is not."""
     from ptft_dist.checkpoint import checkpoint
 
-    seal = checkpoint._seal
+    write = checkpoint._write_durably
 
-    def hang(path: Path) -> dict[str, Any]:
+    def hang(path: Path, text: str) -> None:
         if f"step-{int(step):08d}" in str(path):
             time.sleep(600)
-        return seal(path)
+        write(path, text)
 
-    checkpoint._seal = hang
+    checkpoint._write_durably = hang
 
 
 def record_rows() -> None:
@@ -124,8 +124,8 @@ def watch_engine() -> None:
 
     prepare = Engine.prepare
 
-    def watched(self: Engine, *args: Any) -> None:
-        prepare(self, *args)
+    def watched(self: Engine, *args: Any, **more: Any) -> None:
+        prepare(self, *args, **more)
         gone = Path(f"destroyed-{os.environ.get('RANK', '0')}").touch
         weakref.finalize(self.module, gone).atexit = False
 

@@ -280,13 +280,14 @@ def rank_variables(rank: int, ranks: int, port: int, kind: str) -> dict[str, str
         variables["ACCELERATE_USE_DEEPSPEED"] = "true"
         variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / f"ds_configs/zero{stage}.json")
         variables["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == "3").lower()
-    elif kind == "fsdp2":
+    elif kind in ("fsdp2", "fsdp2_efficient"):
         variables |= {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            # What `accelerate config` writes: rank 0 alone holds the weights until they are sharded.
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": str(kind == "fsdp2_efficient").lower(),
             "FSDP_OFFLOAD_PARAMS": "false",
             "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         }

@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL, _TRASH = ".partial-", ".trash-"
+Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "sha256": hex digest}
 
 
 class Ranks(Protocol):
@@ -120,13 +121,17 @@ class Checkpoints:
         return None
 
     def commit(
-        self, step: int, write: Callable[[Path], None], facts: dict[str, Any], ranks: Ranks, need_bytes: int = 0
+        self, step: int, write: Callable[[Path], Files | None], facts: dict[str, Any], ranks: Ranks, need_bytes: int = 0
     ) -> Checkpoint:
-        """Write a checkpoint on all ranks: `write(folder)` writes this rank's files, `facts` go into the manifest.
+        """Write a checkpoint on all ranks.
 
-        need_bytes: about how large it will be; with less space free it is not begun, since a rank that fails in the
-        middle of a sharded write leaves the others waiting. Raises SaveError on every rank if any of them failed;
-        nothing is left behind then.
+        write: called as write(folder) on each rank; writes files and returns size and hash of those that it has
+            already hashed and flushed to the disk. The others are read and hashed here.
+        facts: go into the manifest.
+        need_bytes: about how large the checkpoint will be. With less space free it is not begun, since a rank that
+            fails in the middle of a sharded write leaves the others waiting.
+
+        Raises SaveError on every rank if any of them failed; nothing is left behind then.
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"{_PARTIAL}{final.name}"
@@ -140,8 +145,10 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, f"about {need_bytes:,} bytes are needed, {free:,} are free", self.folder)
             partial.mkdir()
 
-        def seal() -> dict[str, Any]:
-            return {name: _seal(partial / name) for name in _files(partial)[ranks.rank :: ranks.world_size]}
+        def seal() -> Files:
+            """Hash this rank's share of the files that nobody has hashed."""
+            left = [name for name in _files(partial) if name not in hashed]
+            return {name: _seal(partial / name) for name in left[ranks.rank :: ranks.world_size]}
 
         def finish() -> None:
             manifest = {"format": FORMAT, "step": step, **facts, "files": files}
@@ -154,8 +161,8 @@ class Checkpoints:
 
         try:
             _together(ranks, start if main else None)
-            _together(ranks, lambda: write(partial))
-            files = {name: facts for part in _together(ranks, seal) for name, facts in part.items()}
+            hashed = _merged(_together(ranks, lambda: write(partial)))
+            files = hashed | _merged(_together(ranks, seal))
             _together(ranks, finish if main else None)
         except SaveError:
             if main:
@@ -212,11 +219,16 @@ def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
+def _merged(parts: list[Files | None]) -> Files:
+    return {name: facts for part in parts for name, facts in (part or {}).items()}
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
 def _seal(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, flushed to the disk."""
     _fsync(path)
     return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
 

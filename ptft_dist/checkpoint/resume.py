@@ -16,12 +16,17 @@ class Resume:
     """The choice of a checkpoint under `--resume auto | never | PATH` and `--accept KEY`."""
 
     def __init__(
-        self, checkpoints: Checkpoints, how: str, accept: Sequence[str], identity: dict[str, Any], kind: str, ranks: int
+        self,
+        checkpoints: Checkpoints,
+        how: str,
+        accept: Sequence[str],
+        identity: dict[str, Any],
+        why_not_loadable: Callable[[str, int], str | None],
     ) -> None:
-        """identity: what the checkpoint must have in common with this run; kind, ranks: the engine's, as planned."""
+        """identity: what the checkpoint must have in common with this run. why_not_loadable: from the engine; the
+        reason why this run cannot load the state that (kind, ranks) saved, or None."""
         self.checkpoints, self.how, self.accept = checkpoints, how, accept
-        self.first = how
-        self.identity, self.kind, self.ranks = identity, kind, ranks
+        self.identity, self.why_not_loadable, self.first = identity, why_not_loadable, how
 
     def after_requeue(self, job: str | None) -> None:
         """`never` and a path belong to the first start of a job. Where a scheduler starts it again, go on from what the
@@ -103,12 +108,6 @@ class Resume:
                 f"{checkpoint.path} was made with another recipe:{lines}\n"
                 "Go back to those values, choose another run_dir, or accept a change with --accept KEY."
             )
-        saved_kind, saved_ranks = manifest["kind"], manifest["world_size"]
-        whole = {saved_kind, self.kind} <= {"single", "ddp"}
-        gathered = saved_kind == self.kind == "fsdp2"
-        if not whole and not gathered and (saved_kind, saved_ranks) != (self.kind, self.ranks):
-            raise CheckpointError(
-                f"{checkpoint.path} holds the state of {saved_ranks} processes under {saved_kind}; this run has "
-                f"{self.ranks} under {self.kind}. Start it as before ({saved_ranks} processes, {saved_kind}), "
-                "or choose another run_dir and begin with model.path set to an exported model"
-            )
+        reason = self.why_not_loadable(manifest["kind"], manifest["world_size"])
+        if reason is not None:
+            raise CheckpointError(f"{checkpoint.path} {reason}")

@@ -117,12 +117,8 @@ def _launch(
     from ptft_dist.launch.launch_file import read_launch_file
     from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
-<<<<<<< HEAD
     from ptft_dist.launch.settings import check_settings
-    from ptft_dist.reporting.messages import say, show_messages
-=======
     from ptft_dist.reporting.messages import show_messages
->>>>>>> main
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
     from ptft_dist.tasks.registry import encoder_class
 

@@ -166,7 +166,7 @@ def ignore_sigterm() -> None:
 
 
 def _reported_exit_code(file: Path) -> int | None:
-    """What a rank that was refused or failed wrote; None if none did. A refusal changes nothing in the run directory."""
+    """What a rank that was refused or failed wrote; None if none did. A refused start writes no result.json."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):

@@ -100,7 +100,8 @@ class Trainer:
         """The updates of one phase; it ends early with the last update of the run."""
         started = time.perf_counter()
         for group in self.batches.next_phase(PhaseContext(self.progress.step, self.engine)):
-            report = self.update(group)
+            with self.engine.updating():
+                report = self.update(group)
             self.progress.step, self.progress.tokens = report.step, self.progress.tokens + report.tokens
             self.stop_agreed = self.stop_agreed or report.stop
             self.batches.observe(report)
