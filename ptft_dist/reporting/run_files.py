@@ -137,10 +137,11 @@ class FailureReport:
 
 
 def tell_launcher(exit_code: int) -> None:
-    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it."""
+    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. The first rank's code stays:
+    torchrun then ends the others by SIGTERM."""
     if path := os.environ.get(EXIT_CODE_FILE):
-        with _told(Path(path)):
-            Path(path).write_text(str(exit_code))
+        with _told(Path(path)), contextlib.suppress(FileExistsError), Path(path).open("x") as file:
+            file.write(str(exit_code))
 
 
 def _scratch() -> Path:
