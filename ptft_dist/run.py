@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.secrets import hide
 from ptft_dist.engine import announce_failure, reset_accelerate, who_failed, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job
@@ -33,7 +34,7 @@ from ptft_dist.reporting.run_files import (
     write_result,
     write_start,
 )
-from ptft_dist.session import Session, check_metric
+from ptft_dist.session import Session
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Outcome, Trainer
 
@@ -75,11 +76,9 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
-        if place.world_size > 1:
-            announce_failure(f"rank {place.rank}: {type(error).__name__}: {error}")
-        report.write(
-            error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started, who_failed()
-        )
+        announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
+        code = error.exit_code if isinstance(error, PtftError) else 1
+        report.write(error, code, time.monotonic() - started, first=who_failed())
         raise
     finally:
         if lock is not None:
@@ -90,7 +89,6 @@ def _train(
     loaded: Loaded, report: FailureReport, stop: StopRequest, how: str, accept: Sequence[str], started: float
 ) -> Result:
     recipe, run_dir, main = loaded.recipe, Path(loaded.recipe.run_dir), report.place.is_main
-    check_metric(loaded)
     session = Session(loaded, report.place, tokenizer_from=run_dir / "tokenizer")
     checkpoints = Checkpoints(run_dir / "checkpoints")
     loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)

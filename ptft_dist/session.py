@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
-from ptft_dist.checkpoint.identity import identity
+from ptft_dist.checkpoint.identity import run_identity
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
@@ -27,7 +27,7 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
-from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.errors import DataError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
@@ -106,10 +106,10 @@ class Session:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        values = identity(self.loaded, self.prepared.fingerprint)
+        files = {}
         if self.teacher is not None:
-            values["distillation.teacher's files"] = self.teacher.identity(self._digests)
-        return values
+            files["distillation.teacher's files"] = self.teacher.identity(self._digests)
+        return run_identity(self.loaded, self.prepared.fingerprint, self.prepared.parts, files)
 
     @property
     def _digests(self) -> Any:
@@ -288,14 +288,6 @@ def ask_network(engine: Engine, task: Task) -> None:
     if probe is not None:
         with engine.evaluating():
             probe.check(engine.forward(probe.outputs, probe.inputs))
-
-
-def check_metric(loaded: Loaded) -> None:
-    """Raises RecipeError if eval.metric is no metric of the task."""
-    recipe = loaded.recipe
-    names = (*recipe.settings.metric_names, *(recipe.distillation.metric_names if recipe.distillation else ()))
-    if recipe.eval.metric not in names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(names)}")
 
 
 def _directory_hash(directory: Path) -> str:

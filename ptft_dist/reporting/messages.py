@@ -28,6 +28,8 @@ class _Format(logging.Formatter):
         self.prefix = f"[rank {rank}] " if rank else ""
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.levelno == logging.CRITICAL:  # see `fail`
+            return hide(super().format(record))
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return hide(f"{self.prefix}{level}{super().format(record)}")
 
@@ -72,8 +74,8 @@ def warn(text: str) -> None:
 
 
 def fail(text: str) -> None:
-    """Why this process ends. Every rank shows it: which rank fails first is not known beforehand."""
-    LOGGER.error("%s", text)
+    """The failure that ends this process: shown as it is, from every rank."""
+    LOGGER.critical("%s", text)
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     environment.json with versions and machine. Removes the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
-    (run_dir / "data_report.json").write_text(json.dumps(data_report, indent=1), encoding="utf-8")
+    (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -128,7 +128,7 @@ class FailureReport:
         if not isinstance(error, PtftError):
             fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
-        fail(f"{who}{what}{where}")
+        fail(f"error: {who}{what}{where}")
         tell_launcher(exit_code)
         if self.begun:
             result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
@@ -137,8 +137,10 @@ class FailureReport:
 
 
 def tell_launcher(exit_code: int) -> None:
-    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. The first rank's code stays:
-    torchrun then ends the others by SIGTERM."""
+    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it.
+
+    The code of the rank that ends first stays: torchrun then ends the other ranks by SIGTERM.
+    """
     if path := os.environ.get(EXIT_CODE_FILE):
         with _told(Path(path)), contextlib.suppress(FileExistsError), Path(path).open("x") as file:
             file.write(str(exit_code))
