@@ -147,8 +147,8 @@ class Session:
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Form the process group, build network and task, and wrap them for training.
+    def start(self, *, training: bool = True) -> None:
+        """Form the process group, build network and task, and wrap them: for training with an optimizer, else without.
 
         Raises:
             RecipeError: the network cannot learn the task.
@@ -167,7 +167,10 @@ class Session:
         self.task.prepare_network(self.model)
         if self.section.compile:
             self.model.compile(dynamic=True)
-        self.engine.prepare(self.model, recipe.optim, say)
+        if training:
+            self.engine.prepare(self.model, recipe.optim, say)
+        else:
+            self.engine.prepare_reading(self.model)
         self._place_teacher()
         ask_network(self.engine, self.task)
 
@@ -224,12 +227,8 @@ class Session:
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
         """The loop with everything that it loops over; sinks are added when the run begins."""
         recipe, engine, store = self.recipe, self.engine, self.prepared.train
-        batch = recipe.batch
-        layout = Shape(
-            engine.rank, engine.world_size, self.shape.micro_size, self.shape.micro_tokens, batch.group_by_length
-        )
         workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
-        dataset = UpdateDataset(store, self.plan, layout, self.task.collate)
+        dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
         manifest = {
             "identity": self.identity,
             "kind": engine.kind,
@@ -243,7 +242,7 @@ class Session:
             self.task,
             SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
             self.plan.total_steps,
-            self.validation(layout),
+            self.validation,
             checkpoints,
             manifest,
             stop,
@@ -251,8 +250,16 @@ class Session:
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )
 
-    def validation(self, layout: Shape) -> Validation | None:
-        store, recipe = self.prepared.validation, self.recipe
+    @property
+    def layout(self) -> Shape:
+        """How training rows are laid out over data-parallel ranks and forward passes."""
+        engine, shape = self.engine, self.shape
+        by_length = self.recipe.batch.group_by_length
+        return Shape(engine.dp_rank, engine.dp_size, shape.micro_size, shape.micro_tokens, by_length)
+
+    @cached_property
+    def validation(self) -> Validation | None:
+        store, recipe, layout = self.prepared.validation, self.recipe, self.layout
         if store is None:
             return None
         micro_size = recipe.eval.micro_size or layout.micro_size

@@ -293,13 +293,11 @@ def test_a_launched_process_launches_nothing(option: list[str], tmp_path: Path, 
     assert f"{option[0]}: no effect in a process that a launcher has started" in run.stderr
 
 
-def test_the_exit_code_is_the_ranks_own(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
-    assert own_exit_code(0, result, 0.0) == 0
-    assert own_exit_code(-9, result, 0.0) == 1
-    result.write_text(json.dumps({"exit_code": 75}))
-    assert own_exit_code(1, result, 0.0) == 75
-    assert own_exit_code(1, result, result.stat().st_mtime + 10) == 1  # of an earlier start
+def test_the_exit_code_is_the_ranks_own() -> None:
+    assert own_exit_code(0, "75") == 0
+    assert own_exit_code(-9, "") == 1
+    assert own_exit_code(3, "") == 3
+    assert own_exit_code(1, "75") == 75
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------

@@ -84,9 +84,8 @@ def _end_before_training(signal_name: str) -> None:
     import signal
 
     from ptft_dist.errors import EXIT_STOPPED
-    from ptft_dist.launch.environment import is_requeued
+    from ptft_dist.launch.environment import is_requeued, tell_launcher
     from ptft_dist.reporting.messages import say
-    from ptft_dist.reporting.run_files import tell_launcher
 
     say(f"stopped by {signal_name}: no training was under way, so there is nothing to save")
     code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
@@ -121,6 +120,7 @@ def _launch(
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
     from ptft_dist.tasks.registry import encoder_class
+    from ptft_dist.training.stopping import ending_at_once
 
     show_messages()
     file = read_launch_file(launch or default_launch())
@@ -132,6 +132,7 @@ def _launch(
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
     lock_run_dir(run_dir).release()  # refused here, where the exit code is ours; held by rank 0
-    prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
+    with ending_at_once(_end_before_training):
+        prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return start(words, run_dir, max(1, cores // local), file.variables)

@@ -74,6 +74,7 @@ class Engine:
         self.dp_rank, self.dp_size = self.rank, self.world_size
         self.device = self.accelerator.device
         self.is_main, self._first_update = self.rank == 0, True
+        self._reader: FrozenNetwork | None = None
         if self.world_size != expected:
             raise RuntimeError(f"the launcher started {expected} processes, but this one sees {self.world_size}")
 
@@ -135,9 +136,13 @@ class Engine:
         """
         return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config)
 
+    def prepare_reading(self, model: PreTrainedModel) -> None:
+        """Place the engine's own network for evaluation, without an optimizer: `forward` and `evaluating` work then."""
+        self.model, self._reader = model, self.prepare_frozen(model)
+
     @property
     def module(self) -> torch.nn.Module:
-        return self.backend.module
+        return self.backend.module if self._reader is None else self._reader.module
 
     # --- one update -------------------------------------------------------------------------------------------------
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
 from ptft_dist.launch.settings import check_settings, settings_of_environment
-
-EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
-"""The variable that names the file in which a rank leaves the run's exit code for `ptft train --launch`."""
 
 
 @dataclass(frozen=True)
@@ -97,3 +95,17 @@ def restarted_job() -> str | None:
 def is_requeued() -> bool:
     """Whether a scheduler starts this job again after exit code 75."""
     return "SLURM_JOB_ID" in os.environ
+
+
+EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
+"""The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
+
+
+def tell_launcher(exit_code: int) -> None:
+    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. Raises OSError.
+
+    The code of the rank that ends first stays: torchrun then ends the other ranks by SIGTERM.
+    """
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path and not Path(path).read_text():
+        Path(path).write_text(str(exit_code))

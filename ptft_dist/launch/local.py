@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,7 +118,6 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
         variables: for the ranks, see LaunchFile.variables.
     """
     print("+ " + shlex.join(words), file=sys.stderr, flush=True)
-    started = time.time()
     stop_file = run_dir / "stop"
     run_dir.mkdir(parents=True, exist_ok=True)
     child: subprocess.Popen[bytes] | None = None
@@ -137,15 +133,16 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
-    exit_code_file = Path(tempfile.mkdtemp(prefix="ptft-")) / "exit_code"
     environment = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
         "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # the only signal that torchrun itself handles
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
         **variables,
-        EXIT_CODE_FILE: str(exit_code_file),
     }
+    descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
+    os.close(descriptor)
+    environment[EXIT_CODE_FILE] = name
     try:
         # In a session of their own the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a
         # job: torchrun ignores SIGTERM, and so does a rank until it installs its own handler.
@@ -156,30 +153,21 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         if asked:  # the run may have stopped on another machine's signal, before this machine got one
             stop_file.unlink(missing_ok=True)
-        reported = _reported_exit_code(exit_code_file)
-        shutil.rmtree(exit_code_file.parent, ignore_errors=True)
-    return reported if code and reported else own_exit_code(code, run_dir / "result.json", started)
+        said = Path(name).read_text()
+        Path(name).unlink(missing_ok=True)
+    return own_exit_code(code, said)
 
 
 def ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def _reported_exit_code(file: Path) -> int | None:
-    """What a rank that was refused or failed wrote; None if none did. A refused start writes no result.json."""
-    try:
-        return int(file.read_text())
-    except (OSError, ValueError):
-        return None
+def own_exit_code(code: int, said: str) -> int:
+    """The exit code that a rank on this machine has left; else the launcher's own code, never 0.
 
-
-def own_exit_code(code: int, result: Path, started: float) -> int:
-    """The exit code in result.json if the ranks wrote it after `started`; else the launcher's own code, never 0."""
+    code: of `accelerate launch`; said: the contents of the file named by EXIT_CODE_FILE, empty if the ranks died before
+    they could write it.
+    """
     if code == 0:
         return 0
-    try:
-        if result.stat().st_mtime >= started - 1:
-            return int(json.loads(result.read_text())["exit_code"]) or 1
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the ranks died before they could write it
-    return code if code > 0 else 1
+    return (int(said) if said.isdigit() else code if code > 0 else 1) or 1

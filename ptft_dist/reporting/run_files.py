@@ -24,9 +24,10 @@ from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
-from ptft_dist.launch.environment import EXIT_CODE_FILE, Place
+from ptft_dist.launch.environment import Place, tell_launcher
 from ptft_dist.reporting.messages import fail, say
 
+TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
 _DAY_S = 86_400.0
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
 
@@ -75,15 +76,26 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     (run_dir / "result.json").unlink(missing_ok=True)
 
 
-def keep_tokenizer(tokenizer: Path, run_dir: Path) -> None:
-    """Copy a tokenizer that was learned for this run to run_dir/tokenizer, if it is not there: a resume on a machine
-    with another cache must not learn it anew."""
-    target, partial = run_dir / "tokenizer", run_dir / ".tokenizer.partial"
-    if target.exists():
+def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) -> None:
+    """Copy a tokenizer that was learned for this run to run_dir/tokenizer: a resume on a machine with another cache
+    must not learn it anew. settings: what it was learned by."""
+    target, partial = run_dir / TOKENIZER, run_dir / ".tokenizer.partial"
+    if tokenizer.resolve() == target.resolve():
         return
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(tokenizer, partial)
+    shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+    (run_dir / _LEARNED_BY).write_text(json.dumps(settings))
+
+
+def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
+    """The tokenizer that `keep_tokenizer` kept, if it was learned by these settings."""
+    try:
+        same = json.loads((run_dir / _LEARNED_BY).read_text()) == settings
+    except (OSError, ValueError):
+        return None
+    return run_dir / TOKENIZER if same and (run_dir / TOKENIZER).is_dir() else None
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
@@ -129,21 +141,12 @@ class FailureReport:
             fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
         fail(f"error: {who}{what}{where}")
-        tell_launcher(exit_code)
+        with _told(self.claim):
+            tell_launcher(exit_code)
         if self.begun:
             result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
             with _told(self.run_dir / "result.json"):
                 write_result(self.run_dir, result)
-
-
-def tell_launcher(exit_code: int) -> None:
-    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it.
-
-    The code of the rank that ends first stays: torchrun then ends the other ranks by SIGTERM.
-    """
-    if path := os.environ.get(EXIT_CODE_FILE):
-        with _told(Path(path)), contextlib.suppress(FileExistsError), Path(path).open("x") as file:
-            file.write(str(exit_code))
 
 
 def _scratch() -> Path:
