@@ -353,6 +353,16 @@ def test_a_stock_deepspeed_config_under_our_launcher(tmp_path: Path, cache: Path
     same_curve(tmp_path / "run", alone)
 
 
+def test_a_refusal_by_the_ranks_keeps_its_exit_code(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """The launcher process does not read checkpoints; torchrun ends with 1 for every failure."""
+    write_recipe(tmp_path, documents)
+    words = ["train", "recipe.yaml", "--launch", "cpu", "--resume", "no/such/checkpoint"]
+    done = ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    assert done.returncode == 4, done.stderr
+    assert "no/such/checkpoint" in done.stderr
+    assert not (tmp_path / "run/result.json").exists()
+
+
 def test_two_nodes_on_one_host(tmp_path: Path, cache: Path, alone: Path) -> None:
     """Two launchers with ranks, an address and a port meet, and compute what one process computes."""
     port = str(free_port())

@@ -102,6 +102,10 @@ EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
 
 
 def tell_launcher(exit_code: int) -> None:
-    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. Raises OSError."""
-    if path := os.environ.get(EXIT_CODE_FILE):
+    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. Raises OSError.
+
+    The code of the rank that ends first stays: torchrun then ends the other ranks by SIGTERM.
+    """
+    path = os.environ.get(EXIT_CODE_FILE)
+    if path and not Path(path).read_text():
         Path(path).write_text(str(exit_code))
