@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from support import (
     file_digest,
+    free_port,
     last_step,
     rank_variables,
     rows,
@@ -65,7 +66,7 @@ def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path
     for attempt in range(2):
         run = start("train", "recipe.yaml", f"run_dir=run{attempt}", cwd=tmp_path, cache=cache, ranks=2)
         assert run.wait() == 0, run.stderr
-        assert run.stderr.count("7 empty documents") == 1, run.stderr
+        assert run.stderr.count("dropped 7 of 67 documents without text") == 1, run.stderr
         report = json.loads((tmp_path / f"run{attempt}/data_report.json").read_text())
         assert report["documents_empty"] == 7
         assert report["train"]["documents"] == 60
@@ -123,18 +124,13 @@ def test_a_signal_while_ranks_wait_for_each_other_ends_at_once(tmp_path: Path, d
     write_recipe(tmp_path, documents)
     warm = start("prepare", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert warm.wait() == 0, warm.stderr
-    alone = rank_variables(0, 2, port=_free_port(), kind="cpu")
+    alone = rank_variables(0, 2, port=free_port(), kind="cpu")
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, env=alone)
-    wait_until(lambda: "vocabulary" in run.stderr, "the report of the data")
+    errors = Path(f"{run.output}-0.err")
+    wait_until(lambda: errors.exists() and "vocabulary" in errors.read_text(), "the report of the data")
     time.sleep(2)
     os.kill(run.processes[0].pid or 0, signal.SIGTERM)
     assert run.wait(20) == 143, run.stderr
-
-
-def _free_port() -> int:
-    from support import free_port
-
-    return free_port()
 
 
 def test_a_stop_during_an_evaluation_is_noticed_in_it(tmp_path: Path, documents: Path, cache: Path) -> None:
