@@ -51,6 +51,7 @@ def main() -> None:
                 times.setdefault(("ours", count), []).append(ours_s)
                 times.setdefault(("datasets.map", count), []).append(theirs_s)
                 same_tokens(store, rows)
+                print(f"repeat {repeat + 1}, x {count}: ours {ours_s:.2f} s, datasets.map {theirs_s:.2f} s", flush=True)
         report(times, options.rows)
 
 

@@ -426,7 +426,7 @@ def test_an_entity_beyond_the_end_leaves_its_row_out() -> None:
     text = " ".join(["red"] * 30)
     near = {"text": text, "head": [0, 3], "tail": [4, 7], "label": "thing"}
     encoded(ours, words, [near])
-    with pytest.raises(LeftOut, match=r"an entity lies beyond data\.max_length"):
+    with pytest.raises(LeftOut, match=r"with an entity beyond data\.max_length"):
         encoded(ours, words, [near | {"tail": [len(text) - 3, len(text)]}])
 
 
