@@ -33,6 +33,7 @@ from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
 from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
+from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
@@ -100,6 +101,8 @@ class Session:
         )
         self.task_class.fit_config(self.setup, self.config)
         self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
+        check_weights(self.section)
+        check_positions(preview_network(self.section, self.config, self.task_class.auto_class), recipe.data.max_length)
 
     # --- what makes two runs the same run ----------------------------------------------------------------------------
 
@@ -162,7 +165,6 @@ class Session:
                 self.section, self.config, recipe.train.seed, self.task_class.auto_class, len(self.tokenizer), say
             )
         self.network = read_facts(self.model)
-        check_positions(self.network, recipe.data.max_length)
         self.task = self._make_task()
         self.task.prepare_network(self.model)
         if self.section.compile:
