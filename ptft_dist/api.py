@@ -1,13 +1,88 @@
-"""What the command line, notebooks and scripts call."""
+"""What the command line, notebooks and scripts call: every verb is a thin layer over a function here.
+
+    import ptft_dist
+    result = ptft_dist.train("recipe.yaml", {"optim.lr": 1e-4})
+    result.metrics["eval/loss"], result.model
+
+A call raises the errors of `ptft_dist.errors`, and leaves the process as it found it: signal handlers, the verbosity of
+libraries, PyTorch's random numbers and Accelerate's state are restored. It works in a thread, where only the stop file
+can stop it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.tasks.registry import recipe_class
 
+if TYPE_CHECKING:
+    from ptft_dist.data.prepare import Prepared
+    from ptft_dist.run import Result
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Loaded:
-    """Read, override and validate a recipe: a file, or the name of a shipped one. Raises RecipeError."""
-    return read_recipe(name_or_path, overrides, recipe_class())
+Source = str | Path | Mapping[str, Any]
+"""A recipe: a file, the name of a shipped one, or its contents as nested dictionaries."""
+Overrides = Mapping[str, Any] | Sequence[str]
+"""Values to set: {"optim.lr": 1e-4}, or ["optim.lr=1e-4"] as on the command line."""
+
+
+def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
+    """Read, override and validate a recipe. Raises RecipeError, which names every mistake."""
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return read_recipe(source if isinstance(source, Mapping) else str(source), overrides, recipe_class())
+
+
+def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
+    """Bring a recipe's data into the cache, or find them there. Raises RecipeError and DataError."""
+    from ptft_dist.data.prepare import prepare as run
+    from ptft_dist.data.sources import check_sources
+
+    loaded = load_recipe(source, overrides)
+    check_sources(loaded.recipe, loaded.base)
+    return run(loaded.recipe, loaded.base)
+
+
+def train(
+    source: Source, overrides: Overrides = (), *, resume: str = "auto", accept: Sequence[str] = (), quiet: bool = False
+) -> Result:
+    """Train a recipe as this process's rank: alone, or as one of those that a launcher started.
+
+    Args:
+        resume: `auto`: go on from the newest good checkpoint of run_dir; `never`: start from zero; or the path of a
+            checkpoint.
+        accept: recipe keys whose change since the checkpoint is meant.
+        quiet: show warnings only.
+
+    Raises:
+        PtftError: what is wrong, and the remedy; see ptft_dist.errors for the kinds.
+    """
+    from ptft_dist.launch.environment import place
+    from ptft_dist.reporting.messages import messages
+    from ptft_dist.run import run
+
+    loaded, here = load_recipe(source, overrides), place()
+    with messages(here.rank, quiet=quiet):
+        return run(loaded, here, resume=resume, accept=accept)
+
+
+def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | None = None) -> dict[str, float]:
+    """Score the validation rows of a recipe, each once: metrics by name. Nothing is trained, and nothing is written.
+
+    Args:
+        model: a directory or Hub name that stands in for the recipe's network; the model of the recipe's run
+            directory when not given.
+
+    Raises:
+        PtftError: what is wrong, and the remedy.
+    """
+    from ptft_dist.launch.environment import place
+    from ptft_dist.reporting.messages import messages
+    from ptft_dist.run import score
+
+    loaded, here = load_recipe(source, overrides), place()
+    with messages(here.rank):
+        return score(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXIT_FINISHED = 0
-EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
 class PtftError(Exception):

@@ -151,8 +151,13 @@ def evaluations(*losses: str) -> None:
     from ptft_dist.training.trainer import Trainer
 
     made = {int(step): float(loss) for step, loss in (pair.split("=") for pair in losses)}
-    is_best = Trainer.is_best
-    Trainer.is_best = lambda self, _: is_best(self, {"loss": made[self.progress.step]})  # type: ignore[method-assign]
+
+    def evaluate(self: Trainer) -> None:
+        self.validation.score = lambda *_: ({"loss": made[self.progress.step]}, [])  # type: ignore[union-attr]
+        evaluated(self)
+
+    evaluated = Trainer.evaluate
+    Trainer.evaluate = evaluate  # type: ignore[method-assign]
 
 
 def prompt_tensorboard() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import eval_rows, start
+from task_support import for_model, make_task
 from tiny import BERT, WORDS, write_rows, write_tiny
 from tokenizers.normalizers import Replace
 from transformers import (
@@ -33,7 +34,7 @@ from ptft_dist.networks.load import build_config, build_model, check_positions
 from ptft_dist.tasks.classification.encode import ClassificationRows, _marked
 from ptft_dist.tasks.classification.settings import ENTITY_MARKERS
 from ptft_dist.tasks.classification.task import Classification, label_weights
-from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.protocol import Task, TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import mask_all
 
@@ -86,11 +87,11 @@ def encoded(ours: Recipe, words: PreTrainedTokenizerFast, records: list[dict[str
 
 
 def made(ours: Recipe, words: PreTrainedTokenizerFast) -> tuple[Task, torch.nn.Module]:
-    task: Any = Classification(ours, words, CPU, facts())
-    settings = Classification.model_settings(ours, facts())
+    task: Any = make_task(ours, words, facts())
+    settings = Classification.config_settings(TaskSetup.of(ours, words, facts()))
     config = build_config(ours.model, words, ours.data.max_length, settings)
     model = build_model(ours.model, config, 0, task.auto_class).eval()
-    task.install(model)
+    task = for_model(task, model)
     return task, model
 
 
@@ -253,7 +254,7 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
         ClassificationRows(recipe(max_length=2), tokenizer(), facts())
     ours = recipe("roberta", 32)
     words = tokenizer()
-    config = build_config(ours.model, words, 32, Classification.model_settings(ours, facts()))
+    config = build_config(ours.model, words, 32, Classification.config_settings(TaskSetup.of(ours, words, facts())))
     config.max_position_embeddings = 32 + words.pad_token_id  # one too few: positions begin behind that of the padding
     model = build_model(ours.model, config, 0, AutoModelForSequenceClassification)
     with pytest.raises(RecipeError, match=rf"data.max_length: 32 is more than the 31 .* from {words.pad_token_id + 1}"):
@@ -298,7 +299,8 @@ def test_weights_are_balanced_over_what_is_learned(tmp_path: Path, several: bool
     assert notes["left out, for the tokenizer makes nothing of the text"][0] == 8
     assert notes["copied with changes (swap)"][0] > 0
     assert (prepared.facts["frequencies"], prepared.facts["rows"]) == (counts, len(labels))
-    weights = label_weights(recipe(class_weights="balanced", multi_label=several), prepared.facts)
+    setup = TaskSetup.of(recipe(class_weights="balanced", multi_label=several), words, prepared.facts)
+    weights = label_weights(setup)
     assert weights is not None
     share = [len(labels) / (2 * count) for count in counts]
     expected = [counts[1] / counts[0], counts[0] / counts[1]] if several else share

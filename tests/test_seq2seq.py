@@ -11,6 +11,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 from support import merge
+from task_support import for_model, make_task
 from tiny import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -35,6 +36,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.seq2seq.encode import Seq2SeqRows
 from ptft_dist.tasks.seq2seq.task import Seq2Seq
@@ -234,10 +236,10 @@ def network(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **seq2se
     kind = {"t5": T5Config, "mt5": MT5Config, "bart": BartConfig}[config["model_type"]]
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("eos", "pad", "bos")}
     fitted = kind(vocab_size=len(tokenizer), **ids, **made_of)
-    Seq2Seq.fit_config(settings, fitted, tokenizer)
+    Seq2Seq.fit_config(TaskSetup.of(settings, tokenizer, {}), fitted)
     model = build_model(settings.model, fitted, 0, AutoModelForSeq2SeqLM).eval()
-    task = Seq2Seq(settings, tokenizer, torch.device("cpu"))
-    task.install(model)
+    task = make_task(settings, tokenizer)
+    task = for_model(task, model)
     return task, model
 
 
@@ -341,7 +343,7 @@ def test_which_token_a_new_decoder_begins_with() -> None:
 def test_networks_that_cannot_are_refused() -> None:
     tokenizer = tokenizer_that()
     with pytest.raises(RecipeError, match="llama network has no encoder and decoder"):
-        Seq2Seq.fit_config(recipe(), LlamaConfig(), tokenizer)
+        Seq2Seq.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     with pytest.raises(RecipeError, match=r"seq2seq\.max_target_length: 129 .* max_position_embeddings \(128\)"):
         network(BART, tokenizer, max_target_length=129)
     with pytest.raises(RecipeError, match=r"seq2seq\.generation\.max_new_tokens: 130"):
@@ -349,15 +351,15 @@ def test_networks_that_cannot_are_refused() -> None:
     task, model = network(T5, tokenizer)
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
     with pytest.raises(RecipeError, match="no decoder_start_token_id"):
-        task.install(model)
+        task = for_model(task, model)
 
 
 def test_metric_names_follow_the_settings() -> None:
     plain = ("loss", "perplexity", "accuracy")
-    assert tuple(Seq2Seq.metric_names(recipe())) == plain
+    assert tuple(recipe().settings.metric_names) == plain
     for metrics, names in ((["rouge"], ("rouge1", "rouge2", "rougeL")), (["chrf", "bleu"], ("chrf", "bleu"))):
         settings = recipe(data={"validation": 0.1}, seq2seq={"generation": {"metrics": metrics}})
-        assert tuple(Seq2Seq.metric_names(settings)) == (*plain, *names)
+        assert tuple(settings.settings.metric_names) == (*plain, *names)
 
 
 def test_generation_without_validation_is_refused() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support import start, train_rows
+from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -27,7 +28,7 @@ from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.sft.chat import Conversation, Plain, read_row, shape_of
 from ptft_dist.tasks.sft.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
 from ptft_dist.tasks.sft.encode import ConversationRows, learned_tokens
-from ptft_dist.tasks.sft.task import EmbeddingNoise, SupervisedFineTuning, conversation_lengths
+from ptft_dist.tasks.sft.task import EmbeddingNoise, conversation_lengths
 
 USER, ASSISTANT = {"role": "user", "content": "a red cat"}, {"role": "assistant", "content": "it sleeps"}
 SECOND = [{"role": "user", "content": "and the dog"}, {"role": "assistant", "content": "runs"}]
@@ -240,7 +241,7 @@ def test_the_end_is_learned_also_where_padding_is_spelt_like_it(tokenizer: Any) 
     same = copy.deepcopy(tokenizer)
     same.pad_token = same.eos_token
     rows = [as_row(encode(same, {"messages": m})) for m in ([USER, ASSISTANT], [USER, ASSISTANT, *SECOND])]
-    batch = SupervisedFineTuning(recipe(), same, torch.device("cpu")).collate(rows)
+    batch = make_task(recipe(), same).collate(rows)
     ends = (batch.inputs["targets"] == same.eos_token_id).sum(1)
     assert ends.tolist() == [1, 2]
     assert batch.count == sum(int(row.columns["learned"].sum()) for row in rows)
@@ -276,9 +277,9 @@ def test_the_end_of_a_turn_ends_what_is_written_and_exported(tokenizer: Any) -> 
     encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "rows.jsonl:1"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert encoder.facts["end_of_turn"] == end
-    task = SupervisedFineTuning(recipe(), base, torch.device("cpu"), encoder.facts)
+    task = make_task(recipe(), base, encoder.facts)
     model = tiny_model(tokenizer, recipe())
-    task.install(model)
+    task = for_model(task, model)
     assert set(task.eos_ids) >= {end, base.eos_token_id}
     assert end in model.generation_config.eos_token_id
     assert task.fill_id == base.eos_token_id  # skipped as special when read; id 0 would be a word
@@ -443,8 +444,8 @@ def test_tokens_masks_and_loss_are_trl_s(tokenizer: Any, tmp_path: Path, name: s
         # The first token is predicted by nobody: whether it carries a label makes no difference.
         assert np.where(np.array(example.columns["learned"]) == 1, ids, -100)[1:].tolist() == labels[1:].tolist()
 
-    task = SupervisedFineTuning(settings, chat, torch.device("cpu"))
-    task.install(model)
+    task = make_task(settings, chat)
+    task = for_model(task, model)
     rows_ = [as_row(example) for example in examples[:4]]
     batch = task.collate(rows_, [(0, i) for i in range(4)])
     with torch.no_grad():
@@ -468,8 +469,8 @@ def joined(rows: list[Row]) -> Row:
 def test_packed_conversations_are_as_alone(tokenizer: Any) -> None:
     settings = recipe(packing=True)
     model = tiny_model(tokenizer, settings).eval()
-    task = SupervisedFineTuning(settings, tokenizer, torch.device("cpu"))
-    task.install(model)
+    task = make_task(settings, tokenizer)
+    task = for_model(task, model)
     rows = [as_row(encode(tokenizer, row)) for row in made(5, talked)]
     with torch.no_grad():
         packed = task.loss(model, task.collate([joined(rows)]).inputs).loss_sum
@@ -482,11 +483,11 @@ def test_a_batch_of_few_learned_positions_has_the_loss_of_all_logits(tokenizer: 
     """On a CPU only the positions with a target are projected on the vocabulary."""
     settings = recipe()
     model = tiny_model(tokenizer, settings).eval()
-    task = SupervisedFineTuning(settings, tokenizer, torch.device("cpu"))
+    task = make_task(settings, tokenizer)
     batch = task.collate([as_row(encode(tokenizer, {"messages": [USER, ASSISTANT]}))])
     with torch.no_grad():
         every = task.loss(model, batch.inputs).loss_sum  # before install: the network is asked for all
-        task.install(model)
+        task = for_model(task, model)
         few = task.loss(model, batch.inputs).loss_sum
         logits, targets = task.choices(model, batch.inputs)
     assert few.item() == pytest.approx(every.item(), rel=1e-6)

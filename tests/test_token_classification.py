@@ -7,12 +7,14 @@ import os
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support import merge
+from task_support import for_model, make_task
 from tiny import write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, DataCollatorForTokenClassification
@@ -70,7 +72,7 @@ def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, A
     recipe = make_recipe(folder, train, validation, **changes)
     prepared = prepare(recipe, folder, progress=False)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
-    return prepared, tokenizer, TokenClassification(recipe, tokenizer, torch.device("cpu"), prepared.facts)
+    return prepared, tokenizer, make_task(recipe, tokenizer, prepared.facts)
 
 
 def refused(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], **changes: Any) -> str:
@@ -392,7 +394,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, pieces: str) -> None:
     prepared, tokenizer, task = made(tmp_path, rows, rows, **options)
     labels = prepared.facts["labels"]
     model = network(tokenizer, len(labels))
-    task.install(model)
+    task = for_model(task, model)
     features = []
     for row in rows[:8]:
         encoding = tokenizer(row["tokens"], is_split_into_words=True)
@@ -422,7 +424,7 @@ def test_a_stand_in_counts_nothing(tmp_path: Path) -> None:
     rows = sentences(8)
     prepared, tokenizer, task = made(tmp_path, rows, rows)
     model = network(tokenizer, len(prepared.facts["labels"]))
-    task.install(model)
+    task = for_model(task, model)
     batch = task.collate([prepared.train.row(0)], [(0, 0)])
     loss, metrics, _ = task.loss(model, mask_all(batch.inputs))
     loss.backward()
@@ -456,7 +458,7 @@ def test_each_sentence_is_scored_once_and_whole(tmp_path: Path, scheme: str) -> 
     assert prepared.validation is not None
     scores, samples = task.scores(predicted(task, prepared, ours), prepared.validation.row)
     assert samples == []
-    assert {"loss", *scores} == set(task.metric_names(task.recipe))
+    assert {"loss", *scores} == set(task.settings.metric_names)
     if scheme == "iob2":
         assert scores["f1_micro"] == pytest.approx(seqeval.f1_score(gold, ours), abs=1e-12)
         assert scores["f1_macro"] == pytest.approx(seqeval.f1_score(gold, ours, average="macro"), abs=1e-12)
@@ -471,8 +473,8 @@ def test_each_sentence_is_scored_once_and_whole(tmp_path: Path, scheme: str) -> 
 
 
 def test_the_network_knows_the_tags_by_name() -> None:
-    facts = {"labels": ["B-A", "I-A", "O"]}
-    settings = TokenClassification.model_settings(None, facts)  # type: ignore[arg-type]
+    setup = SimpleNamespace(survey={"labels": ["B-A", "I-A", "O"]})
+    settings = TokenClassification.config_settings(setup)  # type: ignore[arg-type]
     assert settings["id2label"] == {0: "B-A", 1: "I-A", 2: "O"}
     assert settings["label2id"] == {"B-A": 0, "I-A": 1, "O": 2}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,26 @@ class Resume:
         """identity: what the checkpoint must have in common with this run. why_not_loadable: from the engine; the
         reason why this run cannot load the state that (kind, ranks) saved, or None."""
         self.checkpoints, self.how, self.accept = checkpoints, how, accept
+        self.first = how
         self.identity, self.why_not_loadable = identity, why_not_loadable
+
+    def after_requeue(self, job: str | None) -> None:
+        """`never` and a path belong to the first start of a job. Where a scheduler starts it again, go on from what the
+        job has saved; from the path, if it has saved nothing yet.
+
+        job: the id of a job that is started again; None for a first start.
+        """
+        try:
+            begun = json.loads(self.marker.read_text())["job"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        if job is not None and job == begun and self.how != "auto":
+            self.first, self.how = self.how, "auto"
+
+    @property
+    def marker(self) -> Path:
+        """The file that says which job began this run last."""
+        return self.checkpoints.folder.parent / ".begun.json"
 
     def look(self) -> None:
         """Refuse what is certainly wrong before any process group forms; no file is hashed yet."""
@@ -41,25 +61,43 @@ class Resume:
                 continue  # `choose` tells of it, with the damage that hashes find
             self.check(checkpoint)
             return
+        if self.first not in ("auto", "never"):
+            self.check(read_checkpoint(Path(self.first)))
 
     def choose(self, ranks: Ranks, tell: Callable[[str], None]) -> Checkpoint | None:
-        """The checkpoint to go on from, every byte verified; None to start from zero. Same answer on every rank."""
-        if self.how == "never":
-            chosen = None
-        elif self.how == "auto":
-            chosen = self.checkpoints.newest_good(ranks, tell)
-        else:
-            chosen = read_checkpoint(Path(self.how))
-            problems = verify(chosen, ranks)
-            if problems:
+        """The checkpoint to go on from, every byte verified; None to start from zero. Same answer on every rank.
+
+        Changes nothing on the disk: see `begin`.
+        """
+        chosen = self.checkpoints.newest_good(ranks, tell) if self.how == "auto" else None
+        path = self.how if self.how != "auto" else self.first
+        if chosen is None and path not in ("auto", "never"):
+            chosen = read_checkpoint(Path(path))
+            if problems := verify(chosen, ranks):
                 raise CheckpointError("damaged checkpoint: " + "; ".join(problems))
         if chosen is not None:
             self.check(chosen)
-        if ranks.rank == 0:
-            self.checkpoints.clean(tell)
-            self.checkpoints.set_aside_after(-1 if chosen is None else chosen.step, tell)
-        ranks.gather_objects(None)
         return chosen
+
+    def check_base(self, checkpoint: Checkpoint, base: str | None) -> None:
+        """Raises CheckpointError if the frozen weights are not those that the checkpoint's trained ones belong to.
+
+        base: identifies the files of the pretrained network; None if none of its weights are frozen.
+        """
+        saved = checkpoint.manifest.get("base")
+        if base is not None and saved is not None and base != saved:
+            raise CheckpointError(
+                f"{checkpoint.path} was trained on another base network: the files of model.path have changed. Bring "
+                "them back, or choose another run_dir"
+            )
+
+    def begin(self, chosen: Checkpoint | None, tell: Callable[[str], None], job: str | None) -> None:
+        """Called on rank 0 when nothing can refuse this start any more: remove what an interrupted save left behind,
+        set aside every checkpoint that does not belong to this run now, and note the job."""
+        self.marker.write_text(json.dumps({"job": job}))
+        self.checkpoints.clean(tell)
+        inside = chosen is not None and chosen.path.parent.resolve() == self.checkpoints.folder.resolve()
+        self.checkpoints.set_aside_after(chosen.step if chosen is not None and inside else -1, tell)
 
     def check(self, checkpoint: Checkpoint) -> None:
         manifest = checkpoint.manifest

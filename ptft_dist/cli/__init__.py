@@ -10,6 +10,8 @@ import typer
 
 from ptft_dist import __version__
 from ptft_dist.errors import PtftError
+from ptft_dist.launch.environment import place
+from ptft_dist.reporting.messages import show_messages
 
 # name, module, function (or a Typer with verbs of its own)
 VERBS: tuple[tuple[str, str, str], ...] = (
@@ -57,6 +59,7 @@ def main() -> None:
     All else keeps its traceback. (Typer's own runner would end quietly on an EOFError or a broken pipe, which a
     training run meets for reasons that have nothing to do with a terminal.)
     """
+    show_messages(place().rank)
     try:
         with typer.main.get_command(app).make_context("ptft", sys.argv[1:]) as context:
             context.command.invoke(context)

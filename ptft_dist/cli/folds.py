@@ -14,8 +14,8 @@ from typing import Any
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.load import Loaded, dump_resolved
-from ptft_dist.errors import EXIT_FINISHED, EXIT_PREEMPTED, RecipeError
-from ptft_dist.reporting.metrics import say
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, RecipeError
+from ptft_dist.reporting.messages import say
 
 _BY_SIGNAL = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # before the fold had begun to listen
 
@@ -47,8 +47,8 @@ def train_folds(loaded: Loaded, name: str, overrides: Sequence[str], options: Se
             continue
         say(f"fold {i} of {folds}: {run_dir / f'fold-{i}'}")
         code = stop.run([sys.executable, "-m", "ptft_dist", "train", name, *fold, *options])
-        if stop.asked and code in (EXIT_FINISHED, EXIT_PREEMPTED, *_BY_SIGNAL):
-            code = EXIT_PREEMPTED
+        if stop.asked and code in (EXIT_FINISHED, EXIT_STOPPED, *_BY_SIGNAL):
+            code = EXIT_STOPPED
         if code != EXIT_FINISHED:
             say(f"fold {i} of {folds} ended with exit code {code}; the same command goes on with it")
             return code
@@ -110,7 +110,7 @@ class _Stop:
     def run(self, words: list[str]) -> int:
         """The child's exit code; nothing is started any more once a signal has come."""
         if self.asked:
-            return EXIT_PREEMPTED
+            return EXIT_STOPPED
         # In a session of its own: a terminal's Ctrl-C then reaches it once, through here.
         self.child = subprocess.Popen(words, start_new_session=True)
         if self.asked:  # between the two lines above

@@ -47,9 +47,56 @@ def train(
         arguments = ["train", recipe, *(overrides or []), *options]
         raise typer.Exit(_launch(loaded, launch, processes, which(machines, machine_rank, address), arguments))
 
-    from ptft_dist.session import Options, run
+    raise typer.Exit(_train_rank(loaded, resume, tuple(accept or ())))
 
-    raise typer.Exit(run(loaded, Options(resume, tuple(accept or ()))))
+
+def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
+    """Train as this process's rank; the exit code. Failures have been reported when this returns."""
+    from ptft_dist.errors import PtftError
+    from ptft_dist.launch.environment import place
+    from ptft_dist.reporting.messages import show_messages
+    from ptft_dist.training.stopping import ending_at_once
+
+    here = place()
+    show_messages(here.rank)
+    with ending_at_once(_end_before_training):
+        from ptft_dist.run import run
+
+        try:
+            code = run(loaded, here, resume=resume, accept=accept).exit_code
+        except Exception as error:
+            code = error.exit_code if isinstance(error, PtftError) else 1
+    if here.world_size > 1:
+        _end(code)
+    return code
+
+
+def _end_before_training(signal_name: str) -> None:
+    """End at once: there is nothing to save. Exit code 75 where a scheduler starts the job again."""
+    import signal
+
+    from ptft_dist.errors import EXIT_STOPPED
+    from ptft_dist.launch.environment import is_requeued
+    from ptft_dist.reporting.messages import say
+    from ptft_dist.reporting.run_files import tell_launcher
+
+    say(f"stopped by {signal_name}: no training was under way, so there is nothing to save")
+    code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
+    tell_launcher(code)
+    _end(code)
+
+
+def _end(code: int) -> None:
+    """Exit without interpreter shutdown: after a failure other ranks may wait in a collective, and leaving the process
+    group would wait for them; after a success see Engine.close."""
+    import multiprocessing
+    import sys
+
+    for reader in multiprocessing.active_children():
+        reader.kill()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _launch(
@@ -61,9 +108,10 @@ def _launch(
     from ptft_dist.data.sources import check_sources
     from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
-    from ptft_dist.reporting.metrics import say
+    from ptft_dist.reporting.messages import say, show_messages
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
 
+    show_messages()
     name = launch or default_launch()
     words = command(name, processes, several, arguments)
     local = local_processes(name, processes, several)
@@ -73,7 +121,6 @@ def _launch(
     make_run_dir(run_dir)
     lock_run_dir(run_dir).release()  # refused here, where the exit code is ours; held by rank 0
     prepared = prepare(loaded.recipe, loaded.base)
-    if not prepared.from_cache:
-        say(describe(prepared.report))
+    say(describe(prepared.report))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return start(words, run_dir, max(1, cores // local))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -14,6 +14,9 @@ class DistillationSettings(Section):
 
     The loss is (1 - hard) x divergence x temperature^2 + hard x the task's own loss.
     """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("hard_loss", "divergence")
+    """The metrics that an evaluation has beside those of the task."""
 
     teacher: Text
     """A local directory or a Hub name: a model of the same kind, with the same vocabulary or the same labels."""

@@ -26,6 +26,11 @@ class TaskSettings(Section):
     """`prepare` draws something at random, from train.seed."""
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics of an evaluation, as eval.metric names them."""
+        return ("loss",)
+
+    @property
     def full_rows(self) -> bool:
         """Every row but the last has exactly data.max_length tokens."""
         return False

@@ -137,6 +137,10 @@ class Engine:
         return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config)
 
     @property
+    def frozen_parameter_count(self) -> int:
+        return self.parameter_count - self.trained_count
+
+    @property
     def module(self) -> torch.nn.Module:
         return self.backend.module
 

@@ -39,3 +39,26 @@ def place() -> Place:
     """This process's place; a plain process is rank 0 of 1."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return Place(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), launched="LOCAL_RANK" in os.environ)
+
+
+def job_id() -> str | None:
+    """Identifies the job of a scheduler or launcher that starts this process again by itself; None outside of one."""
+    if "SLURM_JOB_ID" in os.environ:
+        task = os.environ.get("SLURM_ARRAY_TASK_ID")
+        return f"slurm-{os.environ.get('SLURM_ARRAY_JOB_ID', os.environ['SLURM_JOB_ID'])}" + (
+            f"_{task}" if task else ""
+        )
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return f"torchrun-{os.environ['TORCHELASTIC_RUN_ID']}-{os.getppid()}"
+    return None
+
+
+def restarted_job() -> str | None:
+    """The job's id if this is not its first start: requeued by Slurm, or restarted by torchrun; else None."""
+    restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return job_id() if any(count not in ("", "0") for count in restarts) else None
+
+
+def is_requeued() -> bool:
+    """Whether a scheduler starts this job again after exit code 75."""
+    return "SLURM_JOB_ID" in os.environ

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
 
 
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
@@ -87,17 +88,14 @@ def _check_labels(section: ModelSection, saved: PretrainedConfig, config: Pretra
         )
 
 
-def check_positions(model: PreTrainedModel, max_length: int) -> None:
-    """Raises RecipeError if rows are too long for position embeddings that begin behind the padding's, as RoBERTa's."""
-    for name, module in model.named_modules():
-        first = getattr(module, "padding_idx", None)
-        if not name.endswith("position_embeddings") or not isinstance(module, torch.nn.Embedding) or first is None:
-            continue
-        if (room := module.num_embeddings - first - 1) < max_length:
-            raise RecipeError(
-                f"data.max_length: {max_length} is more than the {room} positions of this network, which counts them "
-                f"from {first + 1}: lower it, or raise max_position_embeddings ({module.num_embeddings})"
-            )
+def check_positions(network: NetworkFacts, max_length: int) -> None:
+    """Raises RecipeError if rows are longer than position embeddings that begin behind the padding's, as RoBERTa's."""
+    room, offset = network.max_positions, network.position_offset
+    if offset and room is not None and room < max_length:
+        raise RecipeError(
+            f"data.max_length: {max_length} is more than the {room} positions of this network, which counts them "
+            f"from {offset}: lower it, or raise max_position_embeddings ({room + offset})"
+        )
 
 
 def _config_from_keys(
@@ -149,11 +147,13 @@ def build_model(
     auto_class: Any,
     tokens: int = 0,
     tell: Callable[[str], None] = lambda _text: None,
+    key: str = "model.path",
 ) -> PreTrainedModel:
     """The network, made by a transformers auto class, in fp32 and training mode.
 
     From a config, its weights follow from `seed` alone on every machine. tokens: the embeddings grow to this number.
-    tell: is told of weights that a pretrained network lacks and that therefore start random.
+    tell: called with a line about weights that a pretrained network lacks, and that therefore start random.
+    key: what names the network in the recipe, for messages.
     """
     kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     torch.manual_seed(seed)
@@ -184,11 +184,11 @@ def build_model(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise RecipeError(
-            f"model.path: {section.path!r}: weights there have other sizes than this task needs, for example because "
+            f"{key}: {section.path!r}: weights there have other sizes than this task needs, for example because "
             f"its head has other labels; model.new_head: true starts such weights anew. {error}"
         ) from None
     except (OSError, ValueError, ImportError) as error:
-        where = "model.config" if section.path is None else f"model.path: {section.path!r}"
+        where = "model.config" if section.path is None else f"{key}: {section.path!r}"
         raise RecipeError(f"{where}: the model cannot be built: {error}") from None
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

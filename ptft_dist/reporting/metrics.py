@@ -7,42 +7,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
+from ptft_dist.reporting.messages import clock, warn
+
 if TYPE_CHECKING:
-    import torch
     from torch.utils.tensorboard import SummaryWriter
 
 # Keys of metrics.jsonl that depend on the clock or the machine; all others are the same in a repeated run.
 TIMING_KEYS = frozenset({"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s"})
-
-
-class Averages:
-    """Loss and metrics of several micro-batches, on the device until they are read together."""
-
-    def __init__(self) -> None:
-        self.losses: list[torch.Tensor] = []
-        self.pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def add(self, loss_sum: torch.Tensor, metrics: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """loss_sum: one number, or [K] of a task with K losses. metrics: name -> (total, count)."""
-        self.losses.append(loss_sum.detach().double().reshape(-1))
-        for name, pair in metrics.items():
-            self.pairs.setdefault(name, []).append(pair)
-
-    def sums(self) -> list[torch.Tensor]:
-        """The losses, then total and count of each metric: what is to be summed over ranks."""
-        totals = [sum(part[i].double() for part in parts) for parts in self.pairs.values() for i in (0, 1)]
-        return [*sum(self.losses[1:], self.losses[0]).unbind(), *totals]  # type: ignore[list-item]
-
-    def read(self, values: Sequence[float], counts: Sequence[float]) -> tuple[float, dict[str, float]]:
-        """The loss, the sum of each loss's average over its count, and each metric's average, from the numbers that
-        came of `sums`."""
-        losses, rest = values[: len(counts)], values[len(counts) :]
-        loss = sum(total / (count or 1.0) for total, count in zip(losses, counts, strict=True))
-        return loss, {name: rest[2 * i] / (rest[2 * i + 1] or 1.0) for i, name in enumerate(self.pairs)}
 
 
 class Sink(Protocol):
@@ -52,17 +27,19 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object a line. On resume, rows after the checkpoint's step are cut off first.
+    """metrics.jsonl: one object per line. On resume, rows that the checkpoint does not know are removed first.
 
-    A full disk must not end a run whose checkpoints are elsewhere or come back: rows that could not be written are
-    kept and written with the next ones.
+    A full disk does not end a run, for its checkpoints may be elsewhere: rows that could not be written are kept in
+    memory and written with the next ones.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, last_evaluation: int) -> None:
+        """last_step: the checkpoint's update, 0 at a start from zero; last_evaluation: the last update that had been
+        evaluated by then."""
         self.path = path
         self.pending: list[str] = []
         if path.exists():
-            _cut_after(path, last_step)
+            _cut_after(path, last_step, last_evaluation)
         self.file = self._open()
 
     def _open(self) -> TextIO:
@@ -76,7 +53,7 @@ class JsonLines:
             self.file.flush()
         except OSError as error:
             if len(self.pending) == 1:
-                say(f"{self.path}: {error.strerror}; {self.path.name} goes on when it can be written again")
+                warn(f"{self.path}: {error.strerror}; {self.path.name} goes on when it can be written again")
             self._drop_torn_bytes(position)
         else:
             self.pending.clear()
@@ -91,19 +68,22 @@ class JsonLines:
 
     def flush(self) -> None:
         """Put every row on the disk: called before a checkpoint says that they are there."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            warn(f"{self.path}: {error.strerror}; rows up to here may be lost")
 
     def close(self) -> None:
         if self.pending:
-            say(f"{self.path}: {len(self.pending)} rows could not be written")
+            warn(f"{self.path}: {len(self.pending)} rows could not be written")
         self.file.close()
 
 
-def _cut_after(path: Path, last_step: int) -> None:
-    """Keep the rows up to `last_step`; a torn last line, left by a kill, goes too. The file is replaced whole.
+def _cut_after(path: Path, last_step: int, last_evaluation: int) -> None:
+    """Keep the rows that a checkpoint knows; a torn last line, left by a kill, goes too. The file is replaced whole.
 
-    A start from zero (last_step 0) keeps none: it makes an evaluation before the first update again.
+    A start from zero keeps none. An evaluation follows the save of the same update, so its row may be newer.
     """
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
@@ -111,7 +91,8 @@ def _cut_after(path: Path, last_step: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        if row["step"] <= last_step and last_step:
+        newest = last_step if "loss" in row else min(last_step, last_evaluation)
+        if last_step and row["step"] <= newest:
             kept.append(line + b"\n")
     replacement = path.with_name(path.name + ".new")
     replacement.write_bytes(b"".join(kept))
@@ -154,7 +135,7 @@ class TensorBoard:
         try:
             action(self.writer)
         except OSError as error:
-            say(f"{self.folder}: {error.strerror}; TensorBoard gets no more points until the next start")
+            warn(f"{self.folder}: {error.strerror}; TensorBoard gets no more points until the next start")
             self.writer = None
 
 
@@ -194,15 +175,3 @@ class Terminal:
     def close(self) -> None:
         if self.live:
             print(file=self.stream, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
-
-
-def say(text: str) -> None:
-    """A line for the person who watches."""
-    print(text, file=sys.stderr, flush=True)

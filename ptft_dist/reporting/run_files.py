@@ -6,11 +6,13 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import socket
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,14 @@ from filelock import FileLock, Timeout
 
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.environment import Place
-from ptft_dist.reporting.metrics import say
+from ptft_dist.reporting.messages import say
 
+EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
+"""The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
+_DAY_S = 86_400.0
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
 
 
@@ -32,10 +38,14 @@ def make_run_dir(run_dir: Path) -> None:
     try:
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         probe = run_dir / f".writable-{socket.gethostname()}-{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
+        try:
+            probe.write_bytes(bytes(4096))
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
-        raise RecipeError(f"run_dir: {run_dir} cannot be written: {error.strerror}") from None
+        raise RecipeError(
+            f"run_dir: {run_dir} cannot be written: {error.strerror}. Make room, or choose another run_dir"
+        ) from None
 
 
 def lock_run_dir(run_dir: Path) -> FileLock:
@@ -48,10 +58,12 @@ def lock_run_dir(run_dir: Path) -> FileLock:
     return lock
 
 
-def write_start(run_dir: Path, loaded: Loaded, facts: dict[str, Any]) -> None:
-    """recipe.yaml as it was given, resolved.yaml with every value, environment.json with versions and machine."""
+def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """recipe.yaml as it was given, resolved.yaml with every value, data_report.json with what became of the data,
+    environment.json with versions and machine. Removes the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
+    (run_dir / "data_report.json").write_text(json.dumps(data_report, indent=1), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -65,6 +77,17 @@ def write_start(run_dir: Path, loaded: Loaded, facts: dict[str, Any]) -> None:
     (run_dir / "result.json").unlink(missing_ok=True)
 
 
+def keep_tokenizer(tokenizer: Path, run_dir: Path) -> None:
+    """Copy a tokenizer that was learned for this run to run_dir/tokenizer, if it is not there: a resume on a machine
+    with another cache must not learn it anew."""
+    target, partial = run_dir / "tokenizer", run_dir / ".tokenizer.partial"
+    if target.exists():
+        return
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(tokenizer, partial)
+    partial.rename(target)
+
+
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
     """result.json, replaced whole."""
     partial = run_dir / f".result-{os.getpid()}.json"
@@ -76,41 +99,63 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 class FailureReport:
-    """Tells of the first failure on this machine's ranks, once; every rank's own goes to its log."""
+    """Reports the first failure on this machine's ranks, once, and its exit code to the launcher.
 
-    def __init__(self, run_dir: Path, where: Place) -> None:
-        self.run_dir, self.where = run_dir, where
-        self.log = run_dir / "logs" / f"rank-{where.rank}.log"
-        host = socket.gethostname()
-        self.claim = run_dir / "logs" / f".failed-{host}-{_this_start()}"
-        for old in self.claim.parent.glob(f".failed-{host}-*"):
-            if old != self.claim:  # this one may be there: a faster rank has failed before this one began
-                old.unlink(missing_ok=True)
+    Until the run begins, nothing in the run directory is changed: a command that is refused must not overwrite the
+    result of an earlier run. Afterwards every rank's failure goes to its log, and the first one's to result.json.
+    """
+
+    def __init__(self, run_dir: Path, place: Place) -> None:
+        self.run_dir, self.place, self.begun = run_dir, place, False
+        self.log = run_dir / "logs" / f"rank-{place.rank}.log"
+        self.claim = _scratch() / f"failed-{_this_start()}"
 
     def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
-        trace = traceback.format_exc()
-        with _told(self.log), self.log.open("a") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.where.rank} failed\n{trace}\n")
+        trace = hide(traceback.format_exc())
+        if self.begun:
+            with _told(self.log), self.log.open("a") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.place.rank} failed\n{trace}\n")
         with _told(self.claim):
             try:
-                self.claim.touch(exist_ok=self.where.world_size == 1)
+                self.claim.touch(exist_ok=self.place.world_size == 1)
             except FileExistsError:
                 return  # another rank failed first; this failure most likely follows from that one
-        who = f"rank {self.where.rank} failed first: " if self.where.world_size > 1 else ""
-        what = str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}"
+        first = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
+        what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
         if "closed by peer" in what or "reset by peer" in what:
             what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
         if not isinstance(error, PtftError):
             say(trace)
-        say(f"error: {who}{what}" + ("" if isinstance(error, PtftError) else f"\nlog: {self.log}"))
-        result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
-        with _told(self.run_dir / "result.json"):
-            write_result(self.run_dir, result)
+        where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
+        say(f"error: {first}{what}{where}")
+        tell_launcher(exit_code)
+        if self.begun:
+            result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{first}{what}"}
+            with _told(self.run_dir / "result.json"):
+                write_result(self.run_dir, result)
+
+
+def tell_launcher(exit_code: int) -> None:
+    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it."""
+    if path := os.environ.get(EXIT_CODE_FILE):
+        with _told(Path(path)):
+            Path(path).write_text(str(exit_code))
+
+
+def _scratch() -> Path:
+    """A directory of this user that all ranks on this machine share."""
+    folder = Path(tempfile.gettempdir()) / f"ptft-{os.getuid()}"
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        for old in folder.glob("failed-*"):
+            if time.time() - old.stat().st_mtime > _DAY_S:
+                old.unlink(missing_ok=True)
+    return folder
 
 
 @contextlib.contextmanager
 def _told(path: Path) -> Iterator[None]:
-    """A file that cannot be written, on a full disk say, must not hide the failure that is being told."""
+    """A file that cannot be written, on a full disk say, must not hide the failure that is being reported."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,28 @@
-"""What a task is: the interface between the training loop and everything that is special to one task."""
+"""What a task is: the interface between the training loop and everything that is special to one task.
+
+When each hook of a task is called, and on which ranks:
+
+    once, before a process group exists, on every rank
+        config_settings(setup)      keys of the network's config that follow from the task
+        fit_config(setup, config)   refuse networks and tokenizers that cannot learn the task
+    once, after the network was built and before it is wrapped, on every rank
+        Task(setup, network, device)
+        prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
+    once, after the network was wrapped, on every rank
+        probe()                     a question put to the network, such as: are packed documents kept apart?
+    every update, on every rank (collate also in data-loader workers)
+        collate(rows, keys)         rows of one micro-batch -> Batch
+        loss(model, inputs)         forward pass -> summed loss
+    every evaluation, on every rank
+        collate, evaluate(model, inputs), predictions(output)
+        eval_metrics(totals)        from averages over all ranks
+        scores(predictions, row)    rank 0 only: metrics that are no averages, and samples
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -11,35 +30,78 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
+from ptft_dist.networks.facts import NetworkFacts
 
-IGNORE = -100  # a target that counts nothing
+IGNORE = -100
+"""A target that counts nothing."""
+EVALUATION_EPOCH = 2**32 - 1
+"""The epoch of validation rows: what is drawn for them is the same at every evaluation."""
+
+
+@dataclass(frozen=True)
+class TaskSetup:
+    """What a task is made from, all of it known before there is a network."""
+
+    name: str
+    """The task, which is also the name of its section in the recipe: for messages."""
+    settings: Any
+    """The recipe's section: the task's own settings."""
+    tokenizer: PreTrainedTokenizerBase
+    survey: Mapping[str, Any]
+    """What the encoder found in the training rows, such as the labels."""
+    max_length: int
+    """Tokens of a row at most."""
+    seed: int
+    precision: str
+    """fp32, bf16 or fp16."""
+    config_keys: frozenset[str] | None
+    """The keys of model.config in the recipe; None: the network is pretrained."""
+    learned_tokenizer: bool
+    """The tokenizer was learned from the training texts."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any]) -> TaskSetup:
+        """The setup that follows from a recipe, the tokenizer and what the encoder found in the training rows."""
+        return cls(
+            name=recipe.task,
+            settings=recipe.settings,
+            tokenizer=tokenizer,
+            survey=survey,
+            max_length=recipe.data.max_length,
+            seed=recipe.train.seed,
+            precision=recipe.train.precision,
+            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
+            learned_tokenizer=recipe.tokenizer is not None and recipe.tokenizer.train is not None,
+        )
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch of one rank.
-
-    inputs: tensors [B, ...] for the task's loss; count: what the loss is averaged over (for language models, the
-    tokens that carry a label); tokens: tokens read, padding left out; more_counts: what further losses of the same
-    task are averaged over; rows: which rows of the store these are, none for the stand-in of a rank without rows.
-    """
+    """One micro-batch of one rank."""
 
     inputs: dict[str, torch.Tensor]
+    """Tensors [B, ...] for the task's loss."""
     count: float
+    """What the loss is averaged over: for language models, the tokens that carry a label."""
     tokens: int
+    """Tokens read, padding left out."""
     more_counts: tuple[float, ...] = ()
+    """What further losses of the same task are averaged over."""
     rows: tuple[int, ...] = ()
+    """Which rows of the store these are; empty for the dummy batch of a rank without rows."""
 
     @property
     def counts(self) -> tuple[float, ...]:
         """One for each loss."""
         return (self.count, *self.more_counts)
 
+    def pin_memory(self) -> Batch:
+        """Called by PyTorch's DataLoader where pin_memory is set: copies to the device then need not wait."""
+        return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
+
 
 Collate = Callable[[Sequence[Row], Sequence[tuple[int, int]]], Batch]
 """Rows, and for each the key (epoch, row) that everything drawn at random for it follows from."""
-EVALUATION_EPOCH = 2**32 - 1
-"""The epoch of validation rows: what is drawn for them is the same at every evaluation."""
 
 
 class LossOut(NamedTuple):
@@ -58,32 +120,34 @@ class Task(Protocol):
     """The transformers class that builds the network."""
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
-        """What eval_metrics and scores return: the choice for eval.metric."""
+    def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:
+        """Keys of the network's config that follow from the task, such as the labels. Raises RecipeError."""
 
     @classmethod
-    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Keys of the network's config that follow from the task, such as the labels."""
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
+        """Add ids of special tokens to a network's config. Raises RecipeError if this kind of network or tokenizer
+        cannot learn the task."""
 
-    @classmethod
-    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Before there is a network: add ids of special tokens to its config, or raise RecipeError if this kind of
-        network or tokenizer cannot learn the task."""
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        """Change the bare network as the task needs it. Raises RecipeError."""
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
         """keys: (epoch, row) of each row; whatever is drawn at random is a function of it and the seed."""
 
-    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut: ...
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        """The summed loss of one micro-batch, whose inputs are on the device. It must not wait for the device."""
+
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """As `loss`, in evaluation mode and with predictions, if the task scores them."""
 
-    def install(self, model: PreTrainedModel) -> None: ...
-    def probe(self) -> Probe | None: ...
+    def probe(self) -> Probe | None:
+        """A question to the wrapped network, asked before training."""
+
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """From `loss` and the averages of LossOut.metrics, to what is logged."""
 
     def predictions(self, output: torch.Tensor) -> Sequence[Any]:
-        """LossOut.predictions as one plain object a row, to be brought together from all ranks."""
+        """LossOut.predictions as one plain object per row, to be gathered from all ranks."""
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
@@ -102,22 +166,27 @@ class Probe(Protocol):
 
 
 class BaseTask:
-    """What tasks that need nothing special answer. A task is made with (recipe, tokenizer, device, facts)."""
+    """The hooks that most tasks do not need."""
+
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        """Raises RecipeError if the tokenizer or the training rows cannot teach the task."""
+        self.setup, self.network, self.device = setup, network, device
+        self.settings, self.tokenizer = setup.settings, setup.tokenizer
 
     @classmethod
-    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+    def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:  # noqa: ARG003
         return {}
 
     @classmethod
-    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None: ...
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None: ...
+
+    def prepare_network(self, model: PreTrainedModel) -> None: ...
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         raise NotImplementedError
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         return self.loss(model, inputs)
-
-    def install(self, model: PreTrainedModel) -> None: ...
 
     def probe(self) -> Probe | None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -15,11 +15,31 @@ from ptft_dist.data.order import Plan, split_update
 from ptft_dist.data.store import Store
 from ptft_dist.tasks.protocol import Batch, Collate
 
+if TYPE_CHECKING:
+    from ptft_dist.engine import Engine
+    from ptft_dist.training.trainer import UpdateReport
+
+
+@dataclass(frozen=True)
+class PhaseContext:
+    """What a source of groups may need for the next phase. step: updates done so far."""
+
+    step: int
+    engine: Engine
+
 
 class Batches(Protocol):
-    """A stateful source of groups. A phase is a run of groups after which the whole state is consistent."""
+    """A stateful source of groups. Between phases its state is consistent with weights and optimizer.
 
-    def next_phase(self) -> Iterator[Sequence[Batch]]: ...
+    For supervised tasks a phase is one update. A phase of PPO is a rollout, then epochs x minibatches.
+    """
+
+    def next_phase(self, context: PhaseContext) -> Iterator[Sequence[Batch]]:
+        """The groups of the next phase, one for each optimizer update."""
+
+    def observe(self, report: UpdateReport) -> None:
+        """Called after each update, on every rank with the same report: a phase may end early or adapt."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -63,8 +83,8 @@ class UpdateDataset(Dataset):
 def micro_batch(store: Store, keys: np.ndarray, spare: np.ndarray, collate: Collate) -> Batch:
     """The collated rows of keys [N, 2], (epoch, row) each.
 
-    A rank without rows gets the `spare` row as a batch that counts nothing: it must take part in every forward and
-    backward pass, or the others would wait for it.
+    A rank without rows gets the `spare` row as a dummy batch that counts nothing: it must take part in every forward
+    and backward pass, or the others would wait for it.
     """
     taken = [(int(epoch), int(row)) for epoch, row in (keys if len(keys) else [spare])]
     batch = collate([store.row(row) for _, row in taken], taken)
@@ -89,14 +109,14 @@ def ignore_sigterm(_worker: int) -> None:
 
 
 class SupervisedBatches:
-    """Groups for training on rows that are known beforehand; a phase is one group."""
+    """Groups for training on rows that are known beforehand; a phase is one update."""
 
     def __init__(self, dataset: UpdateDataset, workers: int, pin_memory: bool) -> None:
         self.dataset, self.workers, self.pin_memory = dataset, workers, pin_memory
         self.step = 0
         self._updates: Iterator[list[Batch]] | None = None
 
-    def next_phase(self) -> Iterator[Sequence[Batch]]:
+    def next_phase(self, context: PhaseContext) -> Iterator[Sequence[Batch]]:  # noqa: ARG002
         if self._updates is None:
             loader = DataLoader(
                 self.dataset,
@@ -113,6 +133,8 @@ class SupervisedBatches:
         group = next(self._updates)
         self.step += 1
         yield group
+
+    def observe(self, report: UpdateReport) -> None: ...
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step}

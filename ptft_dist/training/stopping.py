@@ -1,30 +1,53 @@
 """Stopping in order to go on later: SIGTERM, SIGINT, or a file named `stop` in the run directory.
 
-A handler only sets a flag. The ranks add their flags up in the sum that every update makes anyway, so that all stop
-after the same update; nothing is saved inside a handler.
+During training a signal only sets a flag. The ranks sum their flags with the counts of every update, so that all stop
+after the same one; nothing is saved inside a handler. Before training begins there is nothing to save: the process ends
+at once, even while it waits in C code for other processes.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
+import socket
+import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 LOOK_EVERY_S = 1.0  # the stop file may lie on a slow shared disk
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
+    """Whether somebody has asked this run to stop, and how."""
+
     def __init__(self, stop_file: Path | None) -> None:
-        """stop_file: looked for by the rank that got it; the others learn of it with the next sum."""
+        """stop_file: read by the rank that has it; the others learn of it with the next sum."""
         self.stop_file = stop_file
         self.reason: str | None = None
         self._looked = -LOOK_EVERY_S
 
-    def listen(self) -> None:
-        """Take SIGTERM and SIGINT. A second SIGINT ends the process as usual."""
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take SIGTERM and SIGINT; afterwards they do what they did before. A second SIGINT interrupts as usual.
+
+        In a thread other than the main one signals cannot be taken, and only the stop file works.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        global _listening
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        _listening = True
+        try:
+            yield
+        finally:
+            _listening = False
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:
@@ -39,7 +62,54 @@ class StopRequest:
                 self.reason = f"the file {self.stop_file}"
         return self.reason is not None
 
-    def honoured(self) -> None:
-        """The run has stopped: take the file away, so that the next start goes on."""
+    def fulfilled(self) -> None:
+        """The run has stopped: remove the file, so that the next start goes on."""
         if self.stop_file is not None:
             self.stop_file.unlink(missing_ok=True)
+
+
+_ending_at_once = False
+_listening = False  # a StopRequest takes the signals now
+
+
+def _in_forked_child() -> None:
+    """A forked worker shares the socket below: a signal to it must not reach its parent through there."""
+    if _ending_at_once:
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
+
+
+@contextlib.contextmanager
+def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
+    """Let SIGTERM and SIGINT end the process while nothing is lost by it, that is while no StopRequest listens:
+    `end(name of the signal)` is called at once by a thread of its own, even while the main thread waits in C code.
+    Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    global _ending_at_once
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    # A handler of our own keeps Python from raising KeyboardInterrupt; the thread does the work.
+    before = {number: signal.signal(number, lambda _number, _frame: None) for number in SIGNALS}
+    _ending_at_once = True
+
+    def watch() -> None:
+        while received := reader.recv(1):
+            if received[0] in SIGNALS and not _listening:
+                end(signal.Signals(received[0]).name)
+
+    threading.Thread(target=watch, daemon=True, name="signals").start()
+    try:
+        yield
+    finally:
+        _ending_at_once = False
+        signal.set_wakeup_fd(previous_fd)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        writer.close()

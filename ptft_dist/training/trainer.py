@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,33 +14,22 @@ from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, SaveError
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.engine import Engine
 from ptft_dist.errors import CheckpointError, NonFiniteLossError
-from ptft_dist.reporting.metrics import Averages, JsonLines, Sink, say
+from ptft_dist.reporting.messages import say, warn
+from ptft_dist.reporting.metrics import JsonLines, Sink
 from ptft_dist.tasks.protocol import Batch, Task
-from ptft_dist.training.batches import Batches
+from ptft_dist.training.averages import Averages
+from ptft_dist.training.batches import Batches, PhaseContext
+from ptft_dist.training.progress import Best, Judge, RunProgress
 from ptft_dist.training.schedule import lr_at
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.validation import Validation
-
-
-@dataclass
-class Progress:
-    """How far the run is: everything that a checkpoint must know beside weights, optimizer and batches."""
-
-    step: int = 0
-    tokens: int = 0
-    best: float | None = None
-    best_step: int | None = None
-    worse_evaluations: int = 0
-    evaluated_step: int = -1
-    first_metrics: dict[str, float] = field(default_factory=dict)
-    metrics: dict[str, float] = field(default_factory=dict)
-    best_metrics: dict[str, float] = field(default_factory=dict)  # all of the best evaluation
 
 
 @dataclass(frozen=True)
 class UpdateReport:
     """What one optimizer update did, the same on every rank. loss is the mean over `count`, in nats."""
 
+    step: int
     loss: float
     lr: float
     grad_norm: float | None
@@ -56,84 +45,91 @@ class Outcome:
     reason: str
 
 
+@dataclass
 class Trainer:
-    def __init__(
-        self,
-        recipe: Recipe,
-        engine: Engine,
-        task: Task,
-        batches: Batches,
-        total_steps: int,
-        validation: Validation | None,
-        checkpoints: Checkpoints,
-        facts: dict[str, Any],
-        sinks: Sequence[Sink],
-        stop: StopRequest,
-        samples: JsonLines | None = None,
-        flops_per_token: float = 0.0,
-        peak_flops: float = 0.0,
-    ) -> None:
-        """facts: what every manifest says of the run. sinks: where rows go; empty on all ranks but the first.
-        samples: where texts go that were written at evaluations."""
-        self.recipe, self.engine, self.task, self.batches = recipe, engine, task, batches
-        self.total_steps, self.validation, self.samples = total_steps, validation, samples
-        self.checkpoints, self.facts, self.sinks, self.stop = checkpoints, facts, sinks, stop
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
-        self.progress = Progress()
-        self.saved_step = -1
-        self.tokens_here, self.seconds_here = 0, 0.0  # of this start, not of the whole run
+    """Updates, evaluations and checkpoints of one run."""
+
+    recipe: Recipe
+    engine: Engine
+    task: Task
+    batches: Batches
+    total_steps: int
+    validation: Validation | None
+    checkpoints: Checkpoints
+    manifest: dict[str, Any]
+    """What every checkpoint's manifest says of the run."""
+    stop: StopRequest
+    sinks: Sequence[Sink] = ()
+    """Where rows of metrics go; empty on all ranks but rank 0."""
+    samples: JsonLines | None = None
+    """Where generated texts go."""
+    flops_per_token: float = 0.0
+    peak_flops: float = 0.0
+    progress: RunProgress = field(default_factory=RunProgress)
+    saved_step: int = 0
+    stop_agreed: bool = False
+    """All ranks know that one of them was asked to stop."""
+    tokens_here: int = 0  # of this start, not of the whole run
+    seconds_here: float = 0.0
 
     def fit(self) -> Outcome:
         """Train to the end, or until all ranks have agreed to stop."""
-        progress, recipe = self.progress, self.recipe
-        if recipe.eval.at_start and progress.evaluated_step < 0:
+        self.stop_agreed = self.anyone_asked_to_stop()
+        if self.recipe.eval.at_start and self.progress.evaluated_step < 0 and not self.stop_agreed:
             self.evaluate()
-        while progress.step < self.total_steps and not self.out_of_patience():
-            stop, started = False, time.perf_counter()
-            for group in self.batches.next_phase():
-                with self.engine.updating():
-                    report = self.update(group)
-                progress.step += 1
-                progress.tokens += report.tokens
-                stop = stop or report.stop
-                seconds, started = time.perf_counter() - started, time.perf_counter()
-                self.tokens_here += report.tokens
-                self.seconds_here += seconds
-                if progress.step % recipe.log.every == 0 or progress.step == self.total_steps:
-                    self.log(self.train_row(report, seconds))
-            # Between phases, and only here, weights, optimizer, batches and progress tell of the same moment.
-            ended = progress.step >= self.total_steps
-            improved = self.due(recipe.eval.every) and not ended and self.evaluate()
-            if stop and not ended:
+        while not self.ended():
+            # A phase boundary: only here weights, optimizer, batches and progress are consistent.
+            if self.stop_agreed:
                 self.save(must=True)
                 return Outcome(False, self.stop_reason())
-            if not ended and (self.due(recipe.save.every) or (improved and recipe.save.best)):
+            if self.due(self.recipe.save.every, since=self.saved_step):
                 self.save(must=False)
-        if progress.evaluated_step != progress.step:
-            self.evaluate()
+            if self.due(self.recipe.eval.every, since=self.progress.evaluated_step):
+                self.evaluate()
+                if self.ended() or self.stop_agreed:
+                    continue
+            self.run_phase()
         self.save(must=True)
-        return Outcome(True, "out of patience" if self.out_of_patience() else "all updates done")
+        if self.progress.evaluated_step != self.progress.step:
+            self.evaluate()
+            if self.validation is not None and self.progress.evaluated_step != self.progress.step:  # abandoned
+                return Outcome(False, self.stop_reason())
+        return Outcome(True, "stopped early: out of patience" if self.out_of_patience() else "all updates done")
+
+    def run_phase(self) -> None:
+        """The updates of one phase; it ends early with the last update of the run."""
+        started = time.perf_counter()
+        for group in self.batches.next_phase(PhaseContext(self.progress.step, self.engine)):
+            with self.engine.updating():
+                report = self.update(group)
+            self.progress.step, self.progress.tokens = report.step, self.progress.tokens + report.tokens
+            self.stop_agreed = self.stop_agreed or report.stop
+            self.batches.observe(report)
+            seconds, started = time.perf_counter() - started, time.perf_counter()
+            self.tokens_here, self.seconds_here = self.tokens_here + report.tokens, self.seconds_here + seconds
+            if report.step % self.recipe.log.every == 0 or report.step == self.total_steps:
+                self.log(self.train_row(report, seconds))
+            if report.step == self.total_steps:
+                return
 
     def update(self, group: Sequence[Batch]) -> UpdateReport:
         """One optimizer update from this rank's micro-batches; each loss is averaged over all ranks' counts."""
-        engine, progress = self.engine, self.progress
-        lr = lr_at(progress.step, self.recipe.optim, self.total_steps)
-        wish = float(self.stop.requested())
+        engine, step = self.engine, self.progress.step
         counts = [float(sum(each)) for each in zip(*(b.counts for b in group), strict=True)]
-        totals = engine.all_sum(*counts, float(sum(b.tokens for b in group)), wish)
+        totals = engine.all_sum(*counts, float(sum(b.tokens for b in group)), float(self.stop.requested()))
         # Data parallelism averages gradients over ranks; this makes it the mean over everything that counts.
         scale = engine.world_size / totals[: len(counts)].where(totals[: len(counts)] > 0, 1.0)
         averages = Averages()
         for i, batch in enumerate(group):
             with engine.micro_batch(last=i == len(group) - 1):
-                engine.seed(self.recipe.train.seed, progress.step, i)
+                engine.seed(self.recipe.train.seed, step, i)
                 loss, metrics, _ = engine.forward(self.task.loss, batch.inputs)
                 engine.backward((loss.reshape(-1) * scale.to(loss.dtype)).sum())
             averages.add(loss, metrics)
         reduced = engine.all_sum(*averages.sums())
         norm = engine.clip_gradients()
         parts = [totals, reduced] if norm is None else [totals, reduced, norm.double().reshape(1)]
-        # The step's one wait for the device: nothing moves before every rank knows that the loss is finite.
+        # The update's one wait for the device: nothing moves before every rank knows that the loss is finite.
         numbers = torch.cat(parts).tolist()
         counts, (tokens, stop, *rest) = numbers[: len(counts)], numbers[len(counts) :]
         grad_norm = None if norm is None else rest.pop()
@@ -141,11 +137,13 @@ class Trainer:
         self.require_finite("loss", loss_mean)
         if engine.precision != "fp16":  # the fp16 loss scaler skips such a step, and lowers its scale
             self.require_finite("gradient norm", grad_norm)
+        # Without anything to learn from, weight decay must not move the weights either.
+        lr = lr_at(step, self.recipe.optim, self.total_steps) if any(counts) else 0.0
         stepped_norm = engine.step(lr)
         if engine.precision != "fp16":
             self.require_finite("gradient norm", stepped_norm)
         norm_value = stepped_norm if grad_norm is None else grad_norm
-        return UpdateReport(loss_mean, lr, norm_value, round(counts[0]), round(tokens), stop > 0, metrics)
+        return UpdateReport(step + 1, loss_mean, lr, norm_value, round(counts[0]), round(tokens), stop > 0, metrics)
 
     def require_finite(self, what: str, value: float | None) -> None:
         if value is not None and not math.isfinite(value):
@@ -154,84 +152,114 @@ class Trainer:
                 "the last checkpoint with a lower optim.lr, more warmup, a smaller max_grad_norm or cleaner data"
             )
 
-    def due(self, every: int | None) -> bool:
-        return every is not None and self.progress.step % every == 0
+    def due(self, every: int | None, *, since: int) -> bool:
+        """Whether a multiple of `every` was crossed after update `since`: a phase may have many updates."""
+        return every is not None and self.progress.step // every > max(since, 0) // every
+
+    def ended(self) -> bool:
+        return self.progress.step >= self.total_steps or self.out_of_patience()
 
     def out_of_patience(self) -> bool:
         patience = self.recipe.eval.patience
         return patience is not None and self.progress.worse_evaluations >= patience
 
-    def stop_reason(self) -> str:
-        reasons = [reason for reason in self.engine.gather_objects(self.stop.reason) if reason]
-        return reasons[0]
+    def anyone_asked_to_stop(self) -> bool:
+        """The same answer on every rank."""
+        return self.engine.all_sum(float(self.stop.requested())).item() > 0
 
-    def evaluate(self) -> bool:
-        """Score the validation rows, each once; True if the chosen metric is the best so far."""
+    def stop_reason(self) -> str:
+        """What the first rank that was asked to stop was asked by."""
+        return next((reason for reason in self.engine.gather_objects(self.stop.reason) if reason), "a stop request")
+
+    @property
+    def judge(self) -> Judge:
+        """What the best evaluation is judged by."""
+        rows = "" if self.validation is None else self.validation.identity
+        return Judge(self.recipe.eval.metric, self.recipe.eval.larger_is_better, rows)
+
+    def evaluate(self) -> None:
+        """Score the validation rows, each once. Abandoned, to be done again at a resume, if a stop is asked for."""
         if self.validation is None:
-            return False
+            return
         started, progress = time.perf_counter(), self.progress
-        metrics, samples = self.validation.score(self.engine, self.task)
+        found = self.validation.score(self.engine, self.task, self.stop.requested)
+        if found is None:
+            self.stop_agreed = True
+            return
+        metrics, samples = found
+        self.stop_agreed = self.stop_agreed or self.anyone_asked_to_stop()
         self.require_finite("validation loss", metrics["loss"])
-        if self.samples is not None:
-            for sample in samples:
-                self.samples.write({"step": progress.step, **sample})
+        for sample in samples if self.samples is not None else ():
+            assert self.samples is not None
+            self.samples.write({"step": progress.step, **sample})
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
-        progress.metrics = row
-        progress.first_metrics = progress.first_metrics or row
+        progress.metrics, progress.first_metrics = row, progress.first_metrics or row
         progress.evaluated_step = progress.step
-        return self.is_best(metrics)
+        if progress.judge(self.judge, row, metrics[self.recipe.eval.metric]) and self.recipe.save.best:
+            self.save_best()
 
-    def is_best(self, metrics: dict[str, float]) -> bool:
-        progress, value = self.progress, metrics[self.recipe.eval.metric]
-        if progress.step == 0:
-            return False  # weights that have not learned are no candidate: no checkpoint holds them
-        sign = 1 if self.recipe.eval.larger_is_better else -1
-        if progress.best is not None and not sign * value > sign * progress.best:
-            progress.worse_evaluations += 1
-            return False
-        progress.best, progress.best_step, progress.worse_evaluations = value, progress.step, 0
-        progress.best_metrics = progress.metrics
-        return True
+    def save_best(self) -> None:
+        """Bring the weights of the best evaluation into a checkpoint. Only a committed one counts as the best."""
+        best = self.progress.best
+        if self.saved_step != self.progress.step:
+            self.save(must=False, best=best)
+        elif best is not None:
+            self.progress.best_checkpoint = best
 
-    def save(self, *, must: bool) -> None:
-        """Commit a checkpoint. One that fails on the way does not end the run, unless it `must` succeed."""
+    def save(self, *, must: bool, best: Best | None = None) -> None:
+        """Commit a checkpoint. A failure does not end the run, unless the save `must` succeed.
+
+        best: the evaluation that makes this checkpoint the best one.
+        """
         step = self.progress.step
         if step == self.saved_step:
             return
         for sink in (*self.sinks, self.samples):
             if sink is not None:
                 sink.flush()
-        facts = {**self.facts, "progress": asdict(self.progress), "batches": self.batches.state_dict()}
+        progress = self.progress if best is None else replace(self.progress, best_checkpoint=best)
+        manifest = {**self.manifest, "progress": progress.to_dict(), "batches": self.batches.state_dict()}
         try:
-            self.checkpoints.commit(step, self.engine.save_state, facts, self.engine, self.engine.state_bytes())
+            self.checkpoints.commit(step, self.engine.save_state, manifest, self.engine, self.engine.state_bytes())
         except SaveError as error:
             if must:
                 raise
             if self.engine.is_main:
-                say(f"SAVE FAILED at step {step}, training goes on: {error}")
+                warn(f"SAVE FAILED at update {step}, training goes on: {error}")
             return
-        self.saved_step = step
+        self.progress, self.saved_step = progress, step
         if self.engine.is_main:
-            best = self.progress.best_step if self.recipe.save.best else None
-            self.checkpoints.retain(self.recipe.save.keep, best)
+            kept = progress.best_checkpoint if self.recipe.save.best else None
+            self.checkpoints.retain(self.recipe.save.keep, None if kept is None else kept.step)
         self.engine.barrier()
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a verified checkpoint."""
         self.engine.load_state(checkpoint.path)
         self.batches.load_state_dict(checkpoint.manifest["batches"])
-        self.progress = Progress(**checkpoint.manifest["progress"])
+        self.progress = RunProgress.from_dict(checkpoint.manifest["progress"])
         self.saved_step = checkpoint.step
         if self.progress.step != checkpoint.step:
-            raise CheckpointError(f"{checkpoint.path}: its manifest tells of step {self.progress.step}")
+            raise CheckpointError(f"{checkpoint.path}: its manifest is of update {self.progress.step}")
+        dropped = self.progress.forget_incomparable(self.judge)
+        if dropped is not None and self.engine.is_main:
+            say(
+                f"the best evaluation so far ({dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}) does "
+                "not count any more: eval.metric, eval.goal, eval.max_rows or the validation rows have changed"
+            )
+
+    def rehearse(self) -> None:
+        """Evaluate one micro-batch, generation included: what fails does so before training, and nothing is lost."""
+        if self.validation is not None:
+            self.validation.rehearse(self.engine, self.task, self.recipe.eval.metric)
 
     def log(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(row)
 
     def train_row(self, report: UpdateReport, seconds: float) -> dict[str, Any]:
-        row: dict[str, Any] = {"step": self.progress.step, "loss": report.loss, "lr": report.lr}
+        row: dict[str, Any] = {"step": report.step, "loss": report.loss, "lr": report.lr}
         if report.grad_norm is not None and math.isfinite(report.grad_norm):
             row["grad_norm"] = report.grad_norm
         elif report.grad_norm is not None:

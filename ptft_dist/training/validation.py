@@ -2,49 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ptft_dist.data.store import Store
 from ptft_dist.engine import Engine
-from ptft_dist.reporting.metrics import Averages
+from ptft_dist.errors import RecipeError
+from ptft_dist.reporting.messages import progress
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH, Batch, Collate, Task
+from ptft_dist.training.averages import Averages
 from ptft_dist.training.batches import Shape, micro_batch
 
+STOP_EVERY = 8
+"""Micro-batches between two looks at whether a rank was asked to stop: each look is a sum over ranks."""
 
+Scores = tuple[dict[str, float], list[dict[str, Any]]]
+"""Metrics, `loss` among them, and samples of what was predicted."""
+
+
+@dataclass
 class Validation:
     """This rank's share of the validation rows, in as many micro-batches as every other rank has."""
 
-    def __init__(self, store: Store, shape: Shape, collate: Collate, max_rows: int | None) -> None:
-        self.store, self.shape, self.collate = store, shape, collate
-        rows = np.arange(min(len(store), max_rows or len(store)))
-        self.parts = shape.split(store.lengths(rows))
+    store: Store
+    shape: Shape
+    collate: Collate
+    max_rows: int | None
+    data: str
+    """Identifies the prepared validation data."""
+
+    def __post_init__(self) -> None:
+        rows = np.arange(min(len(self.store), self.max_rows or len(self.store)))
+        self.identity = f"{self.data}, {len(rows)} rows"
+        self.parts = self.shape.split(self.store.lengths(rows))
         self.keys = np.stack([np.full_like(rows, EVALUATION_EPOCH), rows], axis=1)
 
-    def batches(self) -> Iterator[Batch]:
-        for part in self.parts:
+    def batches(self, parts: Sequence[list[np.ndarray]] | None = None) -> Iterator[Batch]:
+        for part in self.parts if parts is None else parts:
             yield micro_batch(self.store, self.keys[part[self.shape.rank]], self.keys[0], self.collate)
 
-    def score(self, engine: Engine, task: Task) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The task's metrics, `loss` among them, and samples of what it predicts; the same on every rank.
+    def score(self, engine: Engine, task: Task, stop: Callable[[], bool] = lambda: False) -> Scores | None:
+        """The task's scores, the same on every rank; None if a rank was asked to stop before the end.
 
         Averages come from sums over ranks; scores that are no averages (F1, correlations, BLEU) from all predictions,
-        brought together on rank 0.
+        gathered on rank 0.
         """
+        return self._score(engine, task, self.parts, stop)
+
+    def rehearse(self, engine: Engine, task: Task, metric: str) -> None:
+        """Score the smallest micro-batch, generation included. Raises RecipeError if the task has no such metric."""
+        found = self._score(engine, task, self.parts[-1:], lambda: False)
+        assert found is not None
+        if metric not in found[0]:
+            raise RecipeError(f"eval.metric: {metric!r} is none of: {', '.join(found[0])}")
+
+    def _score(
+        self, engine: Engine, task: Task, parts: Sequence[list[np.ndarray]], stop: Callable[[], bool]
+    ) -> Scores | None:
         averages, counts = Averages(), np.zeros(1)
         predictions: list[tuple[int, Any]] = []
-        with engine.evaluating():
-            for batch in self.batches():
+        with engine.evaluating(), progress("evaluating", len(parts), "micro-batches") as shown:
+            for i, batch in enumerate(self.batches(parts)):
+                if i % STOP_EVERY == STOP_EVERY - 1 and engine.all_sum(float(stop())).item() > 0:
+                    return None
                 loss_sum, metrics, output = engine.forward(task.evaluate, batch.inputs)
                 averages.add(loss_sum, metrics)
                 counts = counts + np.array(batch.counts)
                 if output is not None:
                     predictions += zip(batch.rows, task.predictions(output), strict=False)
+                shown.advance()
         numbers = engine.all_sum(*averages.sums(), *map(float, counts)).tolist()
         loss, others = averages.read(numbers[: -len(counts)], numbers[-len(counts) :])
-        scores: tuple[dict[str, float], list[dict[str, Any]]] = ({}, [])
+        scores: Scores = ({}, [])
         gathered = engine.gather_on_main(predictions)
         if engine.is_main:
             found = {row: prediction for part in gathered for row, prediction in part}

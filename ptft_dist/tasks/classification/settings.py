@@ -57,3 +57,9 @@ class ClassificationSettings(LabelledText):
     @property
     def added_tokens(self) -> tuple[str, ...]:
         return ENTITY_MARKERS if self.entities else ()
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        averages = ("micro", "macro", "weighted") if self.multi_label else ("macro", "weighted")
+        scores = [f"{score}_{average}" for average in averages for score in ("precision", "recall", "f1")]
+        return "loss", "accuracy", *scores, *(() if self.multi_label else ("mcc",))

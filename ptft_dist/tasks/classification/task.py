@@ -8,37 +8,28 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.scores.labels import classification_scores, multi_label_scores
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut
+from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
 
 
 class Classification(LabelledTextTask):
     """Rows of token ids in; the summed cross-entropy of labels out, or of each label's yes or no (multi_label)."""
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
-    ) -> None:
-        super().__init__(recipe, tokenizer, device, facts)
-        self.settings, self.labels = recipe.classification, list(facts["labels"])
-        self.weights = label_weights(recipe, facts)  # fp32 [labels], or None
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.labels = list(setup.survey["labels"])
+        self.weights = label_weights(setup)  # fp32 [labels], or None
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
-        averages = ("micro", "macro", "weighted") if recipe.classification.multi_label else ("macro", "weighted")
-        scores = [f"{score}_{average}" for average in averages for score in ("precision", "recall", "f1")]
-        return "loss", "accuracy", *scores, *(() if recipe.classification.multi_label else ("mcc",))
-
-    @classmethod
-    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:
-        label_weights(recipe, facts)  # is there a mistake?
-        labels = facts["labels"]
-        kind = "multi_label_classification" if recipe.classification.multi_label else "single_label_classification"
+    def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:
+        label_weights(setup)  # raises RecipeError for weights that cannot be
+        labels = setup.survey["labels"]
+        kind = "multi_label_classification" if setup.settings.multi_label else "single_label_classification"
         return {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
@@ -85,8 +76,8 @@ class Classification(LabelledTextTask):
             )
             return (each * there).sum(), there.sum()
         loss_sum = weighted_cross_entropy(logits, targets, weights, self.settings.label_smoothing)
-        there = targets[targets != IGNORE]
-        return loss_sum, torch.tensor(len(there)) if weights is None else weights[there].sum()
+        there = targets != IGNORE
+        return loss_sum, there.sum() if weights is None else (weights[targets.clamp(min=0)] * there).sum()
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         return {"loss": totals["loss"]}
@@ -112,14 +103,15 @@ def weighted_cross_entropy(
     return F.cross_entropy(logits, targets, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
 
 
-def label_weights(recipe: Recipe, facts: Mapping[str, Any]) -> torch.Tensor | None:
+def label_weights(setup: TaskSetup) -> torch.Tensor | None:
     """fp32 [labels]. Balanced, as scikit-learn has it: rows / (labels x rows of the label); for yes-or-no decisions
     the weight of a yes: rows without the label / rows with it.
 
     Raises:
         RecipeError: the weights are not those of the data's labels, or a label cannot be balanced.
     """
-    settings, labels = recipe.classification, facts["labels"]
+    settings, survey = setup.settings, setup.survey
+    labels = survey["labels"]
     if settings.class_weights is None:
         return None
     if settings.class_weights != "balanced":
@@ -129,14 +121,14 @@ def label_weights(recipe: Recipe, facts: Mapping[str, Any]) -> torch.Tensor | No
                 f"weight, and no other; what differs: {', '.join(strange)}"
             )
         return torch.tensor([settings.class_weights[label] for label in labels], dtype=torch.float32)
-    for label, frequency in zip(labels, facts["frequencies"], strict=True):
-        everywhere = settings.multi_label and frequency == facts["rows"]
+    for label, frequency in zip(labels, survey["frequencies"], strict=True):
+        everywhere = settings.multi_label and frequency == survey["rows"]
         if not frequency or everywhere:
             raise RecipeError(
                 f"classification.class_weights: balanced; {'every' if everywhere else 'no'} training row has the label "
                 f"{label!r}. Give the weights by name, or leave the label out."
             )
-    frequencies = torch.tensor(facts["frequencies"], dtype=torch.float64)
+    frequencies = torch.tensor(survey["frequencies"], dtype=torch.float64)
     if settings.multi_label:
-        return ((facts["rows"] - frequencies) / frequencies).float()
+        return ((survey["rows"] - frequencies) / frequencies).float()
     return (frequencies.sum() / (len(frequencies) * frequencies)).float()

@@ -22,3 +22,7 @@ class ClmSettings(DocumentSettings):
     @property
     def boundaries(self) -> tuple[str | None, str]:
         return "bos" if self.bos else None, "eos"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "perplexity"

@@ -1,8 +1,7 @@
-"""Learning from a teacher: the task's own loss, and how far the student's probabilities are from the teacher's."""
+"""Learning from a teacher: the task's own loss, and the divergence from the teacher's probabilities."""
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,14 +13,26 @@ from transformers import PreTrainedModel
 
 from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.data.store import Row
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, Probe, Task
+from ptft_dist.data.tokenizer import load_tokenizer
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, Probe, Task, TaskSetup
 
-METRICS = ("hard_loss", "divergence")
+
+class Teacher(Protocol):
+    """A network that is read and not trained, placed by the engine; it may be sharded over ranks."""
+
+    def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+        """call(network, inputs), without gradients."""
 
 
 class Distillable(Task, Protocol):
     """A task that chooses from a fixed list: tokens, or labels."""
 
+    setup: TaskSetup
+    network: NetworkFacts
+    fused: bool
     pad_id: int
     has_types: bool
     takes_positions: bool
@@ -30,60 +41,77 @@ class Distillable(Task, Protocol):
         """Logits [..., C] and targets: ids [...], -100 where there is none, or a yes or no for each choice [..., C]."""
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The task's loss, summed, and what it is averaged over."""
+        """The task's loss, summed, and its count."""
 
 
 class Distillation:
-    """A task with a teacher. Both losses are averaged, each over its own count: as the task does, and over all choices
-    made. Everything else is the task's own."""
+    """A task with a teacher. Each of the two losses is averaged over its own count: as the task does, and over all
+    choices made. Everything else is the task's own."""
 
-    def __init__(
-        self, task: Distillable, settings: DistillationSettings, teacher: PreTrainedModel, order: Sequence[int]
-    ) -> None:
-        """teacher: frozen, in evaluation mode, on the device. order: which of the teacher's logits belongs to each of
-        the student's choices."""
-        self.task, self.settings, self.teacher = task, settings, teacher
-        self.auto_class = task.auto_class
-        self.order = torch.tensor(list(order), device=teacher.device)
+    def __init__(self, task: Distillable, settings: DistillationSettings, order: Sequence[int]) -> None:
+        """order: which of the teacher's logits belongs to each of the student's choices, from `teacher_order`.
+
+        Raises:
+            RecipeError: the load balancing loss of the student's experts would be lost.
+        """
+        self.task, self.settings, self.auto_class = task, settings, task.auto_class
+        self.order = torch.tensor(list(order))
+        if task.network.router_loss_weight and hasattr(task, "balances_experts"):
+            raise RecipeError(
+                "distillation: the load balancing loss of a mixture-of-experts student is not added here. Set "
+                "model.config.router_aux_loss_coef: 0 to do without it"
+            )
+        task.fused = False
+        self.teacher: Teacher | None = None
+        self.teacher_has_types = False
+
+    def adopt(self, teacher: Teacher, network: NetworkFacts) -> None:
+        """Take the teacher, after the engine has placed it. network: the facts of the teacher."""
+        self.teacher, self.teacher_has_types = teacher, network.has_token_types
+        self.student_has_types = self.task.network.has_token_types
+        if self.teacher_has_types:
+            self.task.has_types = True  # what the student does not know is kept from it below
+        if not network.takes("logits_to_keep"):
+            self.task.takes_positions = False  # both must give logits at the same positions
+
+    def prepare_teacher(self, model: PreTrainedModel) -> None:
+        """The teacher reads the same rows, so it must know their padding."""
+        for config in (model.config, model.config.get_text_config()):
+            config.pad_token_id = self.task.pad_id
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
         batch = self.task.collate(rows, keys)
-        return replace(batch, more_counts=(float(chosen(batch.inputs["targets"]).sum()),))
+        return replace(batch, more_counts=(float(has_choice(batch.inputs["targets"]).sum()),))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """loss_sum [2]: (1 - hard) and hard shares included."""
-        logits, targets = self.task.choices(model, inputs_of(model, inputs))
-        with torch.no_grad():
-            theirs, _ = self.task.choices(self.teacher, inputs_of(self.teacher, inputs))
+        """loss_sum [2]: the shares of the task's loss and of the divergence included."""
+        assert self.teacher is not None
+        logits, targets = self.task.choices(model, self._inputs_of_student(inputs))
+        theirs, _ = self.teacher.forward(self.task.choices, _without_types(inputs, self.teacher_has_types))
         hard_sum, hard_count = self.task.loss_of(logits, targets)
-        there = chosen(targets)
-        ours, theirs = logits[..., : len(self.order)].float(), theirs.float().index_select(-1, self.order)
+        order = self.order.to(logits.device)
+        ours, theirs = logits[..., : len(order)].float(), theirs.float().index_select(-1, order)
+        counted = has_choice(targets)
         if targets.is_floating_point():  # each label is a choice of its own, between no (0) and yes (its logit)
             ours, theirs = (torch.stack([torch.zeros_like(x), x], -1) for x in (ours, theirs))
-        distance = divergence(ours[there], theirs[there], self.settings).sum()
+        distance = divergence(ours, theirs, self.settings).masked_fill(~counted, 0.0).sum()
         share, square = self.settings.hard, self.settings.temperature**2
-        metrics = {"hard_loss": (hard_sum.detach(), hard_count), "divergence": (distance.detach(), there.sum())}
+        metrics = {"hard_loss": (hard_sum.detach(), hard_count), "divergence": (distance.detach(), counted.sum())}
         return LossOut(torch.stack([share * hard_sum, (1 - share) * square * distance]), metrics)
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        own, with_teacher = self.task.evaluate(model, inputs_of(model, inputs)), self.loss(model, inputs)
+        own, with_teacher = self.task.evaluate(model, self._inputs_of_student(inputs)), self.loss(model, inputs)
         return LossOut(with_teacher.loss_sum, {**own.metrics, **with_teacher.metrics}, own.predictions)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """What the task makes of its own loss, and both losses."""
-        own = {key: value for key, value in totals.items() if key not in METRICS}
-        seen = self.task.eval_metrics({**own, "loss": totals["hard_loss"]})
-        return {**seen, "loss": totals["loss"], **{name: totals[name] for name in METRICS}}
+        names = self.settings.metric_names
+        own = {key: value for key, value in totals.items() if key not in names}
+        shown = self.task.eval_metrics({**own, "loss": totals["hard_loss"]})
+        return {**shown, "loss": totals["loss"], **{name: totals[name] for name in names}}
 
-    def install(self, model: PreTrainedModel) -> None:
-        """The student as the task wants it; the teacher reads the same rows, so it must know their padding too."""
-        self.task.install(model)
-        for config in (self.teacher.config, self.teacher.config.get_text_config()):
-            config.pad_token_id = self.task.pad_id
-        if tells_types_apart(self.teacher):
-            self.task.has_types = True  # what the student does not know is kept from it below
-        if "logits_to_keep" not in inspect.signature(self.teacher.forward).parameters:
-            self.task.takes_positions = False  # both must give logits at the same positions
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        self.task.prepare_network(model)
 
     def probe(self) -> Probe | None:
         return self.task.probe()
@@ -96,24 +124,22 @@ class Distillation:
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return self.task.scores(predictions, row)
 
-
-def tells_types_apart(model: Any) -> bool:
-    """Whether the network knows which of two texts a token belongs to."""
-    return (getattr(model.config, "type_vocab_size", None) or 0) > 1
+    def _inputs_of_student(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return _without_types(inputs, self.student_has_types)
 
 
-def inputs_of(model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What this network takes of them: student and teacher may differ in token types."""
-    return {key: x for key, x in inputs.items() if key != "token_type_ids" or tells_types_apart(model)}
+def _without_types(inputs: dict[str, torch.Tensor], has_types: bool) -> dict[str, torch.Tensor]:
+    """Student and teacher may differ in token types."""
+    return {key: x for key, x in inputs.items() if key != "token_type_ids" or has_types}
 
 
-def chosen(targets: torch.Tensor) -> torch.Tensor:
+def has_choice(targets: torch.Tensor) -> torch.Tensor:
     """Where a choice is made: bool, the shape of `targets`."""
     return ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
 
 
 def divergence(ours: torch.Tensor, theirs: torch.Tensor, settings: DistillationSettings) -> torch.Tensor:
-    """How far the student's probabilities are from the teacher's, both given as logits [N, C]: nats [N].
+    """The divergence of the student's probabilities from the teacher's, both given as logits [..., C]: nats [...].
 
     The generalised Jensen-Shannon divergence (Agarwal et al. 2024, "GKD", equation 1) is beta KL(teacher || m) +
     (1 - beta) KL(student || m), where m = beta teacher + (1 - beta) student.
@@ -130,5 +156,54 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor, settings: DistillationS
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of log-probabilities [N, C]: [N]."""
+    """KL(p || q) of log-probabilities [..., C]: [...]."""
     return (p.exp() * (p - q)).sum(-1)
+
+
+def teacher_order(setup: TaskSetup, source: FrozenSource) -> list[int]:
+    """Which of the teacher's logits belongs to each token of the tokenizer, or to each label of the data.
+
+    Raises:
+        RecipeError: the student gives no logits, or the teacher has another vocabulary, other labels or too few
+            positions.
+    """
+    if getattr(setup.settings, "head", None) == "fused":
+        raise RecipeError(
+            f"{setup.name}.head: fused makes no logits, which distillation needs; leave it out, or set logits"
+        )
+    _check_vocabulary(setup, source)
+    check_positions(setup, source)
+    if "labels" in setup.survey:
+        theirs = source.config().label2id or {}
+        absent = [label for label in setup.survey["labels"] if label not in theirs]
+        if absent:
+            raise RecipeError(
+                f"{source.key}: {source.path} has the labels {', '.join(theirs)}, but not {', '.join(absent)}. A "
+                "teacher must know the labels of the data."
+            )
+        return [int(theirs[label]) for label in setup.survey["labels"]]
+    return list(range(max(setup.tokenizer.get_vocab().values()) + 1))
+
+
+def check_positions(setup: TaskSetup, source: FrozenSource) -> None:
+    """Raises RecipeError if the rows are longer than the teacher's positions."""
+    positions = getattr(source.config().get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < setup.max_length:
+        raise RecipeError(
+            f"{source.key}: {source.path} has {positions} positions, and rows have up to {setup.max_length} tokens "
+            "(data.max_length). Lower data.max_length, or use another teacher"
+        )
+
+
+def _check_vocabulary(setup: TaskSetup, source: FrozenSource) -> None:
+    """The teacher reads the student's token ids. Raises RecipeError if they mean something else to it."""
+    try:
+        theirs = load_tokenizer(source.path, revision=source.section.revision).get_vocab()
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("tokenizer.path", source.key, 1)) from None
+    ours = setup.tokenizer.get_vocab()
+    if different := {token for token, i in ours.items() if theirs.get(token) != i}:
+        raise RecipeError(
+            f"{source.key}: {source.path} has another vocabulary ({len(different):,} of {len(ours):,} tokens have "
+            "another id or none there). Teacher and student must share their tokenizer: set tokenizer.path to it."
+        )

@@ -16,7 +16,7 @@ from ptft_dist.tasks.common.generation_settings import GenerationSettings
 from ptft_dist.tasks.common.scores.text import text_scores
 
 
-def write(
+def generate(
     model: Any, inputs: Mapping[str, torch.Tensor], settings: GenerationSettings, *, pad_id: int, eos_ids: Sequence[int]
 ) -> torch.Tensor:
     """What the network writes for each row, likeliest token by likeliest token or by beam search.
@@ -51,7 +51,7 @@ def write(
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (1: a token), int64 [B, T], T a multiple of `multiple`: prompts for `write`."""
+    """input_ids and attention_mask (1: a token), int64 [B, T], T a multiple of `multiple`: prompts for `generate`."""
     width = -(-max(map(len, prompts)) // multiple) * multiple
     ids = np.full((len(prompts), width), pad_id, np.int64)
     mask = np.zeros((len(prompts), width), np.int64)
@@ -61,7 +61,7 @@ def left_padded(prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -
     return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
 
-def written_scores(
+def generation_scores(
     tokenizer: PreTrainedTokenizerBase,
     settings: GenerationSettings,
     predictions: Mapping[int, list[int]],

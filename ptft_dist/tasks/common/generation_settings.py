@@ -8,6 +8,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from ptft_dist.config.section import Section, only_with
 
+ROUGE = ("rouge1", "rouge2", "rougeL")
+
 
 class GenerationSettings(Section):
     """Let the network write, at every evaluation, and compare with the reference."""
@@ -29,3 +31,8 @@ class GenerationSettings(Section):
         if not self.metrics and not self.show:
             raise ValueError("generation has no effect here: no metrics, and nothing to show")
         return self
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The keys of `scores.text.text_scores`."""
+        return tuple(name for metric in self.metrics for name in (ROUGE if metric == "rouge" else (metric,)))

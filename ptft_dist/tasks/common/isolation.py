@@ -67,15 +67,16 @@ class IsolationProbe:
 
 
 def probe_rows(vocab_size: int, *, isolated: bool) -> list[Row]:
-    """Rows of two documents: first + second, third + second, second + first."""
+    """Four rows of two documents: first + second, third + second, second + first, second + third."""
     generator = torch.Generator().manual_seed(0)
     first, second, third = torch.randint(vocab_size, (3, PROBE_LENGTH), generator=generator)
     starts = np.array([0, PROBE_LENGTH] if isolated else [0])
-    return [Row(torch.cat(pair).numpy(), starts) for pair in [(first, second), (third, second), (second, first)]]
+    pairs = [(first, second), (third, second), (second, first), (second, third)]
+    return [Row(torch.cat(pair).numpy(), starts) for pair in pairs]
 
 
 def check_isolation(outputs: torch.Tensor, spread: float, section: str) -> None:
-    """outputs [3, T, ...] for probe_rows; spread: their standard deviation. Raises RecipeError if a document leaks."""
+    """outputs [4, T, ...] for probe_rows; spread: their standard deviation. Raises RecipeError if a document leaks."""
     n = PROBE_LENGTH
     behind_first, behind_third, alone = outputs[0, n:], outputs[1, n:], outputs[2, :n]
     leak = (behind_first - behind_third).abs().max().item()

@@ -1,17 +1,18 @@
-"""What classification and regression of texts share: how rows become batches."""
+"""What tasks with labelled texts share: how texts become batches, and whether a network ignores padding."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.losses import network_inputs
 from ptft_dist.tasks.common.padding import pad, pad_multiple
 from ptft_dist.tasks.common.padding_probe import (
     LONG,
@@ -22,52 +23,48 @@ from ptft_dist.tasks.common.padding_probe import (
     PaddingProbe,
     refuse_known,
 )
-from ptft_dist.tasks.protocol import BaseTask
+from ptft_dist.tasks.protocol import BaseTask, TaskSetup
 
 
 class LabelledTextTask(BaseTask):
+    """Token ids, attention mask and token types of a text or a pair of texts."""
+
     auto_class: Any = AutoModelForSequenceClassification
     texts = 1  # of a row, for the probe
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
-    ) -> None:
-        self.recipe, self.facts, self.tokenizer = recipe, facts, tokenizer
-        if tokenizer.pad_token_id is None:  # the rows' encoder has seen to an EOS; the exported tokenizer pads so too
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        """Raises RecipeError if the network does not go with the tokenizer."""
+        super().__init__(setup, network, device)
+        tokenizer = self.tokenizer
+        if tokenizer.pad_token_id is None:  # the encoder has checked that there is an EOS; the export pads so too
             tokenizer.pad_token = tokenizer.eos_token
         self.pad_id = int(tokenizer.pad_token_id)
-        self.last_id = tokenizer("a").input_ids[-1]
         self.pad_multiple = pad_multiple(device)
-        self.has_types = False
-
-    def install(self, model: PreTrainedModel) -> None:
-        """Token types are given to networks that tell them apart, and then by the exported tokenizer too. Decoders read
-        the last token that is not padding, so they must know the padding of these rows.
-
-        Raises:
-            RecipeError: the network does not go with the tokenizer.
-        """
-        config = model.config
-        refuse_known(config)
-        self.has_types = (getattr(config, "type_vocab_size", None) or 0) > 1
-        if self.has_types and "token_type_ids" not in self.tokenizer.model_input_names:
-            names = ["input_ids", "token_type_ids", "attention_mask"]
-            self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
-        counted_from = [
-            module.padding_idx
-            for name, module in model.named_modules()
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        ]
-        if counted_from and counted_from[0] != self.pad_id:
+        self.has_types = network.has_token_types
+        if network.position_padding_id not in (None, self.pad_id):
             raise RecipeError(
-                f"tokenizer: its PAD token is {self.pad_id}, the network's {counted_from[0]}, and this network counts "
-                "positions by it. Use the tokenizer that belongs to the network, or leave model.config.pad_token_id out"
+                f"tokenizer: its PAD token is {self.pad_id}, the network's {network.position_padding_id}, and this "
+                "network counts positions by it. Use the tokenizer that belongs to the network, or leave "
+                "model.config.pad_token_id out"
             )
-        if config.is_encoder_decoder and self.last_id != config.eos_token_id:
+
+    @classmethod
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
+        """Raises RecipeError for a network that reads padding, or an encoder-decoder whose texts do not end in EOS."""
+        refuse_known(config)
+        if config.is_encoder_decoder and setup.tokenizer("a").input_ids[-1] != config.eos_token_id:
             raise RecipeError(
                 f"tokenizer: {config.model_type} reads a text's meaning at its EOS token, and this tokenizer puts none "
                 "at the end. Use the tokenizer that belongs to the network, or another network"
             )
+
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        """Decoders read the last token that is not padding, so they must know the padding token. The exported tokenizer
+        gives token types to networks that tell them apart."""
+        config = model.config
+        if self.has_types and "token_type_ids" not in self.tokenizer.model_input_names:
+            names = ["input_ids", "token_type_ids", "attention_mask"]
+            self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = self.pad_id  # as T5's own
         config.get_text_config().pad_token_id = config.pad_token_id = self.pad_id
@@ -85,11 +82,11 @@ class LabelledTextTask(BaseTask):
     @staticmethod
     def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """fp32 [B, labels]."""
-        logits: torch.Tensor = model(**{k: x for k, x in inputs.items() if not k.startswith("targets")}).logits
+        logits: torch.Tensor = model(**network_inputs(inputs)).logits
         return logits.float()
 
     def probed(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """What must not depend on padding: [B, labels], or [B, T, labels]."""
+        """The outputs that must not depend on padding: [B, labels], or [B, T, labels]."""
         return self.logits(model, inputs)
 
     def probe(self) -> PaddingProbe:
@@ -98,7 +95,7 @@ class LabelledTextTask(BaseTask):
             self.probed,
             self.text_inputs([*rows, self.probe_row(ROWS, LONG)]),
             self.text_inputs(rows)["input_ids"].shape[1],
-            TOLERANCE if self.recipe.train.precision == "fp32" else TOLERANCE_16_BITS,
+            TOLERANCE if self.setup.precision == "fp32" else TOLERANCE_16_BITS,
         )
 
     def probe_row(self, number: int, length: int) -> Row:
@@ -107,7 +104,7 @@ class LabelledTextTask(BaseTask):
         frame, types = np.array(encoding.input_ids), np.array(encoding.get("token_type_ids", encoding.attention_mask))
         text = sorted(set(self.tokenizer.get_vocab().values()) - {*self.tokenizer.all_special_ids, self.pad_id})
         place = int(np.flatnonzero(np.isin(frame, text))[-1])
-        count = max(0, min(length, self.recipe.data.max_length) - len(frame))
+        count = max(0, min(length, self.setup.max_length) - len(frame))
         ids = np.insert(frame, place, np.random.default_rng(number).choice(text, count))
         types = np.insert(types, place, np.full(count, types[place])) * self.has_types
         return Row(ids, np.zeros(1, np.int64), {"token_type_ids": types})

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 
 def pad(rows: Sequence[np.ndarray], value: float, multiple: int = 1) -> torch.Tensor:
-    """Arrays of different lengths, filled up on the right: [B, T], T a multiple of `multiple`."""
-    width = -(-max(map(len, rows)) // multiple) * multiple
+    """Arrays of different lengths, padded on the right: [B, T], T a multiple of `multiple`."""
+    width = padded_width(map(len, rows), multiple)
     padded = np.full((len(rows), width), value, rows[0].dtype)
     for i, row in enumerate(rows):
         padded[i, : len(row)] = row
     return torch.from_numpy(padded)
 
 
+def padded_width(lengths: Iterable[int], multiple: int) -> int:
+    """The longest length, rounded up to a multiple of `multiple`."""
+    return -(-max(lengths) // multiple) * multiple
+
+
 def pad_multiple(device: torch.device) -> int:
     """Tensor cores want multiples of 8."""
     return 1 if device.type == "cpu" else 8
+
+
+def pad_id(pad_token_id: int | None) -> int:
+    """The token that fills rows in tasks where nothing sees the padding and it carries no label: any id will do."""
+    return 0 if pad_token_id is None else int(pad_token_id)

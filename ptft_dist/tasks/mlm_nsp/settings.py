@@ -31,3 +31,7 @@ class MlmNspSettings(Masking):
     @property
     def _name(self) -> str:
         return "mlm_nsp"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "perplexity"

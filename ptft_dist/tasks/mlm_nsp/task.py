@@ -8,35 +8,31 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForPreTraining, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForPreTraining, PretrainedConfig
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.losses import POSITIONS, loss_at_positions, network_inputs, perplexity
+from ptft_dist.tasks.common.masked_rows import MaskedRows
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.common.padding_probe import refuse_known
-from ptft_dist.tasks.mlm.task import MaskedLM, perplexity, summed_loss
-from ptft_dist.tasks.protocol import Batch, LossOut
+from ptft_dist.tasks.protocol import BaseTask, Batch, LossOut, TaskSetup
 
 
-class MaskedLMWithPairs(MaskedLM):
+class MaskedLMWithPairs(BaseTask):
     """Rows [CLS] A [SEP] B [SEP] in; two sums out: the cross-entropy of the chosen tokens, and that of the pairs."""
 
     auto_class = AutoModelForPreTraining
 
-    @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
-        return "loss", "mlm_loss", "nsp_loss", "mlm_accuracy", "nsp_accuracy", "perplexity"
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.rows = MaskedRows(setup, network, device)
 
     @classmethod
-    def fit_config(
-        cls,
-        recipe: Recipe,  # noqa: ARG003
-        config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG003
-    ) -> None:
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:  # noqa: ARG003
         networks: Any = AutoModelForPreTraining._model_mapping
-        if type(config) not in networks or not _takes_pairs(networks[type(config)]):
+        if type(config) not in networks or not _has_pair_head(networks[type(config)]):
             raise RecipeError(
                 f"model: task mlm_nsp needs a network with a head for pairs of segments (bert, ernie, megatron-bert, "
                 f"mobilebert, fnet); a {config.model_type} has none: train it with task: mlm"
@@ -44,9 +40,9 @@ class MaskedLMWithPairs(MaskedLM):
         refuse_known(config)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
-        """As masked language modelling, with token_type_ids [B, T] (1: the second segment) and targets_next [B] (0: it
+        """As MaskedRows.collate, with token_type_ids [B, T] (1: the second segment) and targets_next [B] (0: it
         follows the first, 1: it is from elsewhere)."""
-        batch = super().collate(rows, keys)
+        batch = self.rows.collate(rows, keys)
         types, width = pad([row.columns["token_type_ids"] for row in rows], 0), batch.inputs["input_ids"].shape[1]
         inputs = {
             **batch.inputs,
@@ -57,9 +53,11 @@ class MaskedLMWithPairs(MaskedLM):
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """loss_sum [2]: over the chosen tokens, and over the pairs."""
-        output = model(**{key: x for key, x in inputs.items() if not key.startswith("targets")})
-        tokens, right_tokens, token_count = summed_loss(output.prediction_logits, inputs["targets"])
-        pairs, right_pairs, pair_count = summed_loss(output.seq_relationship_logits, inputs["targets_next"])
+        output = model(**network_inputs(inputs))
+        tokens, right_tokens, token_count = loss_at_positions(
+            output.prediction_logits, inputs["targets"], inputs[POSITIONS]
+        )
+        pairs, right_pairs, pair_count = loss_at_positions(output.seq_relationship_logits, inputs["targets_next"])
         metrics = {
             "mlm_loss": (tokens.detach(), token_count),
             "nsp_loss": (pairs.detach(), pair_count),
@@ -73,5 +71,5 @@ class MaskedLMWithPairs(MaskedLM):
         return {**totals, "perplexity": perplexity(totals["mlm_loss"])}
 
 
-def _takes_pairs(network: type[torch.nn.Module]) -> bool:
+def _has_pair_head(network: type[torch.nn.Module]) -> bool:
     return "next_sentence_label" in inspect.signature(network.forward).parameters

@@ -26,3 +26,7 @@ class PlmSettings(DocumentSettings):
     @property
     def special_tokens(self) -> tuple[str, ...]:
         return "eos", "cls", "sep", "mask", "pad"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "perplexity", "accuracy"

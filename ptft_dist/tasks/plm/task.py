@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    XLNetConfig,
-)
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, XLNetConfig
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.common.padding import pad_multiple
-from ptft_dist.tasks.mlm.task import perplexity, summed_loss
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.losses import POSITIONS, loss_at_positions, network_inputs, perplexity, target_positions
+from ptft_dist.tasks.common.padding import pad_id, pad_multiple, padded_width
 from ptft_dist.tasks.plm.settings import PlmSettings
-from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut
+from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 
 
 class PermutedLM(BaseTask):
@@ -29,29 +22,13 @@ class PermutedLM(BaseTask):
 
     auto_class = AutoModelForCausalLM
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        facts: Mapping[str, Any] | None = None,  # noqa: ARG002
-    ) -> None:
-        self.seed, self.settings = recipe.train.seed, recipe.plm
-        self.pad_id = 0 if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-        self.special_ids = np.array(sorted(tokenizer.all_special_ids))
-        self.pad_multiple = pad_multiple(device)
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.pad_id, self.pad_multiple = pad_id(self.tokenizer.pad_token_id), pad_multiple(device)
+        self.special_ids = np.array(sorted(self.tokenizer.all_special_ids))
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
-        return "loss", "perplexity", "accuracy"
-
-    @classmethod
-    def fit_config(
-        cls,
-        recipe: Recipe,  # noqa: ARG003
-        config: PretrainedConfig,
-        tokenizer: PreTrainedTokenizerBase,  # noqa: ARG003
-    ) -> None:
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:  # noqa: ARG003
         if not isinstance(config, XLNetConfig):
             raise RecipeError(
                 f"model: task plm needs the two streams of attention that XLNet has (model_type: xlnet), and a "
@@ -60,22 +37,22 @@ class PermutedLM(BaseTask):
         if config.attn_type != "bi" or config.bi_data:
             raise RecipeError("model: task plm needs attn_type: bi and bi_data: false in the network's config")
 
-    def install(self, model: PreTrainedModel) -> None:
-        """Documents have one segment. The same number is then added to all scores of a query, which moves no
-        probability: the weights for segments get no gradient, and DDP would wait for one."""
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        """Freeze the weights for segments. Documents have one segment, so these weights add the same number to all
+        scores of a query, which moves no probability: they get no gradient, and DDP would wait for one."""
         for name, parameter in model.named_parameters():
             if name.endswith(("seg_embed", "r_s_bias")):
                 parameter.requires_grad_(False)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
-        """input_ids [B, T], none of them hidden: who sees what is perm_mask's business.
+        """input_ids [B, T], none of them masked: perm_mask says which token sees which.
 
         attention_mask [B, T]: 1 for a token; perm_mask [B, T, T]: 1 where i must not see j; target_mapping [B, P, T]:
-        1 where prediction p is that of token j; targets [B, P]: its id, else -100. All but ids are fp32. The choice
-        and the order are a pure function of (seed, epoch, row).
+        1 where prediction p is that of token j; targets [B, P]: its id, else -100; target_positions. Masks and mapping
+        are fp32. The choice and the order are a pure function of (seed, epoch, row).
         """
         drawn = [self.draw(row, key) for row, key in zip(rows, keys, strict=True)]
-        width = -(-max(len(row.input_ids) for row in rows) // self.pad_multiple) * self.pad_multiple
+        width = padded_width((len(row.input_ids) for row in rows), self.pad_multiple)
         predictions = max(1, *(int(chosen.sum()) for chosen, _ in drawn))
         input_ids = np.full((len(rows), width), self.pad_id, np.int64)
         attention_mask = np.zeros((len(rows), width), np.float32)
@@ -96,17 +73,18 @@ class PermutedLM(BaseTask):
             "targets": targets,
         }
         tensors = {name: torch.from_numpy(values) for name, values in inputs.items()}
+        tensors[POSITIONS] = target_positions(targets)
         return Batch(tensors, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
     def draw(self, row: Row, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens of a row are predicted, bool [T], and each token's place in the order, int64 [T]."""
-        random = np.random.default_rng((self.seed, *key))
+        random = np.random.default_rng((self.setup.seed, *key))
         chosen = choose_spans(np.isin(row.input_ids, self.special_ids), self.settings, random)
         return chosen, random.permutation(len(row.input_ids))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        plain = {key: x for key, x in inputs.items() if key != "targets"}
-        loss_sum, right, count = summed_loss(model(**plain, use_mems=False).logits, inputs["targets"])
+        logits = model(**network_inputs(inputs), use_mems=False).logits
+        loss_sum, right, count = loss_at_positions(logits, inputs["targets"], inputs[POSITIONS])
         return LossOut(loss_sum, {"accuracy": (right, count)})
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
@@ -132,10 +110,10 @@ def choose_spans(special: np.ndarray, settings: PlmSettings, random: np.random.G
 
 
 def hidden(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """What must not be seen: bool [T, T], whether token j is hidden from i.
+    """Whether token j is hidden from token i: bool [T, T].
 
-    All see the tokens that are not chosen. A chosen one is seen by those chosen ones that come later in the order, so
-    not by itself; the network adds a token's own content where it stands for others.
+    All tokens see the tokens that are not chosen. A chosen token is seen by the chosen tokens later in the order, and
+    not by itself; the network adds a token's own content in its content stream.
     """
     rank = np.where(chosen, order, -1)
     return (rank[:, None] <= rank[None, :]) & chosen[None, :]

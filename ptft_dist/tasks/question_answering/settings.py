@@ -33,3 +33,7 @@ class QuestionAnsweringSettings(TaskSettings):
     @property
     def special_tokens(self) -> tuple[str, ...]:
         return "cls", "sep", "mask", "pad"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "exact_match", "f1"

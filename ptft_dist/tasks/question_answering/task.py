@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
+from transformers import AutoModelForQuestionAnswering
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.scores.spans import span_scores
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut
+from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
 
 
 class QuestionAnswering(LabelledTextTask):
@@ -28,24 +28,17 @@ class QuestionAnswering(LabelledTextTask):
     auto_class = AutoModelForQuestionAnswering
     texts = 2
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
-    ) -> None:
-        super().__init__(recipe, tokenizer, device, facts)
-        self.settings, self.cls_id = recipe.question_answering, tokenizer.cls_token_id
-        self.may_decline = facts["unanswerable"] > 0
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.cls_id, self.may_decline = self.tokenizer.cls_token_id, setup.survey["unanswerable"] > 0
         if self.settings.no_answer_margin and not self.may_decline:
             raise RecipeError(
-                "question_answering.no_answer_margin has no effect here: every training row has an answer, so there "
-                "always is one"
+                "question_answering.no_answer_margin has no effect here: every training row has an answer, so an "
+                "answer is always predicted"
             )
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
-        return "loss", "exact_match", "f1"
-
-    @classmethod
-    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+    def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:  # noqa: ARG003
         return {"num_labels": 2}  # the score of a beginning, and that of an end
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002

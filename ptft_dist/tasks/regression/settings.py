@@ -14,3 +14,7 @@ class RegressionSettings(LabelledText):
 
     loss: Literal["mse", "mae", "huber"] = "mse"
     """The mean squared, absolute, or Huber's error."""
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "pearson", "spearman", "mse", "mae"

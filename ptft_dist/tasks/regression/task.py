@@ -8,11 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.scores.labels import regression_scores
-from ptft_dist.tasks.protocol import Batch, LossOut
+from ptft_dist.tasks.protocol import Batch, LossOut, TaskSetup
 
 ERRORS: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
@@ -21,11 +20,7 @@ class Regression(LabelledTextTask):
     """Rows of token ids in, the summed error of the predicted numbers out."""
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:  # noqa: ARG003
-        return "loss", "pearson", "spearman", "mse", "mae"
-
-    @classmethod
-    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+    def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:  # noqa: ARG003
         return {"num_labels": 1, "problem_type": "regression"}
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
@@ -37,7 +32,7 @@ class Regression(LabelledTextTask):
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         predicted, targets = self.logits(model, inputs)[:, 0], inputs["targets"]
         there = ~targets.isnan()
-        each = ERRORS[self.recipe.regression.loss](predicted, targets.nan_to_num(), reduction="none")
+        each = ERRORS[self.settings.loss](predicted, targets.nan_to_num(), reduction="none")
         return LossOut((each * there).sum(), {}, predicted.detach())
 
     def scores(

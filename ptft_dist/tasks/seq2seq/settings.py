@@ -34,3 +34,7 @@ class Seq2SeqSettings(TaskSettings):
     @property
     def special_tokens(self) -> tuple[str, ...]:
         return "eos", "pad"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "perplexity", "accuracy", *(self.generation.metric_names if self.generation else ())

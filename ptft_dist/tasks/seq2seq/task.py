@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.common.generation import write, written_scores
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.generation import generate, generation_scores
+from ptft_dist.tasks.common.losses import network_inputs, perplexity
 from ptft_dist.tasks.common.padding import pad, pad_multiple
-from ptft_dist.tasks.common.scores.text import text_metric_names
-from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut
+from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 
 
 class Seq2Seq(BaseTask):
@@ -25,25 +24,19 @@ class Seq2Seq(BaseTask):
 
     auto_class = AutoModelForSeq2SeqLM
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        facts: Mapping[str, Any] | None = None,  # noqa: ARG002
-    ) -> None:
-        self.recipe, self.settings, self.tokenizer = recipe, recipe.seq2seq, tokenizer
-        self.pad_id, self.eos_id = int(tokenizer.pad_token_id), int(tokenizer.eos_token_id)
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.pad_id, self.eos_id = int(self.tokenizer.pad_token_id), int(self.tokenizer.eos_token_id)
         self.pad_multiple = pad_multiple(device)
-        self.start_id = self.pad_id
+        if network.decoder_start_id is None:
+            raise RecipeError(
+                f"model.path: the config of this {network.model_type} has no decoder_start_token_id, with which its "
+                "decoder begins. Set it in its config.json."
+            )
+        self.start_id = network.decoder_start_id
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
-        generation = recipe.seq2seq.generation
-        return "loss", "perplexity", "accuracy", *(text_metric_names(generation) if generation else ())
-
-    @classmethod
-    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
         """A new network's decoder begins with the pad token, as T5's do, unless the recipe says otherwise. The ids that
         a kind of network has by default belong to another vocabulary."""
         if not config.is_encoder_decoder:
@@ -51,15 +44,15 @@ class Seq2Seq(BaseTask):
                 f"model: a {config.model_type} network has no encoder and decoder, as task seq2seq needs: use t5, mt5, "
                 "bart, marian, ..., or task sft"
             )
-        if (given := recipe.model.config) is not None:
+        if (given := setup.config_keys) is not None:
             if "decoder_start_token_id" not in given:
-                config.decoder_start_token_id = tokenizer.pad_token_id
+                config.decoder_start_token_id = setup.tokenizer.pad_token_id
             for key in ("forced_bos_token_id", "forced_eos_token_id"):
                 if key not in given and hasattr(config, key):
                     setattr(config, key, None)
-        lengths = {"seq2seq.max_target_length": recipe.seq2seq.max_target_length}
-        if recipe.seq2seq.generation is not None:
-            lengths["seq2seq.generation.max_new_tokens"] = recipe.seq2seq.generation.max_new_tokens
+        lengths = {"seq2seq.max_target_length": setup.settings.max_target_length}
+        if setup.settings.generation is not None:
+            lengths["seq2seq.generation.max_new_tokens"] = setup.settings.generation.max_new_tokens
         positions = getattr(config, "max_position_embeddings", None)
         for name, length in lengths.items():
             if isinstance(positions, int) and 0 < positions < length:
@@ -67,16 +60,6 @@ class Seq2Seq(BaseTask):
                     f"{name}: {length} is more than the model's max_position_embeddings ({positions}): lower the one "
                     "or raise the other"
                 )
-
-    def install(self, model: PreTrainedModel) -> None:
-        for settings in (model.config, model.generation_config):
-            if (start := getattr(settings, "decoder_start_token_id", None)) is not None:
-                self.start_id = int(start)
-                return
-        raise RecipeError(
-            f"model.path: the config of {self.recipe.model.path} has no decoder_start_token_id, with which a decoder "
-            "begins. Set it in its config.json."
-        )
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad on the right: input_ids and attention_mask (1: a token) [B, S]; targets and decoder_input_ids, which are
@@ -102,14 +85,13 @@ class Seq2Seq(BaseTask):
         if self.settings.generation is None:
             return out
         source = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        ids = write(model, source, self.settings.generation, pad_id=self.pad_id, eos_ids=[self.eos_id])
+        ids = generate(model, source, self.settings.generation, pad_id=self.pad_id, eos_ids=[self.eos_id])
         return out._replace(predictions=ids)
 
     @staticmethod
     def _loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor], smoothing: float) -> LossOut:
         targets = inputs["targets"]
-        network_inputs = {key: x for key, x in inputs.items() if key != "targets"}
-        logits = model(**network_inputs, use_cache=False).logits.float().flatten(0, 1)
+        logits = model(**network_inputs(inputs), use_cache=False).logits.float().flatten(0, 1)
         loss_sum = F.cross_entropy(
             logits, targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
         )
@@ -120,7 +102,7 @@ class Seq2Seq(BaseTask):
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """loss: mean over the targets' tokens, in nats; perplexity: its exponential; accuracy: the share of tokens that
         are the likeliest, given those before."""
-        return {**totals, "perplexity": math.exp(min(totals["loss"], 700.0))}
+        return {**totals, "perplexity": perplexity(totals["loss"])}
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
@@ -128,4 +110,4 @@ class Seq2Seq(BaseTask):
         """predictions: each row's written ids."""
         if self.settings.generation is None:
             return {}, []
-        return written_scores(self.tokenizer, self.settings.generation, predictions, row)
+        return generation_scores(self.tokenizer, self.settings.generation, predictions, row)

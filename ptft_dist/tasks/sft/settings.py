@@ -80,3 +80,7 @@ class SftSettings(TaskSettings):
     @property
     def extra_special_tokens(self) -> tuple[str, ...]:
         return CHATML[:1]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "perplexity", *(self.generation.metric_names if self.generation else ())

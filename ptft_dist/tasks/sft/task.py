@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a causal network learns what the assistant says."""
+"""Supervised fine-tuning: a causal network learns the assistant's messages."""
 
 from __future__ import annotations
 
@@ -8,57 +8,51 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.clm.task import CausalLM
-from ptft_dist.tasks.common.generation import left_padded, write, written_scores
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.causal import NextTokenTask
+from ptft_dist.tasks.common.generation import generate, generation_scores, left_padded
 from ptft_dist.tasks.common.padding import pad
-from ptft_dist.tasks.common.scores.text import text_metric_names
-from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut
+from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut, TaskSetup
 
 PROMPT = "prompt/"
+"""Prefix of the batch inputs that hold prompts for generation."""
 
 
-class SupervisedFineTuning(CausalLM):
+class SupervisedFineTuning(NextTokenTask):
     """As causal language modelling, but only the tokens that the row marks as learned are predicted."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        facts: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(recipe, tokenizer, device, facts)
-        self.settings, self.tokenizer = recipe.sft, tokenizer
-        turn = (facts or {}).get("end_of_turn")  # the template's own, where that is not EOS
-        self.eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([] if turn is None else [turn])]))
-        # What stands behind a text's end is left out when it is read, and only special tokens are.
-        self.fill_id = self.eos_ids[0] if tokenizer.pad_token_id is None else self.pad_id
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        end_of_turn = setup.survey.get("end_of_turn")  # the template's own, where that is not EOS
+        own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
+        self.eos_ids = list(dict.fromkeys([*own, *network.eos_ids]))  # models that chat have several
+        # Generated texts are filled with a special token behind their end: only special ones are left out in decoding.
+        self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
         self.noise = None if self.settings.neftune_alpha is None else EmbeddingNoise(self.settings.neftune_alpha)
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
-        generation = recipe.sft.generation
-        return *super().metric_names(recipe), *(text_metric_names(generation) if generation else ())
-
-    @classmethod
-    def fit_config(cls, recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: ARG003
-        """
-        Raises:
-            RecipeError: what is written at evaluations goes beyond the network's positions.
-        """
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
+        """Raises RecipeError if generation at evaluations needs more positions than the network has."""
+        generation = setup.settings.generation
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if recipe.sft.generation is None or not isinstance(positions, int) or positions <= 0:
+        if generation is None or not isinstance(positions, int) or positions <= 0:
             return
-        if (longest := recipe.data.max_length + recipe.sft.generation.max_new_tokens) > positions:
+        if (longest := setup.max_length + generation.max_new_tokens) > positions:
             raise RecipeError(
-                f"sft.generation.max_new_tokens: data.max_length and it make {longest}, more than the model's "
-                f"max_position_embeddings ({positions}): lower one, or raise the other"
+                f"sft.generation.max_new_tokens: with data.max_length it makes {longest} tokens, more than the model's "
+                f"max_position_embeddings ({positions}): lower one of them, or raise max_position_embeddings"
             )
+
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        super().prepare_network(model)
+        if model.generation_config is not None and set(self.eos_ids) != set(self.network.eos_ids):
+            model.generation_config.eos_token_id = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
+        if self.noise is not None:
+            model.get_input_embeddings().register_forward_hook(self.noise)
 
     def next_tokens(self, row: Row) -> np.ndarray:
         ids = row.input_ids[1:]
@@ -66,8 +60,8 @@ class SupervisedFineTuning(CausalLM):
         return ids if learned is None else np.where(learned[1:] == 1, ids, IGNORE)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:
-        """As CausalLM's. With noise also lengths [B, T]: tokens of the conversation that a token belongs to. At
-        evaluations that write, also the prompts: prompt/input_ids and prompt/attention_mask [B, P]."""
+        """As NextTokenTask's. With noise also lengths [B, T]: tokens of the conversation that a token belongs to. At
+        evaluations with generation, also the prompts: prompt/input_ids and prompt/attention_mask [B, P]."""
         batch = super().collate(rows, keys)
         inputs = dict(batch.inputs)
         if self.noise is not None:
@@ -77,24 +71,14 @@ class SupervisedFineTuning(CausalLM):
             inputs |= {PROMPT + name: x for name, x in prompts.items()}
         return replace(batch, inputs=inputs)
 
-    def install(self, model: PreTrainedModel) -> None:
-        super().install(model)
-        ends = getattr(model.generation_config, "eos_token_id", None)  # models with turns have several
-        several = ends if isinstance(ends, list) else [] if ends is None else [ends]
-        self.eos_ids = list(dict.fromkeys([*self.eos_ids, *several]))
-        if model.generation_config is not None and set(self.eos_ids) != set(several):
-            model.generation_config.eos_token_id = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
-        if self.noise is not None:
-            model.get_input_embeddings().register_forward_hook(self.noise)
-
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        return super().loss(model, self._network_inputs(inputs))
+        return super().loss(model, self._set_noise(inputs))
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().choices(model, self._network_inputs(inputs))
+        return super().choices(model, self._set_noise(inputs))
 
-    def _network_inputs(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Without what is not the network's; the noise of the forward pass that comes learns its lengths."""
+    def _set_noise(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the lengths to the noise of the forward pass that follows; the inputs without them and prompts."""
         if self.noise is not None and "lengths" in inputs:
             self.noise.lengths = inputs["lengths"]
         return {key: x for key, x in inputs.items() if key != "lengths" and not key.startswith(PROMPT)}
@@ -104,20 +88,20 @@ class SupervisedFineTuning(CausalLM):
         if self.settings.generation is None:
             return out
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        ids = write(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
+        ids = generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
         return LossOut(out.loss_sum, out.metrics, ids)
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """predictions: the token ids that were written after each prompt."""
+        """predictions: the token ids that were generated after each prompt."""
         if self.settings.generation is None:
             return {}, []
-        return written_scores(self.tokenizer, self.settings.generation, predictions, row)
+        return generation_scores(self.tokenizer, self.settings.generation, predictions, row)
 
 
 def conversation_lengths(row: Row) -> np.ndarray:
-    """For each token, how many its conversation has: int64 [T]."""
+    """For each token, the number of tokens in its conversation: int64 [T]."""
     lengths = np.diff(row.document_starts, append=len(row.input_ids))
     return np.repeat(lengths, lengths)
 
@@ -128,7 +112,7 @@ class EmbeddingNoise:
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self.lengths = torch.ones(1, 1)  # [B, T], of the forward pass that comes
+        self.lengths = torch.ones(1, 1)  # [B, T], of the forward pass that follows
 
     def __call__(self, module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
         if not module.training:

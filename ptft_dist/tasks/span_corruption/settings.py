@@ -32,3 +32,7 @@ class SpanCorruptionSettings(DocumentSettings):
     @property
     def extra_special_tokens(self) -> tuple[str, ...]:
         return tuple(f"<extra_id_{i}>" for i in range(self.sentinels))
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        return "loss", "perplexity", "accuracy"

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from ptft_dist.config.section import Text
 from ptft_dist.config.task_settings import TaskSettings
+from ptft_dist.tasks.common.scores.entities import AVERAGES, score_names
 
 TAG_LETTERS = {"iob2": "BI", "iob1": "BI", "bioes": "BIES"}
 """What tags of entities begin with, by scheme; beside them there is O."""
@@ -52,3 +53,8 @@ class TokenClassificationSettings(TaskSettings):
     @property
     def special_tokens(self) -> tuple[str, ...]:
         return "cls", "sep", "mask", "pad"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        averages = AVERAGES[1:] if self.scheme == "plain" else AVERAGES
+        return "loss", "accuracy", *(name for average in averages for name in score_names(average))

@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForTokenClassification, PreTrainedTokenizerBase
+from transformers import AutoModelForTokenClassification
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
+from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.padding import pad
-from ptft_dist.tasks.common.scores.entities import AVERAGES, entity_scores, score_names
+from ptft_dist.tasks.common.scores.entities import entity_scores
 from ptft_dist.tasks.common.scores.labels import classification_scores
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut
+from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
 
 
 class TokenClassification(LabelledTextTask):
@@ -23,20 +23,13 @@ class TokenClassification(LabelledTextTask):
 
     auto_class = AutoModelForTokenClassification
 
-    def __init__(
-        self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, device: torch.device, facts: Mapping[str, Any]
-    ) -> None:
-        super().__init__(recipe, tokenizer, device, facts)
-        self.plain, self.labels = recipe.token_classification.scheme == "plain", list(facts["labels"])
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.plain, self.labels = self.settings.scheme == "plain", list(setup.survey["labels"])
 
     @classmethod
-    def metric_names(cls, recipe: Recipe) -> Sequence[str]:
-        averages = AVERAGES[1:] if recipe.token_classification.scheme == "plain" else AVERAGES
-        return "loss", "accuracy", *(name for average in averages for name in score_names(average))
-
-    @classmethod
-    def model_settings(cls, recipe: Recipe, facts: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
-        labels = facts["labels"]
+    def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:
+        labels = setup.survey["labels"]
         return {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002

@@ -5,17 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
-from ptft_dist.tasks.common.generation_settings import GenerationSettings
+from ptft_dist.tasks.common.generation_settings import ROUGE, GenerationSettings
 
-ROUGE = ("rouge1", "rouge2", "rougeL")
 # Scripts that put no spaces between words: iteration marks, kana, Han.
 _SPACELESS = [(0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF)]
 _SPACELESS += [(0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x20000, 0x3FFFF)]
-
-
-def text_metric_names(settings: GenerationSettings) -> tuple[str, ...]:
-    """The keys of `text_scores`."""
-    return tuple(name for metric in settings.metrics for name in (ROUGE if metric == "rouge" else (metric,)))
 
 
 def text_scores(

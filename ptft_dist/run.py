@@ -1,0 +1,262 @@
+"""One start of a run on this process's rank: from the checkpoint it goes on from, to its result."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.utils import logging as transformers_logging
+
+from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
+from ptft_dist.checkpoint.resume import Resume
+from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.engine import reset_accelerate, why_not_loadable
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
+from ptft_dist.launch.environment import Place, job_id, restarted_job
+from ptft_dist.networks.export import export
+from ptft_dist.reporting.messages import plain, say, warn
+from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
+from ptft_dist.reporting.run_files import (
+    FailureReport,
+    keep_tokenizer,
+    lock_run_dir,
+    make_run_dir,
+    write_result,
+    write_start,
+)
+from ptft_dist.session import Session, check_metric
+from ptft_dist.training.stopping import StopRequest
+from ptft_dist.training.trainer import Outcome, Trainer
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    status: str
+    """`finished`, or `stopped`: the same call goes on from the last checkpoint."""
+    reason: str
+    steps: int
+    run_dir: Path
+    model: Path | None
+    """The directory of the final model; None if the run was stopped."""
+    metrics: dict[str, float]
+    """Of the last evaluation; of the best one where `save.export: best` exported it."""
+    metrics_step: int
+    """The update after which they were measured; -1 without an evaluation."""
+    best: dict[str, Any] | None
+    """metric, value and step of the best evaluation; None without one."""
+    history: list[dict[str, Any]] = field(repr=False)
+    """The rows of metrics.jsonl."""
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_FINISHED if self.status == "finished" else EXIT_STOPPED
+
+
+def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> Result:
+    """Train as this rank. A failure is reported once, and once the run has begun, written to its logs and result.json;
+    then it is raised."""
+    run_dir, started = Path(loaded.recipe.run_dir), time.monotonic()
+    report, lock = FailureReport(run_dir, place), None
+    try:
+        make_run_dir(run_dir)
+        lock = lock_run_dir(run_dir) if place.is_main else None
+        stop = StopRequest(run_dir / "stop" if place.is_main else None)
+        with libraries_restored(loaded.recipe.train.deterministic):
+            return _train(loaded, report, stop, resume, accept, started)
+    except Exception as error:
+        report.write(error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started)
+        raise
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _train(
+    loaded: Loaded, report: FailureReport, stop: StopRequest, how: str, accept: Sequence[str], started: float
+) -> Result:
+    recipe, run_dir, main = loaded.recipe, Path(loaded.recipe.run_dir), report.place.is_main
+    check_metric(loaded)
+    session = Session(loaded, report.place, tokenizer_from=run_dir / "tokenizer")
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)
+    resume = Resume(checkpoints, how, accept, session.identity, loadable)
+    resume.after_requeue(restarted_job())
+    resume.look()
+    session.plan  # noqa: B018  # its mistakes are found before a process group exists
+    session.start()
+    engine = session.engine
+    checkpoint = resume.choose(engine, warn if main else _nobody)
+    base = session.base_identity() if engine.frozen_parameter_count else None
+    trainer = session.make_trainer(checkpoints, stop, base)
+    if checkpoint is not None:
+        resume.check_base(checkpoint, base)
+        trainer.restore(checkpoint)
+    trainer.rehearse()
+    session.warm_up()
+    # Nothing can refuse this start any more: from here on the run directory is written.
+    try:
+        if main:
+            resume.begin(checkpoint, warn, job_id())
+            _begin(session, trainer, checkpoint)
+        report.begun = True
+        with stop.listening():
+            outcome = trainer.fit()
+        if outcome.finished:
+            _export(session, trainer, run_dir / "model")
+    finally:
+        for sink in (*trainer.sinks, *([trainer.samples] if trainer.samples else [])):
+            sink.close()
+    result = _result(trainer, outcome, run_dir)
+    if main:
+        _finish(result, trainer, time.monotonic() - started, generates=recipe.settings.writes)
+        stop.fulfilled()
+    engine.barrier()
+    engine.close()
+    return result
+
+
+def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
+    """Write what a run's directory says from its start, and open its logs; on rank 0."""
+    recipe, engine, progress = session.recipe, session.engine, trainer.progress
+    run_dir = Path(recipe.run_dir)
+    environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
+    write_start(run_dir, session.loaded, session.prepared.report, environment)
+    if recipe.tokenizer.train is not None:
+        keep_tokenizer(session.prepared.tokenizer_path, run_dir)
+    trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
+    trainer.samples = session.samples(progress.evaluated_step)
+    if checkpoint is not None:
+        say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
+    say(
+        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {session.device_name}, "
+        f"{recipe.train.precision}, {trainer.total_steps:,} updates"
+    )
+
+
+def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
+    run_dir = Path(loaded.recipe.run_dir)
+    sinks: list[Sink] = [
+        JsonLines(run_dir / "metrics.jsonl", first_step, last_evaluation),
+        Terminal(total_steps, first_step),
+    ]
+    if loaded.recipe.log.tensorboard:
+        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, dump_resolved(loaded)))
+    return sinks
+
+
+def _export(session: Session, trainer: Trainer, target: Path) -> None:
+    """Write the final model: the last weights, or the best ones if the recipe wants them and a checkpoint has them."""
+    best, engine = trainer.progress.best_checkpoint, session.engine
+    if session.recipe.save.export == "best" and best is None and engine.is_main:
+        warn("save.export: best: no checkpoint of this run holds a best evaluation, so the last weights are exported")
+    if session.recipe.save.export == "best" and best is not None and best.step != trainer.progress.step:
+        path = trainer.checkpoints.folder / f"step-{best.step:08d}"
+        try:
+            checkpoint = read_checkpoint(path)
+            if problems := verify(checkpoint, engine):
+                raise CheckpointError("; ".join(problems))
+            engine.load_state(checkpoint.path)
+        except CheckpointError as error:
+            trainer.progress.best_checkpoint = None
+            if engine.is_main:
+                warn(f"save.export: best: {error}. The last weights are exported instead")
+    export(engine, session.tokenizer, target)
+
+
+def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:
+    progress, recipe = trainer.progress, trainer.recipe
+    exported = progress.best_checkpoint if outcome.finished and recipe.save.export == "best" else None
+    best = None
+    if progress.best is not None:
+        best = {"metric": progress.best.judge.metric, "value": progress.best.value, "step": progress.best.step}
+    history: list[dict[str, Any]] = []
+    if trainer.engine.is_main:
+        history = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return Result(
+        status="finished" if outcome.finished else "stopped",
+        reason=outcome.reason,
+        steps=progress.step,
+        run_dir=run_dir,
+        model=run_dir / "model" if outcome.finished else None,
+        metrics=dict(progress.metrics if exported is None else exported.metrics),
+        metrics_step=progress.evaluated_step if exported is None else exported.step,
+        best=best,
+        history=history,
+    )
+
+
+def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool) -> None:
+    """Write result.json, and say how the run ended."""
+    progress = trainer.progress
+    values = {
+        "status": result.status,
+        "exit_code": result.exit_code,
+        "reason": result.reason,
+        "steps": result.steps,
+        "tokens": progress.tokens,
+        "wall_s": round(wall_s, 2),
+        "tokens_per_s": round(trainer.tokens_here / max(trainer.seconds_here, 1e-9), 1),
+        "peak_memory_bytes": trainer.engine.peak_memory_bytes(),
+        "metrics": result.metrics,
+        "metrics_step": result.metrics_step,
+        "best": result.best,
+    }
+    write_result(result.run_dir, values)
+    run_dir = result.run_dir
+    if result.status == "stopped":
+        say(f"stopped by {result.reason} after update {result.steps}; saved. The same command goes on from there")
+    else:
+        say(f"finished after update {result.steps}: {result.reason}")
+    for name, last in result.metrics.items():
+        first = progress.first_metrics.get(name)  # None where a resume evaluates something new
+        change = "" if first is None else f"{plain(first)} -> "
+        share = f"  ({last / first - 1:+.0%})" if first and first > 0 and last >= 0 else ""
+        say(f"  {name:<16} {change}{plain(last)}{share}")
+    if result.model is not None:
+        hint = f"   (ptft generate {run_dir} --prompt ...)" if generates else ""
+        best = f"   (the best, of update {result.metrics_step})" if trainer.recipe.save.export == "best" else ""
+        say(f"  {'model':<16} {result.model}{best}{hint}")
+    if trainer.samples is not None:
+        say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
+    say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")
+
+
+@contextlib.contextmanager
+def libraries_restored(deterministic: bool = False) -> Iterator[None]:
+    """Keep libraries quiet and leave PyTorch, transformers and Accelerate as they were: a notebook goes on after us.
+
+    Their progress bars and deprecation notes, repeated by every rank, would bury our messages.
+    """
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        with warnings.catch_warnings(), torch.random.fork_rng(enabled=True):
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed|accelerate|transformers")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        reset_accelerate()
+
+
+def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
+    """The metrics of a model on the recipe's validation rows; see api.evaluate."""
+    raise NotImplementedError
+
+
+def _nobody(_text: str) -> None: ...

@@ -1,0 +1,174 @@
+"""Next-token prediction: what causal language modelling and supervised fine-tuning share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.isolation import (
+    PROBE_LENGTH,
+    ROUNDING_TOLERANCE,
+    check_isolation,
+    probe_rows,
+    restarting_positions,
+)
+from ptft_dist.tasks.common.losses import network_inputs, perplexity
+from ptft_dist.tasks.common.padding import pad_id, pad_multiple, padded_width
+from ptft_dist.tasks.common.router_loss import router_loss
+from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
+
+
+class NextTokenTask(BaseTask):
+    """Rows of token ids in, the summed cross-entropy of next tokens out."""
+
+    auto_class = AutoModelForCausalLM
+
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.vocab_size, self.pad_id = len(setup.tokenizer), pad_id(setup.tokenizer.pad_token_id)
+        self.isolate, self.on_cpu = self.settings.isolated, device.type == "cpu"
+        self.balances_experts = network.router_loss_weight > 0
+        wants_fused = self.settings.head == "fused" or (self.settings.head == "auto" and not self.on_cpu)
+        self.fused = wants_fused and not self.balances_experts
+        self.takes_positions = network.takes("logits_to_keep")
+        self.pad_multiple = pad_multiple(device)
+
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        """Add the fused head, if it is wanted; the network's ordinary forward, and generation, stay as they are."""
+        if self.fused:
+            from trl.trainer.utils import add_fused_lm_head
+
+            add_fused_lm_head(model)
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
+        """Pad on the right: input_ids, targets (targets[t] is the token after input_ids[t]) and, for packed rows
+        whose documents must not see each other, position_ids that restart at every document; all [B, T].
+
+        Right padding needs no attention mask: in a causal network no token sees what stands after it.
+        """
+        width = padded_width((len(row.input_ids) for row in rows), self.pad_multiple)
+        input_ids = np.full((len(rows), width), self.pad_id, np.int64)
+        targets = np.full((len(rows), width), IGNORE, np.int64)
+        for i, row in enumerate(rows):
+            n = len(row.input_ids)
+            input_ids[i, :n] = row.input_ids
+            targets[i, : n - 1] = self.next_tokens(row)
+            if self.isolate:
+                starts = row.document_starts
+                # The last token of a document does not predict the first of the next one.
+                targets[i, starts[starts > 0] - 1] = IGNORE
+        inputs = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets)}
+        if self.isolate:
+            inputs["position_ids"] = torch.from_numpy(restarting_positions(rows, width))
+        if self.balances_experts:
+            inputs["targets_lengths"] = torch.tensor([len(row.input_ids) for row in rows])
+        more_counts = (len(rows),) if self.balances_experts else ()
+        tokens = sum(len(row.input_ids) for row in rows)
+        return Batch(inputs, int((targets != IGNORE).sum()), tokens, more_counts)
+
+    def next_tokens(self, row: Row) -> np.ndarray:
+        """What each token but the last predicts: int64 [T - 1], -100 for nothing."""
+        return row.input_ids[1:]
+
+    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        """loss_sum: over tokens; for a mixture of experts [2], the second over rows: their load balancing losses."""
+        if not self.balances_experts:
+            return LossOut(-self.logprobs(model, inputs, self.fused).sum(), {})
+        output = model(**network_inputs(inputs), use_cache=False, output_router_logits=True)
+        tokens = F.cross_entropy(
+            output.logits.flatten(0, 1).float(), inputs["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
+        )
+        lengths = inputs["targets_lengths"]
+        each = router_loss(output.router_logits, lengths, self.network.experts_per_token)
+        balance, there = each.sum(), (lengths > 0).sum()
+        return LossOut(
+            torch.stack([tokens, self.network.router_loss_weight * balance]), {"router_loss": (balance.detach(), there)}
+        )
+
+    def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The summed cross-entropy, and the number of targets: for distillation."""
+        flat = logits.reshape(-1, logits.size(-1)).float()
+        loss_sum = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE, reduction="sum")
+        return loss_sum, (targets != IGNORE).sum()
+
+    def logprobs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
+        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T]."""
+        targets = inputs["targets"]
+        if fused:
+            output = model(**network_inputs(inputs), shift_labels=targets, fused_lm_head=True)
+            logprobs: torch.Tensor = output.log_probs
+            return logprobs
+        logits, kept = self.choices(model, inputs)
+        flat = F.cross_entropy(
+            logits.reshape(-1, logits.size(-1)).float(), kept.reshape(-1), ignore_index=IGNORE, reduction="none"
+        )
+        if kept.shape == targets.shape:
+            return -flat.view(targets.shape)
+        everywhere = flat.new_zeros(targets.shape)
+        everywhere[:, (targets != IGNORE).any(0)] = -flat.view(kept.shape)
+        return everywhere
+
+    def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target; on an accelerator, where
+        finding them would wait for the device, at all T positions."""
+        targets, plain = inputs["targets"], network_inputs(inputs)
+        if self.on_cpu and self.takes_positions:
+            places = (targets != IGNORE).any(0).nonzero()[:, 0]
+            if 0 < len(places) < targets.size(1):
+                plain["logits_to_keep"], targets = places, targets[:, places]
+        return model(**plain, use_cache=False).logits, targets
+
+    def probe(self) -> CausalProbe:
+        return CausalProbe(self)
+
+    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+        """loss: mean negative log-likelihood in nats; perplexity: its exponential. With a mixture of experts the loss
+        holds the weighted router loss too, which is taken out of the perplexity."""
+        likelihood = totals["loss"] - self.network.router_loss_weight * totals.get("router_loss", 0.0)
+        return {**totals, "perplexity": perplexity(likelihood)}
+
+
+@dataclass(frozen=True)
+class CausalProbe:
+    """Asks whether a token sees later ones, whether documents of a row are kept apart, and whether the fused head
+    reproduces the logits. Architectures differ in all three, in silence."""
+
+    task: NextTokenTask
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        rows = probe_rows(self.task.vocab_size, isolated=self.task.isolate)
+        return NextTokenTask.collate(self.task, [Row(row.input_ids, row.document_starts) for row in rows]).inputs
+
+    def outputs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Log-probabilities [4 rows, T, 2 heads]; the second head is the first one again where none is fused."""
+        plain = self.task.logprobs(model, inputs, fused=False)
+        fused = self.task.logprobs(model, inputs, fused=True) if self.task.fused else plain
+        return torch.stack([plain.float(), fused.float()], dim=-1)
+
+    def check(self, outputs: torch.Tensor) -> None:
+        name, spread = self.task.setup.name, outputs[outputs != 0].std().item()
+        # Rows 2 and 3 begin with the same tokens; the last of these has another target.
+        ahead = (outputs[2, : PROBE_LENGTH - 1] - outputs[3, : PROBE_LENGTH - 1]).abs().max().item()
+        if not ahead <= ROUNDING_TOLERANCE * spread:
+            raise RecipeError(
+                f"model: in this {self.task.network.model_type} network a token sees the tokens after it (they moved "
+                f"its log-probability by {ahead:.2g}), so task {name} would teach it to copy them. Use a decoder such "
+                "as llama, qwen3 or gpt2; or train this network with task: mlm"
+            )
+        if self.task.isolate:
+            check_isolation(outputs, spread, name)
+        apart = (outputs[..., 0] - outputs[..., 1]).abs().max().item()
+        if not apart <= ROUNDING_TOLERANCE * spread:
+            raise RecipeError(
+                f"{name}.head: the fused head does not reproduce this architecture's logits (log-probabilities differ "
+                f"by {apart:.2g}): set {name}.head: logits"
+            )

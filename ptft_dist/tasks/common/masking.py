@@ -1,0 +1,96 @@
+"""Which tokens of a row are masked, and by what: shared by masked language modelling with and without sentence pairs.
+
+Devlin et al. 2019 (BERT); Joshi et al. 2020 (SpanBERT).
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.common.masking_settings import Masking
+from ptft_dist.tasks.protocol import IGNORE, TaskSetup
+
+SPAN_LENGTH, LONGEST_SPAN = 5.0, 10  # SpanBERT's p = 0.2 and its clip
+
+
+class Masker:
+    """Masks rows: a pure function of the row and a random generator."""
+
+    def __init__(self, setup: TaskSetup) -> None:
+        """Raises RecipeError if the tokenizer has no mask token, or it is not known where its words begin."""
+        tokenizer = setup.tokenizer
+        if tokenizer.mask_token_id is None:
+            raise RecipeError(f"tokenizer: it has no mask token, and task {setup.name} needs one (mask_token)")
+        self.settings: Masking = setup.settings
+        self.mask_id, self.vocab_size = int(tokenizer.mask_token_id), len(tokenizer)
+        self.special = np.zeros(self.vocab_size, bool)
+        self.special[tokenizer.all_special_ids] = True
+        self.begins_word = word_beginnings(tokenizer, setup.name) if self.settings.unit == "word" else None
+
+    def mask(self, ids: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """What the network sees, and what it predicts (-100: nothing): both int64 [T].
+
+        Each chosen token is masked, replaced or kept by itself, as in the papers; in a span, all tokens together.
+        """
+        settings = self.settings
+        chosen = choose(ids, self.special[ids], self.begins_word, settings, random)
+        fate = random.random(len(ids))
+        if settings.unit == "span" and len(ids):
+            begins = chosen & ~np.concatenate(([False], chosen[:-1]))
+            fate = fate[np.maximum.accumulate(np.where(begins, np.arange(len(ids)), 0))]
+        seen = ids.copy()
+        seen[chosen & (fate < settings.mask_share)] = self.mask_id
+        replaced = chosen & (fate >= settings.mask_share) & (fate < settings.mask_share + settings.random_share)
+        seen[replaced] = random.integers(self.vocab_size, size=len(ids))[replaced]
+        return seen, np.where(chosen, ids, IGNORE)
+
+
+def choose(
+    ids: np.ndarray,
+    special: np.ndarray,
+    begins_word: np.ndarray | None,
+    settings: Masking,
+    random: np.random.Generator,
+) -> np.ndarray:
+    """Which tokens of a row are to be predicted: bool [T], never a special one."""
+    if settings.unit == "span":
+        return _choose_spans(special, settings, random)
+    if begins_word is None:
+        return (random.random(len(ids)) < settings.probability) & ~special
+    words = np.cumsum(begins_word[ids] | special)  # a special token ends the word before it
+    return (random.random(len(ids) + 1) < settings.probability)[words] & ~special
+
+
+def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Generator) -> np.ndarray:
+    """Spans of geometric length until the share is reached; no span crosses a special token."""
+    chosen = np.zeros(len(special), bool)
+    budget = round(settings.probability * int((~special).sum()))
+    mean = settings.span_length or SPAN_LENGTH
+    tries = 0
+    while chosen.sum() < budget and tries < 20 * len(special):
+        tries += 1
+        length = min(int(random.geometric(1 / mean)), LONGEST_SPAN, budget - int(chosen.sum()))
+        start = int(random.integers(len(special)))
+        span = slice(start, start + length)
+        if start + length <= len(special) and not special[span].any() and not chosen[span].any():
+            chosen[span] = True
+    return chosen
+
+
+def word_beginnings(tokenizer: PreTrainedTokenizerBase, section: str) -> np.ndarray:
+    """For each token id, whether a word begins with it: bool [V]. Raises RecipeError where that cannot be known."""
+    kind, tokens = None, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        kind = (state["model"]["type"], "ByteLevel" in json.dumps(state["pre_tokenizer"]))
+    if kind is not None and kind[0] == "WordPiece":
+        return np.array([not token.startswith("##") for token in tokens])
+    if kind == ("BPE", True):  # bytes: a space is spelt U+0120, a line feed U+010A, a tab U+0109
+        return np.array([token.startswith(("\u0120", "\u010a", "\u0109")) for token in tokens])
+    if kind is not None and kind[0] == "Unigram":
+        return np.array([token.startswith("\u2581") for token in tokens])
+    raise RecipeError(f"{section}.unit: where words begin is not known for this tokenizer; use unit: token or span")
