@@ -158,7 +158,7 @@ class Session:
         self.task.prepare_network(self.model)
         if self.section.compile:
             self.model.compile(dynamic=True)
-        self.engine.prepare(self.model, recipe.optim, say if self.place.is_main else lambda _text: None)
+        self.engine.prepare(self.model, recipe.optim, say)
         self._place_teacher()
         ask_network(self.engine, self.task)
 
