@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
-from ptft_dist.engine import reset_accelerate, why_not_loadable
+from ptft_dist.config.secrets import hide
+from ptft_dist.engine import announce_failure, reset_accelerate, who_failed, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
-from ptft_dist.launch.environment import Place, job_id, restarted_job
-from ptft_dist.networks.export import export
+from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job
+from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.run_files import (
@@ -32,7 +34,7 @@ from ptft_dist.reporting.run_files import (
     write_result,
     write_start,
 )
-from ptft_dist.session import Session, check_metric
+from ptft_dist.session import Session
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Outcome, Trainer
 
@@ -74,7 +76,9 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
-        report.write(error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started)
+        announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
+        code = error.exit_code if isinstance(error, PtftError) else 1
+        report.write(error, code, time.monotonic() - started, first=who_failed())
         raise
     finally:
         if lock is not None:
@@ -85,7 +89,6 @@ def _train(
     loaded: Loaded, report: FailureReport, stop: StopRequest, how: str, accept: Sequence[str], started: float
 ) -> Result:
     recipe, run_dir, main = loaded.recipe, Path(loaded.recipe.run_dir), report.place.is_main
-    check_metric(loaded)
     session = Session(loaded, report.place, tokenizer_from=run_dir / "tokenizer")
     checkpoints = Checkpoints(run_dir / "checkpoints")
     loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)
@@ -96,7 +99,7 @@ def _train(
     session.start()
     engine = session.engine
     checkpoint = resume.choose(engine, warn if main else _nobody)
-    base = session.base_identity() if engine.frozen_parameter_count else None
+    base = session.base_identity() if engine.trained_count < engine.parameter_count else None
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
         resume.check_base(checkpoint, base)
@@ -130,7 +133,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
-    write_start(run_dir, session.loaded, session.prepared.report, environment)
+    write_start(run_dir, session.loaded, session.prepared.report.to_dict(), environment)
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
@@ -138,8 +141,8 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     say(
-        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {session.device_name}, "
-        f"{recipe.train.precision}, {trainer.total_steps:,} updates"
+        f"{engine.parameter_count:,} parameters, {describe_backend(engine.kind, os.environ)}, "
+        f"{engine.world_size} x {session.device_name}, {recipe.train.precision}, {trainer.total_steps:,} updates"
     )
 
 
@@ -170,7 +173,7 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
             trainer.progress.best_checkpoint = None
             if engine.is_main:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
-    export(engine, session.tokenizer, target)
+    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype), target)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:

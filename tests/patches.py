@@ -147,17 +147,41 @@ def die_in_rank(rank: str, step: str) -> None:
 
 
 def evaluations(*losses: str) -> None:
-    """ "STEP=LOSS" of each evaluation, whatever the network says."""
+    """Replace the validation loss after update STEP by LOSS, for each "STEP=LOSS"; other evaluations stay."""
     from ptft_dist.training.trainer import Trainer
+    from ptft_dist.training.validation import Validation
 
     made = {int(step): float(loss) for step, loss in (pair.split("=") for pair in losses)}
+    fit, score = Trainer.fit, Validation.score
+    running: list[Trainer] = []
 
-    def evaluate(self: Trainer) -> None:
-        self.validation.score = lambda *_: ({"loss": made[self.progress.step]}, [])  # type: ignore[union-attr]
-        evaluated(self)
+    def watched(self: Trainer) -> Any:
+        running.append(self)
+        return fit(self)
 
-    evaluated = Trainer.evaluate
-    Trainer.evaluate = evaluate  # type: ignore[method-assign]
+    def scored(self: Validation, *args: Any) -> Any:
+        metrics, samples = score(self, *args)
+        loss = made.get(running[-1].progress.step, metrics["loss"]) if running else metrics["loss"]
+        return {**metrics, "loss": loss}, samples
+
+    Trainer.fit, Validation.score = watched, scored  # type: ignore[method-assign]
+
+
+def record_inputs() -> None:
+    """Write the inputs of the first micro-batch of the first update to inputs.pt."""
+    import torch
+
+    from ptft_dist.training.batches import UpdateDataset
+
+    get = UpdateDataset.__getitem__
+
+    def watched(self: Any, step: int) -> Any:
+        group = get(self, step)
+        if step == 0:
+            torch.save(group[0].inputs, "inputs.pt")
+        return group
+
+    UpdateDataset.__getitem__ = watched  # type: ignore[method-assign]
 
 
 def prompt_tensorboard() -> None:
@@ -237,3 +261,23 @@ def break_shard(rank: str, step: str) -> None:
             torch.save = write
 
     deepspeed.DeepSpeedEngine.save_checkpoint = broken
+
+
+def quote_environment(rank: str, step: str, name: str) -> None:
+    """In this update, warn, log and fail with messages that quote an environment variable."""
+    import logging
+    import warnings
+
+    from ptft_dist.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def failing(self: Trainer, group: Any) -> Any:
+        if self.progress.step + 1 == int(step) and os.environ.get("RANK", "0") == rank:
+            value = os.environ[name]
+            warnings.warn(f"a warning about {value}", stacklevel=1)
+            logging.getLogger("library").error("a record about %s", value)
+            raise OSError(13, "Permission denied", f"/data/{value}/file")
+        return update(self, group)
+
+    Trainer.update = failing  # type: ignore[method-assign]

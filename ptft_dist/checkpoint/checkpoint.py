@@ -16,12 +16,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from ptft_dist.errors import CheckpointError, ShardWriteError
+from ptft_dist.errors import CheckpointError, CheckpointVersionError, ShardWriteError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+T = TypeVar("T")
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL, _TRASH = ".partial-", ".trash-"
 Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "sha256": hex digest}
@@ -53,11 +54,27 @@ class Checkpoint:
     step: int
     manifest: dict[str, Any]
 
+    def fact(self, key: str, kind: type[T]) -> T:
+        """What the manifest says under `key`. Raises CheckpointVersionError if it is not there or of another type."""
+        value = self.manifest.get(key)
+        if not isinstance(value, kind):
+            raise CheckpointVersionError(
+                f"{self.path / MANIFEST} was written by another version of ptft: this version reads {key!r} from it, "
+                f"a {kind.__name__}; go on with the version that wrote it"
+            )
+        return value
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises CheckpointError if its manifest is missing, unreadable or altered."""
+    """The checkpoint at `path`.
+
+    Raises:
+        CheckpointVersionError: another version of the program wrote it, which this one cannot read.
+        CheckpointError: its manifest is missing, unreadable or altered.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        _check_version(path, manifest)
         claimed = manifest.pop("sha256")
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is not a checkpoint, or was damaged" if path.is_dir() else "does not exist"
@@ -66,9 +83,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
     if claimed != _manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} was altered: its own hash does not match")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
-    return Checkpoint(path, int(manifest["step"]), manifest)
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointVersionError(f"{path / MANIFEST} was written by another version of ptft, which must read it")
+    return Checkpoint(path, manifest["step"], manifest)
+
+
+def _check_version(path: Path, manifest: dict[str, Any]) -> None:
+    """Before the manifest's own hash is compared: another version may compute it in another way."""
+    if "sha256" in manifest and manifest.get("format") != FORMAT:
+        raise CheckpointVersionError(
+            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}: go on with the version "
+            "of ptft that wrote it"
+        )
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
@@ -101,13 +127,15 @@ class Checkpoints:
         """The newest checkpoint whose every byte is as written; None if there never was one.
 
         Damaged ones are named through `warn`. Raises CheckpointError if there are some and none is good: to start
-        from zero then is for the user to say.
+        from zero then is for the user to say. Raises CheckpointVersionError at one that this version cannot read.
         """
         paths = self.paths()
         for path in reversed(paths):
             try:
                 checkpoint = read_checkpoint(path)
                 problems = verify(checkpoint, ranks)
+            except CheckpointVersionError:
+                raise
             except CheckpointError as error:
                 problems = [str(error)]
             if not problems:

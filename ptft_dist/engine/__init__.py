@@ -11,7 +11,6 @@ Rules that hold here, and the reason for each:
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -135,10 +134,6 @@ class Engine:
         together. `prepare` should come first.
         """
         return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config)
-
-    @property
-    def frozen_parameter_count(self) -> int:
-        return self.parameter_count - self.trained_count
 
     @property
     def module(self) -> torch.nn.Module:
@@ -276,18 +271,9 @@ class Engine:
         each = (8 if self.optim.name == "sgd" else 12) + (4 if self.kind in ("zero1", "zero2") else 0)
         return each * self.trained_count + 2**20
 
-    def save_pretrained(self, folder: Path) -> None:
-        """A plain Hugging Face model directory, gathered from all shards, written by rank 0."""
-        state = self.backend.full_state_dict()
-        if not self.is_main:
-            return
-        training_config = self.model.config
-        self.model.config = copy.deepcopy(training_config)
-        self.model.config.use_cache = True
-        try:
-            self.model.save_pretrained(folder, state_dict=state)
-        finally:
-            self.model.config = training_config
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole network's weights by name on rank 0; undefined elsewhere. All ranks call it."""
+        return self.backend.full_state_dict()
 
 
 def _mix_seed(*numbers: int) -> int:

@@ -27,9 +27,7 @@ def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> st
         return f"zero{deepspeed_config['zero_optimization']['stage']}"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise RecipeError(
-                "the launch config asks for FSDP 1; set fsdp_version: 2, as launch_configs/fsdp2.yaml does"
-            )
+            raise RecipeError("the launch config asks for FSDP version 1; convert it with `accelerate to-fsdp2`")
         return "fsdp2"
     return "single" if world_size == 1 else "ddp"
 
@@ -46,6 +44,8 @@ def make_accelerator(kind: str, mixed: str, deepspeed_config: dict[str, Any] | N
         _shard_on_cpu(kind)
     if deepspeed_config is None:
         return Accelerator(mixed_precision=mixed, kwargs_handlers=[group])
+    # The config is complete. Accelerate would refuse inline fields of the launch config beside it.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     accelerator = Accelerator(
         mixed_precision=mixed,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),

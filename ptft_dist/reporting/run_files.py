@@ -25,7 +25,7 @@ from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.environment import Place
-from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.messages import fail, say
 
 EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
 """The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
@@ -63,7 +63,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     environment.json with versions and machine. Removes the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
-    (run_dir / "data_report.json").write_text(json.dumps(data_report, indent=1), encoding="utf-8")
+    (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -110,7 +110,8 @@ class FailureReport:
         self.log = run_dir / "logs" / f"rank-{place.rank}.log"
         self.claim = _scratch() / f"failed-{_this_start()}"
 
-    def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
+    def write(self, error: Exception, exit_code: int, wall_s: float, first: str | None = None) -> None:
+        """first: the failure that the rank which failed first has announced."""
         trace = hide(traceback.format_exc())
         if self.begun:
             with _told(self.log), self.log.open("a") as file:
@@ -120,17 +121,19 @@ class FailureReport:
                 self.claim.touch(exist_ok=self.place.world_size == 1)
             except FileExistsError:
                 return  # another rank failed first; this failure most likely follows from that one
-        first = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
+        who = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
         what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
-        if "closed by peer" in what or "reset by peer" in what:
+        if first is not None and not isinstance(error, PtftError) and not first.startswith(f"rank {self.place.rank}:"):
+            what += f"\nThis follows from an earlier failure: {hide(first)}"
+        elif "closed by peer" in what or "reset by peer" in what:
             what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
         if not isinstance(error, PtftError):
-            say(trace)
+            fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
-        say(f"error: {first}{what}{where}")
+        fail(f"error: {who}{what}{where}")
         tell_launcher(exit_code)
         if self.begun:
-            result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{first}{what}"}
+            result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
             with _told(self.run_dir / "result.json"):
                 write_result(self.run_dir, result)
 

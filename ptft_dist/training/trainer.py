@@ -237,8 +237,8 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a verified checkpoint."""
         self.engine.load_state(checkpoint.path)
-        self.batches.load_state_dict(checkpoint.manifest["batches"])
-        self.progress = RunProgress.from_dict(checkpoint.manifest["progress"])
+        self.batches.load_state_dict(checkpoint.fact("batches", dict))
+        self.progress = RunProgress.from_dict(checkpoint.fact("progress", dict))
         self.saved_step = checkpoint.step
         if self.progress.step != checkpoint.step:
             raise CheckpointError(f"{checkpoint.path}: its manifest is of update {self.progress.step}")
