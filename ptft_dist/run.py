@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,13 @@ from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.engine import reset_accelerate
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
+<<<<<<< HEAD
 from ptft_dist.launch.environment import Place, job_id, restarted_job
+from ptft_dist.networks.export import Export, export
+=======
+from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job
 from ptft_dist.networks.export import export
+>>>>>>> launch
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.run_files import (
@@ -128,7 +134,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
-    write_start(run_dir, session.loaded, session.prepared.report, environment)
+    write_start(run_dir, session.loaded, session.prepared.report.to_dict(), environment)
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
@@ -136,8 +142,8 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     say(
-        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {session.device_name}, "
-        f"{recipe.train.precision}, {trainer.total_steps:,} updates"
+        f"{engine.parameter_count:,} parameters, {describe_backend(engine.kind, os.environ)}, "
+        f"{engine.world_size} x {session.device_name}, {recipe.train.precision}, {trainer.total_steps:,} updates"
     )
 
 
@@ -168,7 +174,7 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
             trainer.progress.best_checkpoint = None
             if engine.is_main:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
-    export(engine, session.tokenizer, target)
+    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype), target)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:

@@ -22,14 +22,19 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.order import Plan, make_plan
-from ptft_dist.data.prepare import prepare
+from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import DataError, RecipeError
+<<<<<<< HEAD
 from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
 from ptft_dist.launch.environment import Place, check_launch
+from ptft_dist.networks.export import export_dtype
+=======
+from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
+>>>>>>> launch
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
 from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
@@ -37,7 +42,7 @@ from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
 from ptft_dist.tasks.protocol import Task, TaskSetup
-from ptft_dist.tasks.registry import task_class
+from ptft_dist.tasks.registry import encoder_class, task_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -69,23 +74,21 @@ class Session:
         self.zero_config = deepspeed_config_of_launch()
         self.kind = planned_kind(place.world_size, self.zero_config)
         check_sources(recipe, loaded.base)
-        self.prepared = prepare(recipe, loaded.base, progress=place.is_main)
+        self.prepared = prepare(
+            recipe,
+            loaded.base,
+            encoder_class(recipe.task),
+            progress=place.is_main,
+            tell=say,
+            tokenizer_from=tokenizer_from if tokenizer_from is not None and tokenizer_from.is_dir() else None,
+        )
+        say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
         self.tokenizer = load_tokenizer(
             self.prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code
         )
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup(
-            name=recipe.task,
-            settings=recipe.settings,
-            tokenizer=self.tokenizer,
-            survey=self.prepared.facts,
-            max_length=recipe.data.max_length,
-            seed=recipe.train.seed,
-            precision=recipe.train.precision,
-            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
-            learned_tokenizer=recipe.tokenizer.train is not None,
-        )
+        self.setup = TaskSetup.of(recipe, self.tokenizer, self.prepared.survey)
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
         if (settings := recipe.distillation) is not None:
@@ -101,6 +104,7 @@ class Session:
             grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
         )
         self.task_class.fit_config(self.setup, self.config)
+        self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
 
     # --- what makes two runs the same run ----------------------------------------------------------------------------
 
@@ -170,10 +174,7 @@ class Session:
             self.model.compile(dynamic=True)
         self.engine.prepare(self.model, recipe.optim)
         self._place_teacher()
-        probe = self.task.probe()
-        if probe is not None:
-            with self.engine.evaluating():
-                probe.check(self.engine.forward(probe.outputs, probe.inputs))
+        ask_network(self.engine, self.task)
 
     def agree_on_data(self) -> None:
         """Raises DataError, naming the ranks, unless all of them hold the same tokenizer, rows and plan."""
@@ -280,6 +281,18 @@ class Session:
     def device_name(self) -> str:
         device = self.engine.device
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def ask_network(engine: Engine, task: Task) -> None:
+    """Put the task's question to the wrapped network, such as: does it keep packed documents apart?
+
+    Raises:
+        RecipeError: the answer is bad.
+    """
+    probe = task.probe()
+    if probe is not None:
+        with engine.evaluating():
+            probe.check(engine.forward(probe.outputs, probe.inputs))
 
 
 def check_metric(loaded: Loaded) -> None:

@@ -110,34 +110,37 @@ RECIPES: dict[str, Case] = {
     "run_dir below a file": Case(2, ["run_dir: recipe.yaml/run cannot be written"], {"run_dir": "recipe.yaml/run"}),
     "an unknown launch config": Case(2, ["zero22", "did you mean zero2?"], options=["--launch", "zero22"]),
     "a launch config that is none": Case(
-        2, ["mine.yaml: this is no accelerate config"], edit=lines("mine.yaml", "a: 1"), options=MINE
+        2, ["mine.yaml: not an Accelerate config"], edit=lines("mine.yaml", "a: 1"), options=MINE
     ),
     "ds config: clipping": Case(
         2,
-        ["mine.json: remove", "gradient_clipping (the recipe's optim.max_grad_norm)"],
+        ["mine.json: gradient_clipping: the recipe decides this, with optim.max_grad_norm"],
         edit=ds_config(gradient_clipping=1.0),
         options=MINE,
     ),
     "ds config: optimizer": Case(
         2,
-        ["mine.json: remove", "optimizer (the recipe's optim)"],
+        ["mine.json: optimizer: the recipe decides this, with optim;"],
         edit=ds_config(optimizer={"type": "Adam"}),
         options=MINE,
     ),
     "ds config: batch size": Case(
         2,
-        ["mine.json: remove", "train_batch_size (the recipe's batch.global_size)"],
+        ["mine.json: train_batch_size: the recipe decides this, with batch.global_size"],
         edit=ds_config(train_batch_size=12),
         options=MINE,
     ),
     "ds config: precision": Case(
         2,
-        ["mine.json: remove", "bf16 (the recipe's train.precision)"],
+        ["mine.json: bf16: the recipe decides this, with train.precision"],
         edit=ds_config(bf16={"enabled": True}),
         options=MINE,
     ),
     "ds config: no stage": Case(
-        2, ["zero_optimization.stage is 0"], edit=ds_config(zero_optimization={"stage": 0}), options=MINE
+        2,
+        ["zero_optimization.stage: 0; expected 1, 2 or 3"],
+        edit=ds_config(zero_optimization={"stage": 0}),
+        options=MINE,
     ),
     "ds config: not there": Case(
         2,

@@ -16,7 +16,8 @@ from support import eval_rows, ptft, start, train_rows
 from tiny import write_tiny
 
 from ptft_dist.config.distillation import DistillationSettings
-from ptft_dist.tasks.common.distillation import Distillation, divergence, inputs_of
+from ptft_dist.networks.facts import read_facts
+from ptft_dist.tasks.common.distillation import Distillation, divergence
 
 
 def settings(**changes: Any) -> DistillationSettings:
@@ -234,13 +235,27 @@ def test_each_network_gets_the_token_types_that_it_knows() -> None:
     bert = AutoConfig.for_model("bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, **small)
     distilled = AutoConfig.for_model("distilbert", dim=16, hidden_dim=32, n_layers=1, n_heads=2, **small)
     teacher, student = (AutoModelForSequenceClassification.from_config(c) for c in (bert, distilled))
-    task = SimpleNamespace(auto_class=None, pad_id=3, has_types=False, install=lambda _: None)
-    Distillation(task, settings(), teacher, [0, 1]).install(student)
+    seen: dict[str, set[str]] = {}
+
+    def choices(model: str, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        seen[model] = set(inputs)
+        return torch.zeros(1, 2, requires_grad=model == "student"), torch.tensor([1])
+
+    task = SimpleNamespace(
+        auto_class=None,
+        pad_id=3,
+        has_types=False,
+        network=read_facts(student),
+        choices=choices,
+        loss_of=lambda logits, _: (logits.sum(), torch.tensor(1)),
+    )
+    distillation = Distillation(task, settings(), [0, 1])
+    distillation.prepare_teacher(teacher)
+    distillation.adopt(SimpleNamespace(forward=lambda call, inputs: call("teacher", inputs)), read_facts(teacher))
     assert task.has_types
     assert teacher.config.pad_token_id == 3
-    inputs = {name: torch.zeros(1, 2) for name in ("input_ids", "token_type_ids")}
-    assert set(inputs_of(teacher, inputs)) == {"input_ids", "token_type_ids"}
-    assert set(inputs_of(student, inputs)) == {"input_ids"}
+    distillation.loss("student", {name: torch.zeros(1, 2) for name in ("input_ids", "token_type_ids")})
+    assert seen == {"teacher": {"input_ids", "token_type_ids"}, "student": {"input_ids"}}
 
 
 def test_another_teacher_in_the_same_place_is_another_run(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT, outcome, start, train_rows, write_recipe
+from task_support import for_model, make_task
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
@@ -16,8 +17,9 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.common.masking import word_beginnings
 from ptft_dist.tasks.mlm.settings import MlmSettings
-from ptft_dist.tasks.mlm.task import MaskedLM, word_beginnings
+from ptft_dist.tasks.mlm.task import MaskedLM
 from ptft_dist.tasks.registry import recipe_class
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,7 +51,7 @@ def recipe(**mlm: Any) -> Recipe:
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **mlm: Any) -> MaskedLM:
-    return MaskedLM(recipe(**mlm), tokenizer, torch.device("cpu"))
+    return make_task(recipe(**mlm), tokenizer)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerFast, count: int = 40, length: int = 100) -> list[Row]:
@@ -72,7 +74,7 @@ def test_the_shares_are_those_of_the_paper(tokenizers: dict[str, Any], algorithm
     chosen = masked = kept = ordinary = 0
     for epoch in range(12):
         for i, row in enumerate(rows):
-            seen, targets = task.mask(row.input_ids, np.random.default_rng((0, epoch, i)))
+            seen, targets = task.rows.masker.mask(row.input_ids, np.random.default_rng((0, epoch, i)))
             picked = targets != -100
             assert (targets[picked] == row.input_ids[picked]).all()
             assert (seen[~picked] == row.input_ids[~picked]).all()
@@ -101,7 +103,7 @@ def test_a_word_is_chosen_whole(tokenizers: dict[str, Any], algorithm: str) -> N
     ends = np.cumsum([len(piece) for piece in pieces])
     several = 0
     for i in range(50):
-        _, targets = task.mask(np.array(whole), np.random.default_rng((0, 0, i)))
+        _, targets = task.rows.masker.mask(np.array(whole), np.random.default_rng((0, 0, i)))
         parts = np.split(targets != -100, ends[:-1])
         assert all(part.all() or not part.any() for part in parts)
         several += sum(part.all() and len(part) > 1 for part in parts)
@@ -112,7 +114,7 @@ def test_spans_have_the_lengths_of_the_paper(tokenizers: dict[str, Any]) -> None
     """The clipped geometric distribution of SpanBERT has mean 3.8; joined neighbours lengthen it a little."""
     task, lengths = make(tokenizers["bpe"], unit="span"), []
     for i in range(60):
-        _, targets = task.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
+        _, targets = task.rows.masker.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
         edges = np.flatnonzero(np.diff(np.concatenate(([0], targets != -100, [0]))))
         lengths += (edges[1::2] - edges[::2]).tolist()
     assert 3.4 < np.mean(lengths) < 5.0
@@ -190,7 +192,7 @@ def test_the_loss_is_that_of_transformers(tokenizers: dict[str, Any], config: ty
     model = build_model(recipe().model, settings, 0, AutoModelForMaskedLM).eval()
     rows = [Row(row.input_ids[: 20 + 9 * i], row.document_starts) for i, row in enumerate(rows_of(tokenizer, 5))]
     batch = task.collate(rows, [(0, i) for i in range(5)])
-    task.install(model)
+    task = for_model(task, model)
     with torch.no_grad():
         loss, metrics, _ = task.loss(model, batch.inputs)
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].long()
@@ -212,12 +214,12 @@ def test_packed_documents_do_not_see_each_other(tokenizers: dict[str, Any], conf
     alone = make(tokenizer, packing=False)
     with torch.no_grad():
         expected = [
-            alone.logits(model, alone.plain_inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0) for d in documents
+            alone._logits(model, alone.rows.unmasked([Row(d, np.zeros(1, np.int64))])).squeeze(0) for d in documents
         ]
         for attention, same in (("document", True), ("across", False)):
             task = make(tokenizer, attention=attention)
-            task.install(model)
-            logits = task.logits(model, task.plain_inputs([packed])).squeeze(0)
+            task = for_model(task, model)
+            logits = task._logits(model, task.rows.unmasked([packed])).squeeze(0)
             pieces = torch.split(logits, [len(d) for d in documents])
             near = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pieces, expected, strict=True))
             assert near == same, attention
@@ -237,7 +239,7 @@ def test_an_architecture_that_cannot_is_refused(tokenizers: dict[str, Any]) -> N
 
 
 def test_unknown_words_and_missing_masks_are_refused(tokenizers: dict[str, Any]) -> None:
-    assert word_beginnings(tokenizers["wordpiece"]).any()
+    assert word_beginnings(tokenizers["wordpiece"], "mlm").any()
     plain = train_tokenizer(TokenizerTraining(vocab_size=300), TEXTS)
     with pytest.raises(RecipeError, match="mask"):
         make(plain)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT
+from task_support import for_model, make_task
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForPermutationLanguageModeling,
@@ -24,6 +25,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
 from ptft_dist.tasks.plm.settings import PlmSettings
 from ptft_dist.tasks.plm.task import PermutedLM, choose_spans, hidden
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import mask_all
 
@@ -58,7 +60,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **section: Any) -> PermutedLM:
-    return PermutedLM(recipe(**section), tokenizer, torch.device("cpu"))
+    return make_task(recipe(**section), tokenizer)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> list[Row]:
@@ -188,7 +190,7 @@ def test_weights_that_move_nothing_are_frozen_and_all_others_learn(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
 ) -> None:
     task = make(tokenizer)
-    task.install(model)
+    task = for_model(task, model)
     inputs = task.collate(rows_of(tokenizer, [40, 64]), [(0, 0), (0, 1)]).inputs
     task.loss(model, inputs).loss_sum.backward()
     without = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.grad is None}
@@ -201,8 +203,8 @@ def test_weights_that_move_nothing_are_frozen_and_all_others_learn(
 
 def test_other_networks_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RecipeError, match=r"llama .*task: clm"):
-        PermutedLM.fit_config(recipe(), LlamaConfig(), tokenizer)
+        PermutedLM.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     for change in ({"attn_type": "uni"}, {"bi_data": True}):
         with pytest.raises(RecipeError, match="attn_type: bi and bi_data: false"):
-            PermutedLM.fit_config(recipe(), XLNetConfig(**SIZES, **change), tokenizer)
-    PermutedLM.fit_config(recipe(), XLNetConfig(**SIZES), tokenizer)
+            PermutedLM.fit_config(TaskSetup.of(recipe(), tokenizer, {}), XLNetConfig(**SIZES, **change))
+    PermutedLM.fit_config(TaskSetup.of(recipe(), tokenizer, {}), XLNetConfig(**SIZES))

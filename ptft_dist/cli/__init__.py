@@ -15,6 +15,7 @@ from ptft_dist.reporting.messages import show_messages
 
 # name, module, function (or a Typer with verbs of its own)
 VERBS: tuple[tuple[str, str, str], ...] = (
+    ("init", "ptft_dist.cli.init", "init"),
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
     ("config", "ptft_dist.cli.config", "app"),

@@ -243,6 +243,8 @@ class SaveSection(Section):
     """Keep the checkpoint with the best eval.metric too, whatever its age. Evaluations save when they find it."""
     export: Literal["last", "best"] = "last"
     """Which weights become run_dir/model."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Data type of the weights in run_dir/model. `auto`: that of the weights in model.path, fp32 with model.config."""
 
     @model_validator(mode="after")
     def _check(self) -> SaveSection:

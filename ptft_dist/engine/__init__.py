@@ -11,7 +11,6 @@ Rules that hold here, and the reason for each:
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import resource
 from collections.abc import Callable, Iterator
@@ -67,9 +66,7 @@ def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> st
         return f"zero{deepspeed_config['zero_optimization']['stage']}"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise RecipeError(
-                "the launch config asks for FSDP 1; set fsdp_version: 2, as launch_configs/fsdp2.yaml does"
-            )
+            raise RecipeError("the launch config asks for FSDP version 1; convert it with `accelerate to-fsdp2`")
         return "fsdp2"
     return "single" if world_size == 1 else "ddp"
 
@@ -241,18 +238,9 @@ class Engine:
         each = (8 if self.optim.name == "sgd" else 12) + (4 if self.kind in ("zero1", "zero2") else 0)
         return each * self.parameter_count + 2**20
 
-    def save_pretrained(self, folder: Path) -> None:
-        """A plain Hugging Face model directory, gathered from all shards, written by rank 0."""
-        state = self.backend.full_state_dict()
-        if not self.is_main:
-            return
-        training_config = self.model.config
-        self.model.config = copy.deepcopy(training_config)
-        self.model.config.use_cache = True
-        try:
-            self.model.save_pretrained(folder, state_dict=state)
-        finally:
-            self.model.config = training_config
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole network's weights by name on rank 0; elsewhere not to be used. All ranks call it."""
+        return self.backend.full_state_dict()
 
 
 def _accelerator(kind: str, mixed: str, deepspeed_config: dict[str, Any] | None, on_cpu: bool) -> Accelerator:
@@ -266,6 +254,8 @@ def _accelerator(kind: str, mixed: str, deepspeed_config: dict[str, Any] | None,
         _sharded_on_cpu(kind)
     if deepspeed_config is None:
         return Accelerator(mixed_precision=mixed, kwargs_handlers=[group])
+    # The config is complete. Accelerate would refuse inline fields of the launch config beside it.
+    os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     accelerator = Accelerator(
         mixed_precision=mixed,
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),

@@ -68,7 +68,7 @@ def read_facts(model: PreTrainedModel) -> NetworkFacts:
     if table is not None and padding_id is not None:
         max_positions = table.num_embeddings - padding_id - 1
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    generation = model.generation_config
+    generation = getattr(model, "generation_config", None)  # networks that do not generate have none
     starts = (getattr(each, "decoder_start_token_id", None) for each in (config, generation))
     router = float(getattr(text, "router_aux_loss_coef", None) or 0.0)
     experts = next((n for key in _EXPERTS if isinstance(n := getattr(text, key, None), int)), 0)

@@ -12,29 +12,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from prepare_support import prepare
 
 import ptft_dist.data
 from ptft_dist.config.recipe import Recipe
-from ptft_dist.data.prepare import prepare
 from ptft_dist.tasks.registry import recipe_class
 
 # The first process stops in the middle of its work until it is told to go on; so the order of events is certain.
 PREPARE = """
 import sys
 from pathlib import Path
-from ptft_dist.data import encode
+from ptft_dist.data import stream
 from ptft_dist.data import prepare as module
-from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.registry import encoder_class, recipe_class
 
-write = encode.write
+write = stream.write
 
 def pause_and_write(*args, **kwargs):
     print("working", flush=True)
     sys.stdin.readline()
     return write(*args, **kwargs)
 
-encode.write = pause_and_write
-prepared = module.prepare(recipe_class().model_validate_json(sys.argv[1]), Path(sys.argv[2]))
+stream.write = pause_and_write
+recipe = recipe_class().model_validate_json(sys.argv[1])
+prepared = module.prepare(recipe, Path(sys.argv[2]), encoder_class(recipe.task))
 print(prepared.from_cache, prepared.fingerprint, prepared.train.row(0).input_ids.tolist(), flush=True)
 """
 
