@@ -43,7 +43,7 @@ from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.protocol import Task, TaskSetup
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.registry import encoder_class, recipe_class, task_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -119,12 +119,12 @@ def make_job(case: str, folder: Path, rows: str | None, updates: int, group: int
             **special,
         }
     )
-    prepared = prepare(recipe, folder, progress=False)
+    prepared = prepare(recipe, folder, encoder_class(recipe.task), progress=False)
     store, tokenizer, shape = prepared.train, load_tokenizer(prepared.tokenizer_path), batch_shape(recipe, 1)
     plan = make_plan(len(store), store.lengths, 0, global_size=shape.global_size, max_steps=updates)
     config = build_config(recipe.model, tokenizer, recipe.data.max_length)
     model = build_model(recipe.model, config, 0, task_class(case).auto_class)
-    task = task_class(case)(TaskSetup.of(recipe, tokenizer, prepared.facts), read_facts(model), torch.device("cpu"))
+    task = task_class(case)(TaskSetup.of(recipe, tokenizer, prepared.survey), read_facts(model), torch.device("cpu"))
     task.prepare_network(model)
     layout = Shape(0, 1, shape.micro_size, shape.micro_tokens, group_by_length=True)
     dataset = UpdateDataset(store, plan, layout, task.collate)

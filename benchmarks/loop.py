@@ -46,7 +46,7 @@ from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.clm.task import CausalLM
 from ptft_dist.tasks.protocol import Batch, TaskSetup
-from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.registry import encoder_class, recipe_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -133,7 +133,7 @@ def make_job(case: str, folder: Path, updates: int, seed: int) -> Job:
             **CASES[case],
         }
     )
-    prepared = prepare(recipe, folder, progress=False)
+    prepared = prepare(recipe, folder, encoder_class(recipe.task), progress=False)
     store, tokenizer, shape = prepared.train, load_tokenizer(prepared.tokenizer_path), batch_shape(recipe, 1)
     plan = make_plan(len(store), store.lengths, seed, global_size=shape.global_size, max_steps=updates)
     config = build_config(recipe.model, tokenizer, recipe.data.max_length)

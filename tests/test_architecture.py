@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "config": {"errors"},
     "reporting": {"config", "errors", "launch"},
     "launch": {"config", "errors"},
-    "data": {"config", "errors", "tasks"},
+    "data": {"config", "errors"},
     "engine": {"config", "errors"},
     "checkpoint": {"config", "errors"},
     "networks": {"checkpoint", "config", "data", "engine", "errors", "training"},

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import ROOT
 from task_support import for_model, make_task
 from transformers import (
@@ -26,7 +27,7 @@ from transformers import (
 )
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.prepare import Prepared, describe, prepare
+from ptft_dist.data.prepare import Prepared, describe
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -149,9 +150,9 @@ def test_half_of_the_pairs_are_random(
     pairs = segments(done.train, tokenizer)
     unrelated = sum(pair[2] for pair in pairs)
     assert unrelated / len(pairs) == pytest.approx(0.5, abs=0.03)
-    assert done.report["notes"]["of two random segments"][0] == unrelated
-    assert done.report["notes"]["of segments that follow each other"][0] == len(pairs) - unrelated
-    assert f"{unrelated:,} rows of two random segments" in describe(done.report)
+    assert done.report.notes["with a random second segment"].times == unrelated
+    assert done.report.notes["with the segment that follows"].times == len(pairs) - unrelated
+    assert f"{unrelated:,} documents with a random" in describe(done.report)
     firsts = {marks(first)[-1] for first, _, _ in pairs if marks(first)}
     assert {(150 + i, 0) for i in range(single)} <= firsts
 
@@ -172,7 +173,7 @@ def test_rows_are_short_enough_and_some_are_shorter(tmp_path: Path, tokenizer_di
         store = done.train
         lengths[share] = store.lengths(np.arange(len(store)))
         assert lengths[share].max() == 40
-        assert done.report["notes"]["shortened at their outer ends"][0] > 0
+        assert done.report.notes["truncated at their outer ends"].times > 0
     assert lengths[1.0].mean() < lengths[0.0].mean() - 2
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from prepare_support import prepare
 from support import start
 from task_support import for_model, make_task
 from test_classification import CONFIGS, ROLES, SIZES, TEXTS, encoded, keys, made, recipe, tokenizer
@@ -15,7 +16,6 @@ from tiny import write_tiny
 from tokenizers.processors import TemplateProcessing
 
 from ptft_dist.api import load_recipe
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_config, build_model
@@ -94,8 +94,8 @@ def test_outputs_of_every_token(tmp_path: Path, kind: str, network: str) -> None
     loaded = load_recipe(str(path))
     ours, prepared = loaded.recipe, prepare(loaded.recipe, loaded.base, progress=False)
     words = load_tokenizer(prepared.tokenizer_path)
-    task = make_task(ours, words, prepared.facts)
-    config = build_config(ours.model, words, 32, type(task).config_settings(TaskSetup.of(ours, words, prepared.facts)))
+    task = make_task(ours, words, prepared.survey)
+    config = build_config(ours.model, words, 32, type(task).config_settings(TaskSetup.of(ours, words, prepared.survey)))
     model = build_model(ours.model, config, 0, task.auto_class).eval()
     task = for_model(task, model)
     probe = task.probe()

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import merge
 from task_support import for_model, make_task
 from tiny import write_rows
@@ -17,7 +18,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -73,7 +73,7 @@ def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, A
     recipe = make_recipe(folder, train, validation, **changes)
     prepared = prepare(recipe, folder, progress=False)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
-    return prepared, tokenizer, make_task(recipe, tokenizer, prepared.facts)
+    return prepared, tokenizer, make_task(recipe, tokenizer, prepared.survey)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_windows_and_targets_are_those_of_transformers(tmp_path: Path, algorithm
         assert (found.columns["start"][0], found.columns["end"][0]) == expected
         assert "meta" not in found.columns
     assert answered > 30
-    assert prepared.facts == {"unanswerable": sum(not row["answers"]["text"] for row in rows)}
+    assert prepared.survey == {"unanswerable": sum(not row["answers"]["text"] for row in rows)}
 
 
 def test_a_target_has_all_tokens_of_the_answer_and_no_other(tmp_path: Path) -> None:
@@ -227,14 +227,14 @@ def test_what_has_no_room_is_left_out_and_counted(tmp_path: Path) -> None:
         {"question": "where", "context": context, "answers": {"text": [context], "answer_start": [0]}},
     ]
     prepared, _, _ = made(tmp_path, [*questions(30), *rows], questions(2))
-    notes = prepared.report["notes"]
-    assert notes[NO_ROOM] == [2, [f"{tmp_path}/train.jsonl:31", f"{tmp_path}/train.jsonl:32"]]
-    assert notes[BROKEN] == [1, [f"{tmp_path}/train.jsonl:34"]]
+    dropped = prepared.report.dropped
+    assert dropped[NO_ROOM] == (2, [f"{tmp_path}/train.jsonl:31", f"{tmp_path}/train.jsonl:32"])
+    assert prepared.report.notes[BROKEN] == (1, [f"{tmp_path}/train.jsonl:34"])
     # To the token: 40 less 3 special ones and a stride of 7. The tokenizer knows no ~, which is a byte each time.
     known = {"train": None, "path": str(prepared.tokenizer_path)}
     rows = [{"question": "~" * n, "context": context, "answers": NO_ANSWER} for n in (29, 30)]
     prepared, _, _ = made(tmp_path, rows, questions(2), tokenizer=known)
-    assert prepared.report["notes"][NO_ROOM] == [1, [f"{tmp_path}/train.jsonl:2"]]
+    assert prepared.report.dropped[NO_ROOM] == (1, [f"{tmp_path}/train.jsonl:2"])
     with pytest.raises(RecipeError, match=r"question_answering\.stride: 37 leaves no room in data\.max_length \(40\)"):
         made(tmp_path, questions(3), questions(2), question_answering={"stride": 37})
 

@@ -17,8 +17,8 @@ from tiny import write_rows, write_tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.store import Row
 from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.tasks.protocol import TaskSetup
@@ -39,7 +39,7 @@ def recipe(**settings: Any) -> Recipe:
 
 def parts(ours: Recipe) -> tuple[Any, torch.nn.Module, list[Row]]:
     words = tokenizer()
-    encoder, rows = RegressionRows(ours, words, {}), []
+    encoder, rows = RegressionRows(EncoderContext.of(ours, words)), []
     for text, label in zip(TEXTS, NUMBERS, strict=True):
         record = Record({"text": text, "label": label}, "here")
         (example,) = encoder.build(record, encoder.encode(encoder.pieces(record)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from pydantic import ValidationError
 from support import merge
 from task_support import for_model, make_task
@@ -29,9 +30,8 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.prepare import prepare
-from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -73,7 +73,7 @@ def tokenizer_that(adds: str = "nothing") -> PreTrainedTokenizerFast:
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, *rows: tuple[str, str], **changes: Any) -> Any:
-    encoder = Seq2SeqRows(recipe(**changes), tokenizer, {})
+    encoder = Seq2SeqRows(EncoderContext.of(recipe(**changes), tokenizer))
     records = [Record({"source": source, "target": target}, "here") for source, target in rows]
     pieces = [piece for record in records for piece in encoder.pieces(record)]
     encodings = encoder.encode(pieces)
@@ -84,10 +84,10 @@ def test_tokenizers_that_mark_the_language_are_refused() -> None:
     for name in ("src_lang", "tgt_lang", "lang_code_to_id"):
         tokenizer = tokenizer_that()
         setattr(tokenizer, name, "en_XX")
-        with pytest.raises(RecipeError, match=r"source's language.*not supported yet"):
-            Seq2SeqRows(recipe(), tokenizer, {})
-    with pytest.raises(RecipeError, match="not supported yet"):
-        Seq2SeqRows(recipe(), NllbTokenizer(), {})
+        with pytest.raises(RecipeError, match=r"source's language.*not supported"):
+            Seq2SeqRows(EncoderContext.of(recipe(), tokenizer))
+    with pytest.raises(RecipeError, match="not supported"):
+        Seq2SeqRows(EncoderContext.of(recipe(), NllbTokenizer()))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -115,7 +115,10 @@ def test_what_is_too_long_is_cut_before_its_end_and_noted(adds: str) -> None:
     assert rows[0].columns["input_ids"][begin:] == [*plain[: 15 - begin], eos]
     assert rows[1].columns["labels"][begin:] == [*plain[: 6 - begin], eos]
     assert [len(row.columns["input_ids"]) for row in rows] == [16, len(rows[1].columns["input_ids"]), 16]
-    source, target = "source cut to data.max_length", "target cut to seq2seq.max_target_length"
+    source, target = (
+        "with a source truncated to data.max_length",
+        "with a target truncated to seq2seq.max_target_length",
+    )
     assert [row.notes for row in rows] == [(source,), (target,), (source, target)]
     assert rows[1].meta["reference"] == long, "the reference is the whole text"
 
@@ -124,7 +127,7 @@ def test_a_text_of_exactly_the_length_is_not_cut() -> None:
     tokenizer = tokenizer_that()
     text = "the quick brown fox jumps over the lazy dog"
     count = len(tokenizer(text).input_ids)
-    for room, notes in ((count + 1, ()), (count, ("target cut to seq2seq.max_target_length",))):
+    for room, notes in ((count + 1, ()), (count, ("with a target truncated to seq2seq.max_target_length",))):
         assert encoded(tokenizer, ("dog", text), seq2seq={"max_target_length": room})[0].notes == notes
 
 
@@ -165,7 +168,7 @@ def test_tokenizers_without_an_end_or_padding_are_refused(missing: str) -> None:
     tokenizer = tokenizer_that()
     setattr(tokenizer, f"{missing}_token", None)
     with pytest.raises(RecipeError, match=f"no {missing.upper()} token"):
-        Seq2SeqRows(recipe(), tokenizer, {})
+        Seq2SeqRows(EncoderContext.of(recipe(), tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +195,7 @@ def test_broken_rows_are_named(tmp_path: Path, row: dict[str, Any], says: str) -
     assert "bad_rows: skip" in str(error.value)
     skipped = prepare(recipe(tmp_path, data={"bad_rows": "skip"}), tmp_path, progress=False)
     assert len(skipped.train) == 3
-    assert skipped.report["bad_rows"] == 1
+    assert skipped.report.bad_rows.count == 1
 
 
 def test_prepared_rows(tmp_path: Path) -> None:
@@ -212,7 +215,7 @@ def test_prepared_rows(tmp_path: Path) -> None:
             assert row.input_ids[-1] == row.columns["labels"][-1] == tokenizer.eos_token_id
     metas = [prepared.validation.row(i).meta for i in range(len(prepared.validation))]  # type: ignore
     assert all({"en": meta["source"], "de": meta["reference"]} in rows for meta in metas)
-    assert prepared.report["notes"]["source cut to data.max_length"][0] == cut > 0
+    assert prepared.report.notes["with a source truncated to data.max_length"][0] == cut > 0
 
 
 def test_unknown_tokens_of_targets_are_counted_too(tmp_path: Path) -> None:
@@ -223,7 +226,7 @@ def test_unknown_tokens_of_targets_are_counted_too(tmp_path: Path) -> None:
         {"train": {"algorithm": "wordpiece", "vocab_size": 300}},
         data={"validation": [{"path": "more.jsonl"}]},
     )
-    assert prepare(given, tmp_path, progress=False).report["unknown_tokens"] == 3
+    assert prepare(given, tmp_path, progress=False).report.unknown_tokens == 3
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

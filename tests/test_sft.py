@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import start, train_rows
 from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.prepare import prepare
-from ptft_dist.data.row_encoder import Example, LeftOut, RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -60,9 +60,9 @@ def recipe(max_length: int = 200, **sft: Any) -> Recipe:
 
 
 def encode(tokenizer: Any, values: dict[str, Any], **settings: Any) -> Example:
-    encoder = ConversationRows(recipe(**settings), tokenizer, {})
+    encoder = ConversationRows(EncoderContext.of(recipe(**settings), tokenizer))
     record = Record(values, "rows.jsonl:1")
-    encoder.check(encoder.recipe, record)
+    encoder.check(encoder.settings, record)
     (example,) = encoder.build(record, encoder.encode(encoder.pieces(record)))
     return example
 
@@ -224,7 +224,7 @@ def test_long_conversations_are_cut_or_dropped_and_those_without_an_answer_left_
     assert cut.notes == ("truncated to data.max_length",)
     with pytest.raises(LeftOut, match=r"longer than data\.max_length"):
         encode(tokenizer, values, max_length=len(whole) - 2, too_long="drop")
-    with pytest.raises(LeftOut, match="no assistant message is left"):
+    with pytest.raises(LeftOut, match="without an assistant message"):
         encode(tokenizer, values, max_length=8)
 
 
@@ -324,11 +324,11 @@ def test_the_end_of_a_turn_ends_what_is_written_and_exported(tokenizer: Any) -> 
 
     base = copy.deepcopy(tokenizer)
     base.eos_token, base.pad_token = "<|bos|>", None
-    encoder = ConversationRows(recipe(), base, {})
+    encoder = ConversationRows(EncoderContext.of(recipe(), base))
     encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "rows.jsonl:1"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert encoder.facts["end_of_turn"] == end
-    task = make_task(recipe(), base, encoder.facts)
+    assert encoder.discovered["end_of_turn"] == end
+    task = make_task(recipe(), base, encoder.discovered)
     model = tiny_model(tokenizer, recipe())
     task = for_model(task, model)
     assert set(task.eos_ids) >= {end, base.eos_token_id}
@@ -352,13 +352,13 @@ def test_added_chat_tokens_are_special(tmp_path: Path) -> None:
         str(t): t.special for t in AutoTokenizer.from_pretrained(found.tokenizer_path).added_tokens_decoder.values()
     }
     assert (added["<|im_start|>"], added["<|im_end|>"], added["dog"]) == (True, True, False)
-    assert found.facts["end_of_turn"] is not None
+    assert found.survey["end_of_turn"] is not None
 
 
 def test_files_in_folders_with_signs_are_told_apart(tokenizer: Any) -> None:
-    encoder = ConversationRows(recipe(), tokenizer, {})
-    encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "k#1/a.jsonl:1"))
-    encoder.pieces(Record({"instruction": "a", "output": "b"}, "k#1/b.jsonl:1"))
+    encoder = ConversationRows(EncoderContext.of(recipe(), tokenizer))
+    encoder.admit(Record({"messages": [USER, ASSISTANT]}, "k#1/a.jsonl:1"))
+    encoder.admit(Record({"instruction": "a", "output": "b"}, "k#1/b.jsonl:1"))
 
 
 def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: Path) -> None:
@@ -742,13 +742,14 @@ def test_bad_rows_are_named_by_file_and_line_or_skipped_and_counted(tmp_path: Pa
     assert "rows.jsonl:8: message 1 has the role 'bot'" in message
     assert "data.bad_rows: skip" in message
     report = prepared_rows(tmp_path, rows, data={"bad_rows": "skip"}).report
-    assert report["bad_rows"] == 3
+    assert report.bad_rows.count == 3
     assert any(
         "rows.jsonl:10: this row's shape is alpaca, but the file begins with messages" in at
-        for at in report["bad_rows_at"]
+        for at in report.bad_rows.first
     )
-    assert report["rows_read"] == 40
-    assert report["train"]["examples"] + report["validation"]["examples"] == 37
+    assert report.read == 40
+    assert report.validation is not None
+    assert report.train.examples + report.validation.examples == 37
 
 
 def test_what_is_cut_and_left_out_is_counted(tmp_path: Path) -> None:
@@ -756,11 +757,12 @@ def test_what_is_cut_and_left_out_is_counted(tmp_path: Path) -> None:
     rows[5] = {"messages": [{"role": "user", "content": " ".join(WORDS * 4)}, ASSISTANT]}
     rows[6] = {"messages": [USER, {"role": "assistant", "content": " ".join(WORDS * 4)}]}
     rows[8] = {"messages": [USER, ASSISTANT, SECOND[0]]}
-    notes = prepared_rows(tmp_path, rows).report["notes"]
+    report = prepared_rows(tmp_path, rows).report
+    notes = report.notes
     where = str(tmp_path / "rows.jsonl")
-    assert notes["dropped: no assistant message is left within data.max_length"] == [1, [f"{where}:6"]]
+    assert report.dropped["without an assistant message within data.max_length"] == (1, [f"{where}:6"])
     assert f"{where}:7" in notes["truncated to data.max_length"][1]
-    assert notes["truncated after the last assistant message"] == [1, [f"{where}:9"]]
+    assert notes["truncated after the last assistant message"] == (1, [f"{where}:9"])
 
 
 def test_an_unknown_template_is_named_with_the_known_ones(tmp_path: Path) -> None:

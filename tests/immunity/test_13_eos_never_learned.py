@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from task_support import make_task
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.prepare import Prepared, prepare
+from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.tasks.clm.task import CausalLM
 from ptft_dist.tasks.registry import recipe_class

@@ -9,8 +9,8 @@ import pytest
 from tiny import LLAMA, WORDS
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.sft.chat_template import CHATML, trl_templates
@@ -43,9 +43,9 @@ def recipe(max_length: int) -> Recipe:
 def encode(tokenizer: Any, values: dict[str, Any], template: str = CHATML, max_length: int = 4000) -> list[int]:
     """The ids of a row."""
     tokenizer.chat_template = template
-    encoder = ConversationRows(recipe(max_length), tokenizer, {})
+    encoder = ConversationRows(EncoderContext.of(recipe(max_length), tokenizer))
     record = Record(values, "rows.jsonl:1")
-    encoder.check(encoder.recipe, record)
+    encoder.check(encoder.settings, record)
     (example,) = encoder.build(record, encoder.encode(encoder.pieces(record)))
     return np.array(example.columns["input_ids"]).tolist()
 

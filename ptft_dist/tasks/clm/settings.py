@@ -14,11 +14,11 @@ class ClmSettings(DocumentSettings):
     writes = True
 
     bos: bool | Literal["auto"] = "auto"
-    """Begin each document with the tokenizer's BOS token. `auto`: if the tokenizer itself begins a text with it, as
-    those of Llama, Gemma and Mistral do. A document always ends with EOS."""
+    """Begin each document with the BOS token. `auto`: if the tokenizer itself begins a text with it, as those of Llama,
+    Gemma and Mistral do. Every document ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
-    """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
-    they are. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
+    """`fused`: compute the loss in tiles, without [batch, length, vocabulary] logits in memory. `logits`: compute all
+    logits. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
 
     def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:
         begins = adds_bos if self.bos == "auto" else self.bos

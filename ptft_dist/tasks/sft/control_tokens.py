@@ -12,11 +12,12 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptft_dist.data.row_encoder import RowError
+from ptft_dist.data.encoder import RowError
 from ptft_dist.tasks.sft.chat import Conversation, Plain
 
 if TYPE_CHECKING:
@@ -80,9 +81,8 @@ class ControlTokens:
         expected, found = self._expected[key], self.of(ids)
         if found == (expected[: len(found)] if cut else expected):
             return
-        pairs = zip([*found, None], [*expected, None], strict=False)
-        extra, missing = next((a, b) for a, b in pairs if a != b)
-        token = self.names[missing if extra is None else extra]
+        at = next(i for i, (one, other) in enumerate(zip_longest(found, expected)) if one != other)
+        token = self.names[(found[at:] or expected[at:])[0]]
         raise RowError(
             f"{_sharing(said, token)}: together with the text next to it, this text changes the special tokens of the "
             f"row (at {token!r}). Change or remove the row."
