@@ -4,7 +4,7 @@ An identity is plain JSON, part of every manifest:
 
     {"chosen":  {dotted key: value},    keys whose value is not the default
      "default": {dotted key: value},    keys at their default
-     "data":    {"fingerprint": hash of the prepared rows, part: what that part was}}
+     "data":    {"fingerprint": hash of the prepared rows, part or dotted key: what it was}}
 
 Keys that one of two versions of the program does not know count as their default there. Versions up to 0.1 wrote
 {dotted key: value} instead, with the sections of all tasks; such identities are read too.
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptft_dist.config.load import Loaded, public_values
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.section import Section
 
 MAY_CHANGE = (
@@ -32,20 +33,13 @@ MAY_CHANGE = (
     "batch.micro_size",
     "batch.micro_tokens",
     "batch.group_by_length",
-    "clm.head",
-    "sft.head",
-    "sft.generation",
-    "seq2seq.generation",
-    "question_answering.max_answer_length",
-    "question_answering.n_best",
-    "question_answering.no_answer_margin",
     "model.attention",
     "model.gradient_checkpointing",
     "model.compile",
     "train.deterministic",
 )
 """Keys and sections that may change when a run is resumed: where it writes, how it is evaluated, and how the machine
-computes the same mathematics. All other keys must stay, new ones too."""
+computes the same mathematics. `TaskSettings.may_change` adds those of the task. All other keys must stay."""
 
 PREPARED_DATA = "prepared data"
 """The key for `--accept` when the prepared rows differ and nothing says why."""
@@ -67,17 +61,19 @@ def run_identity(
     public = _keys(public_values(loaded))
     # What a reference stands for may be secret: its hash is written.
     shown = {key: value if public[key] == value else _hashed(public[key], value) for key, value in values.items()}
-    kept = {key: value for key, value in shown.items() if not may_change(key)}
+    kept = {key: value for key, value in shown.items() if not may_change(key, loaded.recipe)}
+    of_rows = {key: kept.pop(key) for key in (f"{loaded.recipe.task}.{n}" for n in loaded.recipe.settings.only_rows)}
     return {
         "chosen": {key: value for key, value in kept.items() if key not in defaults} | dict(files or {}),
         "default": {key: value for key, value in kept.items() if key in defaults},
-        "data": {"fingerprint": fingerprint, **_keys(dict(data_parts))},
+        "data": {"fingerprint": fingerprint, **_keys(dict(data_parts)), **of_rows},
     }
 
 
-def may_change(key: str) -> bool:
+def may_change(key: str, recipe: Recipe) -> bool:
     """Whether a resumed run may have another value of this key."""
-    return f"{key}.".startswith(tuple(f"{free}." for free in MAY_CHANGE))
+    of_task = (f"{recipe.task}.{name}" for name in recipe.settings.may_change)
+    return f"{key}.".startswith(tuple(f"{free}." for free in (*MAY_CHANGE, *of_task)))
 
 
 def all_keys(identity: Mapping[str, Any]) -> set[str]:
@@ -92,8 +88,10 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     if "default" not in saved:  # all sections of other tasks stand there too, at their defaults
         sections = {key.partition(".")[0] for key in (*chosen, *default)}
         saved_chosen = {key: value for key, value in saved_chosen.items() if key.partition(".")[0] in sections}
+    # A key that stands with the data now stood with the other keys in earlier versions.
+    saved_data = {key: value for key, value in (saved_default | saved_chosen).items() if key in data} | saved_data
     found: dict[str, str] = {}
-    for key in saved_chosen.keys() | saved_default.keys() | chosen.keys() | default.keys():
+    for key in (saved_chosen.keys() | saved_default.keys() | chosen.keys() | default.keys()) - data.keys():
         before = saved_chosen.get(key, saved_default.get(key, _ABSENT))
         now = chosen.get(key, default.get(key, _ABSENT))
         only_default = (before is _ABSENT and key in default) or (now is _ABSENT and key in saved_default)

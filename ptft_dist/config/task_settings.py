@@ -19,6 +19,10 @@ class TaskSettings(Section):
     """Settings that affect evaluations only."""
     text_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that decide on which texts of a row a tokenizer is trained."""
+    may_change: ClassVar[tuple[str, ...]] = ()
+    """Settings that a resumed run may have other values of: they change no update."""
+    only_rows: ClassVar[tuple[str, ...]] = ()
+    """Settings that decide nothing but the prepared rows: a resume compares them only if the rows differ."""
     distillable: ClassVar[bool] = False
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False

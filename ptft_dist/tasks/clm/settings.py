@@ -10,6 +10,8 @@ from ptft_dist.config.task_settings import DocumentSettings
 class ClmSettings(DocumentSettings):
     """Settings of causal language modelling."""
 
+    may_change = ("head",)
+    only_rows = ("bos",)
     distillable = True
     writes = True
 
