@@ -168,7 +168,7 @@ def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
     encoder = DocumentEncoder(tokenizer, (None, "eos"))
     assert encoder.encode([Document("a b", "")]) == [[1, 2, 0]]
-    with pytest.raises(DataError, match="file:7: the text spells '</s>'"):
+    with pytest.raises(DataError, match="file:7: the text contains '</s>'"):
         encoder.encode([Document("a </s> a", "file:7")])
 
     tokenizer.save_pretrained(tmp_path / "words")

@@ -63,7 +63,7 @@ def test_the_trained_tokenizer(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
     assert len(train_tokenizer(TokenizerTraining(vocab_size=5000), DOCUMENTS)) < 5000
-    assert "5000 tokens were asked for" in caplog.text
+    assert "5000 tokens were requested" in caplog.text
     with pytest.raises(RecipeError, match=r"258 is too small.*259"):
         train_tokenizer(TokenizerTraining(vocab_size=258), DOCUMENTS)
 

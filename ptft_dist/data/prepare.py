@@ -11,6 +11,7 @@ machine or on another that shares the cache, finds the result there:
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -136,6 +137,8 @@ class _Job:
         self.recipe, self.base, self.encoder, self.progress = recipe, base, encoder, progress
         self._memo = HashMemo(cache / "hashes.json", progress.tell)
         self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo, progress.tell)
+        # Fingerprint and encoder may need the same tokenizer, and neither changes it.
+        self._load = functools.cache(partial(load_tokenizer, trust_remote_code=recipe.tokenizer.trust_remote_code))
         self._contents = self._fingerprint_contents()
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
         self._augment = Augmentations(recipe, base, self._usable, progress) if recipe.data.augment else None
@@ -149,7 +152,7 @@ class _Job:
         return True
 
     def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
-        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        tokenizer = self._load(tokenizer_path)
         survey = stream.take_survey(self.recipe, self.base, self.encoder)
         encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
         steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
@@ -193,7 +196,7 @@ class _Job:
         """Whether the tokenizer itself begins a text with BOS; one that is trained here does not, and is not loaded."""
         if self.recipe.tokenizer.train is not None:
             return False
-        return adds_bos(load_tokenizer(tokenizer_path, trust_remote_code=self.recipe.tokenizer.trust_remote_code))
+        return adds_bos(self._load(tokenizer_path))
 
     def check_unchanged(self) -> None:
         """
