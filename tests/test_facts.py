@@ -161,7 +161,7 @@ def test_an_adapter_hides_neither_attention_mask_nor_position_offset(name: str, 
     survey = {"labels": ["a", "b"], "frequencies": [2, 1], "rows": 3}
     task = make_task(recipe_class().model_validate(raw), words, survey, model=model)
     rows = [
-        Row(np.array(words(text).input_ids), np.zeros(1, np.int64), {"label": np.array([i % 2])})
+        Row(np.array(words(text).input_ids), np.zeros(1, np.int64), {"labels": np.array([i % 2])})
         for i, text in enumerate(TEXTS)
     ]
     batch = task.collate(rows, [(0, i) for i in range(3)])
