@@ -38,11 +38,12 @@ from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine
+from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.padding import pad
-from ptft_dist.tasks.protocol import Task
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.protocol import Task, TaskSetup
+from ptft_dist.tasks.registry import encoder_class, recipe_class, task_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -118,15 +119,15 @@ def make_job(case: str, folder: Path, rows: str | None, updates: int, group: int
             **special,
         }
     )
-    prepared = prepare(recipe, folder, progress=False)
+    prepared = prepare(recipe, folder, encoder_class(recipe.task), progress=False)
     store, tokenizer, shape = prepared.train, load_tokenizer(prepared.tokenizer_path), batch_shape(recipe, 1)
     plan = make_plan(len(store), store.lengths, 0, global_size=shape.global_size, max_steps=updates)
-    task = task_class(case)(recipe, tokenizer, torch.device("cpu"), prepared.facts)
+    config = build_config(recipe.model, tokenizer, recipe.data.max_length)
+    model = build_model(recipe.model, config, 0, task_class(case).auto_class)
+    task = task_class(case)(TaskSetup.of(recipe, tokenizer, prepared.survey), read_facts(model), torch.device("cpu"))
+    task.prepare_network(model)
     layout = Shape(0, 1, shape.micro_size, shape.micro_tokens, group_by_length=True)
     dataset = UpdateDataset(store, plan, layout, task.collate)
-    config = build_config(recipe.model, tokenizer, recipe.data.max_length)
-    model = build_model(recipe.model, config, 0, task.auto_class)
-    task.install(model)
     keys = [
         [(int(e), int(r)) for e, r in zip(plan.epochs_of(step), plan.rows_of(step), strict=True)]
         for step in range(updates)
@@ -142,11 +143,11 @@ def run_ours(job: Job, clock: Clock) -> None:
     engine = Engine("fp32", None)
     engine.prepare(copy.deepcopy(job.model), job.recipe.optim)
     with tempfile.TemporaryDirectory(dir=job.folder) as run_dir:
-        metrics = JsonLines(Path(run_dir) / "metrics.jsonl", 0)
+        metrics = JsonLines(Path(run_dir) / "metrics.jsonl", 0, -1)
         batches = SupervisedBatches(job.dataset, workers=0, pin_memory=False)
         sinks = [metrics, Ticks(clock)]
         checkpoints, stop = Checkpoints(Path(run_dir) / "checkpoints"), StopRequest(None)
-        Trainer(job.recipe, engine, job.task, batches, len(job.rows), None, checkpoints, {}, sinks, stop).fit()
+        Trainer(job.recipe, engine, job.task, batches, len(job.rows), None, checkpoints, {}, stop, sinks).fit()
         metrics.close()
 
 
@@ -231,7 +232,7 @@ def run_padded(job: Job, clock: Clock) -> None:
 
     items = []
     for row, key in zip(itertools.chain(*job.rows), itertools.chain(*job.keys), strict=True):
-        ids, labels = job.task.mask(row.input_ids, np.random.default_rng((job.recipe.train.seed, *key)))  # type: ignore[attr-defined]
+        ids, labels = job.task.rows.masker.mask(row.input_ids, np.random.default_rng((job.recipe.train.seed, *key)))  # type: ignore[attr-defined]
         items.append({"input_ids": ids, "labels": labels})
     arguments = transformers.TrainingArguments(
         **settings(job, "transformers"),

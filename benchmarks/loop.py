@@ -41,11 +41,12 @@ from ptft_dist.data.sources import read_documents
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, reset_accelerate
+from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.clm.task import CausalLM
-from ptft_dist.tasks.protocol import Batch
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.protocol import Batch, TaskSetup
+from ptft_dist.tasks.registry import encoder_class, recipe_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -132,15 +133,14 @@ def make_job(case: str, folder: Path, updates: int, seed: int) -> Job:
             **CASES[case],
         }
     )
-    prepared = prepare(recipe, folder, progress=False)
+    prepared = prepare(recipe, folder, encoder_class(recipe.task), progress=False)
     store, tokenizer, shape = prepared.train, load_tokenizer(prepared.tokenizer_path), batch_shape(recipe, 1)
     plan = make_plan(len(store), store.lengths, seed, global_size=shape.global_size, max_steps=updates)
-    task = task_class("clm")(recipe, tokenizer, torch.device("cpu"))
+    config = build_config(recipe.model, tokenizer, recipe.data.max_length)
+    model = build_model(recipe.model, config, seed, CausalLM.auto_class)
+    task = CausalLM(TaskSetup.of(recipe, tokenizer, {}), read_facts(model), torch.device("cpu"))
     layout = Shape(0, 1, shape.micro_size, shape.micro_tokens, recipe.batch.group_by_length)
     dataset = UpdateDataset(store, plan, layout, task.collate)
-    model = build_model(
-        recipe.model, build_config(recipe.model, tokenizer, recipe.data.max_length), seed, task.auto_class
-    )
     groups = [dataset[step] for step in range(updates)]
     rows = [[store.row(int(i)) for i in plan.rows_of(step)] for step in range(updates)]
     return Job(recipe, dataset, task, model, folder, groups, rows)
@@ -154,7 +154,7 @@ def run_ours(job: Job, clock: Clock) -> None:
     engine = Engine("fp32", None)
     engine.prepare(copy.deepcopy(job.model), job.recipe.optim)
     with tempfile.TemporaryDirectory(dir=job.folder) as run_dir:
-        metrics = JsonLines(Path(run_dir) / "metrics.jsonl", 0)
+        metrics = JsonLines(Path(run_dir) / "metrics.jsonl", 0, -1)
         trainer = Trainer(
             job.recipe,
             engine,
@@ -164,8 +164,8 @@ def run_ours(job: Job, clock: Clock) -> None:
             None,
             Checkpoints(Path(run_dir) / "checkpoints"),
             {},
-            [metrics, Ticks(clock)],
             StopRequest(None),
+            [metrics, Ticks(clock)],
         )
         trainer.fit()
         metrics.close()

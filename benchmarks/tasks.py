@@ -121,11 +121,12 @@ def token_frequencies(_train: Path, _validation: Path, run: Path) -> float:
     """The perplexity of learned tokens, each predicted by its frequency in the training answers (one added to each)."""
     from ptft_dist.api import load_recipe
     from ptft_dist.data.prepare import prepare
+    from ptft_dist.tasks.registry import encoder_class
 
     loaded = load_recipe(str(run.parent / "recipe.yaml"))
-    prepared = prepare(loaded.recipe, loaded.base, progress=False)
+    prepared = prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task), progress=False)
     assert prepared.validation is not None
-    counts = np.ones(prepared.report["vocabulary"])
+    counts = np.ones(prepared.report.vocabulary)
     for store, learn in ((prepared.train, True), (prepared.validation, False)):
         rows = [store.row(i) for i in range(len(store))]
         learned = np.concatenate([row.input_ids[row.columns["learned"] == 1] for row in rows])

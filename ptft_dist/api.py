@@ -40,10 +40,11 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     """Bring a recipe's data into the cache, or find them there. Raises RecipeError and DataError."""
     from ptft_dist.data.prepare import prepare as run
     from ptft_dist.data.sources import check_sources
+    from ptft_dist.tasks.registry import encoder_class
 
     loaded = load_recipe(source, overrides)
     check_sources(loaded.recipe, loaded.base)
-    return run(loaded.recipe, loaded.base)
+    return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
 
 
 def train(

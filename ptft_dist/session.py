@@ -16,20 +16,19 @@ import torch
 from transformers import PreTrainedModel
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
-from ptft_dist.checkpoint.identity import identity
+from ptft_dist.checkpoint.identity import run_identity
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.order import Plan, make_plan
-from ptft_dist.data.prepare import prepare
+from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
-from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
-from ptft_dist.launch.environment import Place, check_launch
+from ptft_dist.errors import DataError
+from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
@@ -39,7 +38,7 @@ from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
 from ptft_dist.tasks.protocol import Task, TaskSetup
-from ptft_dist.tasks.registry import task_class
+from ptft_dist.tasks.registry import encoder_class, task_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -71,23 +70,21 @@ class Session:
         self.zero_config = deepspeed_config_of_launch()
         self.kind = planned_kind(place.world_size, self.zero_config)
         check_sources(recipe, loaded.base)
-        self.prepared = prepare(recipe, loaded.base, progress=place.is_main)
+        self.prepared = prepare(
+            recipe,
+            loaded.base,
+            encoder_class(recipe.task),
+            progress=place.is_main,
+            tell=say,
+            tokenizer_from=tokenizer_from if tokenizer_from is not None and tokenizer_from.is_dir() else None,
+        )
+        say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
         self.tokenizer = load_tokenizer(
             self.prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code
         )
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup(
-            name=recipe.task,
-            settings=recipe.settings,
-            tokenizer=self.tokenizer,
-            survey=self.prepared.facts,
-            max_length=recipe.data.max_length,
-            seed=recipe.train.seed,
-            precision=recipe.train.precision,
-            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
-            learned_tokenizer=recipe.tokenizer.train is not None,
-        )
+        self.setup = TaskSetup.of(recipe, self.tokenizer, self.prepared.survey)
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
         if (settings := recipe.distillation) is not None:
@@ -112,10 +109,10 @@ class Session:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        values = identity(self.loaded, self.prepared.fingerprint)
+        files = {}
         if self.teacher is not None:
-            values["distillation.teacher's files"] = self.teacher.identity(self._digests)
-        return values
+            files["distillation.teacher's files"] = self.teacher.identity(self._digests)
+        return run_identity(self.loaded, self.prepared.fingerprint, self.prepared.parts, files)
 
     @property
     def _digests(self) -> Any:
@@ -153,8 +150,8 @@ class Session:
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Form the process group, build network and task, and wrap them for training.
+    def start(self, *, training: bool = True) -> None:
+        """Form the process group, build network and task, and wrap them: for training with an optimizer, else without.
 
         Raises:
             RecipeError: the network cannot learn the task.
@@ -172,12 +169,12 @@ class Session:
         self.task.prepare_network(self.model)
         if self.section.compile:
             self.model.compile(dynamic=True)
-        self.engine.prepare(self.model, recipe.optim)
+        if training:
+            self.engine.prepare(self.model, recipe.optim, say)
+        else:
+            self.engine.prepare_reading(self.model)
         self._place_teacher()
-        probe = self.task.probe()
-        if probe is not None:
-            with self.engine.evaluating():
-                probe.check(self.engine.forward(probe.outputs, probe.inputs))
+        ask_network(self.engine, self.task)
 
     def agree_on_data(self) -> None:
         """Raises DataError, naming the ranks, unless all of them hold the same tokenizer, rows and plan."""
@@ -232,12 +229,8 @@ class Session:
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
         """The loop with everything that it loops over; sinks are added when the run begins."""
         recipe, engine, store = self.recipe, self.engine, self.prepared.train
-        batch = recipe.batch
-        layout = Shape(
-            engine.rank, engine.world_size, self.shape.micro_size, self.shape.micro_tokens, batch.group_by_length
-        )
         workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
-        dataset = UpdateDataset(store, self.plan, layout, self.task.collate)
+        dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
         manifest = {
             "identity": self.identity,
             "kind": engine.kind,
@@ -251,7 +244,7 @@ class Session:
             self.task,
             SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
             self.plan.total_steps,
-            self.validation(layout),
+            self.validation,
             checkpoints,
             manifest,
             stop,
@@ -259,8 +252,16 @@ class Session:
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )
 
-    def validation(self, layout: Shape) -> Validation | None:
-        store, recipe = self.prepared.validation, self.recipe
+    @property
+    def layout(self) -> Shape:
+        """How training rows are laid out over data-parallel ranks and forward passes."""
+        engine, shape = self.engine, self.shape
+        by_length = self.recipe.batch.group_by_length
+        return Shape(engine.dp_rank, engine.dp_size, shape.micro_size, shape.micro_tokens, by_length)
+
+    @cached_property
+    def validation(self) -> Validation | None:
+        store, recipe, layout = self.prepared.validation, self.recipe, self.layout
         if store is None:
             return None
         micro_size = recipe.eval.micro_size or layout.micro_size
@@ -286,12 +287,16 @@ class Session:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def check_metric(loaded: Loaded) -> None:
-    """Raises RecipeError if eval.metric is no metric of the task."""
-    recipe = loaded.recipe
-    names = (*recipe.settings.metric_names, *(recipe.distillation.metric_names if recipe.distillation else ()))
-    if recipe.eval.metric not in names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(names)}")
+def ask_network(engine: Engine, task: Task) -> None:
+    """Put the task's question to the wrapped network, such as: does it keep packed documents apart?
+
+    Raises:
+        RecipeError: the answer is bad.
+    """
+    probe = task.probe()
+    if probe is not None:
+        with engine.evaluating():
+            probe.check(engine.forward(probe.outputs, probe.inputs))
 
 
 def _directory_hash(directory: Path) -> str:

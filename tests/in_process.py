@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from support import Vocabulary, merge
+from task_support import make_task as made
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.config.recipe import Recipe
@@ -18,7 +18,7 @@ from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.engine import Engine, reset_accelerate
 from ptft_dist.networks.load import build_model
 from ptft_dist.tasks.protocol import Task
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -76,7 +76,7 @@ def make_dataset(
 
 
 def make_task(recipe: Recipe) -> Task:
-    task: Task = task_class("clm")(recipe, Vocabulary(VOCAB, 0), torch.device("cpu"))
+    task: Task = made(recipe, Vocabulary(VOCAB, 0))
     return task
 
 
@@ -113,7 +113,7 @@ def make_trainer(
         facts = {"identity": {}, "kind": "single", "world_size": 1}
         request = stop or StopRequest(None)
         yield (
-            Trainer(recipe, engine, task, batches, plan.total_steps, None, checkpoints, facts, [kept], request),
+            Trainer(recipe, engine, task, batches, plan.total_steps, None, checkpoints, facts, request, [kept]),
             kept,
         )
     finally:

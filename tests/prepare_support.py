@@ -6,12 +6,19 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data import prepare as module
+from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.store import TokenStore
 from ptft_dist.data.tokenizer import train_tokenizer
-from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.registry import encoder_class, recipe_class
 
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven wizards watch in silence and it's 42"
 DOCUMENTS = [f"{SENTENCE[i % 17 :: 1 + i % 3]} number {i}" for i in range(60)]
+
+
+def prepare(recipe: Recipe, base: Path, **options: Any) -> Prepared:
+    """`ptft_dist.data.prepare.prepare` with the encoder of the recipe's task."""
+    return module.prepare(recipe, base, encoder_class(recipe.task), **options)
 
 
 def save_tokenizer(directory: Path) -> Path:

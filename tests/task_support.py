@@ -16,20 +16,6 @@ from ptft_dist.tasks.registry import task_class
 CPU = torch.device("cpu")
 
 
-def make_setup(recipe: Recipe, tokenizer: Any, survey: Mapping[str, Any] | None = None) -> TaskSetup:
-    return TaskSetup(
-        name=recipe.task,
-        settings=recipe.settings,
-        tokenizer=tokenizer,
-        survey=survey or {},
-        max_length=recipe.data.max_length,
-        seed=recipe.train.seed,
-        precision=recipe.train.precision,
-        config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
-        learned_tokenizer=recipe.tokenizer is not None and recipe.tokenizer.train is not None,
-    )
-
-
 def plain_network(**changes: Any) -> NetworkFacts:
     """The facts of a network that nobody built: it takes attention masks, and has nothing special."""
     values: dict[str, Any] = {
@@ -65,7 +51,14 @@ def make_task(
 ) -> Any:
     """The recipe's task for `model`, which is prepared for it; or for a network with the facts `network`."""
     facts = read_facts(model) if model is not None else network or plain_network()
-    task = task_class(recipe.task)(make_setup(recipe, tokenizer, survey), facts, device)
+    task = task_class(recipe.task)(TaskSetup.of(recipe, tokenizer, survey or {}), facts, device)
     if model is not None:
         task.prepare_network(model)
     return task
+
+
+def for_model(task: Any, model: PreTrainedModel) -> Any:
+    """The same task for this network, which is prepared for it."""
+    again = type(task)(task.setup, read_facts(model), task.device)
+    again.prepare_network(model)
+    return again

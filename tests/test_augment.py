@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepare_support import prepare
 from support import ptft
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.recipe import Augmentation, Recipe, TokenizerTraining
-from ptft_dist.data.augment import Augmenter, changed, read_synonyms
+from ptft_dist.data.augment import Augmentations, changed, read_synonyms
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.formats import Record
-from ptft_dist.data.prepare import Prepared, prepare
+from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.registry import recipe_class
@@ -63,15 +64,15 @@ METHODS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_copies_follow_from_seed_and_row_alone(folder: Path, name: str) -> None:
     records = rows(TEXTS)
-    one = Augmenter(recipe(METHODS[name]), folder)
+    one = Augmentations(recipe(METHODS[name]), folder)
     forward = {record.where: list(one.copies(record)) for record in records}
-    other = Augmenter(recipe(METHODS[name]), folder)
+    other = Augmentations(recipe(METHODS[name]), folder)
     backward = {record.where: list(other.copies(record)) for record in reversed(records)}
-    together = dict(zip(forward, Augmenter(recipe(METHODS[name]), folder).copies_of(records), strict=True))
+    together = dict(zip(forward, Augmentations(recipe(METHODS[name]), folder).copies_of(records), strict=True))
     assert forward == backward == together
-    reseeded = Augmenter(recipe(METHODS[name], seed=1), folder)
+    reseeded = Augmentations(recipe(METHODS[name], seed=1), folder)
     assert {record.where: list(reseeded.copies(record)) for record in records} != forward
-    second = Augmenter(recipe({"method": "delete", "share": 1.0}, METHODS[name]), folder)
+    second = Augmentations(recipe({"method": "delete", "share": 1.0}, METHODS[name]), folder)
     later = {record.where: [copy.values for copy in list(second.copies(record))[1:]] for record in records}
     assert later != {where: [copy.values for copy in copies] for where, copies in forward.items()}  # by its place
     for record in records:
@@ -149,11 +150,11 @@ def test_a_long_text_of_one_word_costs_no_more_than_others() -> None:
 def test_both_texts_of_a_pair(folder: Path) -> None:
     pair = recipe({"method": "swap"}, classification={"pair": True})
     record = Record({"text": "one two three", "text_pair": "four five six", "label": "x"}, "here")
-    (copy,) = Augmenter(pair, folder).copies(record)
+    (copy,) = Augmentations(pair, folder).copies(record)
     for role in ("text", "text_pair"):
         assert copy.values[role] != record.values[role]
         assert sorted(copy.values[role].split()) == sorted(record.values[role].split())
-    alone = Augmenter(recipe({"method": "swap"}), folder)
+    alone = Augmentations(recipe({"method": "swap"}), folder)
     assert [c.values["text_pair"] for c in alone.copies(record)] == ["four five six"]  # a column like any other
 
 
@@ -204,16 +205,17 @@ def texts_of(store: Any, prepared: Prepared) -> list[str]:
 def test_prepare_counts_and_leaves_validation_alone(folder: Path) -> None:
     plain = prepare(recipe(), folder, progress=False)
     prepared = prepare(recipe({"method": "swap", "copies": 2}), folder, progress=False)
-    assert prepared.report["rows_read"] == len(TEXTS) + 2
-    assert prepared.report["validation"] == plain.report["validation"]
+    assert prepared.report.read == len(TEXTS) + 2
+    assert prepared.report.validation == plain.report.validation
     assert isinstance(prepared.validation, ExampleStore)
     assert texts_of(prepared.validation, prepared) == texts_of(plain.validation, plain)
     before, after = texts_of(plain.train, plain), texts_of(prepared.train, prepared)
     single = [text for text in before if len(text.split()) == 1]
-    notes = prepared.report["notes"]
+    (step,) = prepared.report.steps
+    notes = step.notes
     assert single
-    assert notes["not copied, for nothing in it can change (swap)"][0] == len(single)
-    copied = notes["copied with changes (swap)"][0]
+    assert notes["not copied: nothing in them can change (swap)"].times == len(single)
+    copied = notes["copied with changes (swap)"].times
     assert copied + len(single) == len(before)  # each of two copies came out different
     assert len(after) == len(before) + 2 * copied
     assert Counter(before) - Counter(after) == Counter()
@@ -256,8 +258,7 @@ def test_back_translation_is_that_of_the_models(translators: Path, capsys: pytes
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     method = {"method": "back_translation", "forward": "there", "backward": "back"}
-    noted: list[tuple[str, str]] = []
-    augmenter = Augmenter(recipe(method), translators, lambda *note: noted.append(note))
+    augmenter = Augmentations(recipe(method), translators)
     records = rows([*TEXTS[:5], "short"])
     copies = augmenter.copies_of(records)
     assert "back-translation: 6 texts done" in capsys.readouterr().err
@@ -275,13 +276,13 @@ def test_back_translation_is_that_of_the_models(translators: Path, capsys: pytes
             assert made[0].where == f"{record.where} (copy 1)"
         else:
             assert made == []
-    assert len(noted) == len(records)
-    assert list(Augmenter(recipe(method), translators).copies(records[0])) == copies[0]
+    assert sum(entry.times for entry in augmenter.notes.entries.values()) == len(records)
+    assert list(Augmentations(recipe(method), translators).copies(records[0])) == copies[0]
 
 
 def test_a_model_that_is_not_there(translators: Path) -> None:
     with pytest.raises(RecipeError, match=r"there is no directory \./nowhere"):
-        Augmenter(recipe({"method": "back_translation", "forward": "./nowhere", "backward": "back"}), translators)
+        Augmentations(recipe({"method": "back_translation", "forward": "./nowhere", "backward": "back"}), translators)
 
 
 def test_the_cache_follows_the_translators(translators: Path, tmp_path: Path) -> None:
@@ -294,7 +295,8 @@ def test_the_cache_follows_the_translators(translators: Path, tmp_path: Path) ->
     )
     ours = recipe({"method": "back_translation", "forward": "there", "backward": "back"})
     first = prepare(ours, tmp_path, progress=False)
-    assert first.report["train"]["examples"] > first.report["rows_read"] - first.report["validation"]["examples"]
+    assert first.report.validation is not None
+    assert first.report.train.examples > first.report.read - first.report.validation.examples
     assert prepare(ours, tmp_path, progress=False).from_cache
     config = json.loads((tmp_path / "back/config.json").read_text())
     (tmp_path / "back/config.json").write_text(json.dumps(config | {"dropout_rate": 0.2}))

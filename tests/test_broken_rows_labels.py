@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepare_support import prepare
 from support import ptft, start
 from tiny import WORDS, write_tiny
 
 from ptft_dist.api import load_recipe
-from ptft_dist.data.prepare import describe, prepare
+from ptft_dist.data.prepare import describe
 from ptft_dist.errors import DataError
 
 REMEDY = "leave bad rows out with data.bad_rows: skip"
@@ -131,10 +132,11 @@ def test_a_broken_row_stops_or_is_counted(tmp_path: Path, name: str) -> None:
         assert text in message
     skipping = load_recipe(str(path), ["data.bad_rows=skip"])
     report = prepare(skipping.recipe, skipping.base, progress=False).report
-    assert report["bad_rows"] == 1
-    assert report["rows_read"] == 31
-    assert report["train"]["examples"] + report["validation"]["examples"] == 30
-    assert report["bad_rows_at"][0].startswith(f"{tmp_path}/rows.jsonl:31: ")
+    assert report.bad_rows.count == 1
+    assert report.read == 31
+    assert report.validation is not None
+    assert report.train.examples + report.validation.examples == 30
+    assert report.bad_rows.first[0].startswith(f"{tmp_path}/rows.jsonl:31: ")
     assert "1 bad rows" in describe(report)
     assert "rows.jsonl:31" in describe(report)
 

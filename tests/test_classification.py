@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from prepare_support import prepare
 from support import eval_rows, start
+from task_support import for_model, make_task
 from tiny import BERT, WORDS, write_rows, write_tiny
 from tokenizers.normalizers import Replace
 from transformers import (
@@ -22,10 +24,9 @@ from transformers import (
 )
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext, LeftOut
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.formats import Record
-from ptft_dist.data.prepare import prepare
-from ptft_dist.data.row_encoder import LeftOut
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import RecipeError
@@ -33,7 +34,7 @@ from ptft_dist.networks.load import build_config, build_model, check_positions
 from ptft_dist.tasks.classification.encode import ClassificationRows, _marked
 from ptft_dist.tasks.classification.settings import ENTITY_MARKERS
 from ptft_dist.tasks.classification.task import Classification, label_weights
-from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.protocol import Task, TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import mask_all
 
@@ -68,17 +69,17 @@ def tokenizer(roles: tuple[str, ...] = ROLES) -> PreTrainedTokenizerFast:
     return train_tokenizer(TokenizerTraining(vocab_size=320), TEXTS, roles)
 
 
-def facts(labels: list[str] = LABELS, frequencies: tuple[int, ...] = (6, 3, 3)) -> dict[str, Any]:
+def survey(labels: list[str] = LABELS, frequencies: tuple[int, ...] = (6, 3, 3)) -> dict[str, Any]:
     return {"labels": labels, "frequencies": list(frequencies), "rows": 12}
 
 
 def encoded(ours: Recipe, words: PreTrainedTokenizerFast, records: list[dict[str, Any]]) -> list[Row]:
     """The rows as the store gives them back."""
-    encoder = ClassificationRows(ours, words, facts())
+    encoder = ClassificationRows(EncoderContext.of(ours, words, survey()))
     rows = []
     for values in records:
         record = Record(values, "here")
-        encoder.check(ours, record)
+        encoder.check(ours.settings, record)
         (example,) = encoder.build(record, encoder.encode(encoder.pieces(record)))
         columns = {name: np.array(column, np.int64) for name, column in example.columns.items()}
         rows.append(Row(columns.pop("input_ids"), np.zeros(1, np.int64), columns))
@@ -86,11 +87,11 @@ def encoded(ours: Recipe, words: PreTrainedTokenizerFast, records: list[dict[str
 
 
 def made(ours: Recipe, words: PreTrainedTokenizerFast) -> tuple[Task, torch.nn.Module]:
-    task: Any = Classification(ours, words, CPU, facts())
-    settings = Classification.model_settings(ours, facts())
+    task: Any = make_task(ours, words, survey())
+    settings = Classification.config_settings(TaskSetup.of(ours, words, survey()))
     config = build_config(ours.model, words, ours.data.max_length, settings)
     model = build_model(ours.model, config, 0, task.auto_class).eval()
-    task.install(model)
+    task = for_model(task, model)
     return task, model
 
 
@@ -180,11 +181,11 @@ def test_weights_of_several_labels_are_pytorchs_pos_weight(weights: Any) -> None
 
 def test_weights_that_cannot_be() -> None:
     with pytest.raises(RecipeError, match=r"class_weights.*what differs: plant, stone, thing"):
-        label_weights(recipe(class_weights={"animal": 1.0, "stone": 2.0}), facts())
+        label_weights(recipe(class_weights={"animal": 1.0, "stone": 2.0}), survey())
     with pytest.raises(RecipeError, match="no training row has the label 'plant'"):
-        label_weights(recipe(class_weights="balanced"), facts(frequencies=(6, 0, 6)))
+        label_weights(recipe(class_weights="balanced"), survey(frequencies=(6, 0, 6)))
     with pytest.raises(RecipeError, match="every training row has the label 'animal'"):
-        label_weights(recipe(class_weights="balanced", multi_label=True), facts(frequencies=(12, 3, 6)))
+        label_weights(recipe(class_weights="balanced", multi_label=True), survey(frequencies=(12, 3, 6)))
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -248,12 +249,12 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
     bare = tokenizer(("eos",))
     bare.eos_token = None
     with pytest.raises(RecipeError, match="neither a PAD nor an EOS"):
-        ClassificationRows(recipe(), bare, facts())
+        ClassificationRows(EncoderContext.of(recipe(), bare, survey()))
     with pytest.raises(RecipeError, match="leaves no room beside 2 special tokens"):
-        ClassificationRows(recipe(max_length=2), tokenizer(), facts())
+        ClassificationRows(EncoderContext.of(recipe(max_length=2), tokenizer(), survey()))
     ours = recipe("roberta", 32)
     words = tokenizer()
-    config = build_config(ours.model, words, 32, Classification.model_settings(ours, facts()))
+    config = build_config(ours.model, words, 32, Classification.config_settings(TaskSetup.of(ours, words, survey())))
     config.max_position_embeddings = 32 + words.pad_token_id  # one too few: positions begin behind that of the padding
     model = build_model(ours.model, config, 0, AutoModelForSequenceClassification)
     with pytest.raises(RecipeError, match=rf"data.max_length: 32 is more than the 31 .* from {words.pad_token_id + 1}"):
@@ -293,12 +294,13 @@ def test_weights_are_balanced_over_what_is_learned(tmp_path: Path, several: bool
     prepared, _ = _prepared(path)
     labels = [int(prepared.train.row(i).columns["labels"][0]) for i in range(len(prepared.train))]
     counts = [labels.count(0), labels.count(1)]
-    notes = prepared.report["notes"]
-    assert prepared.report["bad_rows"] == 3
-    assert notes["left out, for the tokenizer makes nothing of the text"][0] == 8
-    assert notes["copied with changes (swap)"][0] > 0
-    assert (prepared.facts["frequencies"], prepared.facts["rows"]) == (counts, len(labels))
-    weights = label_weights(recipe(class_weights="balanced", multi_label=several), prepared.facts)
+    report = prepared.report
+    assert report.bad_rows.count == 3
+    assert report.dropped["whose text has no token in this tokenizer"].times == 8
+    assert report.steps[0].notes["copied with changes (swap)"].times > 0
+    assert (prepared.survey["frequencies"], prepared.survey["rows"]) == (counts, len(labels))
+    setup = TaskSetup.of(recipe(class_weights="balanced", multi_label=several), words, prepared.survey)
+    weights = label_weights(setup)
     assert weights is not None
     share = [len(labels) / (2 * count) for count in counts]
     expected = [counts[1] / counts[0], counts[0] / counts[1]] if several else share
@@ -313,7 +315,7 @@ def test_cut_texts_are_counted_and_keep_their_special_tokens(tmp_path: Path, cac
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     long = sum(len(words(row["text"]).input_ids) > 8 for row in rows)
     assert 0 < long < 160
-    count, places = prepared.report["notes"]["cut to data.max_length"]
+    count, places = prepared.report.notes["truncated to data.max_length"]
     assert count == long
     assert all(str(tmp_path / "rows.jsonl") in place for place in places)
 
@@ -338,9 +340,9 @@ def test_labels_and_their_order() -> None:
     """Numbers by value, then words; texts, numbers and booleans alike; or as the recipe lists them."""
     values: list[Any] = [10, "9", 2.0, "b", "nan", True, "a", "-1", "1.5"]
     records = [Record({"text": "x", "label": value}, "here") for value in values]
-    found = ClassificationRows.survey(recipe(), records)
+    found = ClassificationRows.survey_of(recipe().settings, records)
     assert found["labels"] == ["-1", "1.5", "2", "9", "10", "a", "b", "nan", "true"]
-    listed = ClassificationRows.survey(recipe(labels=["thing", "animal"]), [])
+    listed = ClassificationRows.survey_of(recipe(labels=["thing", "animal"]).settings, [])
     assert listed["labels"] == ["thing", "animal"]
 
 
@@ -424,7 +426,7 @@ def test_an_entity_beyond_the_end_leaves_its_row_out() -> None:
     text = " ".join(["red"] * 30)
     near = {"text": text, "head": [0, 3], "tail": [4, 7], "label": "thing"}
     encoded(ours, words, [near])
-    with pytest.raises(LeftOut, match=r"an entity lies beyond data\.max_length"):
+    with pytest.raises(LeftOut, match=r"with an entity beyond data\.max_length"):
         encoded(ours, words, [near | {"tail": [len(text) - 3, len(text)]}])
 
 

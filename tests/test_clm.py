@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import Vocabulary
+from task_support import for_model, make_task
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -18,7 +19,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.clm.task import CausalLM
 from ptft_dist.tasks.protocol import Batch
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.registry import recipe_class
 
 VOCAB, PAD = 40, 39
 TINY: dict[str, dict[str, Any]] = {
@@ -78,7 +79,7 @@ def recipe(**clm: Any) -> Recipe:
 
 
 def clm(**settings: Any) -> CausalLM:
-    task = task_class("clm")(recipe(**settings), Vocabulary(VOCAB, PAD), torch.device("cpu"))
+    task = make_task(recipe(**settings), Vocabulary(VOCAB, PAD))
     assert isinstance(task, CausalLM)
     return task
 
@@ -152,7 +153,7 @@ def test_a_token_that_is_the_padding_token_still_counts() -> None:
 
 
 def test_on_an_accelerator_rows_are_padded_to_eights() -> None:
-    task = CausalLM(recipe(packing=False), Vocabulary(VOCAB, PAD), torch.device("cuda"))
+    task = make_task(recipe(packing=False), Vocabulary(VOCAB, PAD), device=torch.device("cuda"))
     assert task.collate([row(list(range(9)))]).inputs["input_ids"].shape == (1, 16)
     assert task.collate([row(list(range(8)))]).inputs["input_ids"].shape == (1, 8)
 
@@ -317,9 +318,10 @@ def test_a_network_that_gives_nan_is_refused() -> None:
         ask(clm(), model)
 
 
-def test_what_needs_no_question_is_not_asked() -> None:
-    assert clm(packing=False).probe() is None
-    assert clm(attention="across").probe() is None
+def test_only_isolated_rows_of_the_probe_have_positions_that_restart() -> None:
+    assert "position_ids" not in clm(packing=False).probe().inputs
+    assert "position_ids" not in clm(attention="across").probe().inputs
+    assert "position_ids" in clm().probe().inputs
 
 
 class FusedHead(nn.Module):
@@ -366,7 +368,7 @@ def test_the_fused_head_gives_the_loss_and_gradients_of_the_logits() -> None:
         documents = random_documents(5, 9, 2, 7)
         inputs = plain.collate([row(*documents[:2]), row(*documents[2:])]).inputs
         expected = plain.loss(model, inputs).loss_sum
-        fused.install(model)
+        fused = for_model(fused, model)
         ask(fused, model)
         assert_same_loss(model, fused.loss(model, inputs).loss_sum, expected)
         assert plain.loss(model, inputs).loss_sum.item() == expected.item()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prepare_support import prepare
 from tiny import write_tiny
 
 from ptft_dist.config.recipe import Source
 from ptft_dist.data import cache
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.sources import HashMemo, fingerprint_source
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.registry import recipe_class
@@ -83,3 +84,17 @@ def test_settings_that_decide_which_rows_are_usable_learn_their_own_tokenizer(tm
         values = json.loads(write_tiny(tmp_path, "token_classification", **changes).read_text())
         found[scheme] = prepare(recipe_class().model_validate(values), tmp_path, progress=False)
     assert found["iob2"].tokenizer_path != found["plain"].tokenizer_path
+
+
+def test_a_time_stamp_that_was_set_back_proves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `cp -p` and `rsync -t` do; the time of the inode's change cannot be set."""
+    monkeypatch.setattr(cache, "SETTLED_AFTER_NS", 0)
+    file = tmp_path / "a.txt"
+    file.write_text("one")
+    before = file.stat()
+    first = HashMemo(tmp_path / "hashes.json", print).digests([file])
+    file.write_text("two")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = file.stat()
+    assert (after.st_size, after.st_ino, after.st_mtime_ns) == (before.st_size, before.st_ino, before.st_mtime_ns)
+    assert HashMemo(tmp_path / "hashes.json", print).digests([file]) != first

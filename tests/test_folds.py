@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepare_support import DOCUMENTS, all_ids, save_tokenizer, write_text
+from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
 from support import COMMAND, environment, ptft, start, wait_until
 from tiny import write_tiny
@@ -19,7 +19,6 @@ from tiny import write_tiny
 from ptft_dist.api import load_recipe
 from ptft_dist.cli.folds import summarize
 from ptft_dist.config.recipe import DataSection
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
 from ptft_dist.errors import RecipeError

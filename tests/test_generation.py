@@ -32,7 +32,7 @@ from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.reporting.metrics import JsonLines
-from ptft_dist.tasks.common.generation import left_padded, write, written_scores
+from ptft_dist.tasks.common.generation import generate, generation_scores, left_padded
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 
 V, PAD, START = 40, 0, 2
@@ -108,7 +108,7 @@ def test_greedy_is_the_naive_loop(name: str) -> None:
     eos = ends(model)
     expected = [naive(model, prompt, eos) for prompt in prompts()]
     assert len({len(ids) for ids in expected}) > 1, "all rows are of one length: a weak test"
-    found = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
+    found = generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
     assert found.tolist() == [ids + [PAD] * (LENGTH - len(ids)) for ids in expected]
 
 
@@ -117,7 +117,7 @@ def test_beams_are_those_of_each_row_alone(name: str) -> None:
     """transformers' own beam search, one unpadded row at a time and without a cache."""
     model, settings = network(name), GenerationSettings(max_new_tokens=LENGTH, num_beams=3)
     eos = ends(model)
-    found = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
+    found = generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=eos)
     options = {"num_beams": 3, "max_new_tokens": LENGTH, "eos_token_id": eos, "use_cache": False, "pad_token_id": PAD}
     differs = False
     for prompt, ids in zip(prompts(), found.tolist(), strict=True):
@@ -132,7 +132,7 @@ def test_beams_are_those_of_each_row_alone(name: str) -> None:
 def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
     model = network(name)
     first = naive(model, prompts(1)[0], [])[0]
-    found = write(
+    found = generate(
         model, batch_of(model, prompts(1)), GenerationSettings(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[first]
     )
     assert found.tolist() == [[first] + [PAD] * (LENGTH - 1)]
@@ -142,7 +142,7 @@ def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
 def test_nothing_is_changed_and_nothing_drawn(name: str) -> None:
     model, settings = network(name), GenerationSettings(max_new_tokens=LENGTH, num_beams=2)
     before = model.config.to_json_string(), model.generation_config.to_json_string(), torch.get_rng_state()
-    write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     after = model.config.to_json_string(), model.generation_config.to_json_string()
     assert after == before[:2]
     assert model.config.use_cache is False
@@ -162,7 +162,7 @@ def test_the_cache_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
     counted.__signature__ = __import__("inspect").signature(forward)  # type: ignore[attr-defined]
     monkeypatch.setattr(model, "forward", counted)
     rows = prompts()
-    write(model, batch_of(model, rows), GenerationSettings(max_new_tokens=4), pad_id=PAD, eos_ids=[])
+    generate(model, batch_of(model, rows), GenerationSettings(max_new_tokens=4), pad_id=PAD, eos_ids=[])
     assert widths == [max(map(len, rows)), 1, 1, 1]
 
 
@@ -181,26 +181,26 @@ def test_what_a_network_brings_along() -> None:
         3,
     )
     settings = GenerationSettings(max_new_tokens=LENGTH)
-    found = write(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)
+    found = generate(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)
     assert found.tolist() == [expected + [PAD] * (LENGTH - len(expected))]
     own.forced_bos_token_id = 7
-    assert write(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)[0, 0] == 7
+    assert generate(model, batch_of(model, prompts(1)), settings, pad_id=PAD, eos_ids=eos)[0, 0] == 7
 
 
 def test_gradient_checkpointing_does_not_touch_it() -> None:
     model = network("t5")
     settings = GenerationSettings(max_new_tokens=LENGTH)
-    plain = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    plain = generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert torch.equal(write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1]), plain)
+    assert torch.equal(generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1]), plain)
 
 
 def test_under_autocast() -> None:
     """As mixed precision runs it; the texts of a network that is sure of itself are hardly touched by bf16."""
     model, settings = network("llama"), GenerationSettings(max_new_tokens=LENGTH)
-    plain = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+    plain = generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = write(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
+        mixed = generate(model, batch_of(model, prompts()), settings, pad_id=PAD, eos_ids=[1])
     assert mixed.shape == plain.shape
     assert mixed.dtype == torch.int64
     assert (mixed[:, :2] == plain[:, :2]).float().mean() > 0.7
@@ -225,7 +225,7 @@ def test_scores_and_samples() -> None:
     }
     written = {4 + i: [*tokenizer(text).input_ids, eos, pad, pad] for i, text in enumerate(texts)} | {7: [eos, pad]}
     settings = GenerationSettings(metrics=("exact_match",), show=2)
-    scores, samples = written_scores(tokenizer, settings, written, rows.__getitem__)
+    scores, samples = generation_scores(tokenizer, settings, written, rows.__getitem__)
     assert scores == {"exact_match": 3 / 4}
     assert samples == [
         {"row": 4, "source": "ONE TWO THREE", "reference": "one two three", "prediction": "one two three"},
@@ -236,14 +236,14 @@ def test_scores_and_samples() -> None:
 
 def test_samples_of_every_script_are_readable_and_cut_at_a_resume(tmp_path: Path) -> None:
     path, texts = tmp_path / "samples.jsonl", ["高祖东进", "a\u2028b\x85c\nd", "\ud800 half", "später"]
-    file = JsonLines(path, 0)
+    file = JsonLines(path, 0, -1)
     for step, text in enumerate(texts, start=1):
         file.write({"step": step, "prediction": text})
     file.close()
     assert "高祖东进" in path.read_text(encoding="utf-8")
     with path.open("ab") as torn:
         torn.write('{"step": 1, "prediction": "高'.encode()[:-1])  # a kill in the middle of a character
-    again = JsonLines(path, 3)
+    again = JsonLines(path, 3, 3)
     again.write({"step": 4, "prediction": "von vorn"})
     again.close()
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]

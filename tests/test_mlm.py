@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT, outcome, start, train_rows, write_recipe
+from task_support import for_model, make_task
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
@@ -16,8 +17,9 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.common.masking import word_beginnings
 from ptft_dist.tasks.mlm.settings import MlmSettings
-from ptft_dist.tasks.mlm.task import MaskedLM, word_beginnings
+from ptft_dist.tasks.mlm.task import MaskedLM
 from ptft_dist.tasks.registry import recipe_class
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -49,7 +51,7 @@ def recipe(**mlm: Any) -> Recipe:
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **mlm: Any) -> MaskedLM:
-    return MaskedLM(recipe(**mlm), tokenizer, torch.device("cpu"))
+    return make_task(recipe(**mlm), tokenizer)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerFast, count: int = 40, length: int = 100) -> list[Row]:
@@ -72,7 +74,7 @@ def test_the_shares_are_those_of_the_paper(tokenizers: dict[str, Any], algorithm
     chosen = masked = kept = ordinary = 0
     for epoch in range(12):
         for i, row in enumerate(rows):
-            seen, targets = task.mask(row.input_ids, np.random.default_rng((0, epoch, i)))
+            seen, targets = task.rows.masker.mask(row.input_ids, np.random.default_rng((0, epoch, i)))
             picked = targets != -100
             assert (targets[picked] == row.input_ids[picked]).all()
             assert (seen[~picked] == row.input_ids[~picked]).all()
@@ -101,7 +103,7 @@ def test_a_word_is_chosen_whole(tokenizers: dict[str, Any], algorithm: str) -> N
     ends = np.cumsum([len(piece) for piece in pieces])
     several = 0
     for i in range(50):
-        _, targets = task.mask(np.array(whole), np.random.default_rng((0, 0, i)))
+        _, targets = task.rows.masker.mask(np.array(whole), np.random.default_rng((0, 0, i)))
         parts = np.split(targets != -100, ends[:-1])
         assert all(part.all() or not part.any() for part in parts)
         several += sum(part.all() and len(part) > 1 for part in parts)
@@ -112,10 +114,62 @@ def test_spans_have_the_lengths_of_the_paper(tokenizers: dict[str, Any]) -> None
     """The clipped geometric distribution of SpanBERT has mean 3.8; joined neighbours lengthen it a little."""
     task, lengths = make(tokenizers["bpe"], unit="span"), []
     for i in range(60):
-        _, targets = task.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
+        _, targets = task.rows.masker.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
         edges = np.flatnonzero(np.diff(np.concatenate(([0], targets != -100, [0]))))
         lengths += (edges[1::2] - edges[::2]).tolist()
     assert 3.4 < np.mean(lengths) < 5.0
+
+
+def test_a_special_token_ends_a_word(tokenizers: dict[str, Any]) -> None:
+    """Packed documents: the last word of one and the first of the next are chosen independently."""
+    tokenizer = tokenizers["bpe"]
+    task = make(tokenizer, unit="word", probability=0.5)
+    first, second = (tokenizer(word, add_special_tokens=False).input_ids for word in ("return", "import"))
+    ids = np.array([*first, tokenizer.sep_token_id, *second])
+    pairs = set()
+    for i in range(40):
+        _, targets = task.mask(ids, np.random.default_rng((0, 0, i)))
+        pairs.add((bool(targets[0] != -100), bool(targets[-1] != -100)))
+    assert pairs == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_random_replacements_are_uniform(tokenizers: dict[str, Any]) -> None:
+    """All 20,000 tokens are chosen and replaced: the 600 ids come about 33 times each, and many in every row."""
+    task = make(tokenizers["bpe"], probability=0.999, mask_share=0.0, random_share=1.0)
+    replaced = []
+    for i in range(20):
+        seen, targets = task.mask(np.full(1000, 300), np.random.default_rng((0, 0, i)))
+        replaced.append(seen[targets != -100])
+        assert len(set(replaced[-1].tolist())) > 400
+    times = np.bincount(np.concatenate(replaced), minlength=600)
+    assert len(times) == 600  # no id beyond the vocabulary
+    assert (times.min(), times.max()) > (8, 40)
+    assert times.max() < 70
+
+
+def test_a_span_is_masked_replaced_or_kept_as_one(tokenizers: dict[str, Any]) -> None:
+    task, fates = make(tokenizers["bpe"], unit="span"), {"masked": 0, "replaced": 0, "kept": 0}
+    for i in range(40):
+        seen, targets = task.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], targets != -100, [0]))))
+        for span in (seen[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)):
+            of_tokens = {"masked": span == task.mask_id, "kept": span == 300}
+            of_tokens["replaced"] = ~of_tokens["masked"] & ~of_tokens["kept"]
+            fate = max(of_tokens, key=lambda name: of_tokens[name].sum())
+            # A replacement is sometimes the mask or the token itself by chance: 1 of 300.
+            assert of_tokens[fate].all() or (fate == "replaced" and of_tokens[fate].sum() >= len(span) - 1)
+            fates[fate] += len(span) > 1
+    assert min(fates.values()) > 10
+
+
+def test_special_tokens_do_not_count_in_the_share_of_spans(tokenizers: dict[str, Any]) -> None:
+    """A row of 200 ordinary tokens and 200 special ones: 15 % of the ordinary ones are chosen."""
+    tokenizer = tokenizers["bpe"]
+    task = make(tokenizer, unit="span")
+    ids = np.concatenate([np.full(200, 300), np.full(200, tokenizer.sep_token_id)])
+    for i in range(10):
+        _, targets = task.mask(ids, np.random.default_rng((0, 0, i)))
+        assert (targets != -100).sum() == 30
 
 
 def test_the_choice_follows_from_seed_epoch_and_row_alone(tokenizers: dict[str, Any]) -> None:
@@ -138,7 +192,7 @@ def test_the_loss_is_that_of_transformers(tokenizers: dict[str, Any], config: ty
     model = build_model(recipe().model, settings, 0, AutoModelForMaskedLM).eval()
     rows = [Row(row.input_ids[: 20 + 9 * i], row.document_starts) for i, row in enumerate(rows_of(tokenizer, 5))]
     batch = task.collate(rows, [(0, i) for i in range(5)])
-    task.install(model)
+    task = for_model(task, model)
     with torch.no_grad():
         loss, metrics, _ = task.loss(model, batch.inputs)
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].long()
@@ -160,12 +214,12 @@ def test_packed_documents_do_not_see_each_other(tokenizers: dict[str, Any], conf
     alone = make(tokenizer, packing=False)
     with torch.no_grad():
         expected = [
-            alone.logits(model, alone.plain_inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0) for d in documents
+            alone._logits(model, alone.rows.unmasked([Row(d, np.zeros(1, np.int64))])).squeeze(0) for d in documents
         ]
         for attention, same in (("document", True), ("across", False)):
             task = make(tokenizer, attention=attention)
-            task.install(model)
-            logits = task.logits(model, task.plain_inputs([packed])).squeeze(0)
+            task = for_model(task, model)
+            logits = task._logits(model, task.rows.unmasked([packed])).squeeze(0)
             pieces = torch.split(logits, [len(d) for d in documents])
             near = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pieces, expected, strict=True))
             assert near == same, attention
@@ -185,7 +239,7 @@ def test_an_architecture_that_cannot_is_refused(tokenizers: dict[str, Any]) -> N
 
 
 def test_unknown_words_and_missing_masks_are_refused(tokenizers: dict[str, Any]) -> None:
-    assert word_beginnings(tokenizers["wordpiece"]).any()
+    assert word_beginnings(tokenizers["wordpiece"], "mlm").any()
     plain = train_tokenizer(TokenizerTraining(vocab_size=300), TEXTS)
     with pytest.raises(RecipeError, match="mask"):
         make(plain)

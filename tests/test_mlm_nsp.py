@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import ROOT
+from task_support import for_model, make_task
 from transformers import (
     AlbertConfig,
     AutoModelForPreTraining,
@@ -25,7 +27,7 @@ from transformers import (
 )
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.prepare import Prepared, describe, prepare
+from ptft_dist.data.prepare import Prepared, describe
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -33,6 +35,7 @@ from ptft_dist.networks.load import build_model
 from ptft_dist.tasks.mlm_nsp.encode import Pair, split_sentences
 from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 from ptft_dist.tasks.mlm_nsp.task import MaskedLMWithPairs
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import mask_all
 
@@ -147,9 +150,9 @@ def test_half_of_the_pairs_are_random(
     pairs = segments(done.train, tokenizer)
     unrelated = sum(pair[2] for pair in pairs)
     assert unrelated / len(pairs) == pytest.approx(0.5, abs=0.03)
-    assert done.report["notes"]["of two random segments"][0] == unrelated
-    assert done.report["notes"]["of segments that follow each other"][0] == len(pairs) - unrelated
-    assert f"{unrelated:,} rows of two random segments" in describe(done.report)
+    assert done.report.notes["with a random second segment"].times == unrelated
+    assert done.report.notes["with the segment that follows"].times == len(pairs) - unrelated
+    assert f"{unrelated:,} documents with a random" in describe(done.report)
     firsts = {marks(first)[-1] for first, _, _ in pairs if marks(first)}
     assert {(150 + i, 0) for i in range(single)} <= firsts
 
@@ -170,7 +173,7 @@ def test_rows_are_short_enough_and_some_are_shorter(tmp_path: Path, tokenizer_di
         store = done.train
         lengths[share] = store.lengths(np.arange(len(store)))
         assert lengths[share].max() == 40
-        assert done.report["notes"]["shortened at their outer ends"][0] > 0
+        assert done.report.notes["truncated at their outer ends"].times > 0
     assert lengths[1.0].mean() < lengths[0.0].mean() - 2
 
 
@@ -257,11 +260,11 @@ def test_the_losses_are_those_of_transformers(
     tmp_path: Path, tokenizer_dir: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     store = prepared(tmp_path, tokenizer_dir, made(30), max_length=60).train
-    task = MaskedLMWithPairs(recipe(tokenizer_dir), tokenizer, torch.device("cpu"))
+    task = make_task(recipe(tokenizer_dir), tokenizer)
     config = BertConfig(vocab_size=len(tokenizer), **SIZES)
     model = build_model(recipe(tokenizer_dir).model, config, 0, AutoModelForPreTraining).eval()
     assert isinstance(model, BertForPreTraining)
-    task.install(model)
+    task = for_model(task, model)
     batch = batch_of(task, store, [0, 3, 5, 11, 12, 14])
     inputs = batch.inputs
     with torch.no_grad():
@@ -280,7 +283,7 @@ def test_the_losses_are_those_of_transformers(
     )
     averages = {name: (total / count).item() for name, (total, count) in metrics.items()}
     scores = task.eval_metrics({"loss": theirs.loss.item(), **averages})
-    assert set(scores) == set(task.metric_names(recipe(tokenizer_dir)))
+    assert set(scores) == set(task.settings.metric_names)
     assert scores["mlm_loss"] + scores["nsp_loss"] == pytest.approx(theirs.loss.item(), rel=1e-5)
     assert scores["perplexity"] == pytest.approx(np.exp(scores["mlm_loss"]))
     right = (theirs.seq_relationship_logits.argmax(-1) == inputs["targets_next"]).float().mean().item()
@@ -297,10 +300,10 @@ def test_a_row_alone_is_the_row_among_longer_ones(
     store = prepared(tmp_path, tokenizer_dir, made(30), max_length=60).train
     rows = np.argsort(store.lengths(np.arange(len(store))))[[0, 10, -1]].tolist()
     for config in (BertConfig(vocab_size=len(tokenizer), **SIZES), FNetConfig(vocab_size=len(tokenizer), **SIZES)):
-        task = MaskedLMWithPairs(recipe(tokenizer_dir, max_length=60), tokenizer, torch.device("cpu"))
-        task.fit_config(recipe(tokenizer_dir), config, tokenizer)
+        task = make_task(recipe(tokenizer_dir, max_length=60), tokenizer)
+        task.fit_config(TaskSetup.of(recipe(tokenizer_dir), tokenizer, {}), config)
         model = build_model(recipe(tokenizer_dir).model, config, 0, AutoModelForPreTraining).eval()
-        task.install(model)
+        task = for_model(task, model)
         with torch.no_grad():
             together = task.loss(model, batch_of(task, store, rows).inputs).loss_sum
             alone = sum(task.loss(model, batch_of(task, store, [row]).inputs).loss_sum for row in rows)
@@ -312,9 +315,11 @@ def test_what_cannot_learn_pairs_is_refused(
 ) -> None:
     for config in (RobertaConfig(), AlbertConfig(), LlamaConfig()):
         with pytest.raises(RecipeError, match=rf"{config.model_type} has none.*task: mlm"):
-            MaskedLMWithPairs.fit_config(recipe(tokenizer_dir), config, tokenizer)
+            MaskedLMWithPairs.fit_config(TaskSetup.of(recipe(tokenizer_dir), tokenizer, {}), config)
     with pytest.raises(RecipeError, match=r"attention_type: original_full"):
-        MaskedLMWithPairs.fit_config(recipe(tokenizer_dir), BigBirdConfig(), tokenizer)
-    MaskedLMWithPairs.fit_config(recipe(tokenizer_dir), BigBirdConfig(attention_type="original_full"), tokenizer)
+        MaskedLMWithPairs.fit_config(TaskSetup.of(recipe(tokenizer_dir), tokenizer, {}), BigBirdConfig())
+    MaskedLMWithPairs.fit_config(
+        TaskSetup.of(recipe(tokenizer_dir), tokenizer, {}), BigBirdConfig(attention_type="original_full")
+    )
     with pytest.raises(RecipeError, match="at least 5"):
         prepared(tmp_path, tokenizer_dir, made(10), max_length=4)

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from prepare_support import prepare
 from support import start
-from test_classification import CONFIGS, CPU, ROLES, SIZES, TEXTS, encoded, keys, made, recipe, tokenizer
+from task_support import for_model, make_task
+from test_classification import CONFIGS, ROLES, SIZES, TEXTS, encoded, keys, made, recipe, tokenizer
 from tiny import write_tiny
 from tokenizers.processors import TemplateProcessing
 
 from ptft_dist.api import load_recipe
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_config, build_model
-from ptft_dist.tasks.registry import task_class
+from ptft_dist.tasks.protocol import TaskSetup
 
 XLNET_SIZES = {"d_model": 32, "d_inner": 64, "n_layer": 2, "n_head": 2}
 
@@ -93,11 +94,10 @@ def test_outputs_of_every_token(tmp_path: Path, kind: str, network: str) -> None
     loaded = load_recipe(str(path))
     ours, prepared = loaded.recipe, prepare(loaded.recipe, loaded.base, progress=False)
     words = load_tokenizer(prepared.tokenizer_path)
-    found = task_class(kind)
-    task = found(ours, words, CPU, prepared.facts)
-    config = build_config(ours.model, words, 32, found.model_settings(ours, prepared.facts))
+    task = make_task(ours, words, prepared.survey)
+    config = build_config(ours.model, words, 32, type(task).config_settings(TaskSetup.of(ours, words, prepared.survey)))
     model = build_model(ours.model, config, 0, task.auto_class).eval()
-    task.install(model)
+    task = for_model(task, model)
     probe = task.probe()
     with torch.no_grad():
         outputs = probe.outputs(model, probe.inputs)

@@ -17,6 +17,7 @@ import pytest
 import torch
 import transformers
 from support import Vocabulary
+from task_support import make_task
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
@@ -27,7 +28,7 @@ from ptft_dist.data.order import make_plan
 from ptft_dist.data.store import Row, StoreWriter, TokenStore
 from ptft_dist.engine import Engine, reset_accelerate
 from ptft_dist.networks.load import build_model
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -176,7 +177,7 @@ def train_ours(tmp_path: Path, network: str, layout: str) -> Ours:
     )
     reset_accelerate()
     engine = Engine("fp32", None)
-    task = task_class("clm")(settings, Vocabulary(VOCAB, PAD), engine.device)
+    task = make_task(settings, Vocabulary(VOCAB, PAD), device=engine.device)
     keys = {key: value for key, value in NETWORKS[network].items() if key != "model_type"}
     config = CONFIG_MAPPING[network](vocab_size=VOCAB, pad_token_id=PAD, **keys)
     model = build_model(settings.model, config, settings.train.seed, AutoModelForCausalLM)
@@ -194,8 +195,8 @@ def train_ours(tmp_path: Path, network: str, layout: str) -> Ours:
         None,
         Checkpoints(tmp_path / "checkpoints"),
         {},
-        [kept],
         StopRequest(None),
+        [kept],
     )
     assert trainer.fit().finished
     reset_accelerate()

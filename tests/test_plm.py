@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT
+from task_support import for_model, make_task
 from transformers import (
     AutoModelForCausalLM,
     DataCollatorForPermutationLanguageModeling,
@@ -24,6 +25,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
 from ptft_dist.tasks.plm.settings import PlmSettings
 from ptft_dist.tasks.plm.task import PermutedLM, choose_spans, hidden
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.training.batches import mask_all
 
@@ -58,7 +60,7 @@ def model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **section: Any) -> PermutedLM:
-    return PermutedLM(recipe(**section), tokenizer, torch.device("cpu"))
+    return make_task(recipe(**section), tokenizer)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> list[Row]:
@@ -130,6 +132,15 @@ def test_the_share_is_that_of_the_recipe() -> None:
         assert not choose_spans(np.zeros(2, bool), dense, np.random.default_rng(i)).all()
 
 
+def test_a_span_begins_anywhere_in_its_stretch_equally_often() -> None:
+    """One token of every six: each of the six places about 1,000 times."""
+    section = PlmSettings(longest_span=1, mask_share=1 / 6)
+    chosen = choose_spans(np.zeros(36000, bool), section, np.random.default_rng(0))
+    times = chosen.reshape(6000, 6).sum(0)
+    assert times.sum() == 6000
+    assert (abs(times - 1000) < 120).all(), times  # four standard deviations
+
+
 def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
     task = make(tokenizer)
     batch = task.collate(rows_of(tokenizer, [20, 41, 64]), [(0, i) for i in range(3)])
@@ -179,7 +190,7 @@ def test_weights_that_move_nothing_are_frozen_and_all_others_learn(
     tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel
 ) -> None:
     task = make(tokenizer)
-    task.install(model)
+    task = for_model(task, model)
     inputs = task.collate(rows_of(tokenizer, [40, 64]), [(0, 0), (0, 1)]).inputs
     task.loss(model, inputs).loss_sum.backward()
     without = {name.rsplit(".", 1)[-1] for name, p in model.named_parameters() if p.grad is None}
@@ -192,8 +203,8 @@ def test_weights_that_move_nothing_are_frozen_and_all_others_learn(
 
 def test_other_networks_are_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(RecipeError, match=r"llama .*task: clm"):
-        PermutedLM.fit_config(recipe(), LlamaConfig(), tokenizer)
+        PermutedLM.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     for change in ({"attn_type": "uni"}, {"bi_data": True}):
         with pytest.raises(RecipeError, match="attn_type: bi and bi_data: false"):
-            PermutedLM.fit_config(recipe(), XLNetConfig(**SIZES, **change), tokenizer)
-    PermutedLM.fit_config(recipe(), XLNetConfig(**SIZES), tokenizer)
+            PermutedLM.fit_config(TaskSetup.of(recipe(), tokenizer, {}), XLNetConfig(**SIZES, **change))
+    PermutedLM.fit_config(TaskSetup.of(recipe(), tokenizer, {}), XLNetConfig(**SIZES))

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepare_support import DOCUMENTS, all_ids, recipe, save_tokenizer, write_text
+from prepare_support import DOCUMENTS, all_ids, prepare, recipe, save_tokenizer, write_text
 
 from ptft_dist.config.recipe import TokenizerTraining
-from ptft_dist.data import encode
 from ptft_dist.data import prepare as module
+from ptft_dist.data import stream, tokenizer_files
 from ptft_dist.data.formats import Document
-from ptft_dist.data.prepare import describe, prepare
+from ptft_dist.data.prepare import describe
+from ptft_dist.data.report import SideReport
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.registry import recipe_class
@@ -91,20 +92,20 @@ def test_documents_without_text_are_dropped_and_counted(base: Path, tokenizer_di
     prepared = prepare(recipe(tokenizer_dir), base)
     assert all_ids(prepared.train) == list(chain(*ends_with_eos(tokenizer_dir, ["a b", "c d"])))
     report = prepared.report
-    assert (report["documents_read"], report["documents_empty"]) == (11, 9)
-    assert report["empty_at"] == [f"{base}/text.txt:{line}" for line in (2, 3, 5, 6, 7)]
-    assert "9 empty documents" in describe(report)
+    assert (report.read, report.dropped["without text"].times) == (11, 9)
+    assert report.dropped["without text"].places == [f"{base}/text.txt:{line}" for line in (2, 3, 5, 6, 7)]
+    assert "9 of 11 documents without text" in describe(report)
 
 
 def test_the_report_counts_right(base: Path, tokenizer_dir: Path) -> None:
     (base / "text.txt").write_text("QQQ\nQQ\nÜQQ")  # letters that the tokenizer never met: a token for each byte
     prepared = prepare(recipe(tokenizer_dir, clm={"packing": False}, max_length=3), base)
     # With EOS they have 4, 3 and 5 tokens: 3 and a lonely 1, 3, 3 + 2.
-    assert prepared.report["train"] == {"documents": 3, "tokens": 11, "rows": 4, "dropped_tokens": 1, "text_bytes": 9}
-    assert prepared.report["vocabulary"] == len(load_tokenizer(tokenizer_dir))
-    assert prepared.report["unknown_tokens"] == 0
+    assert prepared.report.train == SideReport(examples=3, rows=4, tokens=11, text_bytes=9, dropped_tokens=1)
+    assert prepared.report.vocabulary == len(load_tokenizer(tokenizer_dir))
+    assert prepared.report.unknown_tokens == 0
     lines = describe(prepared.report)
-    assert "1 x a single token" in lines
+    assert "1 one-token rows: nothing to predict" in lines
     assert "3 documents" in lines
 
 
@@ -139,7 +140,7 @@ def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None
     tokenizer.save_pretrained(tmp_path / "words")
     (tmp_path / "text.txt").write_text("a b\na c")
     report = prepare(recipe(tmp_path / "words"), tmp_path).report
-    assert report["unknown_tokens"] == 2
+    assert report.unknown_tokens == 2
     assert "2 tokens stand for text that the tokenizer does not know" in describe(report)
 
 
@@ -154,7 +155,7 @@ def test_a_text_that_comes_to_nothing_is_empty(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("a\n--\na a")
     prepared = prepare(recipe(tmp_path / "words"), tmp_path)
     assert all_ids(prepared.train) == [1, 0, 1, 1, 0]
-    assert prepared.report["empty_at"] == [f"{tmp_path}/text.txt:2"]
+    assert prepared.report.dropped["without text"].places == [f"{tmp_path}/text.txt:2"]
 
 
 @pytest.mark.parametrize(("missing", "clm"), [("eos", {}), ("bos", {"bos": True})])
@@ -194,7 +195,7 @@ def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch:
     assert prepared.validation is not None
     assert len(seen) == prepared.train.documents
     assert len(seen) + prepared.validation.documents == 60
-    assert prepared.report["vocabulary"] == 300
+    assert prepared.report.vocabulary == 300
     assert len(load_tokenizer(prepared.tokenizer_path)) == 300
 
 
@@ -202,7 +203,7 @@ def test_documents_beyond_one_chunk_keep_their_order(
     base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = all_ids(prepare(recipe(tokenizer_dir), base).train)
-    monkeypatch.setattr(encode, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(stream, "CHUNK_CHARACTERS", 100)
     assert all_ids(prepare(recipe(tokenizer_dir, cache_dir="other"), base).train) == whole
 
 
@@ -210,7 +211,7 @@ def test_a_giant_document_is_announced(
     base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (base / "giant.txt").write_text("word " * 30)
-    monkeypatch.setattr(encode, "_GIANT_CHARACTERS", 100)
+    monkeypatch.setattr(stream, "_GIANT_CHARACTERS", 100)
     prepare(recipe(tokenizer_dir, train=[{"path": "text.txt", "document": "line"}, {"path": "giant.txt"}]), base)
     assert [record.message.split(": ")[0] for record in caplog.records] == [f"{base}/giant.txt"]
 
@@ -232,7 +233,7 @@ def test_progress_tells_and_silence_is_silent(
     prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
     out, err = capsys.readouterr()
     assert out == ""
-    assert ["learning" in err, "encoding the documents" in err, "MB of text in" in err] == [True] * 3
+    assert ["learning" in err, "encoding ..." in err, " MB in " in err] == [True] * 3
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     prepare(recipe({"vocab_size": 300}, cache_dir="third"), base)
     assert "encoding" in capsys.readouterr().err
@@ -247,7 +248,8 @@ def test_a_tokenizer_of_the_hub_is_kept_as_a_copy(
         asked.append((str(path), revision, trust_remote_code))
         return load_tokenizer(tokenizer_dir if path == "org/name" else path)
 
-    monkeypatch.setattr(module, "load_tokenizer", load)
+    for user in (module, tokenizer_files):
+        monkeypatch.setattr(user, "load_tokenizer", load)
     raw = recipe("org/name").model_dump(exclude_unset=True)
     raw["tokenizer"]["revision"] = "v1"
     wanted = recipe_class().model_validate(raw)

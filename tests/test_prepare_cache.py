@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,14 +11,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prepare_support import all_ids, recipe, save_tokenizer, write_text
+from prepare_support import all_ids, prepare, recipe, save_tokenizer, write_text
 
-from ptft_dist.data import cache, encode
+from ptft_dist.data import cache, sources, stream
 from ptft_dist.data import prepare as module
-from ptft_dist.data.prepare import prepare
+from ptft_dist.data.formats import Record
 from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint
 from ptft_dist.errors import DataError, PtftError, RecipeError
@@ -39,7 +41,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (encode, "write")])
+@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (stream, "write")])
 def test_a_source_that_changes_underneath_is_an_error(
     base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
@@ -98,7 +100,9 @@ def test_a_hit_imports_nothing_heavy(base: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from ptft_dist.config.recipe import Recipe\n"
         "from ptft_dist.data.prepare import prepare\n"
-        f"prepared = prepare(recipe_class().model_validate_json(sys.argv[1]), Path({str(base)!r}))\n"
+        "from ptft_dist.tasks.registry import encoder_class, recipe_class\n"
+        f"recipe, base = recipe_class().model_validate_json(sys.argv[1]), Path({str(base)!r})\n"
+        "prepared = prepare(recipe, base, encoder_class(recipe.task))\n"
         "print(prepared.from_cache, {'torch', 'transformers', 'datasets', 'tokenizers'} & set(sys.modules))"
     )
     command = [sys.executable, "-c", code, wanted.model_dump_json(exclude_unset=True)]
@@ -192,3 +196,52 @@ def test_a_cache_that_cannot_be_written(base: Path, tokenizer_dir: Path) -> None
     (base / "cache/hashes.lock").mkdir()  # as good as a read-only folder, and it stops the superuser too
     with pytest.raises(PtftError, match=r"cannot be written.*PTFT_CACHE"):
         prepare(recipe(tokenizer_dir), base)
+
+
+def test_an_error_of_a_source_is_not_blamed_on_the_cache(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's connection errors are OSErrors too."""
+
+    def lost(*_: Any) -> Any:
+        yield Record({"text": "a b"}, "hub:org/name[train]#0")
+        raise ConnectionError("Connection reset by peer")
+
+    monkeypatch.setattr(sources, "_read_hub", lost)
+    monkeypatch.setattr(sources, "_hub", lambda _: SimpleNamespace(_fingerprint="0123"))
+    with pytest.raises(DataError, match=r"hub: org/name: the source cannot be read \(Connection reset by peer\)"):
+        prepare(recipe(tokenizer_dir, train=[{"hub": "org/name"}]), base, progress=False)
+    with pytest.raises(DataError, match=r"hub: org/name: the source cannot be read"):
+        prepare(recipe({"vocab_size": 300}, train=[{"hub": "org/name"}]), base, progress=False)
+    assert [path for path in (base / "cache/stores").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_an_error_of_the_encoder_is_not_blamed_on_the_cache(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> Any:
+        raise BlockingIOError("no more processes")
+
+    monkeypatch.setattr(DocumentEncoder, "encode", broken)
+    with pytest.raises(BlockingIOError):
+        prepare(recipe(tokenizer_dir), base, progress=False)
+
+
+@pytest.mark.parametrize("tokenizer", [None, {"vocab_size": 300}], ids=["rows", "a learned tokenizer"])
+def test_a_file_that_cannot_grow_is_explained(
+    base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: dict[str, Any] | None
+) -> None:
+    """The kernel refuses every write beyond a size, as on a full disk; the tokenizer library writes its file itself."""
+    (base / "text.txt").write_text("the quick brown fox jumps\n" * 3000)
+    wanted = recipe(tokenizer_dir if tokenizer is None else tokenizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    monkeypatch.setattr(cache.HashMemo, "_save", lambda _: None)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(PtftError, match=r"the cache cannot be written \(.*File too large.*PTFT_CACHE"):
+            prepare(wanted, base, progress=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list((base / "cache").rglob("*.building-*")) == []

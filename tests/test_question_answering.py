@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import merge
+from task_support import for_model, make_task
 from tiny import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -72,7 +73,7 @@ def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, A
     recipe = make_recipe(folder, train, validation, **changes)
     prepared = prepare(recipe, folder, progress=False)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
-    return prepared, tokenizer, QuestionAnswering(recipe, tokenizer, torch.device("cpu"), prepared.facts)
+    return prepared, tokenizer, make_task(recipe, tokenizer, prepared.survey)
 
 
 # --- windows ----------------------------------------------------------------------------------------------------------
@@ -119,7 +120,7 @@ def test_windows_and_targets_are_those_of_transformers(tmp_path: Path, algorithm
         assert (found.columns["start"][0], found.columns["end"][0]) == expected
         assert "meta" not in found.columns
     assert answered > 30
-    assert prepared.facts == {"unanswerable": sum(not row["answers"]["text"] for row in rows)}
+    assert prepared.survey == {"unanswerable": sum(not row["answers"]["text"] for row in rows)}
 
 
 def test_a_target_has_all_tokens_of_the_answer_and_no_other(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_an_evaluation_reads_the_answer_back(tmp_path: Path) -> None:
         perfect[i] = [start, end, 5.0, -5.0] if start else [0, 0, -np.inf, 5.0]
     scores, samples = task.scores(perfect, store.row)
     assert samples == []
-    assert {"loss", *scores} == set(task.metric_names(task.recipe))
+    assert {"loss", *scores} == set(task.settings.metric_names)
     assert scores == {"exact_match": 1.0, "f1": 1.0}
     wrong = {i: [*store.row(i).columns["context"][:1].repeat(2), -9.0, 9.0] for i in range(len(store))}
     empty = sum(not row["answers"]["text"] for row in rows) / len(rows)
@@ -226,14 +227,14 @@ def test_what_has_no_room_is_left_out_and_counted(tmp_path: Path) -> None:
         {"question": "where", "context": context, "answers": {"text": [context], "answer_start": [0]}},
     ]
     prepared, _, _ = made(tmp_path, [*questions(30), *rows], questions(2))
-    notes = prepared.report["notes"]
-    assert notes[NO_ROOM] == [2, [f"{tmp_path}/train.jsonl:31", f"{tmp_path}/train.jsonl:32"]]
-    assert notes[BROKEN] == [1, [f"{tmp_path}/train.jsonl:34"]]
+    dropped = prepared.report.dropped
+    assert dropped[NO_ROOM] == (2, [f"{tmp_path}/train.jsonl:31", f"{tmp_path}/train.jsonl:32"])
+    assert prepared.report.notes[BROKEN] == (1, [f"{tmp_path}/train.jsonl:34"])
     # To the token: 40 less 3 special ones and a stride of 7. The tokenizer knows no ~, which is a byte each time.
     known = {"train": None, "path": str(prepared.tokenizer_path)}
     rows = [{"question": "~" * n, "context": context, "answers": NO_ANSWER} for n in (29, 30)]
     prepared, _, _ = made(tmp_path, rows, questions(2), tokenizer=known)
-    assert prepared.report["notes"][NO_ROOM] == [1, [f"{tmp_path}/train.jsonl:2"]]
+    assert prepared.report.dropped[NO_ROOM] == (1, [f"{tmp_path}/train.jsonl:2"])
     with pytest.raises(RecipeError, match=r"question_answering\.stride: 37 leaves no room in data\.max_length \(40\)"):
         made(tmp_path, questions(3), questions(2), question_answering={"stride": 37})
 
@@ -260,7 +261,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
     rows = questions()
     prepared, tokenizer, task = made(tmp_path, rows, rows)
     model, store = network(tokenizer), prepared.train
-    task.install(model)
+    task = for_model(task, model)
 
     def theirs(inputs: dict[str, torch.Tensor]) -> float:
         names = ("input_ids", "attention_mask", "token_type_ids")
@@ -287,7 +288,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
 def test_a_stand_in_counts_nothing(tmp_path: Path) -> None:
     prepared, tokenizer, task = made(tmp_path, questions(20), questions(2))
     model = network(tokenizer)
-    task.install(model)
+    task = for_model(task, model)
     batch = task.collate(*rows_of(prepared.train, [0, 1, 2]))
     loss, metrics, _ = task.loss(model, mask_all(batch.inputs))
     loss.backward()
@@ -336,7 +337,7 @@ def test_the_best_span_of_a_window(tmp_path: Path, n_best: int, longest: int) ->
 def test_evaluation_gives_the_spans_of_the_logits(tmp_path: Path) -> None:
     prepared, tokenizer, task = made(tmp_path, questions(20), questions(2))
     model = network(tokenizer)
-    task.install(model)
+    task = for_model(task, model)
     batch = task.collate(*rows_of(prepared.train, list(range(10))))
     with torch.no_grad():
         out = task.evaluate(model, batch.inputs)
@@ -357,10 +358,10 @@ def window(number: int, text: str, answers: list[str]) -> Any:
     return SimpleNamespace(meta=meta, columns={"context": np.array([2, 2 + len(text)])})
 
 
-def make_task(tmp_path: Path, unanswerable: int, **section: Any) -> QuestionAnswering:
+def bare_task(tmp_path: Path, unanswerable: int, **section: Any) -> QuestionAnswering:
     recipe = make_recipe(tmp_path, [], [], question_answering=section)
     tokenizer = train_tokenizer(TokenizerTraining(vocab_size=262), ["a"], recipe.settings.special_tokens)
-    return QuestionAnswering(recipe, tokenizer, torch.device("cpu"), {"unanswerable": unanswerable})
+    return make_task(recipe, tokenizer, {"unanswerable": unanswerable})
 
 
 def test_a_question_has_one_answer_over_its_windows(tmp_path: Path) -> None:
@@ -373,14 +374,14 @@ def test_a_question_has_one_answer_over_its_windows(tmp_path: Path) -> None:
         3: [3, 3, 1.0, -4.0],  # "q"
     }
     score = lambda task: task.scores(predictions, lambda i: rows[i])[0]["exact_match"]  # noqa: E731
-    assert score(make_task(tmp_path, 5)) == 1.0
-    assert score(make_task(tmp_path, 5, no_answer_margin=0.6)) == pytest.approx(2 / 3)  # "x" instead of nothing
-    assert score(make_task(tmp_path, 5, no_answer_margin=-2.0)) == pytest.approx(2 / 3)  # nothing instead of "cd"
-    assert score(make_task(tmp_path, 0)) == pytest.approx(2 / 3)  # training knew no question without an answer
+    assert score(bare_task(tmp_path, 5)) == 1.0
+    assert score(bare_task(tmp_path, 5, no_answer_margin=0.6)) == pytest.approx(2 / 3)  # "x" instead of nothing
+    assert score(bare_task(tmp_path, 5, no_answer_margin=-2.0)) == pytest.approx(2 / 3)  # nothing instead of "cd"
+    assert score(bare_task(tmp_path, 0)) == pytest.approx(2 / 3)  # training knew no question without an answer
     with pytest.raises(RecipeError, match="no_answer_margin has no effect"):
-        make_task(tmp_path, 0, no_answer_margin=0.6)
+        bare_task(tmp_path, 0, no_answer_margin=0.6)
     predictions[3] = [2, 2, -np.inf, -4.0]  # no span at all
-    assert score(make_task(tmp_path, 5)) == pytest.approx(2 / 3)
+    assert score(bare_task(tmp_path, 5)) == pytest.approx(2 / 3)
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

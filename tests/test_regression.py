@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from support import eval_rows, start
-from test_classification import CPU, TEXTS, keys, tokenizer
+from task_support import for_model, make_task
+from test_classification import TEXTS, keys, tokenizer
 from test_classification import recipe as classification
 from tiny import write_rows, write_tiny
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.store import Row
 from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.regression.encode import RegressionRows, number
 from ptft_dist.tasks.regression.task import Regression
@@ -37,17 +39,17 @@ def recipe(**settings: Any) -> Recipe:
 
 def parts(ours: Recipe) -> tuple[Any, torch.nn.Module, list[Row]]:
     words = tokenizer()
-    encoder, rows = RegressionRows(ours, words, {}), []
+    encoder, rows = RegressionRows(EncoderContext.of(ours, words)), []
     for text, label in zip(TEXTS, NUMBERS, strict=True):
         record = Record({"text": text, "label": label}, "here")
         (example,) = encoder.build(record, encoder.encode(encoder.pieces(record)))
         types = np.array(example.columns["token_type_ids"], np.int64)
         columns = {"token_type_ids": types, "labels": np.array([example.columns["labels"]], np.float32)}
         rows.append(Row(np.array(example.columns["input_ids"], np.int64), np.zeros(1, np.int64), columns))
-    task: Any = Regression(ours, words, CPU, {})
-    config = build_config(ours.model, words, 32, Regression.model_settings(ours, {}))
+    task: Any = make_task(ours, words, {})
+    config = build_config(ours.model, words, 32, Regression.config_settings(TaskSetup.of(ours, words, {})))
     model = build_model(ours.model, config, 0, task.auto_class).eval()
-    task.install(model)
+    task = for_model(task, model)
     return task, model, rows
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from pydantic import ValidationError
 from support import merge
+from task_support import for_model, make_task
 from tiny import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -28,13 +30,13 @@ from transformers import (
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.prepare import prepare
-from ptft_dist.data.row_encoder import RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.seq2seq.encode import Seq2SeqRows
 from ptft_dist.tasks.seq2seq.task import Seq2Seq
@@ -71,7 +73,7 @@ def tokenizer_that(adds: str = "nothing") -> PreTrainedTokenizerFast:
 
 
 def encoded(tokenizer: PreTrainedTokenizerFast, *rows: tuple[str, str], **changes: Any) -> Any:
-    encoder = Seq2SeqRows(recipe(**changes), tokenizer, {})
+    encoder = Seq2SeqRows(EncoderContext.of(recipe(**changes), tokenizer))
     records = [Record({"source": source, "target": target}, "here") for source, target in rows]
     pieces = [piece for record in records for piece in encoder.pieces(record)]
     encodings = encoder.encode(pieces)
@@ -82,10 +84,10 @@ def test_tokenizers_that_mark_the_language_are_refused() -> None:
     for name in ("src_lang", "tgt_lang", "lang_code_to_id"):
         tokenizer = tokenizer_that()
         setattr(tokenizer, name, "en_XX")
-        with pytest.raises(RecipeError, match=r"source's language.*not supported yet"):
-            Seq2SeqRows(recipe(), tokenizer, {})
-    with pytest.raises(RecipeError, match="not supported yet"):
-        Seq2SeqRows(recipe(), NllbTokenizer(), {})
+        with pytest.raises(RecipeError, match=r"source's language.*not supported"):
+            Seq2SeqRows(EncoderContext.of(recipe(), tokenizer))
+    with pytest.raises(RecipeError, match="not supported"):
+        Seq2SeqRows(EncoderContext.of(recipe(), NllbTokenizer()))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -113,7 +115,10 @@ def test_what_is_too_long_is_cut_before_its_end_and_noted(adds: str) -> None:
     assert rows[0].columns["input_ids"][begin:] == [*plain[: 15 - begin], eos]
     assert rows[1].columns["labels"][begin:] == [*plain[: 6 - begin], eos]
     assert [len(row.columns["input_ids"]) for row in rows] == [16, len(rows[1].columns["input_ids"]), 16]
-    source, target = "source cut to data.max_length", "target cut to seq2seq.max_target_length"
+    source, target = (
+        "with a source truncated to data.max_length",
+        "with a target truncated to seq2seq.max_target_length",
+    )
     assert [row.notes for row in rows] == [(source,), (target,), (source, target)]
     assert rows[1].meta["reference"] == long, "the reference is the whole text"
 
@@ -122,7 +127,7 @@ def test_a_text_of_exactly_the_length_is_not_cut() -> None:
     tokenizer = tokenizer_that()
     text = "the quick brown fox jumps over the lazy dog"
     count = len(tokenizer(text).input_ids)
-    for room, notes in ((count + 1, ()), (count, ("target cut to seq2seq.max_target_length",))):
+    for room, notes in ((count + 1, ()), (count, ("with a target truncated to seq2seq.max_target_length",))):
         assert encoded(tokenizer, ("dog", text), seq2seq={"max_target_length": room})[0].notes == notes
 
 
@@ -163,7 +168,7 @@ def test_tokenizers_without_an_end_or_padding_are_refused(missing: str) -> None:
     tokenizer = tokenizer_that()
     setattr(tokenizer, f"{missing}_token", None)
     with pytest.raises(RecipeError, match=f"no {missing.upper()} token"):
-        Seq2SeqRows(recipe(), tokenizer, {})
+        Seq2SeqRows(EncoderContext.of(recipe(), tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -190,7 +195,7 @@ def test_broken_rows_are_named(tmp_path: Path, row: dict[str, Any], says: str) -
     assert "bad_rows: skip" in str(error.value)
     skipped = prepare(recipe(tmp_path, data={"bad_rows": "skip"}), tmp_path, progress=False)
     assert len(skipped.train) == 3
-    assert skipped.report["bad_rows"] == 1
+    assert skipped.report.bad_rows.count == 1
 
 
 def test_prepared_rows(tmp_path: Path) -> None:
@@ -210,7 +215,7 @@ def test_prepared_rows(tmp_path: Path) -> None:
             assert row.input_ids[-1] == row.columns["labels"][-1] == tokenizer.eos_token_id
     metas = [prepared.validation.row(i).meta for i in range(len(prepared.validation))]  # type: ignore
     assert all({"en": meta["source"], "de": meta["reference"]} in rows for meta in metas)
-    assert prepared.report["notes"]["source cut to data.max_length"][0] == cut > 0
+    assert prepared.report.notes["with a source truncated to data.max_length"][0] == cut > 0
 
 
 def test_unknown_tokens_of_targets_are_counted_too(tmp_path: Path) -> None:
@@ -221,7 +226,7 @@ def test_unknown_tokens_of_targets_are_counted_too(tmp_path: Path) -> None:
         {"train": {"algorithm": "wordpiece", "vocab_size": 300}},
         data={"validation": [{"path": "more.jsonl"}]},
     )
-    assert prepare(given, tmp_path, progress=False).report["unknown_tokens"] == 3
+    assert prepare(given, tmp_path, progress=False).report.unknown_tokens == 3
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
@@ -234,10 +239,10 @@ def network(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **seq2se
     kind = {"t5": T5Config, "mt5": MT5Config, "bart": BartConfig}[config["model_type"]]
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("eos", "pad", "bos")}
     fitted = kind(vocab_size=len(tokenizer), **ids, **made_of)
-    Seq2Seq.fit_config(settings, fitted, tokenizer)
+    Seq2Seq.fit_config(TaskSetup.of(settings, tokenizer, {}), fitted)
     model = build_model(settings.model, fitted, 0, AutoModelForSeq2SeqLM).eval()
-    task = Seq2Seq(settings, tokenizer, torch.device("cpu"))
-    task.install(model)
+    task = make_task(settings, tokenizer)
+    task = for_model(task, model)
     return task, model
 
 
@@ -341,7 +346,7 @@ def test_which_token_a_new_decoder_begins_with() -> None:
 def test_networks_that_cannot_are_refused() -> None:
     tokenizer = tokenizer_that()
     with pytest.raises(RecipeError, match="llama network has no encoder and decoder"):
-        Seq2Seq.fit_config(recipe(), LlamaConfig(), tokenizer)
+        Seq2Seq.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     with pytest.raises(RecipeError, match=r"seq2seq\.max_target_length: 129 .* max_position_embeddings \(128\)"):
         network(BART, tokenizer, max_target_length=129)
     with pytest.raises(RecipeError, match=r"seq2seq\.generation\.max_new_tokens: 130"):
@@ -349,15 +354,15 @@ def test_networks_that_cannot_are_refused() -> None:
     task, model = network(T5, tokenizer)
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
     with pytest.raises(RecipeError, match="no decoder_start_token_id"):
-        task.install(model)
+        task = for_model(task, model)
 
 
 def test_metric_names_follow_the_settings() -> None:
     plain = ("loss", "perplexity", "accuracy")
-    assert tuple(Seq2Seq.metric_names(recipe())) == plain
+    assert tuple(recipe().settings.metric_names) == plain
     for metrics, names in ((["rouge"], ("rouge1", "rouge2", "rougeL")), (["chrf", "bleu"], ("chrf", "bleu"))):
         settings = recipe(data={"validation": 0.1}, seq2seq={"generation": {"metrics": metrics}})
-        assert tuple(Seq2Seq.metric_names(settings)) == (*plain, *names)
+        assert tuple(settings.settings.metric_names) == (*plain, *names)
 
 
 def test_generation_without_validation_is_refused() -> None:

@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import start, train_rows
+from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.prepare import prepare
-from ptft_dist.data.row_encoder import Example, LeftOut, RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
@@ -27,7 +28,7 @@ from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.sft.chat import Conversation, Plain, read_row, shape_of
 from ptft_dist.tasks.sft.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
 from ptft_dist.tasks.sft.encode import ConversationRows, learned_tokens
-from ptft_dist.tasks.sft.task import EmbeddingNoise, SupervisedFineTuning, conversation_lengths
+from ptft_dist.tasks.sft.task import EmbeddingNoise, conversation_lengths
 
 USER, ASSISTANT = {"role": "user", "content": "a red cat"}, {"role": "assistant", "content": "it sleeps"}
 SECOND = [{"role": "user", "content": "and the dog"}, {"role": "assistant", "content": "runs"}]
@@ -59,9 +60,9 @@ def recipe(max_length: int = 200, **sft: Any) -> Recipe:
 
 
 def encode(tokenizer: Any, values: dict[str, Any], **settings: Any) -> Example:
-    encoder = ConversationRows(recipe(**settings), tokenizer, {})
+    encoder = ConversationRows(EncoderContext.of(recipe(**settings), tokenizer))
     record = Record(values, "rows.jsonl:1")
-    encoder.check(encoder.recipe, record)
+    encoder.check(encoder.settings, record)
     (example,) = encoder.build(record, encoder.encode(encoder.pieces(record)))
     return example
 
@@ -240,7 +241,7 @@ def test_the_end_is_learned_also_where_padding_is_spelt_like_it(tokenizer: Any) 
     same = copy.deepcopy(tokenizer)
     same.pad_token = same.eos_token
     rows = [as_row(encode(same, {"messages": m})) for m in ([USER, ASSISTANT], [USER, ASSISTANT, *SECOND])]
-    batch = SupervisedFineTuning(recipe(), same, torch.device("cpu")).collate(rows)
+    batch = make_task(recipe(), same).collate(rows)
     ends = (batch.inputs["targets"] == same.eos_token_id).sum(1)
     assert ends.tolist() == [1, 2]
     assert batch.count == sum(int(row.columns["learned"].sum()) for row in rows)
@@ -272,13 +273,13 @@ def test_the_end_of_a_turn_ends_what_is_written_and_exported(tokenizer: Any) -> 
 
     base = copy.deepcopy(tokenizer)
     base.eos_token, base.pad_token = "<|bos|>", None
-    encoder = ConversationRows(recipe(), base, {})
+    encoder = ConversationRows(EncoderContext.of(recipe(), base))
     encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "rows.jsonl:1"))
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    assert encoder.facts["end_of_turn"] == end
-    task = SupervisedFineTuning(recipe(), base, torch.device("cpu"), encoder.facts)
+    assert encoder.discovered["end_of_turn"] == end
+    task = make_task(recipe(), base, encoder.discovered)
     model = tiny_model(tokenizer, recipe())
-    task.install(model)
+    task = for_model(task, model)
     assert set(task.eos_ids) >= {end, base.eos_token_id}
     assert end in model.generation_config.eos_token_id
     assert task.fill_id == base.eos_token_id  # skipped as special when read; id 0 would be a word
@@ -300,13 +301,13 @@ def test_added_chat_tokens_are_special(tmp_path: Path) -> None:
         str(t): t.special for t in AutoTokenizer.from_pretrained(found.tokenizer_path).added_tokens_decoder.values()
     }
     assert (added["<|im_start|>"], added["<|im_end|>"], added["dog"]) == (True, True, False)
-    assert found.facts["end_of_turn"] is not None
+    assert found.survey["end_of_turn"] is not None
 
 
 def test_files_in_folders_with_signs_are_told_apart(tokenizer: Any) -> None:
-    encoder = ConversationRows(recipe(), tokenizer, {})
-    encoder.pieces(Record({"messages": [USER, ASSISTANT]}, "k#1/a.jsonl:1"))
-    encoder.pieces(Record({"instruction": "a", "output": "b"}, "k#1/b.jsonl:1"))
+    encoder = ConversationRows(EncoderContext.of(recipe(), tokenizer))
+    encoder.admit(Record({"messages": [USER, ASSISTANT]}, "k#1/a.jsonl:1"))
+    encoder.admit(Record({"instruction": "a", "output": "b"}, "k#1/b.jsonl:1"))
 
 
 def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: Path) -> None:
@@ -443,8 +444,8 @@ def test_tokens_masks_and_loss_are_trl_s(tokenizer: Any, tmp_path: Path, name: s
         # The first token is predicted by nobody: whether it carries a label makes no difference.
         assert np.where(np.array(example.columns["learned"]) == 1, ids, -100)[1:].tolist() == labels[1:].tolist()
 
-    task = SupervisedFineTuning(settings, chat, torch.device("cpu"))
-    task.install(model)
+    task = make_task(settings, chat)
+    task = for_model(task, model)
     rows_ = [as_row(example) for example in examples[:4]]
     batch = task.collate(rows_, [(0, i) for i in range(4)])
     with torch.no_grad():
@@ -468,8 +469,8 @@ def joined(rows: list[Row]) -> Row:
 def test_packed_conversations_are_as_alone(tokenizer: Any) -> None:
     settings = recipe(packing=True)
     model = tiny_model(tokenizer, settings).eval()
-    task = SupervisedFineTuning(settings, tokenizer, torch.device("cpu"))
-    task.install(model)
+    task = make_task(settings, tokenizer)
+    task = for_model(task, model)
     rows = [as_row(encode(tokenizer, row)) for row in made(5, talked)]
     with torch.no_grad():
         packed = task.loss(model, task.collate([joined(rows)]).inputs).loss_sum
@@ -482,11 +483,11 @@ def test_a_batch_of_few_learned_positions_has_the_loss_of_all_logits(tokenizer: 
     """On a CPU only the positions with a target are projected on the vocabulary."""
     settings = recipe()
     model = tiny_model(tokenizer, settings).eval()
-    task = SupervisedFineTuning(settings, tokenizer, torch.device("cpu"))
+    task = make_task(settings, tokenizer)
     batch = task.collate([as_row(encode(tokenizer, {"messages": [USER, ASSISTANT]}))])
     with torch.no_grad():
         every = task.loss(model, batch.inputs).loss_sum  # before install: the network is asked for all
-        task.install(model)
+        task = for_model(task, model)
         few = task.loss(model, batch.inputs).loss_sum
         logits, targets = task.choices(model, batch.inputs)
     assert few.item() == pytest.approx(every.item(), rel=1e-6)
@@ -624,13 +625,14 @@ def test_bad_rows_are_named_by_file_and_line_or_skipped_and_counted(tmp_path: Pa
     assert "rows.jsonl:8: message 1 has the role 'bot'" in message
     assert "data.bad_rows: skip" in message
     report = prepared_rows(tmp_path, rows, data={"bad_rows": "skip"}).report
-    assert report["bad_rows"] == 3
+    assert report.bad_rows.count == 3
     assert any(
         "rows.jsonl:10: this row's shape is alpaca, but the file begins with messages" in at
-        for at in report["bad_rows_at"]
+        for at in report.bad_rows.first
     )
-    assert report["rows_read"] == 40
-    assert report["train"]["examples"] + report["validation"]["examples"] == 37
+    assert report.read == 40
+    assert report.validation is not None
+    assert report.train.examples + report.validation.examples == 37
 
 
 def test_what_is_cut_and_left_out_is_counted(tmp_path: Path) -> None:
@@ -638,11 +640,12 @@ def test_what_is_cut_and_left_out_is_counted(tmp_path: Path) -> None:
     rows[5] = {"messages": [{"role": "user", "content": " ".join(WORDS * 4)}, ASSISTANT]}
     rows[6] = {"messages": [USER, {"role": "assistant", "content": " ".join(WORDS * 4)}]}
     rows[8] = {"messages": [USER, ASSISTANT, SECOND[0]]}
-    notes = prepared_rows(tmp_path, rows).report["notes"]
+    report = prepared_rows(tmp_path, rows).report
+    notes = report.notes
     where = str(tmp_path / "rows.jsonl")
-    assert notes["left out, for no answer is left within data.max_length"] == [1, [f"{where}:6"]]
+    assert report.dropped["left out, for no answer is left within data.max_length"] == (1, [f"{where}:6"])
     assert f"{where}:7" in notes["cut to data.max_length"][1]
-    assert notes["lost their last messages, which nobody answers"] == [1, [f"{where}:9"]]
+    assert notes["lost their last messages, which nobody answers"] == (1, [f"{where}:9"])
 
 
 def test_an_unknown_template_is_named_with_the_known_ones(tmp_path: Path) -> None:

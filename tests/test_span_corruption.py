@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from support import ROOT
+from task_support import for_model, make_task
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
@@ -16,6 +17,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
+from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
 from ptft_dist.tasks.span_corruption.task import SpanCorruption, noise_mask, sentinel_ids
@@ -50,7 +52,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make(tokenizer: PreTrainedTokenizerFast, **section: Any) -> SpanCorruption:
-    return SpanCorruption(recipe(**section), tokenizer, torch.device("cpu"))
+    return make_task(recipe(**section), tokenizer)
 
 
 def rows_of(tokenizer: PreTrainedTokenizerFast, lengths: list[int], eos: bool = True) -> list[Row]:
@@ -126,7 +128,8 @@ def test_what_is_drawn_follows_from_seed_epoch_and_row_alone(tokenizer: PreTrain
     together = task.collate(rows, [(3, i) for i in range(3)]).inputs
     for i, row in enumerate(rows):
         alone = task.collate([row], [(3, i)]).inputs
-        for name, values in alone.items():
+        for name in ("input_ids", "attention_mask", "decoder_input_ids", "targets"):
+            values = alone[name]
             assert torch.equal(values[0], together[name][i, : values.shape[1]]), name
     assert not torch.equal(task.collate(rows, [(4, i) for i in range(3)]).inputs["targets"], together["targets"])
 
@@ -137,10 +140,10 @@ def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast, co
     task = make(tokenizer)
     config.vocab_size, config.pad_token_id = len(tokenizer), tokenizer.pad_token_id
     config.decoder_start_token_id = None
-    SpanCorruption.fit_config(recipe(), config, tokenizer)
+    SpanCorruption.fit_config(TaskSetup.of(recipe(), tokenizer, {}), config)
     assert config.decoder_start_token_id == tokenizer.pad_token_id
     model = build_model(recipe().model, config, 0, AutoModelForSeq2SeqLM).eval()
-    task.install(model)
+    task = for_model(task, model)
     batch = task.collate(rows_of(tokenizer, [20, 33, 64]), [(0, i) for i in range(3)])
     inputs = batch.inputs
     with torch.no_grad():
@@ -165,13 +168,13 @@ def test_a_row_of_one_token_hides_nothing(tokenizer: PreTrainedTokenizerFast) ->
 def test_what_cannot_work_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     t5 = T5Config(**T5)
     with pytest.raises(RecipeError, match=r"1000 tokens gets up to 50 .* has 40 .*span_corruption\.sentinels"):
-        SpanCorruption.fit_config(recipe(1000), t5, tokenizer)
+        SpanCorruption.fit_config(TaskSetup.of(recipe(1000), tokenizer, {}), t5)
     with pytest.raises(RecipeError, match=r"tokenizer\.add"):
-        SpanCorruption.fit_config(recipe(1000, {"path": "somewhere"}), t5, tokenizer)
+        SpanCorruption.fit_config(TaskSetup.of(recipe(1000, {"path": "somewhere"}), tokenizer, {}), t5)
     with pytest.raises(RecipeError, match="sentinels has no effect"):
-        SpanCorruption.fit_config(recipe(64, {"path": "somewhere"}, sentinels=40), t5, tokenizer)
+        SpanCorruption.fit_config(TaskSetup.of(recipe(64, {"path": "somewhere"}, sentinels=40), tokenizer, {}), t5)
     with pytest.raises(RecipeError, match=r"llama .*task: clm"):
-        SpanCorruption.fit_config(recipe(), LlamaConfig(), tokenizer)
+        SpanCorruption.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     assert sentinel_ids(train_tokenizer(TokenizerTraining(vocab_size=300), TEXTS)) == []
 
 
@@ -181,12 +184,12 @@ def test_rows_that_grow_beyond_the_positions_are_refused(
 ) -> None:
     """One position fewer than the longest input or target that comes out is too few; as many are enough."""
     ours = recipe(64, density=density, mean_span=mean_span)
-    task = SpanCorruption(ours, tokenizer, torch.device("cpu"))
+    task = make_task(ours, tokenizer)
     made = [task.corrupt(np.arange(100, 100 + n), (0, n)) for n in range(1, 65)]
     longest = max(len(ids) for pair in made for ids in pair)
     bart = BartConfig(**BART | {"max_position_embeddings": longest - 1})
     if longest - 1 >= 64:  # otherwise, data.max_length itself is refused elsewhere
         with pytest.raises(RecipeError, match=rf"of {longest}, .* has {longest - 1} positions"):
-            SpanCorruption.fit_config(ours, bart, tokenizer)
+            SpanCorruption.fit_config(TaskSetup.of(ours, tokenizer, {}), bart)
     bart.max_position_embeddings = longest
-    SpanCorruption.fit_config(ours, bart, tokenizer)
+    SpanCorruption.fit_config(TaskSetup.of(ours, tokenizer, {}), bart)

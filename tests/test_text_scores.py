@@ -12,7 +12,7 @@ from rouge_score.tokenizers import DefaultTokenizer
 from sacrebleu.metrics import BLEU, CHRF
 
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
-from ptft_dist.tasks.common.scores.text import Words, text_metric_names, text_scores
+from ptft_dist.tasks.common.scores.text import Words, text_scores
 
 PAIRS = [  # prediction, reference
     ("", "a cat sat on the mat"),
@@ -109,8 +109,8 @@ def test_the_names_are_those_of_the_scores() -> None:
     assert set(kinds) == {"exact_match", "bleu", "chrf", "rouge"}
     for chosen in ([*kinds], ["rouge"], ["chrf", "exact_match"], []):
         settings = GenerationSettings(metrics=tuple(chosen))
-        assert text_metric_names(settings) == tuple(text_scores(["a"], ["a"], settings))
-    assert text_metric_names(GenerationSettings(metrics=("rouge",))) == ("rouge1", "rouge2", "rougeL")
+        assert settings.metric_names == tuple(text_scores(["a"], ["a"], settings))
+    assert GenerationSettings(metrics=("rouge",)).metric_names == ("rouge1", "rouge2", "rougeL")
 
 
 def test_settings_without_effect_are_refused() -> None:

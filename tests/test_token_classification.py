@@ -7,19 +7,22 @@ import os
 import random
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
 from support import merge
+from task_support import for_model, make_task
 from tiny import write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, DataCollatorForTokenClassification
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.formats import read_file
-from ptft_dist.data.prepare import Prepared, prepare
+from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.common.scores.entities import AVERAGES, entities, entity_scores, score_names
@@ -70,7 +73,7 @@ def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, A
     recipe = make_recipe(folder, train, validation, **changes)
     prepared = prepare(recipe, folder, progress=False)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
-    return prepared, tokenizer, TokenClassification(recipe, tokenizer, torch.device("cpu"), prepared.facts)
+    return prepared, tokenizer, make_task(recipe, tokenizer, prepared.survey)
 
 
 def refused(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], **changes: Any) -> str:
@@ -197,7 +200,7 @@ def test_labels_stand_where_the_words_begin(tmp_path: Path, algorithm: str, piec
         data={"max_length": 400},
         token_classification={"pieces": pieces},
     )
-    labels = prepared.facts["labels"]
+    labels = prepared.survey["labels"]
     assert labels == ["B-LOC", "B-PER", "I-LOC", "I-PER", "O"]
     assert len(prepared.train) == len(rows)
     several = 0
@@ -230,8 +233,8 @@ def test_later_pieces_need_labels_of_their_own(tmp_path: Path) -> None:
             tokenizer={"train": {"algorithm": "bpe", "vocab_size": 262}},
         )
         inner = [] if scheme == "plain" else ["I-FOOD"]
-        assert prepared.facts["labels"] == sorted([*tags, *inner])
-        found = [prepared.facts["labels"][i] for i in prepared.train.row(0).columns["labels"] if i != -100]
+        assert prepared.survey["labels"] == sorted([*tags, *inner])
+        found = [prepared.survey["labels"][i] for i in prepared.train.row(0).columns["labels"] if i != -100]
         assert found == [tags[0], *[(inner or tags)[0]] * (len(found) - 2), "O"]
         assert len(found) > 3
 
@@ -243,7 +246,7 @@ def test_long_sentences_are_split_between_words(tmp_path: Path) -> None:
         row["tokens"].insert(0, "".join(chance.choices("abcdef", k=90)))
         row["tags"].insert(0, "O")
     prepared, tokenizer, _ = made(tmp_path, rows, rows)
-    store, plain = prepared.validation, prepared.facts["labels"]
+    store, plain = prepared.validation, prepared.survey["labels"]
     assert store is not None
     at = several = 0
     for number, row in enumerate(rows, 31):  # the training rows came first
@@ -268,7 +271,7 @@ def test_long_sentences_are_split_between_words(tmp_path: Path) -> None:
         assert tags == row["tags"]
         assert seen == [token for word in words for token in word]
     assert at == len(store)
-    notes = prepared.report["notes"]
+    notes = prepared.report.notes
     assert [count for note, (count, _) in notes.items() if "split between" in note] == [2 * several]
     assert [count for note, (count, _) in notes.items() if "was cut" in note] == [60]
 
@@ -284,8 +287,8 @@ def test_a_word_without_tokens_is_counted(tmp_path: Path) -> None:
     store = prepared.validation
     assert store is not None
     assert [store.row(i).meta["at"] for i in range(2)] == [[None, 1, None], [None]]
-    assert prepared.report["notes"].popitem()[1][0] == 2
-    b_per = prepared.facts["labels"].index("B-PER")
+    assert prepared.report.notes.popitem()[1][0] == 2
+    b_per = prepared.survey["labels"].index("B-PER")
     scores, _ = task.scores({i: [b_per] * len(store.row(i).input_ids) for i in range(2)}, store.row)
     assert scores == entity_scores([rows[0]["tags"], rows[1]["tags"]], [["O", "B-PER", "O"], ["O"]])
     assert scores["accuracy"] == 2 / 4
@@ -321,7 +324,7 @@ def test_a_broken_row_is_named(tmp_path: Path, name: str) -> None:
     assert f"{tmp_path}/train.jsonl:4: " in said
     assert why in said
     prepared, _, _ = made(tmp_path, train, sentences(2), data={"bad_rows": "skip"})
-    assert prepared.report["bad_rows"] == 1
+    assert prepared.report.bad_rows.count == 1
 
 
 def test_a_tag_that_training_does_not_know_is_named(tmp_path: Path) -> None:
@@ -330,19 +333,19 @@ def test_a_tag_that_training_does_not_know_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/valid.jsonl:3: word 2 ('b'): the tag 'B-GOD' is none of B-LOC, B-PER" in said
     labels = ["O", "B-GOD", "B-LOC", "I-LOC", "B-PER", "I-PER"]
     prepared, _, _ = made(tmp_path, sentences(), [*sentences(2), strange], token_classification={"labels": labels})
-    assert prepared.facts["labels"] == labels
+    assert prepared.survey["labels"] == labels
     assert "two or more are needed" in refused(tmp_path, [{"tokens": ["a"], "tags": ["O"]}], sentences(1))
 
 
 def test_sentences_without_words_are_left_out_and_counted(tmp_path: Path) -> None:
     prepared, _, _ = made(tmp_path, [*sentences(3), {"tokens": [], "tags": []}], sentences(2))
-    assert prepared.report["notes"]["left out, for they have no words"] == [1, [f"{tmp_path}/train.jsonl:4"]]
+    assert prepared.report.dropped["without words"] == (1, [f"{tmp_path}/train.jsonl:4"])
 
 
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"labels": ["O", "O"]}, "each tag may stand there once"),
+        ({"labels": ["O", "O"]}, "a tag is listed twice"),
         ({"labels": ["O", "PER"]}, "'PER' is no tag of the scheme iob2"),
         ({"labels": ["O", "B-A"], "pieces": "all"}, "needs I-A beside B-A"),
     ],
@@ -390,9 +393,9 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, pieces: str) -> None:
     rows = sentences()
     options: dict[str, Any] = {"data": {"max_length": 400}, "token_classification": {"pieces": pieces}}
     prepared, tokenizer, task = made(tmp_path, rows, rows, **options)
-    labels = prepared.facts["labels"]
+    labels = prepared.survey["labels"]
     model = network(tokenizer, len(labels))
-    task.install(model)
+    task = for_model(task, model)
     features = []
     for row in rows[:8]:
         encoding = tokenizer(row["tokens"], is_split_into_words=True)
@@ -421,8 +424,8 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, pieces: str) -> None:
 def test_a_stand_in_counts_nothing(tmp_path: Path) -> None:
     rows = sentences(8)
     prepared, tokenizer, task = made(tmp_path, rows, rows)
-    model = network(tokenizer, len(prepared.facts["labels"]))
-    task.install(model)
+    model = network(tokenizer, len(prepared.survey["labels"]))
+    task = for_model(task, model)
     batch = task.collate([prepared.train.row(0)], [(0, 0)])
     loss, metrics, _ = task.loss(model, mask_all(batch.inputs))
     loss.backward()
@@ -456,7 +459,7 @@ def test_each_sentence_is_scored_once_and_whole(tmp_path: Path, scheme: str) -> 
     assert prepared.validation is not None
     scores, samples = task.scores(predicted(task, prepared, ours), prepared.validation.row)
     assert samples == []
-    assert {"loss", *scores} == set(task.metric_names(task.recipe))
+    assert {"loss", *scores} == set(task.settings.metric_names)
     if scheme == "iob2":
         assert scores["f1_micro"] == pytest.approx(seqeval.f1_score(gold, ours), abs=1e-12)
         assert scores["f1_macro"] == pytest.approx(seqeval.f1_score(gold, ours, average="macro"), abs=1e-12)
@@ -471,8 +474,8 @@ def test_each_sentence_is_scored_once_and_whole(tmp_path: Path, scheme: str) -> 
 
 
 def test_the_network_knows_the_tags_by_name() -> None:
-    facts = {"labels": ["B-A", "I-A", "O"]}
-    settings = TokenClassification.model_settings(None, facts)  # type: ignore[arg-type]
+    setup = SimpleNamespace(survey={"labels": ["B-A", "I-A", "O"]})
+    settings = TokenClassification.config_settings(setup)  # type: ignore[arg-type]
     assert settings["id2label"] == {0: "B-A", 1: "I-A", 2: "O"}
     assert settings["label2id"] == {"B-A": 0, "I-A": 1, "O": 2}
 
@@ -489,7 +492,7 @@ def test_real_sentences(tmp_path: Path, name: str, bad: int) -> None:
     sources = {"train": [{"path": str(folder / "train.conll")}], "validation": [{"path": str(folder / "dev.conll")}]}
     recipe = merge(recipe, {"data": {**sources, "bad_rows": "skip"}})
     prepared = prepare(recipe_class().model_validate(json.loads(json.dumps(recipe))), tmp_path, progress=False)
-    assert prepared.report["bad_rows"] == bad
+    assert prepared.report.bad_rows.count == bad
     store = prepared.validation
     assert store is not None
     words = sum(len(record.values["tokens"]) for record in read_file(folder / "dev.conll", columns=(), unit="file"))

@@ -20,6 +20,9 @@ from ptft_dist.config.recipe import Augmentation, Recipe
 from ptft_dist.data.back_translation import BackTranslation, model_contents
 from ptft_dist.data.cache import HashMemo, fingerprint
 from ptft_dist.data.formats import Record
+from ptft_dist.data.progress import Progress
+from ptft_dist.data.report import Notes
+from ptft_dist.data.stream import SidedRecord
 from ptft_dist.errors import DataError
 
 SHARE = 0.1
@@ -27,24 +30,59 @@ _TEXTS = ("text", "text_pair")
 _LETTERS = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)  # what stands before and after a word: quotes, a full stop
 
 
-class Augmenter:
-    """Makes the copies that data.augment asks for: a pure function of the seed and the row."""
+class Augmentations:
+    """The step of the data stream that adds the copies that data.augment asks for.
+
+    Only training rows are copied, and a copy follows its original row: it is on the same side, and bad rows have none.
+    The copies are a pure function of the seed and the row.
+    """
+
+    name = "augment"
 
     def __init__(
-        self, recipe: Recipe, base: Path, note: Callable[[str, str], None] = lambda _reason, _where: None
+        self,
+        recipe: Recipe,
+        base: Path,
+        usable: Callable[[Record], bool] = lambda _record: True,
+        progress: Progress | None = None,
     ) -> None:
-        """note: is told, for each method, that a row was copied or why not, and where the row stands.
+        """usable: whether a row passes the task's check.
 
         Raises:
             DataError: a file of synonyms is missing or malformed.
-            RecipeError: a translation model cannot be loaded.
+            RecipeError: a translation model is a directory that is not there.
         """
-        self.seed, self.methods, self.note = recipe.train.seed, recipe.data.augment, note
+        self.seed, self.methods, self.notes, self.base = recipe.train.seed, recipe.data.augment, Notes(), base
         self.texts = [role for role in _TEXTS if role in recipe.settings.roles]
         self.synonyms = [read_synonyms(_path(base, m.synonyms)) if m.synonyms else {} for m in self.methods]
+        self._usable = usable
         self.translations = [
-            BackTranslation(m.forward, m.backward, base) if m.forward and m.backward else None for m in self.methods
+            BackTranslation(m.forward, m.backward, base, progress) if m.forward and m.backward else None
+            for m in self.methods
         ]
+
+    def fingerprint(self, memo: HashMemo) -> list[Any]:
+        """Settings and contents of the files that decide the copies: JSON.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        contents: list[Any] = []
+        for method in self.methods:
+            settings = method.model_dump(exclude={"synonyms", "forward", "backward"})
+            if method.synonyms:
+                settings["synonyms"] = memo.digests([_path(self.base, method.synonyms)])
+            for name in (method.forward, method.backward):
+                if name:
+                    settings.setdefault("models", []).append(model_contents(name, self.base, memo))
+            contents.append(settings)
+        return contents
+
+    def apply(self, chunk: Sequence[SidedRecord]) -> list[SidedRecord]:
+        """Each row, and after each good training row its copies."""
+        rows = [i for i, (side, record) in enumerate(chunk) if side == "train" and self._usable(record)]
+        copies = dict(zip(rows, self.copies_of([chunk[i][1] for i in rows]), strict=True))
+        return [(side, each) for i, (side, record) in enumerate(chunk) for each in (record, *copies.get(i, ()))]
 
     def copies(self, record: Record) -> Iterator[Record]:
         """The changed copies of one row, in the order of the recipe."""
@@ -61,18 +99,19 @@ class Augmenter:
                     Record({**record.values, **texts}, f"{record.where} (copy {len(theirs) + i})")
                     for i, texts in enumerate(made, 1)
                 ]
-                self._tell(method, len(made), record.where)
+                self._note(method, len(made), record.where)
         return copies
 
-    def _tell(self, method: Augmentation, made: int, where: str) -> None:
+    def _note(self, method: Augmentation, made: int, where: str) -> None:
         if made == method.copies:
-            self.note(f"copied with changes ({method.method})", where)
+            reason = "copied with changes"
         elif made:
-            self.note(f"with fewer copies than asked for, for they came out the same ({method.method})", where)
+            reason = "with fewer copies than asked for: some came out the same"
         elif method.method == "back_translation":
-            self.note("not copied, for the same text came back, or it is too long to translate", where)
+            reason = "not copied: the translation is the same text, or the text is too long to translate"
         else:
-            self.note(f"not copied, for nothing in it can change ({method.method})", where)
+            reason = "not copied: nothing in them can change"
+        self.notes.add(f"{reason} ({method.method})", where)
 
     def _translated(self, number: int, records: Sequence[Record]) -> Mapping[str, str]:
         translation = self.translations[number]
@@ -184,23 +223,3 @@ def read_synonyms(path: Path) -> dict[str, list[str]]:
 
 def _path(base: Path, given: str) -> Path:
     return base / Path(given).expanduser()
-
-
-def augmentation_contents(recipe: Recipe, base: Path, memo: HashMemo) -> list[Any]:
-    """Settings and contents of the files that decide the copies.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    contents: list[Any] = []
-    for method in recipe.data.augment:
-        settings = method.model_dump(exclude={"synonyms", "forward", "backward"})
-        if method.synonyms:
-            path = _path(base, method.synonyms)
-            read_synonyms(path)  # a mistake is told before anything is prepared
-            settings["synonyms"] = memo.digests([path])
-        for name in (method.forward, method.backward):
-            if name:
-                settings.setdefault("models", []).append(model_contents(name, base, memo))
-        contents.append(settings)
-    return contents

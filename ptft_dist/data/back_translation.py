@@ -8,7 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.data.cache import HashMemo, to_stderr
+from ptft_dist.data.cache import HashMemo
+from ptft_dist.data.progress import Progress, to_stderr
 from ptft_dist.errors import RecipeError
 
 BATCH = 32  # texts that are translated at once
@@ -19,7 +20,12 @@ _LONGEST = 512  # tokens, for models that do not say how many positions they hav
 class BackTranslation:
     """Two models, loaded at the first text. Each text's translation is the greedy one, so it is always the same."""
 
-    def __init__(self, forward: str, backward: str, base: Path) -> None:
+    def __init__(self, forward: str, backward: str, base: Path, progress: Progress | None = None) -> None:
+        """
+        Raises:
+            RecipeError: a name can only be a directory, and there is none.
+        """
+        self._progress = progress or Progress(to_stderr)
         self.names = {"forward": _place(forward, base), "backward": _place(backward, base)}
         self.models: list[tuple[Any, Any]] = []
         self.done = 0
@@ -49,7 +55,7 @@ class BackTranslation:
         self.done += count
         if time.monotonic() - self._told > _TELL_EVERY_S or self.done == count:
             self._told = time.monotonic()
-            to_stderr(f"back-translation: {self.done:,} texts done")
+            self._progress.tell(f"back-translation: {self.done:,} texts done")
 
 
 def _load(key: str, name: str) -> tuple[Any, Any]:

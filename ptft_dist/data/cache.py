@@ -10,8 +10,8 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,11 +20,13 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ptft_dist.data.progress import Progress, Tell, silence
 from ptft_dist.errors import DataError, PtftError, RecipeError
 
 # Two writes closer than this may carry the same time stamp, so a younger file's stamp does not prove its contents.
 SETTLED_AFTER_NS = 2_000_000_000
-_WORTH_TELLING_BYTES = 2_000_000_000
+_SHOWN_BYTES = 2_000_000_000  # hashing more than this takes seconds, so progress is shown
+_RUST_IO_ERROR = re.compile(r"\(os error \d+\)")
 
 
 def cache_root(cache_dir: str | None, base: Path) -> Path:
@@ -52,12 +54,13 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def build_once(directory: Path, build: Callable[[Path], object], *, say: Callable[[str], None]) -> bool:
+def build_once(directory: Path, build: Callable[[Path], object], *, tell: Tell) -> bool:
     """Make sure that `directory` exists and is whole; return True if it did before.
 
     Args:
-        build: fills the empty directory that it is given. What it raises goes through, and nothing is left behind.
-        say: is told in a line when another process is waited for.
+        build: fills the empty directory that it is given, and writes inside of `writing`. What it raises goes through
+            unchanged, because sources can fail with an OSError too; nothing is left behind.
+        tell: takes a line when another process is waited for.
 
     Raises:
         PtftError: the cache cannot be written.
@@ -67,36 +70,47 @@ def build_once(directory: Path, build: Callable[[Path], object], *, say: Callabl
     unfinished = directory.with_name(f"{directory.name}.building-{os.getpid()}@{platform.node()}")
 
     def wait() -> None:
-        say(f"waiting for {_builder(directory)}, which prepares the same data")
+        tell(f"waiting for {_builder(directory)}, which prepares the same data")
 
-    with _writing(directory), _locked(_lock_path(directory), wait):
+    with _locked(_lock_path(directory), wait):
         if directory.exists():
             return True
         _remove_dead_builds(directory)
         try:
-            unfinished.mkdir()
+            with writing(directory):
+                unfinished.mkdir()
             build(unfinished)
-            _flush(unfinished)
-            unfinished.rename(directory)
-            _fsync(directory.parent)
+            with writing(directory):
+                _flush(unfinished)
+                unfinished.rename(directory)
+                _fsync(directory.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
     return False
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """
+def writing(path: Path) -> Iterator[None]:
+    """Around everything that writes to the cache, and around nothing that reads sources.
+
     Raises:
         PtftError: instead of the operating system's error, with the remedy.
     """
     try:
         yield
     except OSError as error:
-        raise PtftError(
-            f"{path}: the cache cannot be written ({error}). Make room or see to its permissions, or set "
-            "data.cache_dir or PTFT_CACHE to another place."
-        ) from error
+        raise _not_written(path, error) from error
+    except Exception as error:
+        if type(error) is Exception and _RUST_IO_ERROR.search(str(error)):  # the tokenizer library's only error class
+            raise _not_written(path, error) from error
+        raise
+
+
+def _not_written(path: Path, error: Exception) -> PtftError:
+    return PtftError(
+        f"{path}: the cache cannot be written ({error}). Free disk space or correct its permissions, or set "
+        "data.cache_dir or PTFT_CACHE to another directory."
+    )
 
 
 def _lock_path(directory: Path) -> Path:
@@ -105,13 +119,14 @@ def _lock_path(directory: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        on_wait()
-        lock.acquire()
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            on_wait()
+            lock.acquire()
     try:
         yield
     finally:
@@ -119,7 +134,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _builder(directory: Path) -> str:
-    """Who builds the directory, by the name of the unfinished one."""
+    """The process that builds the directory, by the name of the unfinished one."""
     names = [path.name for path in directory.parent.glob(f"{directory.name}.building-*")]
     if len(names) != 1:
         return "another process"
@@ -160,9 +175,9 @@ def _fsync(path: Path) -> None:
 class HashMemo:
     """Hashes of files' contents, remembered by path, size, inode and time stamps: an unchanged file is read once."""
 
-    def __init__(self, path: Path, say: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, tell: Tell) -> None:
         self._path = path
-        self._say = say
+        self._tell = tell
         self._known = self._load()
         self._unsettled: set[str] = set()
 
@@ -176,10 +191,11 @@ class HashMemo:
         keys = [str(file.absolute()) for file in files]
         if not all(self._is_known(key) for key in keys):
             waiting = "waiting for another process, which looks for changes in the sources"
-            with _writing(self._path), _locked(self._path.with_suffix(".lock"), lambda: self._say(waiting)):
+            with _locked(self._path.with_suffix(".lock"), lambda: self._tell(waiting)):
                 self._known = self._load() | {key: self._known[key] for key in self._unsettled}
                 self._hash_all([key for key in keys if not self._is_known(key)])
-                self._save()
+                with writing(self._path):
+                    self._save()
         return [self._known[key][-1] for key in keys]
 
     def _is_known(self, key: str) -> bool:
@@ -187,10 +203,11 @@ class HashMemo:
 
     def _hash_all(self, keys: list[str]) -> None:
         size_bytes = sum(_identity(key)[0] for key in keys)
-        if size_bytes > _WORTH_TELLING_BYTES:
-            self._say(f"reading {len(keys):,} new or changed files, {size_bytes / 1e9:,.1f} GB, to know them again")
-        for key in keys:
-            self._hash(key)
+        progress = Progress(self._tell if size_bytes > _SHOWN_BYTES else silence)
+        with progress.measure(f"hashing {len(keys):,} new or changed files", size_bytes) as advance:
+            for key in keys:
+                self._hash(key)
+                advance(self._known[key][0])
 
     def _hash(self, key: str) -> None:
         before = _identity(key)
@@ -227,7 +244,3 @@ def _identity(path: str) -> list[int]:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
-
-
-def to_stderr(line: str) -> None:
-    print(f"ptft: {line}", file=sys.stderr, flush=True)

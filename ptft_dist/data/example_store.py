@@ -170,15 +170,11 @@ class _Column:
         self.count = 0
 
     def add(self, values: Any) -> None:
-        found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.atleast_1d(np.asarray(values))
-        if self.dtype.kind != "f" and len(found):
-            limits = np.iinfo(self.dtype)
-            if found.min() < limits.min or found.max() > limits.max:  # astype would wrap around in silence
-                raise ValueError(f"values {found.min()} to {found.max()} do not fit into {self.dtype}")
+        found = as_column(values, self.dtype)
         self._offsets.append(self._total)
         self._total += len(found)
         self.count += 1
-        self._waiting.append(found.astype(self.dtype))
+        self._waiting.append(found)
         self._waiting_values += len(found)
         if self._waiting_values >= _BLOCK:
             self._write_block()
@@ -193,6 +189,23 @@ class _Column:
         if self._waiting_values:
             self._file.write(np.concatenate(self._waiting).data)
         self._waiting, self._waiting_values = [], 0
+
+
+def as_column(values: Any, dtype: str | np.dtype[Any]) -> np.ndarray:
+    """The values of one example as they are stored, [T].
+
+    Raises:
+        ValueError: a value does not fit into the data type.
+    """
+    wanted = np.dtype(dtype)
+    if isinstance(values, np.ndarray) and values.dtype == wanted and values.ndim == 1:
+        return values
+    found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.atleast_1d(np.asarray(values))
+    if wanted.kind != "f" and len(found):
+        limits = np.iinfo(wanted)
+        if found.min() < limits.min or found.max() > limits.max:  # astype would wrap around in silence
+            raise ValueError(f"values {found.min()} to {found.max()} do not fit into {wanted}")
+    return found.astype(wanted)
 
 
 def _loaded(path: Path) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""From a recipe to token stores on disk: everything a CPU has to do to the data, done before any process group exists.
+"""From a recipe to stores on disk: all CPU work on the data, done before any process group exists.
 
-The result lies in a cache under a fingerprint of all that decides it. Whoever asks for the same thing again, on this
-machine or on another that shares the cache, gets it at once:
+The result lies in a cache under a fingerprint of everything that decides it. Preparing the same data again, on this
+machine or on another that shares the cache, finds the result there:
 
     <cache>/tokenizers/<fingerprint>/         a tokenizer that was learned here, came from the Hub, or was added to
     <cache>/stores/<fingerprint>/train/       a token or example store; validation/ beside it, if the recipe has one
@@ -11,162 +11,151 @@ machine or on another that shares the cache, gets it at once:
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.config.task_settings import DocumentSettings
-from ptft_dist.data import encode, encode_rows
-from ptft_dist.data.augment import augmentation_contents
-from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, to_stderr
-from ptft_dist.data.example_store import ExampleStore
+from ptft_dist.data import stream
+from ptft_dist.data.augment import Augmentations
+from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
+from ptft_dist.data.encoder import Encoder, EncoderContext, RowError
+from ptft_dist.data.formats import Record
+from ptft_dist.data.progress import Progress, Tell, silence, to_stderr
+from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sources import check_sources, fingerprint_source
-from ptft_dist.data.store import Store, TokenStore
-from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
+from ptft_dist.data.store import Store
+from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from ptft_dist.data.tokenizer_files import TokenizerFiles
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.tasks.sft.chat_template import saved_template
+
+__all__ = ["PREPARE_VERSION", "Prepared", "describe", "prepare"]
 
 PREPARE_VERSION = 3
 """Part of every fingerprint: raise it when the same input should come out differently."""
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
-
-
-_MANY = 0.1  # a share of rows left out that is told as a warning
-
 
 @dataclass(frozen=True)
 class Prepared:
-    """What `prepare` leads to."""
+    """The result of `prepare`."""
 
     tokenizer_path: Path
     """A local directory for `load_tokenizer`."""
     train: Store
     validation: Store | None
     fingerprint: str
-    report: dict[str, Any]
-    """What the writer returned when the stores were written, the seconds it took, and versions; see `describe`."""
+    parts: Mapping[str, Any]
+    """What the fingerprint follows from besides the recipe's keys: contents of the sources, tokenizer, libraries."""
+    report: Report
+    """Written when the stores were; see `describe`."""
     from_cache: bool
-    """True if the stores were there before."""
+    """The stores were there before."""
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What a survey of the training rows found, such as the labels."""
-        return self.report.get("facts", {})
+    def survey(self) -> dict[str, Any]:
+        """What was found in the training records, such as the labels."""
+        return self.report.survey
 
 
-def _kind(recipe: Recipe) -> tuple[Any, Any]:
-    """The module that writes the rows of this task, and the class that reads them."""
-    if recipe.task == "mlm_nsp":
-        from ptft_dist.tasks.mlm_nsp import encode as encode_pairs
-
-        return encode_pairs, ExampleStore
-    return (encode, TokenStore) if isinstance(recipe.settings, DocumentSettings) else (encode_rows, ExampleStore)
-
-
-def prepare(recipe: Recipe, base: Path, *, progress: bool = True) -> Prepared:
+def prepare(
+    recipe: Recipe,
+    base: Path,
+    encoder: type[Encoder],
+    *,
+    progress: bool = True,
+    tell: Tell = to_stderr,
+    tokenizer_from: Path | None = None,
+    workers: int | None = None,
+) -> Prepared:
     """Bring the recipe's data into the cache, or find them there.
 
-    Any number of processes may ask for the same data at once: one prepares them and the others wait.
+    Any number of processes may prepare the same data at once: one does the work and the others wait.
 
     Args:
         base: the recipe's directory, where its relative paths start.
-        progress: tell on stderr what is going on.
+        encoder: the task's encoder class.
+        progress: tell what is going on, through `tell`.
+        tokenizer_from: a directory with the tokenizer that an earlier `prepare` learned for this recipe, for example in
+            another cache; used instead of learning one. No effect if the recipe loads its tokenizer.
+        workers: processes that encode; None: the environment variable PTFT_ENCODE_WORKERS, otherwise one per core.
 
     Raises:
         RecipeError: the tokenizer cannot be loaded or lacks a special token, or the cache directory cannot be created.
         DataError: a source is missing, malformed or empty, or a side of the split gets no documents.
+        PtftError: the cache cannot be written.
     """
     started = time.monotonic()
     if recipe.data.folds is not None and recipe.data.fold is None:
         raise RecipeError(
-            "data.fold: which of the folds is this? Choose one, or start the recipe with `ptft train`, outside of any "
-            "launcher: it runs all folds, one after the other."
+            "data.fold: it is not known which of the folds this is. Choose one, or start the recipe with `ptft train`, "
+            "outside of any launcher: it runs all folds, one after the other."
         )
-    kind, store = _kind(recipe)
     base = base.absolute()  # paths in the result stay good when the process changes its directory
     cache = cache_root(recipe.data.cache_dir, base)
     try:
-        job = _Job(recipe, base, cache, to_stderr if progress else _say_nothing)
+        job = _Job(recipe, base, cache, encoder, Progress(tell if progress else silence))
     except DataError:
-        check_sources(recipe, base)  # knows of every such mistake in the recipe, and by its key
+        check_sources(recipe, base)  # lists every such mistake in the recipe, with its key
         raise
-    tokenizer_print, tokenizer_path = job.provide_tokenizer()
+    tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print)
-    directory = job.cache / "stores" / store_print
+    directory = cache / "stores" / store_print
 
     def build(unfinished: Path) -> None:
-        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
-        report = kind.write(recipe, base, unfinished, tokenizer, progress=progress)
+        report = job.write_stores(unfinished, tokenizer_path, workers)
         job.check_unchanged()
-        report["seconds"] = round(time.monotonic() - started, 3)
-        report["versions"] = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
-        (unfinished / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        versions = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
+        report = replace(report, seconds=round(time.monotonic() - started, 3), versions=versions)
+        with writing(directory):
+            (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    from_cache = build_once(directory, build, say=job.say)
+    from_cache = build_once(directory, build, tell=job.progress.tell)
     try:
         return Prepared(
             tokenizer_path=tokenizer_path,
-            train=store.open(directory / "train"),
-            validation=store.open(directory / "validation") if recipe.validated else None,
+            train=encoder.store.open(directory / "train"),
+            validation=encoder.store.open(directory / "validation") if recipe.validated else None,
             fingerprint=store_print,
-            report=json.loads((directory / "report.json").read_text(encoding="utf-8")),
+            parts=job.fingerprint_parts(tokenizer_print),
+            report=Report.from_dict(json.loads((directory / "report.json").read_text(encoding="utf-8"))),
             from_cache=from_cache,
         )
-    except (DataError, OSError, ValueError) as error:
+    except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
 
 
-def describe(report: dict[str, Any]) -> str:
-    """A report in a few lines for people."""
-    sides = {name: report[name] for name in ("train", "validation") if report[name]}
-    unit = "documents" if "documents" in report["train"] else "examples"
-    lines = [
-        (name, f"{side[unit]:,} {unit}, {side['text_bytes'] / 1e6:,.1f} MB of text, {side['tokens']:,} tokens")
-        for name, side in sides.items()
-    ]
-    cut = "packed" if report["packing"] else f"each of one {unit[:-1]}"
-    counts = " + ".join(f"{side['rows']:,}" for side in sides.values())
-    lines.append(("rows", f"{counts} of up to {report['max_length']:,} tokens, {cut}"))
-    lines.append(("vocabulary", f"{report['vocabulary']:,} tokens"))
-    if labels := report.get("facts", {}).get("labels"):
-        lines.append(("labels", ", ".join(labels[:20]) + (f" and {len(labels) - 20} more" if len(labels) > 20 else "")))
-    if empty := report.get("documents_empty"):
-        lines.append(("left out", f"{empty:,} empty documents: {_places(empty, report['empty_at'])}"))
-    if remnants := sum(side.get("dropped_tokens", 0) for side in sides.values()):
-        lines.append(("left out", f"{remnants:,} x a single token that would have been a row of its own"))
-    if bad := report.get("bad_rows"):
-        lines.append(("left out", f"{bad:,} bad rows, as data.bad_rows: skip wants:"))
-        lines += [("", place) for place in report["bad_rows_at"]]
-        if bad > len(report["bad_rows_at"]):
-            lines.append(("", f"and {bad - len(report['bad_rows_at']):,} more"))
-    for reason, (count, places) in report.get("notes", {}).items():
-        many = reason.startswith("left out") and count > _MANY * report["rows_read"]
-        of = f" of {report['rows_read']:,}" if many else ""
-        lines.append(("warning" if many else "note", f"{count:,}{of} rows {reason}: {_places(count, places)}"))
-    if unknown := report["unknown_tokens"]:
-        lines.append(("warning", f"{unknown:,} tokens stand for text that the tokenizer does not know"))
-    lines.append(("prepared in", f"{report['seconds']:,.1f} s"))
-    return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
-
-
-def _places(count: int, places: list[str]) -> str:
-    return ", ".join(places) + ", ..." * (count > len(places))
-
-
 class _Job:
-    """One recipe's fingerprints, and its tokenizer."""
+    """One recipe's fingerprints, its tokenizer, and its steps."""
 
-    def __init__(self, recipe: Recipe, base: Path, cache: Path, say: Callable[[str], None]) -> None:
-        self.recipe, self.base, self.cache, self.say = recipe, base, cache, say
-        self._memo = HashMemo(cache / "hashes.json", say)
+    def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder], progress: Progress) -> None:
+        self.recipe, self.base, self.encoder, self.progress = recipe, base, encoder, progress
+        self._memo = HashMemo(cache / "hashes.json", progress.tell)
+        self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo, progress.tell)
         self._contents = self._fingerprint_contents()
+        self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
+        self._augment = Augmentations(recipe, base, self._usable, progress) if recipe.data.augment else None
+        self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
+
+    def _usable(self, record: Record) -> bool:
+        try:
+            self.encoder.check(self.recipe.settings, record)
+        except RowError:
+            return False
+        return True
+
+    def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
+        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        survey = stream.take_survey(self.recipe, self.base, self.encoder)
+        encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
+        steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
+        return stream.write(self.recipe, self.base, directory, encoder, steps, progress=self.progress, workers=workers)
+
+    # --- fingerprints ------------------------------------------------------------------------------------------------
 
     def store_fingerprint(self, tokenizer_print: str) -> str:
         return fingerprint(
@@ -178,76 +167,36 @@ class _Job:
             }
         )
 
+    def fingerprint_parts(self, tokenizer_print: str) -> dict[str, Any]:
+        """The fingerprint's parts that no key of the recipe says, by the key that they belong to."""
+        names = ("tokenizers", *self.encoder.libraries)
+        parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
+        libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
+        parts |= {"tokenizer": tokenizer_print, "libraries": libraries}
+        if self._augment is not None:
+            parts["data.augment.files"] = self._augment_print
+        return parts
+
     def _row_settings(self) -> dict[str, Any]:
         """Everything beside contents and tokenizer that decides how rows come out."""
-        recipe, section = self.recipe, self.recipe.settings
-        settings: dict[str, Any] = {"max_length": recipe.data.max_length}
-        if isinstance(section, DocumentSettings) and recipe.task != "mlm_nsp":
-            return settings | {"packing": section.packing, "boundaries": section.boundaries}
-        settings |= {"task": recipe.task, "section": section.model_dump(exclude=set(section.after_prepare))}
-        if recipe.task == "sft":  # which tokens are learned is the libraries' affair too
-            settings["libraries"] = [version("transformers"), version("trl")]
-        settings |= {"bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed if section.draws else None}
-        if recipe.data.augment:
-            settings["seed"] = recipe.train.seed
-            settings["augment"] = augmentation_contents(recipe, self.base, self._memo)
+        settings: dict[str, Any] = {"max_length": self.recipe.data.max_length}
+        settings |= self.encoder.store_settings(self.recipe.settings, self._common)
+        if self.encoder.libraries:
+            settings["libraries"] = [version(library) for library in self.encoder.libraries]
+        if self._augment is not None:
+            settings |= {"seed": self.recipe.train.seed, "augment": self._augment_print}
         return settings
-
-    def provide_tokenizer(self) -> tuple[str, Path]:
-        """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded."""
-        name, directory = self._plain_tokenizer()
-        added = (*self.recipe.tokenizer.add, *self.recipe.settings.added_tokens)
-        template = saved_template(self.recipe, self.base)
-        if not added and template is None:
-            return name, directory
-
-        def change(target: Path) -> None:
-            from tokenizers import AddedToken
-
-            tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
-            known = tokenizer.get_vocab()
-            if double := [word for word in self.recipe.tokenizer.add if word in known]:
-                raise RecipeError(f"tokenizer.add: {double[0]!r} is a token already. Remove it.")
-            if template is not None:
-                tokenizer.chat_template = template
-            control = str(tokenizer.chat_template or "")  # what a template spells is control, not text
-            tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
-            tokenizer.save_pretrained(target)
-
-        changed = fingerprint([name, added, template, version("transformers")])
-        build_once(self.cache / "tokenizers" / changed, change, say=self.say)
-        return changed, self.cache / "tokenizers" / changed
-
-    def _plain_tokenizer(self) -> tuple[str, Path]:
-        """As it comes from its training, its directory or the Hub."""
-        section = self.recipe.tokenizer
-        build: Callable[[Path], object]
-        if section.train is not None:
-            name, build = self._trained_fingerprint(), self._train_tokenizer
-        else:
-            assert section.path is not None
-            if (local := _local_directory(section.path, self.base)) is not None:
-                return self._directory_fingerprint(local), local
-            tokenizer = load_tokenizer(
-                section.path, revision=section.revision, trust_remote_code=section.trust_remote_code
-            )
-            name, build = tokenizer_fingerprint(tokenizer), tokenizer.save_pretrained
-        directory = self.cache / "tokenizers" / name
-        build_once(directory, build, say=self.say)
-        # Known by its contents: learned anew from the same texts, wordpiece and unigram come out with other ids.
-        files = sorted(path for path in directory.iterdir() if path.is_file())
-        return fingerprint({path.name: hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}), directory
 
     def check_unchanged(self) -> None:
         """
         Raises:
-            DataError: a source is no longer what it was at the start, so nobody knows what has been read.
+            DataError: a source is no longer what it was at the start, so it is not known what has been read.
         """
         if self._fingerprint_contents() != self._contents:
             raise DataError("data: a source was changed while it was being prepared. Start again.")
 
     def _fingerprint_contents(self) -> dict[str, Any]:
-        """What is read, and on which side it lands."""
+        """What is read, and on which side it is."""
 
         def prints(sources: list[Source]) -> list[str]:
             return [fingerprint_source(source, self.base, self._memo) for source in sources]
@@ -269,48 +218,58 @@ class _Job:
                 "train": self._contents["train"],
                 "share": validation if isinstance(validation, float) else None,
                 "folds": self._contents["folds"],
-                "texts": self._text_settings(),
+                "texts": self.encoder.text_settings(self.recipe.settings, self._common),
             }
         )
 
-    def _text_settings(self) -> list[Any]:
-        """What decides which texts a tokenizer learns from, beside the sources."""
-        section = self.recipe.settings
-        if isinstance(section, DocumentSettings):
-            return []
-        settings = section.model_dump(exclude=set(section.after_prepare))
-        if self.recipe.data.bad_rows == "stop":  # or else every setting may decide which rows are usable
-            settings = {key: value for key, value in settings.items() if key in section.text_settings}
-        return [self.recipe.task, settings, self.recipe.data.bad_rows]
+    # --- the tokenizer -----------------------------------------------------------------------------------------------
 
-    def _directory_fingerprint(self, directory: Path) -> str:
-        """Of the files beside the weights: loading the tokenizer would take seconds at every start."""
-        files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
-        return fingerprint([[file.name for file in files], self._memo.digests(files)])
+    def provide_tokenizer(self, given: Path | None) -> tuple[str, Path]:
+        """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded.
 
-    def _train_tokenizer(self, directory: Path) -> None:
-        settings = self.recipe.tokenizer.train
+        given: the directory of one that was learned earlier.
+        """
+        section, files = self.recipe.tokenizer, self._tokenizers
+        if section.train is not None and given is not None:
+            load_tokenizer(given)  # says what is wrong with it, if anything is
+            return files.fingerprint_of_copy(given), given.absolute()
+        if section.train is not None:
+            name, directory = files.build(self._trained_fingerprint(), self._train_tokenizer)
+        else:
+            assert section.path is not None
+            name, directory = files.load(section.path, self.base, section.revision, section.trust_remote_code)
+        added = (*section.add, *self.recipe.settings.added_tokens)
+        template = self.encoder.tokenizer_template(self.recipe.settings, self.base, learned=section.train is not None)
+        if not added and template is None:
+            return name, directory
+        changed = fingerprint([name, added, template, version("transformers")])
+        change = partial(self._change_tokenizer, directory, added, template)
+        return changed, files.build_changed(changed, change)
+
+    def _change_tokenizer(self, directory: Path, added: tuple[str, ...], template: str | None) -> Any:
+        from tokenizers import AddedToken
+
+        tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        known = tokenizer.get_vocab()
+        if double := [word for word in self.recipe.tokenizer.add if word in known]:
+            raise RecipeError(f"tokenizer.add: {double[0]!r} is a token already. Remove it.")
+        if template is not None:
+            tokenizer.chat_template = template
+        control = str(tokenizer.chat_template or "")  # what a template spells is control, not text
+        tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
+        return tokenizer
+
+    def _train_tokenizer(self) -> Any:
+        settings, rows = self.recipe.tokenizer.train, self.recipe.settings
         assert settings is not None
-        self.say(f"learning a tokenizer of {settings.vocab_size:,} tokens from the training texts")
-        texts, rows = _kind(self.recipe)[0].training_texts(self.recipe, self.base), self.recipe.settings
-        train_tokenizer(settings, texts, rows.special_tokens, rows.extra_special_tokens).save_pretrained(directory)
+        texts = stream.training_texts(self.recipe, self.base, self.encoder)
+        what = f"learning a tokenizer of {settings.vocab_size:,} tokens from the training texts"
+        with self.progress.measure(what) as advance:
+
+            def measured(text: str) -> str:
+                advance(len(text.encode()))
+                return text
+
+            tokenizer = train_tokenizer(settings, map(measured, texts), rows.special_tokens, rows.extra_special_tokens)
         self.check_unchanged()
-
-
-def _local_directory(path: str, base: Path) -> Path | None:
-    """The directory that tokenizer.path means: beside the recipe, or else as seen from here. None: a Hub name.
-
-    Raises:
-        RecipeError: it can only be a directory, and there is none.
-    """
-    given = Path(path).expanduser()
-    for candidate in (base / given, given.absolute()):
-        if candidate.is_dir():
-            return candidate
-    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise RecipeError(f"tokenizer.path: there is no directory {path}, neither in {base} nor in {Path.cwd()}.")
-    return None
-
-
-def _say_nothing(_: str) -> None:
-    """For all processes but the one that speaks for them."""
+        return tokenizer

@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ptft_dist.config.recipe import Recipe
-from ptft_dist.data.example_store import token_dtype
+from ptft_dist.config.recipe import Source
+from ptft_dist.data.encoder import Encoder, EncoderContext, Example, LeftOut, Outcome, RowError, Side
+from ptft_dist.data.example_store import META, ExampleStore, ExampleWriter, as_column, meta_bytes, token_dtype
 from ptft_dist.data.formats import Record, json_type, text_problem
+from ptft_dist.data.report import Entry
+from ptft_dist.data.sources import read_records
 from ptft_dist.data.tokenizer import text_only_backend
 from ptft_dist.errors import RecipeError
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
 
-class RowError(Exception):
-    """This row cannot be used; the message says why and what to do, and not where: the caller knows."""
+class RowEncoder(Encoder):
+    """Rows with columns -> an example store. A subclass says what a row must have, which texts it holds, and which
+    examples it becomes."""
 
-
-@dataclass(frozen=True)
-class Example:
-    """One row of the store. columns: name -> values; meta: what an evaluation must know of it, JSON;
-    notes: what was done to it on the way, such as "cut", for the report."""
-
-    columns: Mapping[str, Any]
-    meta: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-
-class RowEncoder:
-    """One task's rows -> examples. A subclass says what a row must have, which texts it holds, and what becomes of it.
-
-    All that is needed before there is a tokenizer is a class method.
-    """
+    reads = "row"
+    chunk_records = 512
+    uses_processes = True
+    store = ExampleStore
 
     columns: ClassVar[Mapping[str, str]] = {}
     """The store's columns beside input_ids and meta: name -> NumPy data type, `token` for token ids."""
@@ -45,82 +37,126 @@ class RowEncoder:
     """`pieces` gives lists of words instead of texts."""
     add_special_tokens: ClassVar[bool] = False
     """The tokenizer puts its own special tokens around each piece ([CLS], [SEP])."""
-    surveys: ClassVar[bool] = False
-    """`survey` has something to find out."""
     text_only: ClassVar[bool] = True
     """What a text spells is text, even if it spells a special token."""
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        """facts: what `survey` found.
-
-        Raises:
-            RecipeError: the tokenizer cannot do what the task needs.
-        """
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        tokenizer = context.tokenizer
         if not tokenizer.is_fast:
-            raise RecipeError(f"tokenizer: task {recipe.task} needs a fast tokenizer (one with a tokenizer.json)")
-        self.recipe, self.tokenizer, self.facts = recipe, tokenizer, dict(facts)
-        self.max_length = recipe.data.max_length
+            raise RecipeError(f"tokenizer: task {context.task} needs a fast tokenizer (one with a tokenizer.json).")
         self.backend = text_only_backend(tokenizer)
         self.backend.encode_special_tokens = self.text_only
-        self.token_dtype = token_dtype(max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
+        token = token_dtype(max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
+        columns = {"input_ids": "token", **self.columns}
+        self.dtypes = {name: token if dtype == "token" else dtype for name, dtype in columns.items()}
+        unknown = tokenizer.unk_token_id
+        self._unknown_id = None if unknown == tokenizer.eos_token_id else unknown
 
     # --- before there is a tokenizer ---------------------------------------------------------------------------------
 
     @classmethod
-    def required(cls, recipe: Recipe) -> tuple[str, ...]:
+    def required(cls, settings: Any) -> tuple[str, ...]:
         """The roles that every row must have a column for."""
-        return recipe.settings.roles
+        return tuple(settings.roles)
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        """
-        Raises:
-            RowError: the row cannot be used.
-        """
-        for role in cls.required(recipe):
+    def read(cls, settings: Any, source: Source, base: Path) -> Iterator[Record]:
+        return read_records(source, base, cls.required(settings))
+
+    @classmethod
+    def key(cls, record: Record) -> str:
+        return json.dumps(record.values, sort_keys=True, default=str)
+
+    @classmethod
+    def check(cls, settings: Any, record: Record) -> None:
+        for role in cls.required(settings):
             require(record.values, role)
-
-    @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:
-        """What a tokenizer may learn from this row, which has passed `check`."""
-        raise NotImplementedError
-
-    @classmethod
-    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:  # noqa: ARG003
-        """What must be known of all training rows before one is encoded, such as the labels: JSON. The rows have passed
-        `check`. Called if `surveys`: it costs a pass over the data.
-
-        Raises:
-            DataError: the rows together make no sense.
-        """
-        return {}
 
     # --- with it -----------------------------------------------------------------------------------------------------
 
     def pieces(self, record: Record) -> Sequence[Any]:
-        """What is to be tokenized: texts, pairs of texts, or (`pretokenized`) lists of words. Raises RowError."""
-        raise NotImplementedError
-
-    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
-        """The examples of a row from its tokenized pieces.
+        """What is to be tokenized: texts, pairs of texts, or (`pretokenized`) lists of words.
 
         Raises:
             RowError: the row cannot be used after all.
-            LeftOut: it is well formed, but has no use here.
+            LeftOut: it is dropped.
         """
         raise NotImplementedError
 
-    def count(self, example: Example) -> None:
-        """Is told of every example that training gets, copies among them; what it counts belongs into `facts`."""
+    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
+        """The examples of a row from its tokenized pieces. Raises as `pieces`."""
+        raise NotImplementedError
 
     def encode(self, pieces: Sequence[Any]) -> list[Encoding]:
         return self.backend.encode_batch(
             list(pieces), is_pretokenized=self.pretokenized, add_special_tokens=self.add_special_tokens
         )
 
+    def outcomes(self, records: Sequence[Record]) -> list[Outcome]:
+        """Each row's outcome; the texts of all rows are tokenized in one call."""
+        pieces: list[Any] = []
+        waiting: list[slice | Outcome] = []
+        for record in records:
+            try:
+                self.check(self.settings, record)
+                found = self.pieces(record)
+            except (RowError, LeftOut) as reason:
+                waiting.append(_not_encoded(reason))
+                continue
+            waiting.append(slice(len(pieces), len(pieces) + len(found)))
+            pieces += found
+        encodings = self.encode(pieces) if pieces else []
+        return [
+            place if isinstance(place, Outcome) else self._built(record, encodings[place])
+            for record, place in zip(records, waiting, strict=True)
+        ]
 
-class LeftOut(Exception):
-    """Raised by `build` for a row that is well formed but has no use here; the text is the reason, for the report."""
+    def _built(self, record: Record, encodings: Sequence[Encoding]) -> Outcome:
+        try:
+            examples = self.build(record, encodings)
+        except (RowError, LeftOut) as reason:
+            return _not_encoded(reason)
+        unknown = sum(self._unknown(example) for example in examples)
+        return Outcome([self._as_stored(example) for example in examples], unknown_tokens=unknown)
+
+    def _as_stored(self, example: Example) -> Example:
+        columns = {name: as_column(example.columns[name], dtype) for name, dtype in self.dtypes.items()}
+        return Example(columns, example.meta, example.notes)
+
+    def _unknown(self, example: Example) -> int:
+        if self._unknown_id is None:
+            return 0
+        return sum(list(example.columns[name]).count(self._unknown_id) for name in self.length_columns)
+
+    def writer(self, path: Path, side: Side) -> RowWriter:
+        return RowWriter(self, path, side)
+
+
+class RowWriter:
+    """An example store. That of the validation side also holds each example's meta."""
+
+    def __init__(self, encoder: RowEncoder, path: Path, side: Side) -> None:
+        self.notes: dict[str, Entry] = {}
+        self._with_meta = side == "validation"
+        self._store = ExampleWriter(
+            path,
+            encoder.dtypes | {META: "u1"} if self._with_meta else encoder.dtypes,
+            length_columns=encoder.length_columns,
+            max_length=encoder.max_length,
+            packing=encoder.settings.isolated,
+        )
+
+    def add(self, example: Example) -> None:
+        meta = {META: meta_bytes(example.meta)} if self._with_meta else {}
+        self._store.add({**example.columns, **meta})
+
+    def close(self) -> dict[str, Any]:
+        return self._store.close()
+
+
+def _not_encoded(reason: RowError | LeftOut) -> Outcome:
+    return Outcome(problem=str(reason)) if isinstance(reason, RowError) else Outcome(dropped=str(reason))
 
 
 def require(values: Mapping[str, Any], role: str) -> Any:

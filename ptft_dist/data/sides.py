@@ -1,4 +1,4 @@
-"""Which side of a run a document or row is on: training or validation."""
+"""Which side of a run a record is on: training or validation."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from ptft_dist.config.recipe import DataSection, Source
+from ptft_dist.data.encoder import Side
 
 T = TypeVar("T")
 
 
-def sided(data: DataSection, read: Callable[[Source], Iterator[T]], key: Callable[[T], str]) -> Iterator[tuple[str, T]]:
+def sided(
+    data: DataSection, read: Callable[[Source], Iterator[T]], key: Callable[[T], str]
+) -> Iterator[tuple[Side, T]]:
     """Everything that the recipe's sources hold, in its order, each with "train" or "validation".
 
     Args:
@@ -34,7 +37,7 @@ def of_train(data: DataSection, read: Callable[[Source], Iterator[T]], key: Call
                 yield item
 
 
-def _side(data: DataSection, text: str) -> str:
+def _side(data: DataSection, text: str) -> Side:
     if data.folds is not None:
         return "validation" if int(_fraction(text) * data.folds) == data.fold else "train"
     share = data.validation if isinstance(data.validation, float) else 0.0

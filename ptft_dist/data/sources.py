@@ -60,13 +60,19 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
 
 
 def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:
+    name: str
     if source.source is not None:
-        records = read_builtin(source.source)
+        name, records = source.source, read_builtin(source.source)
     elif source.hub is not None:
-        records = _read_hub(source, columns, only)
+        name, records = f"hub: {source.hub}", _read_hub(source, columns, only)
     else:
-        records = _read_files(source, base, columns, only)
-    return islice(records, source.limit)
+        name, records = f"path: {source.path}", _read_files(source, base, columns, only)
+    try:
+        yield from islice(records, source.limit)
+    except OSError as error:  # of the network, or of a disk; formats.py explains those of a file that it opens
+        raise DataError(
+            f"{name}: the source cannot be read ({error}). Check the network or the disk, and start again."
+        ) from error
 
 
 def check_sources(recipe: Recipe, base: Path) -> None:

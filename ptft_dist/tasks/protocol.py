@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ptft_dist.config.task_settings import TaskSettings
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
@@ -46,7 +46,7 @@ class TaskSetup:
     name: str
     """The task, which is also the name of its section in the recipe: for messages."""
     settings: Any
-    """The recipe's section: the task's own subclass of TaskSettings."""
+    """The recipe's section: the task's own settings."""
     tokenizer: PreTrainedTokenizerBase
     survey: Mapping[str, Any]
     """What the encoder found in the training rows, such as the labels."""
@@ -60,8 +60,20 @@ class TaskSetup:
     learned_tokenizer: bool
     """The tokenizer was learned from the training texts."""
 
-    def __post_init__(self) -> None:
-        assert isinstance(self.settings, TaskSettings)
+    @classmethod
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any]) -> TaskSetup:
+        """The setup that follows from a recipe, the tokenizer and what the encoder found in the training rows."""
+        return cls(
+            name=recipe.task,
+            settings=recipe.settings,
+            tokenizer=tokenizer,
+            survey=survey,
+            max_length=recipe.data.max_length,
+            seed=recipe.train.seed,
+            precision=recipe.train.precision,
+            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
+            learned_tokenizer=recipe.tokenizer.train is not None,
+        )
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import create_model
 
@@ -30,20 +30,21 @@ from ptft_dist.tasks.token_classification.settings import TokenClassificationSet
 
 @dataclass(frozen=True)
 class TaskSpec:
-    """One task. task, encoder: import strings `module:attribute`, relative to the task's folder."""
+    """One task. task, encoder: import strings `module:attribute`, relative to the task's folder; a leading dot leads to
+    `tasks/`."""
 
     settings: type[TaskSettings]
     """The recipe's section of the task; its class attributes say what the task supports."""
     task: str
     """The class with collate, loss, predictions and metrics."""
-    encoder: str | None = None
-    """The class that turns a record into an example; None: the task reads plain documents."""
+    encoder: str = ".common.documents:DocumentRows"
+    """The class that turns records into examples; the default is that of tasks on plain documents."""
 
 
 TASKS: dict[str, TaskSpec] = {
     "clm": TaskSpec(ClmSettings, "task:CausalLM"),
     "mlm": TaskSpec(MlmSettings, "task:MaskedLM"),
-    "mlm_nsp": TaskSpec(MlmNspSettings, "task:MaskedLMWithPairs"),
+    "mlm_nsp": TaskSpec(MlmNspSettings, "task:MaskedLMWithPairs", "encode:PairRows"),
     "plm": TaskSpec(PlmSettings, "task:PermutedLM"),
     "span_corruption": TaskSpec(SpanCorruptionSettings, "task:SpanCorruption"),
     "seq2seq": TaskSpec(Seq2SeqSettings, "task:Seq2Seq", "encode:Seq2SeqRows"),
@@ -63,7 +64,7 @@ def recipe_class() -> type[Recipe]:
         "Recipe",
         __base__=Recipe,
         __doc__=Recipe.__doc__,
-        task=(Literal[tuple(TASKS)], Recipe.model_fields["task"]),
+        task=(cast(Any, Literal[tuple(TASKS)]), Recipe.model_fields["task"]),
         **sections,
     )
 
@@ -75,11 +76,9 @@ def task_class(name: str) -> Any:
 
 def encoder_class(name: str) -> Any:
     """The class that encodes the task's records."""
-    encoder = TASKS[name].encoder
-    assert encoder is not None, f"task {name} reads documents"
-    return _imported(name, encoder)
+    return _imported(name, TASKS[name].encoder)
 
 
 def _imported(name: str, target: str) -> Any:
     module, attribute = target.split(":")
-    return getattr(import_module(f"{__package__}.{name}.{module}"), attribute)
+    return getattr(import_module(f".{module}", f"{__package__}.{name}"), attribute)

@@ -149,14 +149,15 @@ def test_evaluation_drops_nothing(
     """The last evaluation of the run with dropout, again with the exported model, row by row."""
     import torch
     import torch.nn.functional as F
+    from prepare_support import prepare
     from transformers import AutoModelForCausalLM
 
     from ptft_dist.api import load_recipe
-    from ptft_dist.data.prepare import prepare
 
     run_dir = whole(1, "cpu")
     monkeypatch.setenv("PTFT_CACHE", str(cache))
-    store = prepare(load_recipe(str(run_dir / "recipe.yaml")).recipe, run_dir, progress=False).validation
+    recipe = load_recipe(str(run_dir / "recipe.yaml")).recipe
+    store = prepare(recipe, run_dir, progress=False).validation
     assert store is not None
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
     assert model.config.attention_dropout == 0.1

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from prepare_support import prepare
+from task_support import make_task
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
-from ptft_dist.data.prepare import Prepared, prepare
+from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.tasks.clm.task import CausalLM
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.tasks.registry import recipe_class
 
 DOCUMENTS = ["one two three", "red green blue yellow", "up down"]
 
@@ -59,7 +61,7 @@ def recipe(tmp_path: Path, packing: bool) -> Recipe:
 def load(recipe: Recipe, base: Path) -> tuple[Prepared, CausalLM, Any]:
     prepared = prepare(recipe, base, progress=False)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
-    task = task_class("clm")(recipe, tokenizer, torch.device("cpu"))
+    task = make_task(recipe, tokenizer)
     assert task.pad_id == tokenizer.eos_token_id
     return prepared, task, tokenizer
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support import Vocabulary
+from task_support import make_task
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from ptft_dist.config.recipe import Recipe
@@ -17,8 +18,8 @@ from ptft_dist.data.store import Row
 from ptft_dist.engine import Engine, reset_accelerate
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
-from ptft_dist.session import prepare_network
-from ptft_dist.tasks.registry import recipe_class, task_class
+from ptft_dist.session import ask_network
+from ptft_dist.tasks.registry import recipe_class
 
 VOCAB, LENGTH = 40, 8
 DECODER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -65,7 +66,7 @@ def all_ways_to_pack() -> list[list[int]]:
 def test_no_division_of_a_row_lets_a_document_see_another(network: str, kernel: str) -> None:
     """Change one document in each way of packing a row: every other document keeps its log-probabilities."""
     settings = recipe(network, kernel)
-    model, task = build(settings), task_class("clm")(settings, Vocabulary(VOCAB, 0), torch.device("cpu"))
+    model, task = build(settings), make_task(settings, Vocabulary(VOCAB, 0))
     divisions = all_ways_to_pack()
     ids = torch.randint(VOCAB, (len(divisions), LENGTH), generator=torch.Generator().manual_seed(0)).numpy()
 
@@ -92,7 +93,7 @@ def test_no_division_of_a_row_lets_a_document_see_another(network: str, kernel: 
 def test_a_row_without_a_second_document_is_kept_apart_from_one_with(network: str) -> None:
     """transformers decides for a whole batch whether anything in it is packed."""
     settings = recipe(network)
-    model, task = build(settings), task_class("clm")(settings, Vocabulary(VOCAB, 0), torch.device("cpu"))
+    model, task = build(settings), make_task(settings, Vocabulary(VOCAB, 0))
     ids = np.arange(LENGTH)
     whole, divided = Row(ids, np.array([0])), Row(ids, np.array([0, 4]))
     with torch.no_grad():
@@ -114,14 +115,17 @@ def engine() -> Iterator[Engine]:
 def test_a_run_with_a_network_that_cannot_is_refused_before_it_trains(engine: Engine, network: str) -> None:
     """mamba has no attention to mask, and bloom does not read position_ids."""
     settings = recipe(network)
-    task = task_class("clm")(settings, Vocabulary(VOCAB, 0), engine.device)
-    config = build(settings).config
+    model = build(settings)
+    task = make_task(settings, Vocabulary(VOCAB, 0), model=model, device=engine.device)
+    engine.prepare(model, settings.optim)
     with pytest.raises(RecipeError, match=r"clm\.attention: .*clm\.packing: false"):
-        prepare_network(settings, settings.model, engine, task, config)
+        ask_network(engine, task)
 
 
 @pytest.mark.parametrize("remedy", [{"packing": False}, {"attention": "across"}])
 def test_the_remedies_that_the_message_names_are_accepted(engine: Engine, remedy: dict[str, Any]) -> None:
     settings = recipe("bloom", **remedy)
-    task = task_class("clm")(settings, Vocabulary(VOCAB, 0), engine.device)
-    assert prepare_network(settings, settings.model, engine, task, build(settings).config) is not None
+    model = build(settings)
+    task = make_task(settings, Vocabulary(VOCAB, 0), model=model, device=engine.device)
+    engine.prepare(model, settings.optim)
+    ask_network(engine, task)

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prepare_support import prepare
 
 from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data import prepare as module
-from ptft_dist.data.prepare import Prepared, prepare
+from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.tasks.registry import recipe_class
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record, json_type, text_problem
-from ptft_dist.data.row_encoder import Example, LeftOut, RowError, require, require_list, require_text
+from ptft_dist.data.row_encoder import require, require_list, require_text
 from ptft_dist.errors import DataError
-from ptft_dist.tasks.classification.settings import ENTITY_MARKERS
+from ptft_dist.tasks.classification.settings import ENTITY_MARKERS, ClassificationSettings
+from ptft_dist.tasks.common.label_names import LabelNames
 from ptft_dist.tasks.common.labelled_text_rows import LabelledTextRows
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
@@ -26,60 +26,66 @@ class ClassificationRows(LabelledTextRows):
     surveys = True
     columns = {**LabelledTextRows.columns, "labels": "<i4"}
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        super().__init__(recipe, tokenizer, facts)
-        self.facts = {**facts, "frequencies": [0] * len(facts["labels"]), "rows": 0}
-        self.ids = {label: i for i, label in enumerate(facts["labels"])}
-        self.markers = [tokenizer.convert_tokens_to_ids(marker) for marker in ENTITY_MARKERS]
+    settings: ClassificationSettings
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        labels = self.survey["labels"]
+        self.survey |= {"frequencies": [0] * len(labels), "rows": 0}
+        self.ids = {label: i for i, label in enumerate(labels)}
+        self.markers = [self.tokenizer.convert_tokens_to_ids(marker) for marker in ENTITY_MARKERS]
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        super().check(recipe, record)
-        names = label_names(recipe, record)
-        if recipe.classification.labels:
-            _check_known(names, recipe.classification.labels)
-        if recipe.classification.entities:
+    def check(cls, settings: ClassificationSettings, record: Record) -> None:  # type: ignore[override]
+        super().check(settings, record)
+        names = label_names(settings, record)
+        if settings.labels:
+            _check_known(names, settings.labels)
+        if settings.entities:
             _marked(record)
 
     @classmethod
-    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:
-        """labels: their names in the order of their ids. `count` adds frequencies: of each in the examples that
-        training gets, with copies and without rows left out; and rows: how many examples."""
-        settings = recipe.classification
-        seen = {name for record in records for name in label_names(recipe, record)}
-        labels = list(settings.labels or sorted(seen, key=_numbers_first))
+    def survey_of(cls, settings: ClassificationSettings, records: Iterable[Record]) -> dict[str, Any]:
+        """labels: their names in the order of their ids. `count` adds frequencies: of each label in the training
+        examples, with copies and without dropped rows; and rows: the number of training examples."""
+        seen = LabelNames("label", "classification.labels")
+        for record in records:
+            seen.add(label_names(settings, record), record.where)
+        if not settings.labels:
+            seen.check_distinct()
+        labels = list(settings.labels or sorted(seen.first, key=_numbers_first))
         if len(labels) < 2:
             raise DataError(
                 f"data: the training rows have the labels {', '.join(labels) or '(none)'}; a classifier needs two or "
-                "more. Look at the label column, or name it with fields: {label: ...}."
+                "more. Correct the label column, or name the right one with fields: {label: ...}."
             )
         return {"labels": labels}
 
     def pieces(self, record: Record) -> Sequence[Any]:
-        return [_marked(record)] if self.recipe.classification.entities else super().pieces(record)
+        return [_marked(record)] if self.settings.entities else super().pieces(record)
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         columns, notes = self.text_columns(encodings[0])
-        names = label_names(self.recipe, record)
+        names = label_names(self.settings, record)
         _check_known(names, self.ids)
-        if self.recipe.classification.entities and not set(self.markers) <= set(columns["input_ids"]):
-            raise LeftOut("left out, for an entity lies beyond data.max_length")
+        if self.settings.entities and not set(self.markers) <= set(columns["input_ids"]):
+            raise LeftOut("with an entity beyond data.max_length")
         labels = [self.ids[name] for name in names]
         return [Example({**columns, "labels": labels}, {"text": record.values["text"], "label": names}, notes)]
 
     def count(self, example: Example) -> None:
-        self.facts["rows"] += 1
+        self.survey["rows"] += 1
         for label in example.columns["labels"]:
-            self.facts["frequencies"][label] += 1
+            self.survey["frequencies"][label] += 1
 
 
-def label_names(recipe: Recipe, record: Record) -> list[str]:
+def label_names(settings: ClassificationSettings, record: Record) -> list[str]:
     """The row's labels as texts: a number's digits, `true` or `false`.
 
     Raises:
         RowError: there is none, or it is no label.
     """
-    if not recipe.classification.multi_label:
+    if not settings.multi_label:
         return [_name(require(record.values, "label"))]
     names = [_name(label) for label in require_list(record.values, "label")]
     if len(set(names)) != len(names):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Frame:
-    """[CLS] text [SEP], or [CLS] text [SEP] text [SEP], as this tokenizer has it: for texts that are cut into several
-    examples after they were tokenized.
+    """[CLS] text [SEP], or [CLS] text [SEP] text [SEP], as this tokenizer has it: for texts that are split into several
+    examples after tokenization.
 
     ids, types: the special tokens before the first text, (between the two,) and after the last; and their
     token_type_ids. text_types: the texts' own.
@@ -41,7 +41,7 @@ class Frame:
             tuple(probe.type_ids[probe.sequence_ids.index(i)] if i in probe.sequence_ids else -1 for i in range(texts)),
         )
         if -1 in frame.text_types:
-            raise RecipeError("tokenizer: it makes no token of the letter a. Use another one.")
+            raise RecipeError("tokenizer: it has no token for the letter a. Use another one.")
         part = 0
         for token, kind, text in zip(probe.ids, probe.type_ids, probe.sequence_ids, strict=True):
             if text is None:

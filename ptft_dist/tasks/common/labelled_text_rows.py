@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, LeftOut
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import LeftOut, RowEncoder, require_text
+from ptft_dist.data.row_encoder import RowEncoder, require_text
 from ptft_dist.data.tokenizer import check_can_pad
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.common.labelled_text_settings import LabelledText
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
-CUT = "cut to data.max_length"
+CUT = "truncated to data.max_length"
 
 
 class LabelledTextRows(RowEncoder):
@@ -25,43 +24,41 @@ class LabelledTextRows(RowEncoder):
     columns = {"token_type_ids": "u1"}
     add_special_tokens = True
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        super().__init__(recipe, tokenizer, facts)
-        around = tokenizer.num_special_tokens_to_add(pair=_section(recipe).pair)
+    settings: LabelledText
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        around = self.tokenizer.num_special_tokens_to_add(pair=self.settings.pair)
         if self.max_length <= around:
-            raise RecipeError(f"data.max_length: {self.max_length} leaves no room beside {around} special tokens")
-        check_can_pad(tokenizer)
+            raise RecipeError(
+                f"data.max_length: {self.max_length} leaves no room beside {around} special tokens. Raise it."
+            )
+        check_can_pad(self.tokenizer)
         self.backend.enable_truncation(self.max_length, strategy="longest_first")
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        super().check(recipe, record)
-        for role in ("text", "text_pair") if _section(recipe).pair else ("text",):
+    def check(cls, settings: LabelledText, record: Record) -> None:
+        super().check(settings, record)
+        for role in ("text", "text_pair") if settings.pair else ("text",):
             require_text(record.values, role)
 
     @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:
+    def texts(cls, settings: LabelledText, record: Record) -> Iterator[str]:
         yield record.values["text"]
-        if _section(recipe).pair:
+        if settings.pair:
             yield record.values["text_pair"]
 
     def pieces(self, record: Record) -> Sequence[Any]:
         values = record.values
-        return [(values["text"], values["text_pair"]) if _section(self.recipe).pair else values["text"]]
+        return [(values["text"], values["text_pair"]) if self.settings.pair else values["text"]]
 
     def text_columns(self, encoding: Encoding) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The columns of the text, and the note that it was cut.
+        """The columns of the text, and the note that it was truncated.
 
         Raises:
-            LeftOut: the text comes to no token.
+            LeftOut: the text has no token.
         """
         if not encoding.ids:
-            raise LeftOut("left out, for the tokenizer makes nothing of the text")
+            raise LeftOut("whose text has no token in this tokenizer")
         notes = (CUT,) if encoding.overflowing else ()
         return {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}, notes
-
-
-def _section(recipe: Recipe) -> LabelledText:
-    section = recipe.settings
-    assert isinstance(section, LabelledText)
-    return section

@@ -10,26 +10,22 @@ import hashlib
 import itertools
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from ptft_dist.config.recipe import Recipe
-from ptft_dist.data.encode import Count, check_sides, chunks, encoded, split_documents, text_progress, training_texts
-from ptft_dist.data.encode_rows import Notes
-from ptft_dist.data.example_store import ExampleWriter
+from ptft_dist.data.encoder import EncoderContext, Example, Outcome, Side
+from ptft_dist.data.example_store import ExampleStore, ExampleWriter
 from ptft_dist.data.formats import Document
+from ptft_dist.data.report import Notes
 from ptft_dist.data.store import DOCUMENTS, TOKENS, Int64Stream, StoreWriter
 from ptft_dist.data.tokenizer import DocumentEncoder
 from ptft_dist.errors import DataError, RecipeError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-__all__ = ["split_sentences", "training_texts", "write"]
+from ptft_dist.tasks.common.documents import EMPTY, Documents
+from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 
 FOLLOWS, UNRELATED = 0, 1  # as BERT's head counts
 _SPECIAL = 3  # [CLS] A [SEP] B [SEP]
@@ -50,98 +46,102 @@ def split_sentences(text: str, kind: str) -> list[str]:
     return [piece.strip() for piece in pieces if piece.strip()]
 
 
-def write(
-    recipe: Recipe, base: Path, directory: Path, tokenizer: PreTrainedTokenizerBase, *, progress: bool
-) -> dict[str, Any]:
-    """Write pairs into the stores `directory`/train and, if the recipe has it, `directory`/validation. Their columns:
-    input_ids [CLS] A [SEP] B [SEP], token_type_ids (1: B [SEP]), next (0: B follows A, 1: it is from elsewhere).
+class PairRows(Documents):
+    """Each document becomes its sentences' token ids; the writer cuts pairs out of all of them."""
 
-    Returns the report, as for rows of other tasks; the notes count both kinds of pairs.
+    store = ExampleStore
+    settings: MlmNspSettings
 
-    Raises:
-        RecipeError: the tokenizer has no [CLS] or [SEP], or rows are too short for a pair.
-        DataError: as `read_documents`; or a side has fewer than two different documents, or none of two sentences.
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        if self.max_length < _SPECIAL + 2:
+            raise RecipeError(
+                f"data.max_length: {self.max_length} is too short; a pair needs at least {_SPECIAL + 2} tokens."
+            )
+        self.seed = context.seed
+        self.encoder = DocumentEncoder(self.tokenizer, ("cls", "sep"))
+
+    def encode(self, documents: Sequence[Document]) -> list[Outcome]:
+        """Sentences without a token are left out."""
+        sentences = [[Document(s, d.where) for s in split_sentences(d.text, self.settings.sentence)] for d in documents]
+        ids = iter(self.encoder.encode([sentence for each in sentences for sentence in each]))
+        return [
+            self._outcome(document, [one[1:-1] for one in (next(ids) for _ in each) if one])
+            for document, each in zip(documents, sentences, strict=True)
+        ]
+
+    def _outcome(self, document: Document, sentences: list[list[int]]) -> Outcome:
+        if not sentences:
+            return Outcome(dropped=EMPTY)
+        unknown_id = self.encoder.unknown_id
+        unknown = 0 if unknown_id is None else sum(ids.count(unknown_id) for ids in sentences)
+        return Outcome([Example({"sentences": sentences, "text": text_hash(document.text)})], unknown_tokens=unknown)
+
+    def writer(self, path: Path, side: Side) -> PairWriter:
+        return PairWriter(self, path, side)
+
+
+def text_hash(text: str) -> int:
+    """Equal for documents with the same text, white space around it apart; fits into int64."""
+    return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big", signed=True)
+
+
+class PairWriter:
+    """Gathers the sentences of one side in files, then writes every document's pairs.
+
+    The store's columns: input_ids [CLS] A [SEP] B [SEP], token_type_ids (1: B [SEP]), next (0: B follows A, 1: it is
+    from another document). Pairs are drawn from (seed, side, duplicate, document).
     """
-    if recipe.data.max_length < _SPECIAL + 2:
-        raise RecipeError(f"data.max_length: a pair needs at least {_SPECIAL + 2} tokens")
-    encoder = SentenceEncoder(recipe, tokenizer)
-    folder, count = directory / "sentences", Count()
-    writers = {
-        side: SentenceWriter(folder / side, encoder.vocab_size)
-        for side in ("train", "validation")
-        if side == "train" or recipe.validated
-    }
-    text_bytes = dict.fromkeys(writers, 0)
-    with text_progress(progress) as advance:
-        for (side, document), sentences in encoded(chunks(split_documents(recipe, base), count), encoder.encode):
-            if not sentences:
-                count.drop(document)
-                continue
-            writers[side].add(document, sentences)
-            if encoder.unknown_id is not None:
-                count.unknown_tokens += sum(ids.count(encoder.unknown_id) for ids in sentences)
-            size = len(document.text.encode())
-            text_bytes[side] += size
-            advance(size)
-    notes = Notes()
-    found = {side: writer.close() for side, writer in writers.items()}
-    written = {
-        side: _write_pairs(recipe, directory, side, sentences, tokenizer, notes) for side, sentences in found.items()
-    }
-    shutil.rmtree(folder)
-    check_sides(recipe, count.told, written)
-    shown = ("examples", "tokens", "rows")
-    sides = {side: {k: written[side][k] for k in shown} | {"text_bytes": text_bytes[side]} for side in written}
-    return {
-        "train": sides["train"],
-        "validation": sides.get("validation"),
-        "documents_read": count.read,
-        "documents_empty": count.empty,
-        "empty_at": count.empty_at,
-        "notes": notes.found,
-        "max_length": recipe.data.max_length,
-        "packing": False,
-        "vocabulary": len(tokenizer),
-        "unknown_tokens": count.unknown_tokens,
-    }
+
+    def __init__(self, encoder: PairRows, path: Path, side: Side) -> None:
+        self._encoder, self._path, self._side = encoder, path, side
+        self._counts = Notes()
+        self.notes = self._counts.entries
+        self._folder = path.with_name(f"{path.name}.sentences")
+        self._sentences = SentenceWriter(self._folder, encoder.encoder.vocab_size)
+
+    def add(self, example: Example) -> None:
+        self._sentences.add(example.columns["text"], example.columns["sentences"])
+
+    def close(self) -> dict[str, Any]:
+        """
+        Raises:
+            DataError: there are fewer than two different documents, or none of two sentences.
+        """
+        sentences = self._sentences.close()
+        _check_documents(self._side, sentences)
+        dtypes = {"input_ids": sentences.tokens.dtype.str, "token_type_ids": "u1", "next": "u1"}
+        store = ExampleWriter(self._path, dtypes, max_length=self._encoder.max_length)
+        rows = itertools.count()
+        for pair in self._pairs(sentences):
+            store.add(self._columns(pair, f"{self._side} row {next(rows)}"))
+        shutil.rmtree(self._folder)
+        return store.close()
+
+    def _pairs(self, sentences: Sentences) -> Iterator[Pair]:
+        settings = self._encoder.settings
+        cutter = Cutter(sentences, self._encoder.max_length - _SPECIAL, settings.short_probability)
+        for duplicate in range(settings.duplicates):
+            for document in range(len(sentences)):
+                key = (self._encoder.seed, int(self._side == "validation"), duplicate, document)
+                yield from cutter.pairs(document, np.random.default_rng(key))
+
+    def _columns(self, pair: Pair, where: str) -> dict[str, Any]:
+        first, second = pair.fitted(self._encoder.max_length - _SPECIAL)
+        if len(first) + len(second) < len(pair.first) + len(pair.second):
+            self._counts.add("truncated at their outer ends", where)
+        self._counts.add("with a random second segment" if pair.unrelated else "with the segment that follows", where)
+        tokenizer = self._encoder.tokenizer
+        cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+        return {
+            "input_ids": np.concatenate((cls, first, sep, second, sep)),
+            "token_type_ids": np.repeat([0, 1], [len(first) + 2, len(second) + 1]),
+            "next": UNRELATED if pair.unrelated else FOLLOWS,
+        }
 
 
-def _write_pairs(
-    recipe: Recipe,
-    directory: Path,
-    side: str,
-    sentences: Sentences,
-    tokenizer: PreTrainedTokenizerBase,
-    notes: Notes,
-) -> dict[str, Any]:
-    """Every document's pairs, drawn from (seed, side, duplicate, document). Returns what store.json says."""
-    _check_documents(side, sentences)
-    section, room = recipe.mlm_nsp, recipe.data.max_length - _SPECIAL
-    dtypes = {"input_ids": sentences.tokens.dtype.str, "token_type_ids": "u1", "next": "u1"}
-    writer = ExampleWriter(directory / side, dtypes, max_length=recipe.data.max_length)
-    cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
-    cutter, rows = Cutter(sentences, room, section.short_probability), itertools.count()
-    for duplicate in range(section.duplicates):
-        for document in range(len(sentences)):
-            key = (recipe.train.seed, int(side == "validation"), duplicate, document)
-            for pair in cutter.pairs(document, np.random.default_rng(key)):
-                first, second = pair.fitted(room)
-                where = f"{side} row {next(rows)}"
-                if len(first) + len(second) < len(pair.first) + len(pair.second):
-                    notes.add("shortened at their outer ends", where)
-                notes.add("of two random segments" if pair.unrelated else "of segments that follow each other", where)
-                writer.add(
-                    {
-                        "input_ids": np.concatenate((cls, first, sep, second, sep)),
-                        "token_type_ids": np.repeat([0, 1], [len(first) + 2, len(second) + 1]),
-                        "next": UNRELATED if pair.unrelated else FOLLOWS,
-                    }
-                )
-    return writer.close()
-
-
-def _check_documents(side: str, sentences: Sentences) -> None:
-    """Raises DataError if there is no other document to draw from, or nothing that goes on."""
+def _check_documents(side: Side, sentences: Sentences) -> None:
+    """Raises DataError if there is no other document to draw from, or no segment that follows another."""
     remedy = "Give more documents" + ", or a larger share (data.validation)" * (side == "validation")
     if len(sentences) and bool((sentences.texts == sentences.texts[0]).all()):
         raise DataError(
@@ -151,22 +151,8 @@ def _check_documents(side: str, sentences: Sentences) -> None:
     if len(sentences) and bool((np.diff(sentences.firsts) == 1).all()):
         raise DataError(
             f"data: {side} has no document of two sentences, so no segment follows another. {remedy}, larger ones, or "
-            "see whether mlm_nsp.sentence is right for them; or take task: mlm."
+            "correct mlm_nsp.sentence; or take task: mlm."
         )
-
-
-class SentenceEncoder:
-    """Encodes each sentence of a document by itself."""
-
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._kind, self._encoder = recipe.mlm_nsp.sentence, DocumentEncoder(tokenizer, ("cls", "sep"))
-        self.vocab_size, self.unknown_id = self._encoder.vocab_size, self._encoder.unknown_id
-
-    def encode(self, documents: list[Document]) -> list[list[list[int]]]:
-        """The ids of each document's sentences; those that come to nothing are left out."""
-        sentences = [[Document(s, d.where) for s in split_sentences(d.text, self._kind)] for d in documents]
-        ids = iter(self._encoder.encode([sentence for each in sentences for sentence in each]))
-        return [[one[1:-1] for one in (next(ids) for _ in each) if one] for each in sentences]
 
 
 class SentenceWriter:
@@ -181,10 +167,10 @@ class SentenceWriter:
         self._store = StoreWriter(path, vocab_size=vocab_size, max_length=2**40, packing=True)
         self._firsts, self._texts = Int64Stream(path / "firsts.npy"), Int64Stream(path / "texts.npy")
 
-    def add(self, document: Document, sentences: list[list[int]]) -> None:
+    def add(self, text: int, sentences: list[list[int]]) -> None:
+        """text: `text_hash` of the document."""
         self._firsts.append(self._count)
-        digest = hashlib.blake2b(document.text.strip().encode(), digest_size=8).digest()
-        self._texts.append(int.from_bytes(digest, "big", signed=True))
+        self._texts.append(text)
         for ids in sentences:
             self._store.add(ids)
         self._count += len(sentences)
@@ -254,11 +240,11 @@ class Cutter:
 
     def __init__(self, sentences: Sentences, room: int, short_probability: float) -> None:
         self.sentences, self.room, self.short_probability = sentences, room, short_probability
-        self.owed = 0  # pairs that could not but be unrelated; as many others will not be
+        self.owed = 0  # forced negatives so far; the same number of later pairs is forced positive
 
     def pairs(self, document: int, random: np.random.Generator) -> Iterator[Pair]:
-        """Sentences are gathered up to the room, or a random shorter length, and cut into two segments. Those that an
-        unrelated segment displaces are used again; the last sentence of a document has none to follow it."""
+        """Sentences are gathered up to the room, or a random shorter length, and cut into two segments. Sentences that
+        a random segment displaces are used again; nothing follows the last sentence of a document."""
         at, last = (int(x) for x in self.sentences.firsts[document : document + 2])
         while at < last:
             short = random.random() < self.short_probability
@@ -282,7 +268,7 @@ class Cutter:
 
     def _elsewhere(self, document: int, length: int, displaced: np.ndarray, random: np.random.Generator) -> np.ndarray:
         """Sentences of another document, about `length` tokens if it has as many: neither their place in the document
-        nor their length shall tell that they are unrelated. They do not read as what they displace."""
+        nor their length tells that they are unrelated. They differ from what they displace."""
         sentences = self.sentences
         for _ in range(_TRIES):
             other = self._other(document, random)
@@ -303,6 +289,6 @@ class Cutter:
             other = int(random.integers(len(texts)))
             if texts[other] != texts[document]:
                 return other
-        # Nearly all have this one's text: the next that has not. `_check_documents` has seen that there is one.
+        # Nearly all have the same text: take the next other one. `_check_documents` made sure that there is one.
         after = itertools.chain(range(document, len(texts)), range(document))
         return next(other for other in after if texts[other] != texts[document])

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record, json_type
-from ptft_dist.data.row_encoder import Example, LeftOut, RowEncoder, RowError, require, require_text
+from ptft_dist.data.row_encoder import RowEncoder, require, require_text
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.common.frame import Frame
+from ptft_dist.tasks.question_answering.settings import QuestionAnsweringSettings
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
-WINDOWS = "read in several windows, for they are longer than data.max_length"
-BROKEN = "with an answer that no window holds whole, so that none teaches it; question_answering.stride is shorter"
-NO_ROOM = "left out, for the question leaves no room for windows that share question_answering.stride tokens"
+WINDOWS = "longer than data.max_length: split into several windows"
+BROKEN = "with an answer that every window splits, so it is not learned; raise question_answering.stride"
+NO_ROOM = "whose question leaves no room for windows that overlap by question_answering.stride tokens"
 
 
 class QuestionRows(RowEncoder):
@@ -30,22 +30,24 @@ class QuestionRows(RowEncoder):
     """
 
     surveys = True
+    numbered = "question"
     columns = {"token_type_ids": "u1", "context": "<i4", "start": "<i4", "end": "<i4"}
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        super().__init__(recipe, tokenizer, facts)
-        self.frame = Frame.of(tokenizer, self.backend, 2)
-        self.stride, self.cls = recipe.question_answering.stride, tokenizer.cls_token_id
+    settings: QuestionAnsweringSettings
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        self.frame = Frame.of(self.tokenizer, self.backend, 2)
+        self.stride, self.cls = self.settings.stride, self.tokenizer.cls_token_id
         if self.max_length - len(self.frame) <= self.stride:
             raise RecipeError(
                 f"question_answering.stride: {self.stride} leaves no room in data.max_length ({self.max_length}) with "
                 f"{len(self.frame)} special tokens. Lower it, or raise data.max_length."
             )
-        self.questions = 0
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        super().check(recipe, record)
+    def check(cls, settings: QuestionAnsweringSettings, record: Record) -> None:
+        super().check(settings, record)
         require_text(record.values, "question")
         context = require_text(record.values, "context")
         for text, start in answers_of(record):
@@ -53,12 +55,16 @@ class QuestionRows(RowEncoder):
                 raise RowError(_elsewhere(context, text, start))
 
     @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:  # noqa: ARG003
+    def texts(cls, settings: QuestionAnsweringSettings, record: Record) -> Iterator[str]:  # noqa: ARG003
         yield record.values["question"]
         yield record.values["context"]
 
     @classmethod
-    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:  # noqa: ARG003
+    def survey_of(
+        cls,
+        settings: QuestionAnsweringSettings,  # noqa: ARG003
+        records: Iterable[Record],
+    ) -> dict[str, Any]:
         """unanswerable: how many training rows have no answer."""
         return {"unanswerable": sum(not answers_of(record) for record in records)}
 
@@ -68,7 +74,7 @@ class QuestionRows(RowEncoder):
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         question, context = encodings
         if not context.ids:
-            raise RowError("the context comes to no token in this tokenizer. Correct or remove the row.")
+            raise RowError("the context has no token in this tokenizer. Correct or remove the row.")
         room = self.max_length - len(self.frame) - len(question.ids)
         if room < 1 or (len(context.ids) > room and room <= self.stride):
             raise LeftOut(NO_ROOM)
@@ -77,8 +83,7 @@ class QuestionRows(RowEncoder):
         windows = _windows(len(context.ids), room, self.stride)
         whole = target is None or any(target[0] in window and target[1] in window for window in windows)
         notes = ((WINDOWS,) if len(windows) > 1 else ()) + (() if whole else (BROKEN,))
-        self.questions += 1
-        known = {"question": self.questions, "answers": [text for text, _ in answers]}
+        known = {"answers": [text for text, _ in answers]}
         return [
             Example(
                 self.window_columns(question.ids, context.ids, window, target),
@@ -149,7 +154,7 @@ def _tokens_of(text: str, start: int, offsets: Sequence[tuple[int, int]]) -> tup
     """
     touched = [i for i, (begin, end) in enumerate(offsets) if begin < start + len(text) and end > start]
     if not touched:
-        raise RowError(f"answers: the answer {text!r} comes to no token in this tokenizer. Correct or remove the row.")
+        raise RowError(f"answers: the answer {text!r} has no token in this tokenizer. Correct or remove the row.")
     return touched[0], touched[-1]
 
 

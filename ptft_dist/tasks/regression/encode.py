@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import Example, RowError
 from ptft_dist.data.formats import Record, json_type
-from ptft_dist.data.row_encoder import Example, RowError, require
+from ptft_dist.data.row_encoder import require
 from ptft_dist.tasks.common.labelled_text_rows import LabelledTextRows
+from ptft_dist.tasks.common.labelled_text_settings import LabelledText
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -23,8 +24,8 @@ class RegressionRows(LabelledTextRows):
     columns = {**LabelledTextRows.columns, "labels": "<f4"}
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        super().check(recipe, record)
+    def check(cls, settings: LabelledText, record: Record) -> None:
+        super().check(settings, record)
         number(record)
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, Example, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import Example, RowEncoder, RowError, require_text
+from ptft_dist.data.row_encoder import RowEncoder, require_text
 from ptft_dist.data.tokenizer import text_only_backend
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-SOURCE_CUT = "source cut to data.max_length"
-TARGET_CUT = "target cut to seq2seq.max_target_length"
+SOURCE_CUT = "with a source truncated to data.max_length"
+TARGET_CUT = "with a target truncated to seq2seq.max_target_length"
 
 
 class Seq2SeqRows(RowEncoder):
@@ -26,36 +27,38 @@ class Seq2SeqRows(RowEncoder):
     columns = {"labels": "token"}
     length_columns = ("input_ids", "labels")
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        super().__init__(recipe, tokenizer, facts)
+    settings: Seq2SeqSettings
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        tokenizer, settings = self.tokenizer, self.settings
         if any(hasattr(tokenizer, name) for name in ("src_lang", "tgt_lang", "lang_code_to_id")):
             raise RecipeError(
-                f"tokenizer: {tokenizer.name_or_path} puts the code of a language around every text (as those of NLLB "
-                "and mBART do), and would mark targets as texts in the source's language. Tokenizers of this kind are "
-                "not supported yet; use another one."
+                f"tokenizer: {tokenizer.name_or_path} adds a language code to every text (as those of NLLB and mBART "
+                "do), and would mark targets with the source's language. Such tokenizers are not supported. Use "
+                "another one."
             )
-        for role, use in (("eos", "every source and target ends with it"), ("pad", "batches are filled up with it")):
+        for role, use in (("eos", "every source and target ends with it"), ("pad", "batches are padded with it")):
             if getattr(tokenizer, f"{role}_token_id") is None:
                 raise RecipeError(
                     f"tokenizer: {tokenizer.name_or_path} has no {role.upper()} token, and {use}. Name one as "
                     f"{role}_token in its tokenizer_config.json, or use another tokenizer."
                 )
-        longest = recipe.seq2seq.max_target_length
-        self.source = Side(tokenizer, recipe.data.max_length, "data.max_length", recipe.seq2seq.prefix)
-        self.target = Side(tokenizer, longest, "seq2seq.max_target_length")
+        self.source = Side(tokenizer, self.max_length, "data.max_length", settings.prefix)
+        self.target = Side(tokenizer, settings.max_target_length, "seq2seq.max_target_length")
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        for role in cls.required(recipe):
+    def check(cls, settings: Seq2SeqSettings, record: Record) -> None:
+        for role in cls.required(settings):
             require_text(record.values, role)
 
     @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:
-        yield recipe.seq2seq.prefix + record.values["source"]
+    def texts(cls, settings: Seq2SeqSettings, record: Record) -> Iterator[str]:
+        yield settings.prefix + record.values["source"]
         yield record.values["target"]
 
     def pieces(self, record: Record) -> Sequence[Any]:
-        return [self.recipe.seq2seq.prefix + record.values["source"], record.values["target"]]
+        return [self.settings.prefix + record.values["source"], record.values["target"]]
 
     def encode(self, pieces: Sequence[Any]) -> list[Encoding]:
         sides = self.source.encode(pieces[::2]), self.target.encode(pieces[1::2])
@@ -70,7 +73,7 @@ class Seq2SeqRows(RowEncoder):
 
 
 class Side:
-    """How texts of one side become ids, and where they are cut."""
+    """How texts of one side become ids, and where they are truncated."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int, setting: str, prefix: str = "") -> None:
         """longest: tokens, special ones included; setting: where the recipe says so.
@@ -84,17 +87,19 @@ class Side:
         taken = len(around.ids) + len(self.added)
         if longest <= taken:
             what = "the prefix and the special tokens" if prefix else "the special tokens"
-            raise RecipeError(f"{setting}: {longest} leaves no room for a text beside {what}, {taken} in all")
+            raise RecipeError(
+                f"{setting}: {longest} leaves no room for a text beside {what}, {taken} tokens. Raise it."
+            )
         self.backend.enable_truncation(longest - len(self.added))
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         return self.backend.encode_batch(list(texts), add_special_tokens=True)
 
     def ids(self, encoding: Encoding, role: str) -> list[int]:
-        """Raises RowError if the text comes to nothing, or to an end in its middle."""
+        """Raises RowError if the text has no token, or an EOS in its middle."""
         text = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not special]
         if not text:
-            raise RowError(f"the field {role!r} comes to nothing in this tokenizer. Correct or remove the row.")
+            raise RowError(f"the field {role!r} has no token in this tokenizer. Correct or remove the row.")
         if self.eos_id in text:
             raise RowError(
                 f"the field {role!r} spells the tokenizer's EOS token, which this tokenizer can only read as the end. "

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.sft.settings import SftSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,17 +52,15 @@ CHATML = """\
 """ChatML, with the assistant's turns marked: each is learned up to and including its <|im_end|>."""
 
 
-def saved_template(recipe: Recipe, base: Path) -> str | None:
-    """The template that the tokenizer is saved with; None: its own, or the task has none.
+def saved_template(settings: SftSettings, base: Path, *, learned: bool) -> str | None:
+    """The template that the tokenizer is saved with; None: its own. learned: the tokenizer is learned here.
 
     Raises:
         RecipeError: there is no such template.
     """
-    if recipe.task != "sft":
-        return None
-    name = recipe.sft.template
+    name = settings.template
     if name is None:
-        return CHATML if recipe.tokenizer.train is not None else None
+        return CHATML if learned else None
     if name == "chatml":
         return CHATML
     if "/" in name or name.endswith((".jinja", ".j2", ".txt")):

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import Example, LeftOut, RowEncoder, RowError
+from ptft_dist.data.row_encoder import RowEncoder
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.sft.chat import SHAPES, Conversation, Plain, read_row, shape_of
-from ptft_dist.tasks.sft.chat_template import ChatTemplate, Span, TemplateRefused
+from ptft_dist.tasks.sft.chat_template import ChatTemplate, Span, TemplateRefused, saved_template
+from ptft_dist.tasks.sft.settings import SftSettings
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
 CUT = "cut to data.max_length"
 UNANSWERED = "lost their last messages, which nobody answers"
@@ -31,11 +32,14 @@ class ConversationRows(RowEncoder):
     columns = {"learned": "u1"}
     text_only = False  # the template's special tokens are meant; a text that spells one is refused
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        super().__init__(recipe, tokenizer, facts)
+    libraries = ("transformers", "trl")  # they decide which tokens are learned
+    settings: SftSettings
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        tokenizer = self.tokenizer
         if tokenizer.eos_token is None:
             raise RecipeError("tokenizer: it has no EOS token, so the end of an answer cannot be learned (eos_token)")
-        self.settings = recipe.sft
         self._template: ChatTemplate | None = None
         self._shapes: dict[str, str] = {}
         self._rendered: dict[int, tuple[Conversation | Plain, str, list[Span]]] = {}  # between pieces and build
@@ -49,7 +53,7 @@ class ConversationRows(RowEncoder):
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer)
             end = self._end_is_learned(self._template)
-            self.facts = {**self.facts, "end_of_turn": self.tokenizer.convert_tokens_to_ids(end)}
+            self.discovered = {"end_of_turn": self.tokenizer.convert_tokens_to_ids(end)}
         return self._template
 
     def _end_is_learned(self, template: ChatTemplate) -> str:
@@ -74,33 +78,37 @@ class ConversationRows(RowEncoder):
         return found[-1]
 
     @classmethod
-    def required(cls, recipe: Recipe) -> tuple[str, ...]:
-        return SHAPES.get(recipe.sft.shape, ())
+    def required(cls, settings: SftSettings) -> tuple[str, ...]:
+        return SHAPES.get(settings.shape, ())
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        super().check(recipe, record)
-        said = _read(recipe, record)
-        if isinstance(said, Plain) and recipe.sft.loss == "last" and not said.prompt:
+    def tokenizer_template(cls, settings: SftSettings, base: Path, *, learned: bool) -> str | None:
+        return saved_template(settings, base, learned=learned)
+
+    @classmethod
+    def check(cls, settings: SftSettings, record: Record) -> None:
+        super().check(settings, record)
+        said = _read(settings, record)
+        if isinstance(said, Plain) and settings.loss == "last" and not said.prompt:
             raise RowError("plain text has no turns, so there is no last one to learn (sft.loss: last)")
 
     @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:
-        said = _read(recipe, record)
+    def texts(cls, settings: SftSettings, record: Record) -> Iterator[str]:
+        said = _read(settings, record)
         if isinstance(said, Plain):
             yield said.prompt + said.completion
         else:
             yield from (message["content"] for message in said.messages if message["content"])
 
     def pieces(self, record: Record) -> Sequence[Any]:
-        self._same_shape_in_a_file(record)
-        said = _read(self.recipe, record)
+        said = _read(self.settings, record)
         self._no_control_tokens(said)
         text, spans = self._render(said)
         self._rendered[id(record)] = said, text, spans
         return [text]
 
-    def _same_shape_in_a_file(self, record: Record) -> None:
+    def admit(self, record: Record) -> None:
+        """All rows of a file have the shape of its first row."""
         if self.settings.shape != "auto":
             return
         file, shape = re.sub(r"[:#]\d+$", "", record.where), shape_of(record.values)
@@ -183,9 +191,9 @@ def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) ->
     return learned
 
 
-def _read(recipe: Recipe, record: Record) -> Conversation | Plain:
-    shape = recipe.sft.shape if recipe.sft.shape != "auto" else shape_of(record.values)
-    return read_row(record.values, shape, recipe.sft.system)
+def _read(settings: SftSettings, record: Record) -> Conversation | Plain:
+    shape = settings.shape if settings.shape != "auto" else shape_of(record.values)
+    return read_row(record.values, shape, settings.system)
 
 
 def _all_texts(value: Any) -> Iterator[str]:

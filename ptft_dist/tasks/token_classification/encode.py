@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record, json_type, text_problem
-from ptft_dist.data.row_encoder import Example, LeftOut, RowEncoder, RowError, require_list
+from ptft_dist.data.row_encoder import RowEncoder, require_list
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.common.frame import Frame
-from ptft_dist.tasks.token_classification.settings import TAG_LETTERS, inner_tag
+from ptft_dist.tasks.common.label_names import LabelNames
+from ptft_dist.tasks.token_classification.settings import TAG_LETTERS, TokenClassificationSettings, inner_tag
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
-    from transformers import PreTrainedTokenizerBase
 
-SPLIT = "split between two words, for they are longer than data.max_length"
-CUT_WORD = "with a word that alone is longer than data.max_length, and was cut"
-NO_TOKEN = "with a word that comes to no token, for which nothing can be predicted"
+SPLIT = "longer than data.max_length: split between two words"
+CUT_WORD = "with one word longer than data.max_length: the word was truncated"
+NO_TOKEN = "with a word that has no token: nothing is predicted for it"
 _NO_LABEL = -100  # a token that counts nothing in the loss
 
 
@@ -28,34 +28,37 @@ class TaggedRows(RowEncoder):
     pieces: all, ids on every token of a word.
 
     meta of an example: sentence: the number of the sentence that it is a piece of; tags: of the piece's words; at: the
-    position of each word's first token, null for a word that came to no token.
+    position of each word's first token, null for a word without a token.
     """
 
     surveys = True
+    numbered = "sentence"
     columns = {"token_type_ids": "u1", "labels": "<i4"}
     pretokenized = True
 
-    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, facts: Mapping[str, Any]) -> None:
-        super().__init__(recipe, tokenizer, facts)
-        self.ids = {tag: i for i, tag in enumerate(facts["labels"])}
-        self.frame = Frame.of(tokenizer, self.backend, 1)
+    settings: TokenClassificationSettings
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        self.ids = {tag: i for i, tag in enumerate(self.survey["labels"])}
+        self.frame = Frame.of(self.tokenizer, self.backend, 1)
         self.room = self.max_length - len(self.frame)
         if self.room < 1:
             raise RecipeError(
-                f"data.max_length: {self.max_length} leaves no room beside {len(self.frame)} special tokens"
+                f"data.max_length: {self.max_length} leaves no room beside {len(self.frame)} special tokens. Raise it."
             )
-        self.filler = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.sentences = 0
-        if recipe.tokenizer.path is not None and _spaces_matter(self.backend):
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self.filler = eos if pad is None else pad
+        if not context.tokenizer_learned and _spaces_matter(self.backend):
             logging.getLogger("ptft").warning(
-                "tokenizer.path: this tokenizer spells a word after a space in another way, and words of this task are "
-                "given to it without. For a language with spaces, set add_prefix_space: true in its "
+                "tokenizer.path: this tokenizer gives a word after a space other tokens than the same word alone, and "
+                "this task tokenizes words one by one. For a language with spaces, set add_prefix_space: true in its "
                 "tokenizer_config.json."
             )
 
     @classmethod
-    def check(cls, recipe: Recipe, record: Record) -> None:
-        super().check(recipe, record)
+    def check(cls, settings: TokenClassificationSettings, record: Record) -> None:
+        super().check(settings, record)
         tokens, tags = require_list(record.values, "tokens"), require_list(record.values, "tags")
         if len(tokens) != len(tags):
             raise RowError(f"there are {len(tokens)} tokens and {len(tags)} tags. Each word needs one tag.")
@@ -72,22 +75,24 @@ class TaggedRows(RowEncoder):
                 )
             if problem := text_problem("tags", tag):
                 raise RowError(f"the tag of word {i} ({token!r}): {problem}")
-        if found := misplaced(recipe.token_classification.scheme, tags):
+        if found := misplaced(settings.scheme, tags):
             i, why = found
             raise RowError(f"word {i + 1} ({tokens[i]!r}): {why}")
 
     @classmethod
-    def texts(cls, recipe: Recipe, record: Record) -> Iterator[str]:  # noqa: ARG003
+    def texts(cls, settings: TokenClassificationSettings, record: Record) -> Iterator[str]:  # noqa: ARG003
         """Word by word, as the tokenizer will get them."""
         yield from record.values["tokens"]
 
     @classmethod
-    def survey(cls, recipe: Recipe, records: Iterable[Record]) -> dict[str, Any]:
+    def survey_of(cls, settings: TokenClassificationSettings, records: Iterable[Record]) -> dict[str, Any]:
         """labels: the tags in the order of their ids."""
-        settings = recipe.token_classification
-        seen: set[str] = set()
+        names = LabelNames("tag", "token_classification.labels")
         for record in records:
-            seen.update(record.values["tags"])
+            names.add(record.values["tags"], record.where)
+        if not settings.labels:
+            names.check_distinct()
+        seen = set(names.first)
         if settings.pieces == "all":
             seen |= {inner_tag(settings.scheme, tag) for tag in seen}
         labels = list(settings.labels or sorted(seen))
@@ -100,7 +105,7 @@ class TaggedRows(RowEncoder):
 
     def pieces(self, record: Record) -> Sequence[Any]:
         if not record.values["tokens"]:
-            raise LeftOut("left out, for they have no words")
+            raise LeftOut("without words")
         return [record.values["tokens"]]
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
@@ -122,7 +127,6 @@ class TaggedRows(RowEncoder):
             NO_TOKEN: not all(words),
         }
         notes = tuple(note for note, holds in found.items() if holds)
-        self.sentences += 1
         return [self.example(words[span.start : span.stop], tags[span.start : span.stop], notes) for span in spans]
 
     def spans(self, sizes: Sequence[int]) -> list[range]:
@@ -136,7 +140,7 @@ class TaggedRows(RowEncoder):
         return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
     def example(self, words: Sequence[Sequence[int]], tags: Sequence[str], notes: tuple[str, ...]) -> Example:
-        settings = self.recipe.token_classification
+        settings = self.settings
         ids: list[int] = []
         labels: list[int] = []
         at: list[int | None] = []
@@ -153,7 +157,7 @@ class TaggedRows(RowEncoder):
             "token_type_ids": types or [0],
             "labels": [*[_NO_LABEL] * before, *labels, *[_NO_LABEL] * after] or [_NO_LABEL],
         }
-        return Example(columns, {"sentence": self.sentences, "tags": tags, "at": at}, notes)
+        return Example(columns, {"tags": tags, "at": at}, notes)
 
 
 def misplaced(scheme: str, tags: Sequence[str]) -> tuple[int, str] | None:

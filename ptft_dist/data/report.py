@@ -1,0 +1,204 @@
+"""What `prepare` read, dropped and wrote: a typed report, JSON for files, and lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Self
+
+_SHOWN_PLACES = 5
+_SHOWN_BAD_ROWS = 10
+_SHOWN_LABELS = 20
+_MANY = 0.1  # a larger share of dropped records is shown as a warning
+
+
+class Entry(NamedTuple):
+    """How often something happened, and where first ("file:line")."""
+
+    times: int
+    places: list[str]
+
+
+class Notes:
+    """Counts what happened to records, by reason, in the order of first occurrence."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Entry] = {}
+
+    def add(self, reason: str, where: str) -> None:
+        count, places = self.entries.get(reason, Entry(0, []))
+        if len(places) < _SHOWN_PLACES:
+            places.append(where)
+        self.entries[reason] = Entry(count + 1, places)
+
+    def merge(self, entries: Mapping[str, Entry]) -> None:
+        for reason, (count, places) in entries.items():
+            before, shown = self.entries.get(reason, Entry(0, []))
+            self.entries[reason] = Entry(before + count, [*shown, *places][:_SHOWN_PLACES])
+
+
+@dataclass
+class BadRows:
+    """Rows that cannot be used: their number, and the first ones as "file:line: reason"."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, where: str, reason: object) -> None:
+        self.count += 1
+        if len(self.first) < _SHOWN_BAD_ROWS:
+            self.first.append(f"{where}: {reason}")
+
+
+@dataclass(frozen=True)
+class SideReport:
+    """One side's store."""
+
+    examples: int
+    """Documents of a token store; otherwise examples, of which packing puts several into a row."""
+    rows: int
+    tokens: int
+    text_bytes: int
+    """Bytes of text that was read for it, in UTF-8."""
+    dropped_tokens: int = 0
+    """One-token rows, which have nothing to predict."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step between the sources and the encoder did."""
+
+    name: str
+    fingerprint: str
+    notes: dict[str, Entry]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was read, dropped and written when the stores were written."""
+
+    reads: str
+    """What a record is: `document` or `row`."""
+    read: int
+    """Records of the sources, both sides together."""
+    train: SideReport
+    validation: SideReport | None
+    steps: list[StepReport]
+    bad_rows: BadRows
+    dropped: dict[str, Entry]
+    """Well-formed records that are in no store, by reason."""
+    notes: dict[str, Entry]
+    """What else was done to records, such as truncation, by reason."""
+    survey: dict[str, Any]
+    """What was found in the training records, such as the labels."""
+    max_length: int
+    packing: bool
+    vocabulary: int
+    """Number of tokens that the tokenizer knows."""
+    unknown_tokens: int
+    """Tokens that stand for text that the tokenizer does not know."""
+    seconds: float = 0.0
+    versions: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: only dicts, lists, texts and numbers."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The report in a file, also of a store that an earlier version wrote.
+
+        Raises:
+            KeyError, TypeError: the values are no report.
+        """
+        given = dict(values if "reads" in values else _of_earlier_version(values))
+        validation = given["validation"]
+        return cls(
+            **given
+            | {
+                "train": SideReport(**given["train"]),
+                "validation": None if validation is None else SideReport(**validation),
+                "steps": [StepReport(s["name"], s["fingerprint"], _entries(s["notes"])) for s in given["steps"]],
+                "bad_rows": BadRows(**given["bad_rows"]),
+                "dropped": _entries(given["dropped"]),
+                "notes": _entries(given["notes"]),
+            }
+        )
+
+
+def _entries(values: Mapping[str, Sequence[Any]]) -> dict[str, Entry]:
+    return {reason: Entry(count, list(places)) for reason, (count, places) in values.items()}
+
+
+def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
+    """report.json as it was before it had `reads`: documents and rows were reported under different keys."""
+    documents = "documents_read" in old
+
+    def side(values: Mapping[str, Any]) -> dict[str, Any]:
+        counts = {key: values[key] for key in ("rows", "tokens", "text_bytes")}
+        examples = values["documents"] if "documents" in values else values["examples"]
+        return counts | {"examples": examples, "dropped_tokens": values.get("dropped_tokens", 0)}
+
+    notes = old.get("notes", {})
+    dropped = {reason: entry for reason, entry in notes.items() if reason.startswith("left out")}
+    if old.get("documents_empty"):
+        dropped["without text"] = (old["documents_empty"], old["empty_at"])
+    same = ("max_length", "packing", "vocabulary", "unknown_tokens", "seconds", "versions")
+    return {key: old[key] for key in same} | {
+        "reads": "document" if documents else "row",
+        "read": old["documents_read"] if documents else old["rows_read"],
+        "train": side(old["train"]),
+        "validation": side(old["validation"]) if old["validation"] else None,
+        "steps": [],
+        "bad_rows": {"count": old.get("bad_rows", 0), "first": old.get("bad_rows_at", [])},
+        "dropped": dropped,
+        "notes": {reason: entry for reason, entry in notes.items() if reason not in dropped},
+        "survey": old.get("facts", {}),
+    }
+
+
+def describe(report: Report, *, from_cache: bool = False) -> str:
+    """The report in a few lines for people."""
+    sides = {"train": report.train} | ({"validation": report.validation} if report.validation else {})
+    unit = "documents" if report.reads == "document" else "examples"
+    lines = [
+        (name, f"{side.examples:,} {unit}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")
+        for name, side in sides.items()
+    ]
+    layout = "packed" if report.packing else f"each of one {unit[:-1]}"
+    counts = " + ".join(f"{side.rows:,}" for side in sides.values())
+    lines.append(("rows", f"{counts} of up to {report.max_length:,} tokens, {layout}"))
+    lines.append(("vocabulary", f"{report.vocabulary:,} tokens"))
+    if labels := report.survey.get("labels"):
+        more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
+        lines.append(("labels", ", ".join(labels[:_SHOWN_LABELS]) + more))
+    lines += _losses(report, sum(side.dropped_tokens for side in sides.values()))
+    notes = [entry for step in report.steps for entry in step.notes.items()] + list(report.notes.items())
+    lines += [("note", f"{count:,} {report.reads}s {reason}: {_places(count, at)}") for reason, (count, at) in notes]
+    if report.unknown_tokens:
+        lines.append(("warning", f"{report.unknown_tokens:,} tokens stand for text that the tokenizer does not know"))
+    lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", found in the cache" * from_cache))
+    return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
+
+
+def _losses(report: Report, one_token_rows: int) -> list[tuple[str, str]]:
+    """What was read and is in no row."""
+    lines = []
+    for reason, (count, places) in report.dropped.items():
+        many = count > _MANY * report.read
+        of = f" of {report.read:,}" if many else ""
+        text = f"{count:,}{of} {report.reads}s {reason}: {_places(count, places)}"
+        lines.append(("warning" if many else "dropped", f"dropped {text}" if many else text))
+    if one_token_rows:
+        lines.append(("dropped", f"{one_token_rows:,} one-token rows: nothing to predict"))
+    bad = report.bad_rows
+    if bad.count:
+        lines.append(("dropped", f"{bad.count:,} bad rows (data.bad_rows: skip):"))
+        lines += [("", place) for place in bad.first]
+        if bad.count > len(bad.first):
+            lines.append(("", f"and {bad.count - len(bad.first):,} more"))
+    return lines
+
+
+def _places(count: int, places: Sequence[str]) -> str:
+    return ", ".join(places) + ", ..." * (count > len(places))

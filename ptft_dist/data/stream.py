@@ -1,0 +1,314 @@
+"""The one data stream: sources -> training/validation split -> steps -> encoder -> writers.
+
+The split comes first, because today's only step makes changed copies of training rows: a copy stays on the side of its
+original row. Chunks of records are encoded in several threads or processes (workers.py) and written in reading order,
+so the bytes of the stores depend neither on the number of workers nor on the size of the chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.cache import HashMemo, writing
+from ptft_dist.data.encoder import Encoder, Example, Outcome, RowError, Side, Writer
+from ptft_dist.data.formats import Record
+from ptft_dist.data.progress import Progress
+from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
+from ptft_dist.data.sides import of_train, sided
+from ptft_dist.data.workers import in_processes, in_threads, worker_count
+from ptft_dist.errors import DataError
+
+CHUNK_CHARACTERS = 2_000_000  # in one call of the tokenizer, which takes about 100 bytes for each
+_GIANT_CHARACTERS = 20_000_000
+
+SidedRecord = tuple[Side, Record]
+
+
+class Step(Protocol):
+    """Changes the stream between the split and the encoder."""
+
+    name: str
+    notes: Notes
+    """Counts what it did."""
+
+    def fingerprint(self, memo: HashMemo) -> Any:
+        """Settings and contents of files that decide what it does: JSON."""
+
+    def apply(self, chunk: Sequence[SidedRecord]) -> list[SidedRecord]:
+        """The records that take the place of those in the chunk, in order."""
+
+
+# --- before there is a tokenizer -------------------------------------------------------------------------------------
+
+
+def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
+    """The usable records of the training side, without the copies that steps add. bad: counts the others."""
+    for record in of_train(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key):
+        try:
+            encoder.check(recipe.settings, record)
+        except RowError as problem:
+            bad.add(record.where, problem)
+        else:
+            yield record
+
+
+def training_texts(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Iterator[str]:
+    """The texts of the training side: what a tokenizer may learn from.
+
+    Raises:
+        DataError: as `Encoder.read`; or there are bad rows, and the recipe does not skip them.
+    """
+    bad = BadRows()
+    for record in training_records(recipe, base, encoder, bad):
+        yield from encoder.texts(recipe.settings, record)
+    stop_if_any(recipe, bad)
+
+
+def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str, Any]:
+    """What the task must know of the training records before one is encoded.
+
+    Raises:
+        DataError: as `training_texts`; or the records together make no sense.
+    """
+    if not encoder.surveys:
+        return {}
+    bad = BadRows()
+    found = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad))
+    stop_if_any(recipe, bad)
+    return found
+
+
+def stop_if_any(recipe: Recipe, bad: BadRows) -> None:
+    """
+    Raises:
+        DataError: there are bad rows, and the recipe does not skip them.
+    """
+    if bad.count and recipe.data.bad_rows == "stop":
+        more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
+        rows = "this row" if bad.count == 1 else f"these {bad.count:,} rows"
+        raise DataError(
+            "\n".join(bad.first) + f"{more}\nCorrect {rows}, or leave bad rows out with data.bad_rows: skip."
+        )
+
+
+# --- with it ---------------------------------------------------------------------------------------------------------
+
+
+def write(
+    recipe: Recipe,
+    base: Path,
+    directory: Path,
+    encoder: Encoder,
+    steps: Sequence[tuple[Step, str]] = (),
+    *,
+    progress: Progress,
+    workers: int | None = None,
+) -> Report:
+    """Encode every record into the stores `directory`/train and, if the recipe has it, `directory`/validation.
+
+    Args:
+        steps: each with its fingerprint, for the report.
+        workers: processes that encode; None: see `worker_count`.
+
+    Raises:
+        DataError: as `Encoder.read`; or records cannot be used; or a side has no row.
+        PtftError: the cache cannot be written.
+    """
+    sides: tuple[Side, ...] = ("train", "validation") if recipe.validated else ("train",)
+    with writing(directory):
+        stores = {side: _Store(encoder.writer(directory / side, side)) for side in sides}
+    written = _Written(encoder, stores, directory)
+    read = _Counted(sided(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key))
+    chunks: Iterator[list[SidedRecord]] = _chunks(read, encoder.chunk_records)
+    for step, _ in steps:
+        chunks = map(step.apply, chunks)
+    with progress.measure("encoding") as advance, closing(_encoded(chunks, encoder, workers)) as results:
+        for chunk, encoded in results:
+            for item, outcome in zip(chunk, encoded.outcomes, strict=True):
+                advance(written.add(item, outcome))
+            encoder.survey |= encoded.discovered
+    stop_if_any(recipe, written.bad)
+    reports = written.close()
+    lost = [f"{written.bad.count} bad"] * bool(written.bad.count)
+    lost += [f"{count} {reason}" for reason, (count, _) in written.dropped.entries.items()]
+    _check_sides(recipe, f"{read.count} {encoder.reads}s were read" + "".join(f"; {each}" for each in lost), reports)
+    return Report(
+        reads=encoder.reads,
+        read=read.count,
+        train=reports["train"],
+        validation=reports.get("validation"),
+        steps=[StepReport(step.name, name, step.notes.entries) for step, name in steps],
+        bad_rows=written.bad,
+        dropped=written.dropped.entries,
+        notes=written.notes.entries,
+        survey=encoder.survey,
+        max_length=encoder.max_length,
+        packing=bool(getattr(recipe.settings, "packing", False)),
+        vocabulary=len(encoder.tokenizer),
+        unknown_tokens=written.unknown_tokens,
+    )
+
+
+class _Counted:
+    """Counts what is taken from a stream."""
+
+    def __init__(self, records: Iterator[SidedRecord]) -> None:
+        self._records, self.count = records, 0
+
+    def __iter__(self) -> Iterator[SidedRecord]:
+        for item in self._records:
+            self.count += 1
+            yield item
+
+
+def _chunks(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRecord]]:
+    """The records in lists of at most `most`, of a few MB."""
+    chunk: list[SidedRecord] = []
+    size = 0
+    for side, record in records:
+        characters = sum(len(value) for value in record.values.values() if isinstance(value, str))
+        if characters > _GIANT_CHARACTERS:
+            logging.getLogger("ptft").warning(
+                "%s: this record has %d million characters; encoding it takes about %d GB of memory. Cut it into "
+                "smaller ones (for .txt files: document: paragraph).",
+                record.where,
+                characters / 1e6,
+                characters * 150 / 1e9,
+            )
+        chunk.append((side, record))
+        size += characters
+        if size >= CHUNK_CHARACTERS or len(chunk) >= most:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+class _Encoded(NamedTuple):
+    """What a worker sends back for a chunk."""
+
+    outcomes: list[Outcome]
+    discovered: dict[str, Any]
+
+
+def _encoded(
+    chunks: Iterator[list[SidedRecord]], encoder: Encoder, workers: int | None
+) -> Generator[tuple[list[SidedRecord], _Encoded], None, None]:
+    """Each chunk with what became of its records, in order."""
+
+    def encode(chunk: list[tuple[Side, Record | Outcome]]) -> _Encoded:
+        outcomes = iter(encoder.outcomes([record for _, record in chunk if isinstance(record, Record)]))
+        all_outcomes = [item if isinstance(item, Outcome) else next(outcomes) for _, item in chunk]
+        kept = [
+            outcome.without_meta() if side == "train" else outcome
+            for (side, _), outcome in zip(chunk, all_outcomes, strict=True)
+        ]
+        return _Encoded(kept, encoder.discovered)
+
+    waiting: list[list[SidedRecord]] = []  # those that workers have
+
+    def admitted() -> Iterator[list[tuple[Side, Record | Outcome]]]:
+        for chunk in chunks:
+            waiting.append(chunk)
+            yield [(side, _admitted(encoder, record)) for side, record in chunk]
+
+    if encoder.uses_processes:
+        results = in_processes(admitted(), encode, worker_count() if workers is None else workers)
+    else:
+        results = in_threads(admitted(), encode)
+    with closing(results):
+        for _, encoded in results:
+            yield waiting.pop(0), encoded
+
+
+def _admitted(encoder: Encoder, record: Record) -> Record | Outcome:
+    try:
+        encoder.admit(record)
+    except RowError as problem:
+        return Outcome(problem=str(problem))
+    return record
+
+
+@dataclass
+class _Store:
+    """One side's store in the making."""
+
+    writer: Writer
+    text_bytes: int = 0
+
+
+class _Written:
+    """Puts outcomes into the stores, in order, and counts them."""
+
+    def __init__(self, encoder: Encoder, stores: dict[Side, _Store], directory: Path) -> None:
+        self._encoder, self._stores, self._directory = encoder, stores, directory
+        self.bad, self.dropped, self.notes = BadRows(), Notes(), Notes()
+        self.unknown_tokens = 0
+        self._number = 0
+
+    def add(self, item: SidedRecord, outcome: Outcome) -> int:
+        """Write a record's examples; returns the bytes of its text."""
+        side, record = item
+        if outcome.problem is not None:
+            self.bad.add(record.where, outcome.problem)
+            return 0
+        if outcome.dropped is not None:
+            self.dropped.add(outcome.dropped, record.where)
+            return 0
+        for note in dict.fromkeys(note for example in outcome.examples for note in example.notes):
+            self.notes.add(note, record.where)
+        self._number += 1
+        self.unknown_tokens += outcome.unknown_tokens
+        store = self._stores[side]
+        for example in outcome.examples:
+            if side == "train":
+                self._encoder.count(example)
+            with writing(self._directory):
+                store.writer.add(self._numbered(example))
+        size_bytes = len(self._encoder.key(record).encode())
+        store.text_bytes += size_bytes
+        return size_bytes
+
+    def _numbered(self, example: Example) -> Example:
+        key = self._encoder.numbered
+        return example if key is None else replace(example, meta={key: self._number, **example.meta})
+
+    def close(self) -> dict[Side, SideReport]:
+        with writing(self._directory):
+            closed = {side: store.writer.close() for side, store in self._stores.items()}
+        for store in self._stores.values():
+            self.notes.merge(store.writer.notes)
+        return {
+            side: SideReport(
+                examples=summary["documents"] if "documents" in summary else summary["examples"],
+                rows=summary["rows"],
+                tokens=summary["tokens"],
+                text_bytes=self._stores[side].text_bytes,
+                dropped_tokens=summary.get("dropped_tokens", 0),
+            )
+            for side, summary in closed.items()
+        }
+
+
+def _check_sides(recipe: Recipe, read: str, sides: dict[Side, SideReport]) -> None:
+    """Raises DataError if nothing is left for a side. read: how much there was, and what became of it."""
+    empty = [name for name, side in sides.items() if not side.rows]
+    if not empty:
+        return
+    if recipe.data.folds is not None:
+        remedy = f"A fold (data.folds: {recipe.data.folds}) is cut by a hash: take fewer folds, or more data."
+    elif isinstance(recipe.data.validation, float):
+        remedy = (
+            f"A share (data.validation: {recipe.data.validation}) is cut by a hash of whole documents or rows. Take a "
+            "larger share, smaller documents (document: paragraph), more data, or sources of their own for validation."
+        )
+    else:
+        remedy = "Look at the sources."
+    raise DataError(f"data: nothing is left for {' and '.join(empty)}: {read}. {remedy}")

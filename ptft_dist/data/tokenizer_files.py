@@ -1,0 +1,105 @@
+"""The directories of tokenizers in the cache, and how each is known again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ptft_dist.data.cache import HashMemo, build_once, fingerprint, writing
+from ptft_dist.data.progress import Tell
+from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from ptft_dist.errors import RecipeError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ORIGIN = "ptft_origin.json"
+"""In a directory of `build_changed`: its fingerprint, and the hash of the files beside, so that a copy elsewhere is
+known to be the same tokenizer."""
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
+
+
+class TokenizerFiles:
+    """Finds and builds directories of tokenizers."""
+
+    def __init__(self, cache: Path, memo: HashMemo, tell: Tell) -> None:
+        """cache: where built tokenizers are kept."""
+        self._cache, self._memo, self._tell = cache, memo, tell
+
+    def load(self, path: str, base: Path, revision: str | None, trust_remote_code: bool) -> tuple[str, Path]:
+        """The fingerprint and the directory of a local tokenizer, or of a copy of one from the Hub.
+
+        Raises:
+            RecipeError: there is no such tokenizer.
+        """
+        if (local := _local_directory(path, base)) is not None:
+            return self._fingerprint_local(local), local
+        tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
+        return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
+
+    def build(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> tuple[str, Path]:
+        """The fingerprint and the directory `name` of the tokenizer that `make` returns; it is made only once.
+
+        The fingerprint is that of the files: learned again from the same texts, wordpiece and unigram give other ids.
+        """
+        directory = self._cache / name
+        build_once(directory, lambda unfinished: _save(make(), unfinished, directory), tell=self._tell)
+        return _contents(directory), directory
+
+    def build_changed(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> Path:
+        """The directory of a tokenizer whose fingerprint `name` is known before it is made."""
+        directory = self._cache / name
+
+        def build(unfinished: Path) -> None:
+            _save(make(), unfinished, directory)
+            origin = {"fingerprint": name, "contents": _contents(unfinished)}
+            with writing(directory):
+                (unfinished / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
+
+        build_once(directory, build, tell=self._tell)
+        return directory
+
+    def fingerprint_of_copy(self, directory: Path) -> str:
+        """The fingerprint of a copy of a directory that `build` or `build_changed` made; by its contents."""
+        contents = _contents(directory)
+        origin = directory / ORIGIN
+        if origin.is_file():
+            known = json.loads(origin.read_text(encoding="utf-8"))
+            if known["contents"] == contents:
+                return str(known["fingerprint"])
+        return contents
+
+    def _fingerprint_local(self, directory: Path) -> str:
+        """Of the files beside the weights: loading the tokenizer would take seconds at every start."""
+        files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
+        return fingerprint([[file.name for file in files], self._memo.digests(files)])
+
+
+def _save(tokenizer: PreTrainedTokenizerBase, unfinished: Path, directory: Path) -> None:
+    with writing(directory):
+        tokenizer.save_pretrained(unfinished)
+
+
+def _contents(directory: Path) -> str:
+    files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != ORIGIN)
+    return fingerprint({path.name: hashlib.blake2b(path.read_bytes()).hexdigest() for path in files})
+
+
+def _local_directory(path: str, base: Path) -> Path | None:
+    """The directory that tokenizer.path means: relative to the recipe, or else to the current directory. None: it is a
+    Hub name.
+
+    Raises:
+        RecipeError: it can only be a directory, and there is none.
+    """
+    given = Path(path).expanduser()
+    for candidate in (base / given, given.absolute()):
+        if candidate.is_dir():
+            return candidate
+    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
+        raise RecipeError(f"tokenizer.path: there is no directory {path}, neither in {base} nor in {Path.cwd()}.")
+    return None

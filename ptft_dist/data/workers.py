@@ -1,0 +1,197 @@
+"""Work on a stream of chunks in several threads or processes; the results come in the order of the chunks.
+
+Worker processes are forked, so they have the encoder, its tokenizer and all imported libraries at once: a fresh
+interpreter would import for seconds, and would run a user's script again. A forked worker touches neither the
+accelerator nor any file of its parent. It ends when its parent does, because its socket is then closed.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import signal
+import socket
+import sys
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain, islice
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn, TypeVar
+
+from ptft_dist.errors import PtftError, RecipeError
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+WORKERS_VARIABLE = "PTFT_ENCODE_WORKERS"
+_TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
+_AHEAD = 2  # chunks that wait for each worker; bounds the memory
+_SMALL = 8  # this many chunks are done before a process is started
+
+
+def worker_count() -> int:
+    """Processes that encode: the environment variable PTFT_ENCODE_WORKERS, otherwise one per core.
+
+    Raises:
+        RecipeError: the variable is no positive number.
+    """
+    given = os.environ.get(WORKERS_VARIABLE)
+    if given is not None:
+        if not (given.isascii() and given.isdigit() and int(given) > 0):
+            raise RecipeError(f"{WORKERS_VARIABLE}: {given!r} is no number of processes. Set it to 1 or more.")
+        return int(given)
+    if sys.platform != "linux":
+        return 1  # other systems' libraries do not survive a fork
+    return len(os.sched_getaffinity(0))
+
+
+def in_threads(chunks: Iterable[T], work: Callable[[T], R]) -> Generator[tuple[T, R], None, None]:
+    """For work that releases the interpreter lock, such as the tokenizer library's: two chunks ahead of the caller."""
+    with ThreadPoolExecutor(_AHEAD) as pool:
+        yield from _in_order(chunks, work, pool, _AHEAD)
+
+
+def in_processes(chunks: Iterable[T], work: Callable[[T], R], workers: int) -> Generator[tuple[T, R], None, None]:
+    """For Python code. Short streams, and all streams with one worker, are done in this process.
+
+    Raises:
+        PtftError: a worker process was killed.
+        Exception: whatever `work` raised, at the place of its chunk.
+    """
+    chunks = iter(chunks)
+    if workers == 1:
+        yield from ((chunk, work(chunk)) for chunk in chunks)
+        return
+    for chunk in islice(chunks, _SMALL):
+        yield chunk, work(chunk)
+    first = next(chunks, None)
+    if first is None:
+        return
+    with _forked(work, workers) as pairs, ThreadPoolExecutor(workers) as pool:
+        idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        for worker in pairs:
+            idle.put(worker)
+
+        def remote(chunk: T) -> R:
+            worker = idle.get()
+            try:
+                result: R = worker.ask(chunk)
+            finally:
+                idle.put(worker)
+            return result
+
+        yield from _in_order(chain([first], chunks), remote, pool, _AHEAD * workers)
+
+
+def _in_order(
+    chunks: Iterable[T], work: Callable[[T], R], pool: ThreadPoolExecutor, ahead: int
+) -> Generator[tuple[T, R], None, None]:
+    waiting: deque[tuple[T, Future[R]]] = deque()
+    try:
+        for chunk in chunks:
+            waiting.append((chunk, pool.submit(work, chunk)))
+            if len(waiting) > ahead:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        while waiting:
+            done, future = waiting.popleft()
+            yield done, future.result()
+    finally:  # after an error nobody wants what is still waiting
+        for _, future in waiting:
+            future.cancel()
+
+
+class _Worker:
+    """One forked process, as its parent sees it."""
+
+    def __init__(self, pid: int, connection: Connection) -> None:
+        self.pid, self.connection = pid, connection
+
+    def ask(self, chunk: Any) -> Any:
+        try:
+            self.connection.send(chunk)
+            good, result = self.connection.recv()
+        except (EOFError, ConnectionError) as error:
+            raise PtftError(
+                f"data: an encoding process (process id {self.pid}) was killed, perhaps for lack of memory. Set "
+                f"{WORKERS_VARIABLE} to a smaller number than {worker_count()}, or give this job more memory."
+            ) from error
+        if not good:
+            raise result
+        return result
+
+    def end(self) -> None:
+        self.connection.close()
+        os.waitpid(self.pid, 0)
+
+
+@contextmanager
+def _forked(work: Callable[[Any], Any], count: int) -> Iterator[list[_Worker]]:
+    workers: list[_Worker] = []
+    try:
+        with _without_tokenizer_threads():
+            for _ in range(count):
+                workers.append(_fork(work, workers))
+        yield workers
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _fork(work: Callable[[Any], Any], others: list[_Worker]) -> _Worker:
+    ours, theirs = socket.socketpair()
+    pid = os.fork()
+    if pid == 0:
+        ours.close()
+        for other in others:  # or the parent's end of their sockets would stay open here
+            other.connection.close()
+        _serve(work, Connection(theirs.detach()))
+    theirs.close()
+    return _Worker(pid, Connection(ours.detach()))
+
+
+@contextmanager
+def _without_tokenizer_threads() -> Iterator[None]:
+    """What is forked here has processes instead of the tokenizer library's threads, which do not survive a fork."""
+    before = os.environ.get(_TOKENIZER_THREADS)
+    os.environ[_TOKENIZER_THREADS] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_TOKENIZER_THREADS]
+        else:
+            os.environ[_TOKENIZER_THREADS] = before
+
+
+def _serve(work: Callable[[Any], Any], connection: Connection) -> NoReturn:
+    """A worker's life: answer chunks until the parent closes the socket."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides
+        signal.signal(signal_number, signal.SIG_IGN)
+    code = 1
+    try:
+        while True:
+            connection.send(_answer(work, connection.recv()))
+    except (EOFError, ConnectionError):
+        code = 0  # the parent is done, or gone
+    finally:
+        os._exit(code)  # the parent's open files must not be flushed here
+
+
+def _answer(work: Callable[[Any], Any], chunk: Any) -> tuple[bool, Any]:
+    """(True, the result) or (False, the exception), which can be pickled."""
+    try:
+        return True, work(chunk)
+    except PtftError as error:
+        return False, error
+    except Exception as error:  # goes to the parent, which raises it
+        error.add_note(f"In an encoding process:\n{traceback.format_exc()}")
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:  # an exception class that does not survive the way
+            return False, RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+        return False, error

@@ -1,0 +1,99 @@
+"""Documents of pretraining tasks: plain texts, laid end to end or each in rows of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.config.recipe import DocumentSettings, Source
+from ptft_dist.data.encoder import Encoder, EncoderContext, Example, Outcome, Side
+from ptft_dist.data.formats import Document, Record
+from ptft_dist.data.report import Entry
+from ptft_dist.data.sources import read_documents
+from ptft_dist.data.store import StoreWriter, TokenStore
+from ptft_dist.data.tokenizer import DocumentEncoder
+
+EMPTY = "without text"
+
+
+class Documents(Encoder):
+    """Reads documents: records with the one column `text`."""
+
+    reads = "document"
+    chunk_records = 100_000
+    uses_processes = False
+
+    @classmethod
+    def read(cls, settings: Any, source: Source, base: Path) -> Iterator[Record]:  # noqa: ARG003
+        return (Record({"text": document.text}, document.where) for document in read_documents(source, base))
+
+    @classmethod
+    def key(cls, record: Record) -> str:
+        return str(record.values["text"])
+
+    @classmethod
+    def texts(cls, settings: Any, record: Record) -> Iterator[str]:  # noqa: ARG003
+        yield record.values["text"]
+
+    @classmethod
+    def text_settings(cls, settings: Any, common: Mapping[str, Any]) -> list[Any]:  # noqa: ARG003
+        return []
+
+    def outcomes(self, records: Sequence[Record]) -> list[Outcome]:
+        documents = [Document(record.values["text"], record.where) for record in records]
+        found = iter(self.encode([document for document in documents if document.text.strip()]))
+        return [next(found) if document.text.strip() else Outcome(dropped=EMPTY) for document in documents]
+
+    def encode(self, documents: Sequence[Document]) -> list[Outcome]:
+        """The outcome of each document; none is empty."""
+        raise NotImplementedError
+
+
+class DocumentRows(Documents):
+    """Token ids of each document between the task's boundary tokens -> a token store."""
+
+    store = TokenStore
+    settings: DocumentSettings
+
+    def __init__(self, context: EncoderContext) -> None:
+        super().__init__(context)
+        self.encoder = DocumentEncoder(self.tokenizer, self.settings.boundaries)
+
+    @classmethod
+    def store_settings(cls, settings: DocumentSettings, common: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
+        """Tasks that lay out documents in the same way share a store."""
+        return {"packing": settings.packing, "boundaries": settings.boundaries}
+
+    def encode(self, documents: Sequence[Document]) -> list[Outcome]:
+        return [self._outcome(ids) for ids in self.encoder.encode(documents)]
+
+    def _outcome(self, ids: list[int]) -> Outcome:
+        if not ids:
+            return Outcome(dropped=EMPTY)
+        unknown = 0 if self.encoder.unknown_id is None else ids.count(self.encoder.unknown_id)
+        return Outcome([Example({"input_ids": ids})], unknown_tokens=unknown)
+
+    def writer(self, path: Path, side: Side) -> DocumentWriter:  # noqa: ARG002
+        return DocumentWriter(
+            StoreWriter(
+                path,
+                vocab_size=self.encoder.vocab_size,
+                max_length=self.max_length,
+                packing=self.settings.packing,
+            )
+        )
+
+
+class DocumentWriter:
+    """A token store."""
+
+    def __init__(self, store: StoreWriter) -> None:
+        self.notes: dict[str, Entry] = {}
+        self._store = store
+
+    def add(self, example: Example) -> None:
+        self._store.add(example.columns["input_ids"])
+
+    def close(self) -> dict[str, Any]:
+        return self._store.close()
