@@ -21,8 +21,10 @@ demo: $(STAMP)
 	$(BIN)/ptft train clm run_dir=$(DEMO_DIR) --launch cpu --processes 2
 	$(BIN)/ptft generate $(DEMO_DIR) --prompt "def __init__(self" --max-new-tokens 48
 
+# Two processes, since tests of two ranks fill two cores by themselves. Tests that share a module's fixture stay together
+# (tests/conftest.py). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without the start of further processes.
 test: $(STAMP) slurm
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
 
 # tests/slurm start a private cluster, and are skipped where its programs cannot be had. Installed are Debian's
 # packages; they start no cluster by themselves.

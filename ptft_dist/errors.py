@@ -30,6 +30,10 @@ class CheckpointError(PtftError):
     exit_code = 4
 
 
+class CheckpointVersionError(CheckpointError):
+    """A checkpoint of another version of the program. It is not damaged, so it is never skipped for an older one."""
+
+
 class ShardWriteError(CheckpointError):
     """This rank could not write its shard. The others wait for it inside the write, so it must end at once."""
 

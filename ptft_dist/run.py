@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +19,23 @@ from transformers.utils import logging as transformers_logging
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
-from ptft_dist.engine import reset_accelerate
-from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError
-from ptft_dist.launch.environment import Place, job_id, restarted_job
-from ptft_dist.networks.export import export
+from ptft_dist.config.secrets import hide
+from ptft_dist.engine import announce_failure, reset_accelerate, who_failed, why_not_loadable
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
+from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, tell_launcher
+from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.run_files import (
     FailureReport,
     keep_tokenizer,
+    kept_tokenizer,
     lock_run_dir,
     make_run_dir,
     write_result,
     write_start,
 )
-from ptft_dist.session import Session, check_metric
+from ptft_dist.session import Session
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Outcome, Trainer
 
@@ -73,7 +77,9 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
-        report.write(error, error.exit_code if isinstance(error, PtftError) else 1, time.monotonic() - started)
+        announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
+        code = error.exit_code if isinstance(error, PtftError) else 1
+        report.write(error, code, time.monotonic() - started, first=who_failed())
         raise
     finally:
         if lock is not None:
@@ -84,17 +90,17 @@ def _train(
     loaded: Loaded, report: FailureReport, stop: StopRequest, how: str, accept: Sequence[str], started: float
 ) -> Result:
     recipe, run_dir, main = loaded.recipe, Path(loaded.recipe.run_dir), report.place.is_main
-    check_metric(loaded)
-    session = Session(loaded, report.place, tokenizer_from=run_dir / "tokenizer")
     checkpoints = Checkpoints(run_dir / "checkpoints")
-    resume = Resume(checkpoints, how, accept, session.identity, session.kind, report.place.world_size)
+    session = Session(loaded, report.place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
+    loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)
+    resume = Resume(checkpoints, how, accept, session.identity, loadable)
     resume.after_requeue(restarted_job())
     resume.look()
     session.plan  # noqa: B018  # its mistakes are found before a process group exists
     session.start()
     engine = session.engine
     checkpoint = resume.choose(engine, warn if main else _nobody)
-    base = session.base_identity() if engine.frozen_parameter_count else None
+    base = session.base_identity() if engine.trained_count < engine.parameter_count else None
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
         resume.check_base(checkpoint, base)
@@ -120,7 +126,22 @@ def _train(
         stop.fulfilled()
     engine.barrier()
     engine.close()
+    tell_launcher(result.exit_code)
     return result
+
+
+def _tokenizer_of(loaded: Loaded, how: str, checkpoints: Checkpoints) -> Path | None:
+    """The tokenizer that was learned by the run that this start goes on from, if it goes on from one."""
+    if how not in ("auto", "never"):
+        return kept_tokenizer(_learned_by(loaded), Path(how).parent.parent)
+    return kept_tokenizer(_learned_by(loaded), Path(loaded.recipe.run_dir)) if checkpoints.paths() else None
+
+
+def _learned_by(loaded: Loaded) -> dict[str, Any]:
+    """What decides, with the training texts, which tokenizer is learned."""
+    recipe = loaded.recipe
+    special = [*recipe.settings.special_tokens, *recipe.settings.extra_special_tokens]
+    return {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "special": special}
 
 
 def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
@@ -130,14 +151,14 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
     write_start(run_dir, session.loaded, session.prepared.report.to_dict(), environment)
     if recipe.tokenizer.train is not None:
-        keep_tokenizer(session.prepared.tokenizer_path, run_dir)
+        keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
     trainer.samples = session.samples(progress.evaluated_step)
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     say(
-        f"{engine.parameter_count:,} parameters, {engine.kind}, {engine.world_size} x {session.device_name}, "
-        f"{recipe.train.precision}, {trainer.total_steps:,} updates"
+        f"{engine.parameter_count:,} parameters, {describe_backend(engine.kind, os.environ)}, "
+        f"{engine.world_size} x {session.device_name}, {recipe.train.precision}, {trainer.total_steps:,} updates"
     )
 
 
@@ -168,7 +189,7 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
             trainer.progress.best_checkpoint = None
             if engine.is_main:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
-    export(engine, session.tokenizer, target)
+    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype), target)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:
@@ -254,7 +275,18 @@ def libraries_restored(deterministic: bool = False) -> Iterator[None]:
 
 def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
     """The metrics of a model on the recipe's validation rows; see api.evaluate."""
-    raise NotImplementedError
+    if not loaded.recipe.validated:
+        raise RecipeError("data.validation: there is nothing to evaluate on; give a share, or sources")
+    section = loaded.recipe.model.model_copy(update={"config": None, "path": model, "revision": None})
+    with libraries_restored():
+        session = Session(replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section})), place)
+        session.start(training=False)
+        assert session.validation is not None
+        found = session.validation.score(session.engine, session.task)
+        assert found is not None
+        session.engine.barrier()
+        session.engine.close()
+    return {f"eval/{name}": value for name, value in found[0].items()}
 
 
 def _nobody(_text: str) -> None: ...

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
-from ptft_dist.checkpoint.identity import identity
+from ptft_dist.checkpoint.identity import run_identity
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
@@ -27,12 +27,13 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
-from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.launch.deepspeed_config import deepspeed_config_of_launch
-from ptft_dist.launch.environment import Place, check_launch
+from ptft_dist.errors import DataError
+from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
+from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
 from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
+from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
@@ -99,16 +100,19 @@ class Session:
             grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
         )
         self.task_class.fit_config(self.setup, self.config)
+        self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
+        check_weights(self.section)
+        check_positions(preview_network(self.section, self.config, self.task_class.auto_class), recipe.data.max_length)
 
     # --- what makes two runs the same run ----------------------------------------------------------------------------
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this run."""
-        values = identity(self.loaded, self.prepared.fingerprint)
+        files = {}
         if self.teacher is not None:
-            values["distillation.teacher's files"] = self.teacher.identity(self._digests)
-        return values
+            files["distillation.teacher's files"] = self.teacher.identity(self._digests)
+        return run_identity(self.loaded, self.prepared.fingerprint, self.prepared.parts, files)
 
     @property
     def _digests(self) -> Any:
@@ -146,8 +150,8 @@ class Session:
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
-    def start(self) -> None:
-        """Form the process group, build network and task, and wrap them for training.
+    def start(self, *, training: bool = True) -> None:
+        """Form the process group, build network and task, and wrap them: for training with an optimizer, else without.
 
         Raises:
             RecipeError: the network cannot learn the task.
@@ -161,12 +165,14 @@ class Session:
                 self.section, self.config, recipe.train.seed, self.task_class.auto_class, len(self.tokenizer), say
             )
         self.network = read_facts(self.model)
-        check_positions(self.network, recipe.data.max_length)
         self.task = self._make_task()
         self.task.prepare_network(self.model)
         if self.section.compile:
             self.model.compile(dynamic=True)
-        self.engine.prepare(self.model, recipe.optim)
+        if training:
+            self.engine.prepare(self.model, recipe.optim, say)
+        else:
+            self.engine.prepare_reading(self.model)
         self._place_teacher()
         ask_network(self.engine, self.task)
 
@@ -223,12 +229,8 @@ class Session:
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
         """The loop with everything that it loops over; sinks are added when the run begins."""
         recipe, engine, store = self.recipe, self.engine, self.prepared.train
-        batch = recipe.batch
-        layout = Shape(
-            engine.rank, engine.world_size, self.shape.micro_size, self.shape.micro_tokens, batch.group_by_length
-        )
         workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
-        dataset = UpdateDataset(store, self.plan, layout, self.task.collate)
+        dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
         manifest = {
             "identity": self.identity,
             "kind": engine.kind,
@@ -242,7 +244,7 @@ class Session:
             self.task,
             SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
             self.plan.total_steps,
-            self.validation(layout),
+            self.validation,
             checkpoints,
             manifest,
             stop,
@@ -250,8 +252,16 @@ class Session:
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )
 
-    def validation(self, layout: Shape) -> Validation | None:
-        store, recipe = self.prepared.validation, self.recipe
+    @property
+    def layout(self) -> Shape:
+        """How training rows are laid out over data-parallel ranks and forward passes."""
+        engine, shape = self.engine, self.shape
+        by_length = self.recipe.batch.group_by_length
+        return Shape(engine.dp_rank, engine.dp_size, shape.micro_size, shape.micro_tokens, by_length)
+
+    @cached_property
+    def validation(self) -> Validation | None:
+        store, recipe, layout = self.prepared.validation, self.recipe, self.layout
         if store is None:
             return None
         micro_size = recipe.eval.micro_size or layout.micro_size
@@ -287,14 +297,6 @@ def ask_network(engine: Engine, task: Task) -> None:
     if probe is not None:
         with engine.evaluating():
             probe.check(engine.forward(probe.outputs, probe.inputs))
-
-
-def check_metric(loaded: Loaded) -> None:
-    """Raises RecipeError if eval.metric is no metric of the task."""
-    recipe = loaded.recipe
-    names = (*recipe.settings.metric_names, *(recipe.distillation.metric_names if recipe.distillation else ()))
-    if recipe.eval.metric not in names:
-        raise RecipeError(f"eval.metric: {recipe.eval.metric!r} is none of: {', '.join(names)}")
 
 
 def _directory_hash(directory: Path) -> str:

@@ -1,4 +1,7 @@
-"""Made documents and one cache for all tests of whole runs, so that data are prepared once."""
+"""Documents and one cache for all tests of whole runs, so that data are prepared once; and what runs side by side.
+
+Under pytest-xdist each worker has its own cache, documents and fork server. Ports are free ones that the kernel chose.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,26 @@ from pathlib import Path
 
 import pytest
 from support import kill_leftovers, write_documents
+
+from ptft_dist.config import secrets
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        group = xdist_group(item) if isinstance(item, pytest.Function) else None
+        if group is not None:
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def xdist_group(item: pytest.Function) -> str | None:
+    """Tests of a group run in one worker, in order: those that share a module's fixture, so that it is made once, and
+    those of the Slurm cluster, since two clusters would compete for the cores."""
+    if "cluster" in item.fixturenames:
+        return "slurm"
+    definitions = item._fixtureinfo.name2fixturedefs
+    shared = any(definitions[name][-1].scope == "module" for name in item.fixturenames if name in definitions)
+    return item.nodeid.split("::")[0] if shared else None
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +49,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_leftovers() -> Iterator[None]:
     yield
     kill_leftovers()
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets_of_other_tests() -> Iterator[None]:
+    yield
+    secrets.forget()
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ def witness() -> None:
 
     prepare = Engine.prepare
 
-    def watched(self: Engine, *args: Any) -> None:
-        prepare(self, *args)
+    def watched(self: Engine, *args: Any, **more: Any) -> None:
+        prepare(self, *args, **more)
         optimizer = self.backend.optimizer
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if self.kind == "zero3":  # the optimizer of stage 3 shows whole parameters; what a rank holds is in ds_tensor
@@ -57,14 +57,14 @@ def hang_in_save(step: str) -> None:
     """Never finish the checkpoint of this step: its files are there, its manifest is not."""
     from ptft_dist.checkpoint import checkpoint
 
-    seal = checkpoint._seal
+    write = checkpoint._write_durably
 
-    def hang(path: Path) -> dict[str, Any]:
+    def hang(path: Path, text: str) -> None:
         if f"step-{int(step):08d}" in str(path):
             time.sleep(600)
-        return seal(path)
+        write(path, text)
 
-    checkpoint._seal = hang
+    checkpoint._write_durably = hang
 
 
 def record_rows() -> None:
@@ -124,8 +124,8 @@ def watch_engine() -> None:
 
     prepare = Engine.prepare
 
-    def watched(self: Engine, *args: Any) -> None:
-        prepare(self, *args)
+    def watched(self: Engine, *args: Any, **more: Any) -> None:
+        prepare(self, *args, **more)
         gone = Path(f"destroyed-{os.environ.get('RANK', '0')}").touch
         weakref.finalize(self.module, gone).atexit = False
 
@@ -147,17 +147,41 @@ def die_in_rank(rank: str, step: str) -> None:
 
 
 def evaluations(*losses: str) -> None:
-    """ "STEP=LOSS" of each evaluation, whatever the network says."""
+    """Replace the validation loss after update STEP by LOSS, for each "STEP=LOSS"; other evaluations stay."""
     from ptft_dist.training.trainer import Trainer
+    from ptft_dist.training.validation import Validation
 
     made = {int(step): float(loss) for step, loss in (pair.split("=") for pair in losses)}
+    fit, score = Trainer.fit, Validation.score
+    running: list[Trainer] = []
 
-    def evaluate(self: Trainer) -> None:
-        self.validation.score = lambda *_: ({"loss": made[self.progress.step]}, [])  # type: ignore[union-attr]
-        evaluated(self)
+    def watched(self: Trainer) -> Any:
+        running.append(self)
+        return fit(self)
 
-    evaluated = Trainer.evaluate
-    Trainer.evaluate = evaluate  # type: ignore[method-assign]
+    def scored(self: Validation, *args: Any) -> Any:
+        metrics, samples = score(self, *args)
+        loss = made.get(running[-1].progress.step, metrics["loss"]) if running else metrics["loss"]
+        return {**metrics, "loss": loss}, samples
+
+    Trainer.fit, Validation.score = watched, scored  # type: ignore[method-assign]
+
+
+def record_inputs() -> None:
+    """Write the inputs of the first micro-batch of the first update to inputs.pt."""
+    import torch
+
+    from ptft_dist.training.batches import UpdateDataset
+
+    get = UpdateDataset.__getitem__
+
+    def watched(self: Any, step: int) -> Any:
+        group = get(self, step)
+        if step == 0:
+            torch.save(group[0].inputs, "inputs.pt")
+        return group
+
+    UpdateDataset.__getitem__ = watched  # type: ignore[method-assign]
 
 
 def prompt_tensorboard() -> None:
@@ -205,17 +229,6 @@ def _fill(filler: Path, left_bytes: int) -> None:
         file.truncate(max(0, file.tell() - left_bytes))
 
 
-if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ranks that a real launcher starts
-    import sys
-
-    from support import apply
-
-    from ptft_dist.cli import main
-
-    apply(sys.argv.pop(1))
-    main()
-
-
 def break_shard(rank: str, step: str) -> None:
     """A write error in one rank's part of a sharded checkpoint, while the others go on to DeepSpeed's barrier."""
     import deepspeed
@@ -237,3 +250,130 @@ def break_shard(rank: str, step: str) -> None:
             torch.save = write
 
     deepspeed.DeepSpeedEngine.save_checkpoint = broken
+
+
+def quote_environment(rank: str, step: str, name: str) -> None:
+    """In this update, warn, log and fail with messages that quote an environment variable."""
+    import logging
+    import warnings
+
+    from ptft_dist.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def failing(self: Trainer, group: Any) -> Any:
+        if self.progress.step + 1 == int(step) and os.environ.get("RANK", "0") == rank:
+            value = os.environ[name]
+            warnings.warn(f"a warning about {value}", stacklevel=1)
+            logging.getLogger("library").error("a record about %s", value)
+            raise OSError(13, "Permission denied", f"/data/{value}/file")
+        return update(self, group)
+
+    Trainer.update = failing  # type: ignore[method-assign]
+
+
+def fail_evaluation(step: str) -> None:
+    """The evaluation after this update fails; the one before training does not."""
+    from ptft_dist.training.trainer import Trainer
+
+    evaluate = Trainer.evaluate
+
+    def failing(self: Trainer) -> None:
+        if self.progress.step == int(step):
+            raise RuntimeError("this evaluation was made to fail by a test")
+        evaluate(self)
+
+    Trainer.evaluate = failing  # type: ignore[method-assign]
+
+
+def fail_save(step: str) -> None:
+    """The save of this update fails, as on a full disk, and leaves nothing."""
+    from ptft_dist.checkpoint.checkpoint import Checkpoints, SaveError
+
+    commit = Checkpoints.commit
+
+    def failing(self: Checkpoints, at: int, *args: Any) -> Any:
+        if at == int(step):
+            raise SaveError("this save was made to fail by a test")
+        return commit(self, at, *args)
+
+    Checkpoints.commit = failing  # type: ignore[method-assign]
+
+
+def slow_micro_batches_of_evaluations(seconds: str) -> None:
+    """Sleep before each micro-batch of an evaluation, and touch the file `evaluating`."""
+    from ptft_dist.training.trainer import Trainer
+    from ptft_dist.training.validation import Validation
+
+    batches, evaluate = Validation.batches, Trainer.evaluate
+    running: list[Trainer] = []
+
+    def slow(self: Validation, *args: Any) -> Any:
+        for batch in batches(self, *args):
+            if running:
+                Path("evaluating").touch()
+                time.sleep(float(seconds))
+            yield batch
+
+    def watched(self: Trainer) -> None:
+        running.append(self)
+        evaluate(self)
+        running.clear()
+
+    Validation.batches, Trainer.evaluate = slow, watched  # type: ignore[method-assign]
+
+
+def slow_prepare(seconds: str) -> None:
+    """Touch the file `preparing`, and sleep in C code before anything is prepared."""
+    from ptft_dist.data import stream
+
+    write = stream.write
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        Path("preparing").touch()
+        time.sleep(float(seconds))
+        return write(*args, **kwargs)
+
+    stream.write = slow
+
+
+def break_metrics() -> None:
+    """What the task makes of its averages fails."""
+    from ptft_dist.tasks.clm.task import CausalLM
+
+    def broken(_self: Any, _totals: Any) -> Any:
+        raise RuntimeError("this metric was broken by a test")
+
+    CausalLM.eval_metrics = broken  # type: ignore[method-assign]
+
+
+def full_disk_at_flush() -> None:
+    """fsync of metrics.jsonl fails."""
+    from ptft_dist.reporting import metrics
+
+    fsync = os.fsync
+
+    def failing(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").readlink().name == "metrics.jsonl":
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    metrics.os.fsync = failing  # type: ignore[attr-defined]
+
+
+def a_folder_for_each_rank(*folders: str) -> None:
+    """Each rank works in a folder of its own, with a cache there, as machines without a shared disk do."""
+    folder = folders[int(os.environ["RANK"])]
+    os.chdir(folder)
+    os.environ["PTFT_CACHE"] = str(Path("cache").absolute())
+
+
+if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ranks that a real launcher starts
+    import sys
+
+    from support import apply
+
+    from ptft_dist.cli import main
+
+    apply(sys.argv.pop(1))
+    main()

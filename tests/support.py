@@ -28,6 +28,8 @@ from typing import Any
 
 import psutil
 
+from ptft_dist.tasks.registry import TASKS
+
 ROOT = Path(__file__).parent.parent
 
 # One thread a process: how many there are decides the order of additions, and ranks share few cores here.
@@ -44,16 +46,25 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 # Imported once by the server. What a forked process finds here it does not import again.
 PRELOADED = [
-    "ptft_dist.session",
-    "ptft_dist.cli",
     "ptft_dist.cli.train",
-    "ptft_dist.tasks.clm.task",
+    "ptft_dist.run",
+    *(f"ptft_dist.tasks.{task}.task" for task in TASKS),
+    *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
     "deepspeed.runtime.engine",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "platformdirs.unix",
+    "rouge_score.rouge_scorer",
+    "sacrebleu",
+    "scipy.stats",
+    "sklearn.metrics",
+    "tokenizers.trainers",
     "torch.utils.tensorboard",
-    "transformers.models.llama.modeling_llama",
+    "transformers.convert_slow_tokenizer",
     "transformers.integrations.deepspeed",
+    "transformers.integrations.mistral",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "encoder_decoder", "llama", "t5", "xlnet")),
 ]
 
 
@@ -280,13 +291,14 @@ def rank_variables(rank: int, ranks: int, port: int, kind: str) -> dict[str, str
         variables["ACCELERATE_USE_DEEPSPEED"] = "true"
         variables["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = str(ROOT / f"ds_configs/zero{stage}.json")
         variables["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(stage == "3").lower()
-    elif kind == "fsdp2":
+    elif kind in ("fsdp2", "fsdp2_efficient"):
         variables |= {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
             "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
             "FSDP_RESHARD_AFTER_FORWARD": "true",
-            "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+            # What `accelerate config` writes: rank 0 alone holds the weights until they are sharded.
+            "FSDP_CPU_RAM_EFFICIENT_LOADING": str(kind == "fsdp2_efficient").lower(),
             "FSDP_OFFLOAD_PARAMS": "false",
             "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
         }

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ptft, start, write_documents, write_recipe
+from support import last_step, ptft, start, wait_until, write_documents, write_recipe
 
 Edit = Callable[[Path], object]
 
@@ -72,7 +73,7 @@ RECIPES: dict[str, Case] = {
     "an unknown task": Case(2, ["task: expected", "clm"], {"task": "clmm"}, verb=CHECK),
     "an unknown optimizer": Case(2, ["optim.name", "did you mean adamw?"], {"optim": {"name": "adamv"}}, verb=CHECK),
     "a recipe that is not YAML": Case(2, ["recipe.yaml:"], edit=lines("recipe.yaml", "task: [clm", "x: }"), verb=CHECK),
-    "an empty recipe": Case(2, ["recipe.yaml:1: the file is empty"], edit=lines("recipe.yaml", ""), verb=CHECK),
+    "an empty recipe": Case(2, ["recipe.yaml:1: the recipe is empty"], edit=lines("recipe.yaml", ""), verb=CHECK),
     "a recipe in another encoding": Case(
         2, ["recipe.yaml:2: not UTF-8"], edit=lines("recipe.yaml", "task: clm", b"x: \xe9"), verb=CHECK
     ),
@@ -85,12 +86,9 @@ RECIPES: dict[str, Case] = {
     ),
     "a batch that does not divide": Case(
         2,
-        [
-            "batch.global_size: 12 rows cannot be divided over 1 processes x micro-batches of 5",
-            "set batch.global_size to 10 or 15",
-            "batch.micro_size to 4",
-        ],
+        ["batch.global_size: 12 is not a multiple of batch.micro_size (5)", "or batch.micro_size to 4"],
         {"batch": {"micro_size": 5}},
+        verb=CHECK,
     ),
     "a batch that two processes cannot share": Case(
         2,
@@ -104,40 +102,55 @@ RECIPES: dict[str, Case] = {
     ),
     "micro_tokens below a row": Case(
         2,
-        ["batch.micro_tokens: 63 is less than data.max_length (64)"],
+        ["batch.micro_tokens: 63 is less than one row (data.max_length: 64)"],
         {"batch": {"micro_size": None, "micro_tokens": 63}},
+        verb=CHECK,
+    ),
+    "a NUL in run_dir": Case(2, ["run_dir: this text contains a NUL character"], {"run_dir": "a\0b"}),
+    "more readers than any machine has": Case(
+        2, ["data.workers: expected", "at most 256"], {"data": {"workers": 10**5}}
+    ),
+    "a vocabulary beyond all memory": Case(
+        2, ["tokenizer.train.vocab_size: expected", "at most 2000000"], {"tokenizer": {"train": {"vocab_size": 10**9}}}
+    ),
+    "rows beyond all memory": Case(2, ["data.max_length: this number is too large"], {"data": {"max_length": 2**70}}),
+    "an accepted key that is none": Case(
+        2, ["--accept optim.lrr: there is no such key; did you mean optim.lr?"], options=["--accept", "optim.lrr"]
     ),
     "run_dir below a file": Case(2, ["run_dir: recipe.yaml/run cannot be written"], {"run_dir": "recipe.yaml/run"}),
     "an unknown launch config": Case(2, ["zero22", "did you mean zero2?"], options=["--launch", "zero22"]),
     "a launch config that is none": Case(
-        2, ["mine.yaml: this is no accelerate config"], edit=lines("mine.yaml", "a: 1"), options=MINE
+        2, ["mine.yaml: not an Accelerate config"], edit=lines("mine.yaml", "a: 1"), options=MINE
     ),
     "ds config: clipping": Case(
         2,
-        ["mine.json: remove", "gradient_clipping (the recipe's optim.max_grad_norm)"],
+        ["mine.json: gradient_clipping: the recipe decides this, with optim.max_grad_norm"],
         edit=ds_config(gradient_clipping=1.0),
         options=MINE,
     ),
     "ds config: optimizer": Case(
         2,
-        ["mine.json: remove", "optimizer (the recipe's optim)"],
+        ["mine.json: optimizer: the recipe decides this, with optim;"],
         edit=ds_config(optimizer={"type": "Adam"}),
         options=MINE,
     ),
     "ds config: batch size": Case(
         2,
-        ["mine.json: remove", "train_batch_size (the recipe's batch.global_size)"],
+        ["mine.json: train_batch_size: the recipe decides this, with batch.global_size"],
         edit=ds_config(train_batch_size=12),
         options=MINE,
     ),
     "ds config: precision": Case(
         2,
-        ["mine.json: remove", "bf16 (the recipe's train.precision)"],
+        ["mine.json: bf16: the recipe decides this, with train.precision"],
         edit=ds_config(bf16={"enabled": True}),
         options=MINE,
     ),
     "ds config: no stage": Case(
-        2, ["zero_optimization.stage is 0"], edit=ds_config(zero_optimization={"stage": 0}), options=MINE
+        2,
+        ["zero_optimization.stage: 0; expected 1, 2 or 3"],
+        edit=ds_config(zero_optimization={"stage": 0}),
+        options=MINE,
     ),
     "ds config: not there": Case(
         2,
@@ -146,14 +159,14 @@ RECIPES: dict[str, Case] = {
         options=MINE,
     ),
     "an unknown model_type": Case(
-        2, ["model.config.model_type: transformers knows no 'lama'", "llama"], llama(model_type="lama")
+        2, ["model.config.model_type: transformers has no model type 'lama'", "llama"], llama(model_type="lama")
     ),
     "a misspelt model key": Case(
         2,
         ["model.config.hiden_size: a llama config has no such key; did you mean model.config.hidden_size?"],
         llama(hiden_size=8),
     ),
-    "too few embeddings": Case(2, ["the model has 100 token embeddings, the tokenizer 320"], llama(vocab_size=100)),
+    "too few embeddings": Case(2, ["it has 100 token embeddings, the tokenizer 320"], llama(vocab_size=100)),
     "rows beyond the positions": Case(
         2, ["data.max_length: 65 is more than the model's max_position_embeddings (64)"], {"data": {"max_length": 65}}
     ),
@@ -183,7 +196,9 @@ RECIPES: dict[str, Case] = {
     "a group that is no expression": Case(
         2, ["optim.groups.0.match: is not a regular expression"], {"optim": {"groups": [{"match": "("}]}}, verb=CHECK
     ),
-    "a metric that is none": Case(2, ["eval.metric: 'f1' is none of: loss, perplexity"], {"eval": {"metric": "f1"}}),
+    "a metric that is none": Case(
+        2, ["eval.metric: task clm has no metric 'f1', only loss, perplexity"], {"eval": {"metric": "f1"}}, verb=CHECK
+    ),
     "an unknown recipe": Case(
         2,
         ["clmm", "did you mean clm?"],
@@ -307,7 +322,7 @@ def test_a_damaged_cache(tmp_path: Path, documents: Path, damage: str) -> None:
     assert run.stderr.count("error:") == 1
     assert "damaged" in run.stderr
     assert str(store) in run.stderr  # what to delete
-    assert json.loads((tmp_path / "run/result.json").read_text())["exit_code"] == 3
+    assert not (tmp_path / "run/result.json").exists()  # the run had not begun
 
 
 @pytest.mark.parametrize(
@@ -344,3 +359,37 @@ def test_a_good_recipe_is_good(tmp_path: Path, documents: Path) -> None:
     assert run.returncode == 0, run.stderr
     assert "valid (task clm, 8 updates, 12 rows an update)" in run.stdout
     assert documents.exists()
+
+
+def test_a_run_directory_on_a_full_disk(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:
+    write_recipe(tmp_path, documents, run_dir=str(disk / "run"))
+    with (disk / "filler").open("wb", buffering=0) as filler, contextlib.suppress(OSError):
+        while True:
+            filler.write(bytes(4096))
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert run.wait() == 2
+    assert "error: run_dir: " in run.stderr
+    assert "cannot be written: No space left on device" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch": {"global_size": 3 * 10**18}},
+        {"train": {"max_steps": 9 * 10**18}, "eval": {"every": 9 * 10**18}, "save": {"every": 9 * 10**18}},
+        {"train": {"max_steps": None, "epochs": 1e6}},
+        {"train": {"seed": 2**63 - 1, "max_steps": 1}, "eval": {"every": None}, "save": {"every": None}},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_the_largest_numbers_make_no_traceback(
+    tmp_path: Path, documents: Path, cache: Path, changes: dict[str, Any]
+) -> None:
+    """A run with them is refused, or trains."""
+    write_recipe(tmp_path, documents, **changes)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    wait_until(lambda: not run.running or last_step(tmp_path / "run") >= 1, "an end or a step", 60)
+    run.kill()
+    assert "Traceback" not in run.stderr
+    assert "error: " in run.stderr or last_step(tmp_path / "run") >= 1, run.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from ptft_dist.api import load_recipe
 from ptft_dist.config.load import Loaded, describe, dump_resolved
 from ptft_dist.config.shipped import find_shipped, shipped
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.registry import TASKS, recipe_class
 
 GOOD = """\
 task: clm
@@ -116,7 +117,7 @@ BROKEN = [
     (
         "vocab_size: 512",
         "vocab_size: 7",
-        "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 257, got 7",
+        "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 257 and at most 2000000, got 7",
     ),
     (
         "max_steps: 300",  # equal to the default in Python's eyes
@@ -136,7 +137,11 @@ BROKEN = [
         "hidden_size: .nan",
         "recipe.yaml:3: model.config.hidden_size: expected a finite number, got nan",
     ),
-    ("lr: 1e-3", f"lr: 1{'0' * 400}", "recipe.yaml:15: optim.lr: this number is too large"),
+    (
+        "lr: 1e-3",
+        f"lr: 1{'0' * 400}",
+        "recipe.yaml:15: optim.lr: this number is too large: at most 9223372036854775807",
+    ),
     ("lr: 1e-3", "lr: null", "recipe.yaml:15: optim.lr: expected a number above 0, got null"),
     ("[0.9, 0.95]", "[0.9]", "recipe.yaml:16: optim.betas: expected a list of 2 items, got a list of 1 item"),
     ("[0.9, 0.95]", "[0.9, 1, 1]", "recipe.yaml:16: optim.betas: expected a list of 2 items, got a list of 3 items"),
@@ -235,6 +240,100 @@ BROKEN = [
         "recipe.yaml:19: run_dir: a reference that does not end, or holds another; $${ stands for a plain ${",
     ),
     ("clm\n", 'clm\nx: "\\ud800"\n', "recipe.yaml:2: x: this text is not valid Unicode"),
+    ("runs/clm", '"runs\\0clm"', "recipe.yaml:19: run_dir: this text contains a NUL character"),
+    ("texts/*.txt", '"texts\\0.txt"', "recipe.yaml:9: data.train.1.path: this text contains a NUL character"),
+    (
+        "global_size: 64",
+        f"global_size: {2**70}",
+        "recipe.yaml:12: batch.global_size: this number is too large: at most 9223372036854775807",
+    ),
+    (
+        "max_steps: 300",
+        f"max_steps: {2**63}",
+        "recipe.yaml:18: train.max_steps: this number is too large: at most 9223372036854775807",
+    ),
+    (
+        "max_steps: 300",
+        f"max_steps: 300\n  seed: {'9' * 5000}",
+        f"recipe.yaml:19: train.seed: '{'9' * 40}...' is not a int",
+    ),
+    (
+        "validation: 0.02",
+        "validation: 0.02\n  max_length: 1000000000",
+        "recipe.yaml:11: data.max_length: expected a whole number of at least 2 and at most 16777216, got 1000000000",
+    ),
+    (
+        "validation: 0.02",
+        "validation: 0.02\n  workers: 100000",
+        "recipe.yaml:11: data.workers: expected a whole number of at least 0 and at most 256, got 100000",
+    ),
+    (
+        "vocab_size: 512",
+        "vocab_size: 1000000000",
+        "recipe.yaml:5: tokenizer.train.vocab_size: expected a whole number of at least 257 and at most 2000000, "
+        "got 1000000000",
+    ),
+    # What follows from the recipe alone
+    (
+        "optim:\n",
+        "eval: {metric: f1}\noptim:\n",
+        "recipe.yaml:14: eval.metric: task clm has no metric 'f1', only loss, perplexity",
+    ),
+    (
+        "global_size: 64\n  micro_size: 8",
+        "global_size: 4\n  micro_size: 8",
+        "recipe.yaml:12: batch.global_size: 4 is not a multiple of batch.micro_size (8); set batch.global_size to 8, "
+        "or batch.micro_size to 4",
+    ),
+    (
+        "global_size: 64\n  micro_size: 8",
+        "global_size: 12\n  micro_size: 5",
+        "recipe.yaml:12: batch.global_size: 12 is not a multiple of batch.micro_size (5); set batch.global_size to 10 "
+        "or 15, or batch.micro_size to 4",
+    ),
+    (
+        "global_size: 64\n  micro_size: 8",
+        "global_tokens: 1536\n  micro_size: 2",
+        "recipe.yaml:12: batch.global_tokens: 1536 tokens are 3 rows of data.max_length (512), not a multiple of "
+        "batch.micro_size (2); set batch.micro_size to 1",
+    ),
+    (
+        "global_size: 64",
+        "global_tokens: 500",
+        "recipe.yaml:12: batch.global_tokens: 500 is less than one row (data.max_length: 512)",
+    ),
+    (
+        "global_size: 64",
+        "global_tokens: 1000",
+        "recipe.yaml:12: batch.global_tokens: 1000 is not a multiple of data.max_length (512); the nearest multiples: "
+        "512, 1024",
+    ),
+    (
+        "micro_size: 8",
+        "micro_tokens: 500",
+        "recipe.yaml:13: batch.micro_tokens: 500 is less than one row (data.max_length: 512)",
+    ),
+    (
+        "- path: texts/*.txt",
+        "- path: texts/*.txt\n      limit: 3\n      fields: {text: a}",
+        "recipe.yaml:11: data.train.1.fields: has no effect here: task clm reads one column; name it with field",
+    ),
+    (
+        "run_dir: runs/clm",
+        "run_dir: runs/clm\nmlm:\n  unit: word",
+        "recipe.yaml:20: mlm: has no effect here: the task is clm",
+    ),
+    (
+        "max_steps: 300",
+        "max_steps: 300\nsave: {best: true}",
+        "recipe.yaml:19: save.best: has no effect here: it needs eval.every",
+    ),
+    (
+        "tokenizer:\n  train: {vocab_size: 512}\n",
+        "",
+        "recipe.yaml:1: tokenizer: required with model.config: learn one with tokenizer.train, or name one with "
+        "tokenizer.path",
+    ),
 ]
 
 
@@ -245,8 +344,8 @@ def test_a_mistake_is_named_with_its_line_and_key(tmp_path: Path, good: str, bad
 
 
 UNREADABLE = [
-    ("", "recipe.yaml:1: the file is empty; its required keys: task, model, tokenizer, data, batch, train, run_dir"),
-    ("# nothing\n", "recipe.yaml:1: the file is empty"),
+    ("", "recipe.yaml:1: the recipe is empty; its required keys: task, model, data, batch, train, run_dir"),
+    ("# nothing\n", "recipe.yaml:1: the recipe is empty"),
     ("- task: clm\n", "recipe.yaml:1: a recipe is a set of `key: value` lines"),
     ("task: clm\nmodel: {a: b\nbatch: 3\n", "recipe.yaml:3: not valid YAML: while parsing a flow mapping"),
     ("task: clm\n\tmodel: 3\n", "recipe.yaml:2: not valid YAML: while scanning"),
@@ -276,6 +375,112 @@ def test_a_path_that_is_no_text_file(tmp_path: Path) -> None:
 def test_an_alias_inside_its_own_anchor_ends(tmp_path: Path) -> None:
     lines = refused(tmp_path, GOOD.replace("{model_type: llama, hidden_size: 64}", "&a {model_type: llama, x: *a}"))
     assert lines == ["recipe.yaml:3: model.config.x: an alias may not stand inside its own anchor"]
+
+
+ROWS = """\
+task: classification
+model: {path: org/model}
+data:
+  train:
+    - path: a.jsonl
+    - path: b.jsonl
+      fields:
+        text: sentence
+        lable: gold
+        "a role": x
+  validation:
+    - {path: c.jsonl, field: text}
+batch: {global_size: 4, micro_size: 8}
+train: {max_steps: 5}
+eval: {metric: f1}
+run_dir: run
+"""
+
+
+def test_everything_that_follows_from_the_recipe_alone_is_reported_at_once(tmp_path: Path) -> None:
+    assert refused(tmp_path, ROWS) == [
+        "recipe.yaml:9: data.train.1.fields.lable: task classification has no role 'lable', only text, label; did you "
+        "mean label?",
+        "recipe.yaml:10: data.train.1.fields.a role: task classification has no role 'a role', only text, label",
+        "recipe.yaml:12: data.validation.0.field: has no effect here: name the columns of task classification with "
+        "fields",
+        "recipe.yaml:13: batch.global_size: 4 is not a multiple of batch.micro_size (8); set batch.global_size to 8, "
+        "or batch.micro_size to 4",
+        "recipe.yaml:15: eval.metric: task classification has no metric 'f1', only loss, accuracy, precision_macro, "
+        "recall_macro, f1_macro, precision_weighted, recall_weighted, f1_weighted, mcc",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["task=question_answering", "data.max_length=64"],
+            "recipe.yaml:1: question_answering.stride: 64 leaves no room for a context in rows of data.max_length "
+            "(64); lower it, or raise data.max_length",
+        ),
+        (
+            ["task=span_corruption", "tokenizer={path: x}", "span_corruption.sentinels=50"],
+            "command line: span_corruption.sentinels: has no effect here: it needs tokenizer.train",
+        ),
+        (
+            ["task=clm", "distillation={teacher: x}", "clm.head=fused"],
+            "command line: clm.head: fused makes no logits, which distillation needs; leave it out, or set logits",
+        ),
+        (
+            ["task=mlm", "distillation={teacher: x}", "eval.metric=divergence"],
+            "command line: distillation: has no effect here: it needs one of the tasks clm, sft, classification",
+        ),
+    ],
+)
+def test_a_setting_that_the_task_cannot_use(tmp_path: Path, overrides: list[str], expected: str) -> None:
+    assert expected in refused(tmp_path, GOOD, *overrides)
+
+
+def test_metrics_of_a_teacher(tmp_path: Path) -> None:
+    loaded = load(tmp_path, GOOD, "distillation={teacher: x}", "eval.metric=divergence")
+    assert loaded.recipe.eval.metric == "divergence"
+    assert not loaded.recipe.eval.larger_is_better
+
+
+@pytest.mark.parametrize("depth", [6, 9, 40])
+def test_nested_aliases_are_bounded(tmp_path: Path, depth: int) -> None:
+    """Each list holds the one before ten times ("billion laughs")."""
+    lines = ["a0: &a0 [x]"] + [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, depth + 1)]
+    started = time.monotonic()
+    (line,) = refused(tmp_path, GOOD + "\n".join(lines))
+    assert time.monotonic() - started < 10
+    assert line.startswith("recipe.yaml:")
+    assert "more than 100,000 values, its aliases written out" in line
+    (line,) = refused(tmp_path, GOOD, "model.config.x={" + ", ".join(lines) + "}")
+    assert line.startswith("command line: model.config.x: ")
+
+
+def test_the_tokenizer_is_the_model_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_9", "secret-name")
+    text = GOOD.replace("tokenizer:\n  train: {vocab_size: 512}\n", "")
+    given = "{path: 'org/${env:MODEL_9}', revision: abc, trust_remote_code: true}"
+    text = text.replace("\n  config: {model_type: llama, hidden_size: 64}", " " + given)
+    loaded = load(tmp_path, text)
+    section = loaded.recipe.tokenizer
+    assert (section.path, section.revision, section.trust_remote_code) == ("org/secret-name", "abc", True)
+    assert (section.train, section.add) == (None, ())
+    assert loaded.origins["tokenizer.path"] == "env MODEL_9 (recipe.yaml:2)"
+    assert loaded.origins["tokenizer.revision"] == "recipe.yaml:2"
+    assert loaded.origins["tokenizer.add"] == "default"
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_resolved(loaded))
+    assert "secret-name" not in resolved.read_text() + describe(loaded)
+    assert load_recipe(str(resolved)).recipe == loaded.recipe
+    assert load(tmp_path, text, "tokenizer={path: other}").recipe.tokenizer.path == "other"
+    assert load(tmp_path, text, "tokenizer={path: other}").recipe.tokenizer.revision is None
+
+
+def test_a_wrong_model_is_no_mistake_of_the_tokenizer(tmp_path: Path) -> None:
+    text = GOOD.replace("tokenizer:\n  train: {vocab_size: 512}\n", "").replace(
+        "config: {model_type", "pth: {model_type"
+    )
+    assert refused(tmp_path, text) == ["recipe.yaml:3: model.pth: unknown key; did you mean model.path?"]
 
 
 def test_all_mistakes_are_reported_at_once_in_the_order_of_the_file(tmp_path: Path) -> None:
@@ -313,6 +518,27 @@ def test_anchors_and_aliases(tmp_path: Path) -> None:
     text = GOOD.replace("- source: python-stdlib", "- &s {path: a}").replace("- path: texts/*.txt", "- *s")
     loaded = load(tmp_path, text, "data.train.1.path=b")
     assert [source.path for source in loaded.recipe.data.train] == ["a", "b"]
+
+
+def test_a_recipe_as_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    values = YAML(typ="safe").load(GOOD) | {"run_dir": Path("runs/clm")}
+    loaded = load_recipe(values, {"optim.lr": 1e-4, "data.train": [{"path": "é.txt"}], "optim.betas": (0.8, 0.9)})
+    assert loaded.recipe.optim.lr == 1e-4
+    assert loaded.recipe.optim.betas == (0.8, 0.9)
+    assert loaded.recipe.run_dir == "runs/clm"
+    assert loaded.base == tmp_path
+    assert loaded.origins["train.max_steps"] == "recipe"
+    assert loaded.origins["optim.lr"] == "command line"
+    again = tmp_path / "recipe.yaml"
+    again.write_text(loaded.text, encoding="utf-8")
+    assert load_recipe(str(again)).recipe.optim.lr == 1e-3  # as it was given, without overrides
+    with pytest.raises(RecipeError, match=r"^recipe: optim\.lrr: unknown key; did you mean optim\.lr\?$"):
+        load_recipe(values | {"optim": {"lrr": 1}})
+    with pytest.raises(RecipeError, match=r"^recipe: a set is no value of a recipe"):
+        load_recipe(values | {"optim": {1}})
+    with pytest.raises(RecipeError, match=r"^recipe: a recipe is a set|^recipe: .*required"):
+        load_recipe({})
 
 
 def test_overrides(tmp_path: Path) -> None:
@@ -442,7 +668,7 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
 
 def test_the_resolved_recipe_holds_every_value(tmp_path: Path) -> None:
     resolved = YAML(typ="safe").load(dump_resolved(load(tmp_path)))
-    assert list(resolved) == list(recipe_class().model_fields)
+    assert list(resolved) == [name for name in recipe_class().model_fields if name not in TASKS or name == "clm"]
     assert resolved["optim"]["schedule"] == "cosine"
     assert resolved["optim"]["betas"] == [0.9, 0.95]
     assert resolved["eval"]["every"] is None

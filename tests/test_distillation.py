@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import eval_rows, ptft, start, train_rows
@@ -106,6 +107,61 @@ def test_a_student_learns_from_its_teacher_the_same_over_any_split(
         assert run.wait() == 0, run.stderr
         losses = [row["loss"] for row in train_rows(tmp_path / name)]
         assert losses == pytest.approx([row["loss"] for row in expected], rel=1e-5), name
+
+
+def test_the_losses_by_hand_and_a_teacher_with_its_labels_in_another_order(
+    tmp_path: Path, cache: Path, teachers: dict[str, Path]
+) -> None:
+    """The student stays as it is, so that its first losses can be computed from what was exported."""
+    from safetensors.torch import load_file, save_file
+    from sklearn.utils.class_weight import compute_class_weight
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    reversed_teacher = tmp_path / "reversed"
+    shutil.copytree(teachers["classification"], reversed_teacher)
+    config = json.loads((reversed_teacher / "config.json").read_text())
+    config["id2label"] = {"0": "thing", "1": "animal"}
+    config["label2id"] = {"thing": 0, "animal": 1}
+    (reversed_teacher / "config.json").write_text(json.dumps(config))
+    weights = load_file(reversed_teacher / "model.safetensors")
+    weights |= {name: x.flip(0).contiguous() for name, x in weights.items() if name.startswith("classifier.")}
+    save_file(weights, reversed_teacher / "model.safetensors", metadata={"format": "pt"})
+
+    losses = {}
+    for name, teacher in (("same", teachers["classification"]), ("reversed", reversed_teacher)):
+        folder = tmp_path / f"student-{name}"
+        folder.mkdir()
+        path = write_student(folder, "classification", teacher)
+        recipe = json.loads(path.read_text())
+        recipe["data"]["validation"], recipe["eval"]["every"], recipe["save"]["every"] = None, None, None
+        recipe["batch"], recipe["train"]["max_steps"] = {"global_size": 160, "micro_size": 40}, 1
+        recipe["optim"]["lr"] = 1e-30
+        path.write_text(json.dumps(recipe))
+        run = start("train", "recipe.yaml", cwd=folder, cache=cache)
+        assert run.wait() == 0, run.stderr
+        (losses[name],) = train_rows(folder / "run")
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "run/model")
+    student, teacher_network = (
+        AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+        for path in (folder / "run/model", teachers["classification"])
+    )
+    assert student.config.label2id == teacher_network.config.label2id == {"animal": 0, "thing": 1}
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    labels = [student.config.label2id[row["label"]] for row in rows]
+    balanced = compute_class_weight("balanced", classes=np.array([0, 1]), y=labels)
+    hard = total = distance = 0.0
+    with torch.no_grad():
+        for row, label in zip(rows, labels, strict=True):
+            encoded = tokenizer(row["text"], truncation=True, max_length=32, return_tensors="pt")
+            ours, theirs = (network(**encoded).logits[0].double() for network in (student, teacher_network))
+            hard -= balanced[label] * ours.log_softmax(0)[label].item()
+            total += balanced[label]
+            distance += kl((theirs / 2).softmax(0).tolist(), (ours / 2).softmax(0).tolist())  # temperature 2
+    for row in losses.values():
+        assert row["hard_loss"] == pytest.approx(hard / total, rel=1e-5)
+        assert row["divergence"] == pytest.approx(distance / 160, rel=1e-4)
+        assert row["loss"] == pytest.approx(0.5 * hard / total + 0.5 * 4 * distance / 160, rel=1e-5)
 
 
 def test_a_teacher_that_is_the_student_says_nothing_new(tmp_path: Path, cache: Path, teachers: dict[str, Path]) -> None:

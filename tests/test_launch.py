@@ -1,20 +1,28 @@
-"""Launch configs are stock accelerate configs, DeepSpeed configs hold ZeRO knobs only, and `ptft` starts both."""
+"""Launch configs are stock Accelerate configs: shipped ones, those of `accelerate config`, and what is refused."""
 
 from __future__ import annotations
 
 import json
-import os
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import QUIET_MACHINE, eval_rows, start, train_rows, write_recipe
+from in_process import make_recipe
+from launch_support import HEAD, STOCK, launcher_arguments, launcher_environment
+from support import ROOT, environment, eval_rows, free_port, ptft, start, train_rows, write_recipe
 
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
-from ptft_dist.launch.deepspeed_config import RECIPE_SAYS, read_deepspeed_config
-from ptft_dist.launch.local import command, launch_config, machines, own_exit_code
+from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
+from ptft_dist.launch.environment import check_launch, describe_backend
+from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
+from ptft_dist.launch.launch_keys import BLOCKS, KEYS
+from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code
+from ptft_dist.launch.settings import LaunchSettings, check_settings, settings_of_environment
 
 CONFIGS = sorted(path.stem for path in shipped("launch_configs").glob("*.yaml"))
 EXPECTED = {
@@ -33,6 +41,16 @@ EXPECTED = {
     "cpu_zero2",
     "cpu_zero3",
 }
+ADDRESS = "10.0.0.1:23456"  # not Accelerate's default port
+
+
+def write(folder: Path, text: str) -> LaunchFile:
+    """`text` as a launch config, read."""
+    (folder / "mine.yaml").write_text(HEAD + text)
+    return read_launch_file(str(folder / "mine.yaml"))
+
+
+# --- shipped launch configs -------------------------------------------------------------------------------------------
 
 
 def test_all_launch_configs_are_there() -> None:
@@ -40,82 +58,334 @@ def test_all_launch_configs_are_there() -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_stock_accelerate_accepts_the_config(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Accelerate's own launcher reads the file and finds in it what the name says."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-
-    monkeypatch.chdir(shipped("launch_configs").parent)
-    words = command(name, 4, machines(2, 1, "10.0.0.1:29500") if "node" in name else None, ["train", "clm"])[2:]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+def test_stock_accelerate_accepts_the_config(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's own launcher reads the file, from any directory, and finds in it what the name says."""
+    monkeypatch.chdir(tmp_path)
+    several = machines(2, 1, ADDRESS) if "node" in name else None
+    file = read_launch_file(name)
+    if name == "single_gpu":
+        args = launcher_arguments(command(file, None, None, ["train", "clm"]))
+        assert (args.num_processes, bool(args.multi_gpu)) == (1, False)
+        return
+    args = launcher_arguments(command(file, 4, several, ["train", "clm"]))
     assert args.training_script == "ptft_dist"
     assert args.module
     assert args.num_processes == 4
     assert bool(args.use_deepspeed) == ("zero" in name)
     assert bool(args.use_fsdp) == (name == "fsdp2")
     if "zero" in name:
-        stage = int(name.split("zero")[1][0])
-        config = json.loads(Path(args.deepspeed_config_file).read_text())
-        assert config["zero_optimization"]["stage"] == stage
-    if "node" in name:
+        assert args.zero_stage == int(name.split("zero")[1][0])
+        assert args.deepspeed_config_file is None  # no path, so that it works from anywhere
+    if several:
         assert (args.num_machines, args.machine_rank) == (2, 1)
-        assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 29500)
+        assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 23456)
 
 
-@pytest.mark.parametrize("path", sorted(shipped("ds_configs").glob("*.json")), ids=lambda p: p.stem)
-def test_shipped_deepspeed_configs_hold_zero_knobs_only(path: Path) -> None:
-    assert set(read_deepspeed_config(path)) == {"zero_optimization"}
+def test_the_shipped_offloading_is_the_shipped_json() -> None:
+    file = read_launch_file("zero3_offload")
+    assert file.settings.deepspeed is not None
+    config = resolve_deepspeed_config(file.settings.deepspeed, "zero3_offload")
+    expected = json.loads((shipped("ds_configs") / "zero3_offload.json").read_text())
+    for name in ("offload_optimizer", "offload_param"):
+        assert expected["zero_optimization"][name].pop("pin_memory") is True  # DeepSpeed's default
+    assert config == expected
 
 
-@pytest.mark.parametrize("key", RECIPE_SAYS)
-def test_a_deepspeed_config_may_not_speak_for_the_recipe(key: str, tmp_path: Path) -> None:
-    path = tmp_path / "ds.json"
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: {"enabled": True}}))
-    with pytest.raises(RecipeError, match=key):
-        read_deepspeed_config(path)
-    path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: "auto"}))
-    assert key not in read_deepspeed_config(path)
+def test_a_config_of_the_first_version_still_finds_the_shipped_json(tmp_path: Path) -> None:
+    file = write(
+        tmp_path, "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_config_file: ds_configs/zero3.json}"
+    )
+    assert file.deepspeed_json == (shipped("ds_configs") / "zero3.json").resolve()
+    words = command(file, None, None, [])
+    assert words[words.index("--deepspeed_config_file") + 1] == str(file.deepspeed_json)
 
 
-def test_a_launch_config_from_another_folder_finds_the_shipped_deepspeed_config(tmp_path: Path) -> None:
-    copy = tmp_path / "mine.yaml"
-    copy.write_text((shipped("launch_configs") / "zero3.yaml").read_text())
-    _, deepspeed = launch_config(str(copy))
-    assert deepspeed == (shipped("ds_configs") / "zero3.json").resolve()
+# --- stock configs ----------------------------------------------------------------------------------------------------
 
 
-def test_the_exit_code_is_the_ranks_own(tmp_path: Path) -> None:
-    result = tmp_path / "result.json"
-    assert own_exit_code(0, result, 0.0) == 0
-    assert own_exit_code(-9, result, 0.0) == 1
-    result.write_text(json.dumps({"exit_code": 75}))
-    assert own_exit_code(1, result, 0.0) == 75
-    assert own_exit_code(1, result, result.stat().st_mtime + 10) == 1  # of an earlier start
+@pytest.mark.parametrize("name", [*STOCK, *(name for name in CONFIGS if name not in ("single_gpu",))])
+def test_file_and_variables_say_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our reading of the file equals our reading of the variables that Accelerate's own launcher makes of it."""
+    file = write(tmp_path, STOCK[name]) if name in STOCK else read_launch_file(name)
+    words = ["accelerate", "launch", "--config_file", str(file.path), "--machine_rank", "0", "-m", "ptft_dist"]
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda _port: False)
+    ranks = settings_of_environment(launcher_environment(words))
+    assert replace(ranks, source="") == replace(
+        file.settings, source="", dynamo_backend="no" if file.settings.deepspeed else file.settings.dynamo_backend
+    )
 
 
-def accelerate_node(rank: int, port: int, recipe: Path, cache: Path, cwd: Path) -> subprocess.Popen[str]:
-    """Stock `accelerate launch` with the shipped two-machine config, as node `rank`."""
-    words = ["accelerate.commands.launch", "--config_file", str(shipped("launch_configs") / "multi_node_ddp.yaml")]
-    words += ["--num_processes", "2", "--machine_rank", str(rank), "--main_process_ip", "127.0.0.1"]
-    words += ["--main_process_port", str(port), "-m", "ptft_dist", "train", str(recipe)]
-    env = os.environ | QUIET_MACHINE | {"PTFT_CACHE": str(cache)}
+@pytest.mark.parametrize("name", ["zero1", "zero2 with offloading", "zero3", "fsdp2"])
+def test_what_accelerate_config_writes_is_accepted(name: str, tmp_path: Path) -> None:
+    file = write(tmp_path, STOCK[name])
+    check_settings(file.settings, make_recipe(optim={"max_grad_norm": 0.4}))
+    assert local_processes(file, None, None) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixed_precision": "bf16"}, r"mixed_precision: bf16 contradicts the recipe's train\.precision: fp32"),
+        ({"mixed_precision": "fp8"}, r"the precision \(fp32, bf16 or fp16\) in the recipe"),
+        ({"dynamo_backend": "inductor"}, r"dynamo_backend: inductor: .* model\.compile: true"),
+        ({"gradient_accumulation_steps": "4"}, r"gradient_accumulation_steps: 4: .*batch\.global_size"),
+        ({"gradient_clipping": "1.0"}, r"gradient_clipping: 1\.0 contradicts the recipe's optim\.max_grad_norm: 0\.4"),
+        ({"fsdp_version": 1}, "FSDP version 1 is not supported; .*accelerate to-fsdp2"),
+        ({"megatron": True}, "Megatron-LM is not supported"),
+        ({"fsdp_version": 2, "parallel_sizes": {"tp_size": 1}}, "parallelism_config: remove it"),
+    ],
+)
+def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=f"mine.yaml: .*{message}"):
+        check_settings(LaunchSettings("mine.yaml", **settings), make_recipe(optim={"max_grad_norm": 0.4}))
+
+
+def test_fsdp_keys_without_their_prefix(tmp_path: Path) -> None:
+    file = write(tmp_path, "distributed_type: FSDP\nfsdp_config: {version: 2, offload_params: false}")
+    assert file.settings.fsdp_version == 2
+
+
+def test_what_repeats_the_recipe_is_accepted() -> None:
+    recipe = make_recipe(train={"precision": "bf16"}, optim={"max_grad_norm": 1})
+    check_settings(
+        LaunchSettings("mine.yaml", "bf16", gradient_accumulation_steps="1", gradient_clipping="1.0"), recipe
+    )
+    with pytest.raises(RecipeError, match=r"gradient_clipping: 1\.0 .*max_grad_norm: None"):
+        check_settings(LaunchSettings("mine.yaml", gradient_clipping="1.0"), make_recipe(optim={"max_grad_norm": None}))
+
+
+def test_all_problems_come_in_one_message() -> None:
+    settings = LaunchSettings("mine.yaml", "fp8", "eager", 1, gradient_accumulation_steps="2")
+    with pytest.raises(RecipeError) as raised:
+        check_settings(settings, make_recipe())
+    assert [line.split(":")[0] for line in str(raised.value).splitlines()] == ["mine.yaml"] * 4
+
+
+def test_a_rank_checks_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    with pytest.raises(RecipeError, match="the launch config: gradient_accumulation_steps: 2"):
+        check_launch(make_recipe())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("distributed_type: MULTI_GPU\nnum_proceses: 2", "num_proceses: unknown key; did you mean num_processes?"),
+        (
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {zero_stag: 3}",
+            "deepspeed_config.zero_stag: unknown key; did you mean deepspeed_config.zero_stage?",
+        ),
+        (
+            "distributed_type: FSDP\nfsdp_config: {fsdp_version: 2, fsdp_ofload_params: true}",
+            "fsdp_config.fsdp_ofload_params: unknown key; did you mean fsdp_config.fsdp_offload_params?",
+        ),
+        ("distributed_type: MEGATRON_LM", "distributed_type: MEGATRON_LM: not supported; use one of NO, DEEPSPEED"),
+        ("distributed_type: MULTI_CPU", r"distributed_type: MULTI_CPU: not supported; .*launch config cpu"),
+        ("distributed_type: 'NO'", "num_processes: 2: distributed_type NO starts one process"),
+        ("distributed_type: DEEPSPEED\ndeepspeed_config: 3", "deepspeed_config: 3; expected a block of keys"),
+    ],
+)
+def test_keys_and_types_that_cannot_work(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=message.replace("?", r"\?")):
+        write(tmp_path, text)
+
+
+def test_the_known_keys_are_accelerates() -> None:
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.commands.launch import launch_command_parser
+
+    assert set(KEYS) == set(ClusterConfig.__dataclass_fields__) | {"fp16", "dynamo_backend"}
+    options = {action.dest for action in launch_command_parser()._actions}
+    assert set(BLOCKS["parallelism_config"]) == {name for name in options if name.startswith("parallelism_config_")}
+    assert set(BLOCKS["fsdp_config"]) - {"fsdp_ignored_modules"} == {n for n in options if n.startswith("fsdp_")}
+    assert set(BLOCKS["deepspeed_config"]) <= options
+
+
+def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` sets no variable for them; our launcher does."""
+    inline = "{zero_stage: 3, offload_param_device: nvme, offload_param_nvme_path: /nvme}"
+    file = write(tmp_path, f"distributed_type: DEEPSPEED\ndeepspeed_config: {inline}")
+    environments: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, _words: list[str], env: dict[str, str], **_options: Any) -> None:
+            environments.append(env)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert launch(command(file, None, None, []), tmp_path / "run", 1, file.variables) == 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert environments[0]["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"] == "/nvme"
+
+
+# --- processes and machines -------------------------------------------------------------------------------------------
+
+
+def test_each_machine_starts_its_share(tmp_path: Path) -> None:
+    file = write(tmp_path, "distributed_type: MULTI_GPU")  # num_processes: 2
+    two = machines(2, 0, ADDRESS)
+    assert local_processes(file, None, None) == 2
+    assert local_processes(file, 8, None) == 8
+    assert local_processes(file, 8, two) == 4
+    assert local_processes(file, None, two) == 1
+    with pytest.raises(RecipeError, match="--processes: 7 cannot be divided over 2 machines"):
+        local_processes(file, 7, two)
+
+
+def test_a_config_for_two_machines_does_not_start_all_processes_on_one() -> None:
+    file = read_launch_file("multi_node_ddp")
+    assert local_processes(file, None, machines(2, 1, ADDRESS)) == 8
+    assert local_processes(file, 4, None) == 4
+    with pytest.raises(RecipeError, match=r"multi_node_ddp\.yaml is for 2 machines: give --machines"):
+        local_processes(file, None, None)
+
+
+def test_one_process_and_no_number_of_processes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--processes: 4: .* starts one process"):
+        local_processes(read_launch_file("single_gpu"), 4, None)
+    (tmp_path / "mine.yaml").write_text("distributed_type: MULTI_GPU")
+    with pytest.raises(RecipeError, match="no num_processes; give --processes N"):
+        local_processes(read_launch_file(str(tmp_path / "mine.yaml")), None, None)
+
+
+@pytest.mark.parametrize(
+    ("count", "rank", "address", "message"),
+    [
+        (2, 2, ADDRESS, "--machine-rank: 2; with --machines 2 it goes from 0 to 1"),
+        (2, 0, None, "several machines need all of"),
+        (2, None, ADDRESS, "several machines need all of"),
+        (None, 1, ADDRESS, "several machines need all of"),
+        (2, 0, "host", "--address: 'host'; expected HOST:PORT"),
+        (2, 0, ":1", "--address: ':1'; expected HOST:PORT"),
+    ],
+)
+def test_options_for_several_machines_that_do_not_fit(
+    count: int | None, rank: int | None, address: str | None, message: str
+) -> None:
+    with pytest.raises(RecipeError, match=message):
+        machines(count, rank, address)
+
+
+def test_the_ranks_meet_at_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate's launcher gives torchrun the host and the port of --address, whatever the config says."""
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda _port: False)
+    for name in ("multi_node_ddp", "zero2"):
+        args = launcher_arguments(command(read_launch_file(name), 4, machines(2, 1, ADDRESS), ["train", "clm"]))
+        args.deepspeed_fields_from_accelerate_config = ""
+        (prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_multi_gpu_env)(args)
+        assert args.rdzv_endpoint == ADDRESS
+        assert (args.nnodes, args.node_rank, args.nproc_per_node) == ("2", 1, "2")
+
+
+@pytest.mark.parametrize("option", [["--launch", "zero3"], ["--processes", "2"], ["--machine-rank", "0"]])
+def test_a_launched_process_launches_nothing(option: list[str], tmp_path: Path, documents: Path, cache: Path) -> None:
+    write_recipe(tmp_path, documents)
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    run = start("train", "recipe.yaml", *option, cwd=tmp_path, cache=cache, env=rank)
+    assert run.wait() == 2
+    assert f"{option[0]}: no effect in a process that a launcher has started" in run.stderr
+
+
+def test_the_exit_code_is_the_ranks_own() -> None:
+    assert own_exit_code(0, "75") == 0
+    assert own_exit_code(-9, "") == 1
+    assert own_exit_code(3, "") == 3
+    assert own_exit_code(1, "75") == 75
+
+
+# --- real runs --------------------------------------------------------------------------------------------------------
+
+
+def accelerate(config: Path, *words: str, cwd: Path, cache: Path) -> subprocess.Popen[str]:
+    """Stock `accelerate launch` with a config."""
+    launch = ["accelerate.commands.launch", "--config_file", str(config), *words]
+    env = environment({"PTFT_CACHE": str(cache), "PYTHONPATH": str(ROOT)})
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-m", *words], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([sys.executable, "-m", *launch], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
-def test_two_nodes_on_one_host(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """Two launchers with ranks, an address and a port meet, and compute what one process computes."""
-    from support import free_port
+def same_curve(run: Path, expected: Path) -> None:
+    for key, get in (("loss", train_rows), ("eval/loss", eval_rows)):
+        values = [row[key] for row in get(expected)]
+        assert values
+        assert [row[key] for row in get(run)] == pytest.approx(values, rel=1e-5)
 
+
+def backend_of(run: Path) -> tuple[str, int]:
+    found = json.loads((run / "environment.json").read_text())
+    return found["kind"], found["world_size"]
+
+
+@pytest.fixture
+def alone(tmp_path: Path, documents: Path, cache: Path) -> Path:
+    """The run directory of the tiny recipe, trained by one process; recipe.yaml lies beside it."""
     recipe = write_recipe(tmp_path, documents)
-    alone = start("train", str(recipe), "run_dir=alone", cwd=tmp_path, cache=cache)
-    assert alone.wait() == 0, alone.stderr
-    port = free_port()
-    nodes = [accelerate_node(rank, port, recipe, cache, tmp_path) for rank in (0, 1)]
+    run = start("train", str(recipe), "run_dir=alone", cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    return tmp_path / "alone"
+
+
+def test_a_shipped_deepspeed_config_under_stock_accelerate_from_anywhere(
+    tmp_path: Path, cache: Path, alone: Path
+) -> None:
+    config = shipped("launch_configs") / "cpu_zero2.yaml"
+    node = accelerate(
+        config, "--main_process_port", "0", "-m", "ptft_dist", "train", "recipe.yaml", cwd=tmp_path, cache=cache
+    )
+    _, errors = node.communicate(timeout=180)
+    assert node.returncode == 0, errors
+    assert backend_of(tmp_path / "run") == ("zero2", 2)
+    same_curve(tmp_path / "run", alone)
+
+
+def test_a_stock_deepspeed_config_under_our_launcher(tmp_path: Path, cache: Path, alone: Path) -> None:
+    write(tmp_path, STOCK["zero3"])
+    done = ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    assert done.returncode == 0, done.stderr
+    assert backend_of(tmp_path / "run") == ("zero3", 2)
+    same_curve(tmp_path / "run", alone)
+
+
+def test_a_refusal_by_the_ranks_keeps_its_exit_code(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """The launcher process does not read checkpoints; torchrun ends with 1 for every failure."""
+    write_recipe(tmp_path, documents)
+    words = ["train", "recipe.yaml", "--launch", "cpu", "--resume", "no/such/checkpoint"]
+    done = ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    assert done.returncode == 4, done.stderr
+    assert "no/such/checkpoint" in done.stderr
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_two_nodes_on_one_host(tmp_path: Path, cache: Path, alone: Path) -> None:
+    """Two launchers with ranks, an address and a port meet, and compute what one process computes."""
+    port = str(free_port())
+    config = shipped("launch_configs") / "multi_node_ddp.yaml"
+    words = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    train = ["-m", "ptft_dist", "train", "recipe.yaml"]
+    nodes = [
+        accelerate(config, *words, "--machine_rank", str(rank), *train, cwd=tmp_path, cache=cache) for rank in (0, 1)
+    ]
     for node in nodes:
         _, errors = node.communicate(timeout=120)
         assert node.returncode == 0, errors
-    environment = json.loads((tmp_path / "run/environment.json").read_text())
-    assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
-    for key, get in (("loss", train_rows), ("eval/loss", eval_rows)):
-        expected = [row[key] for row in get(tmp_path / "alone")]
-        assert [row[key] for row in get(tmp_path / "run")] == pytest.approx(expected, rel=1e-5)
+    assert backend_of(tmp_path / "run") == ("ddp", 2)
+    same_curve(tmp_path / "run", alone)
+
+
+def test_the_start_line_names_the_backend(tmp_path: Path, documents: Path, cache: Path) -> None:
+    write_recipe(tmp_path, documents, train={"max_steps": 4})
+    for name, variables, text in (
+        ("torchrun", {}, "ddp (default: started without a launch config"),
+        ("config", {"ACCELERATE_MIXED_PRECISION": "no"}, "ddp, 2 x CPU"),
+    ):
+        run = start("train", "recipe.yaml", f"run_dir={name}", cwd=tmp_path, cache=cache, ranks=2, env=variables)
+        assert run.wait() == 0, run.stderr
+        assert f"parameters, {text}" in run.stdout + run.stderr
+    assert describe_backend("zero3", {}) == "zero3"

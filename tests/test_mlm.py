@@ -120,6 +120,58 @@ def test_spans_have_the_lengths_of_the_paper(tokenizers: dict[str, Any]) -> None
     assert 3.4 < np.mean(lengths) < 5.0
 
 
+def test_a_special_token_ends_a_word(tokenizers: dict[str, Any]) -> None:
+    """Packed documents: the last word of one and the first of the next are chosen independently."""
+    tokenizer = tokenizers["bpe"]
+    task = make(tokenizer, unit="word", probability=0.5)
+    first, second = (tokenizer(word, add_special_tokens=False).input_ids for word in ("return", "import"))
+    ids = np.array([*first, tokenizer.sep_token_id, *second])
+    pairs = set()
+    for i in range(40):
+        _, targets = task.mask(ids, np.random.default_rng((0, 0, i)))
+        pairs.add((bool(targets[0] != -100), bool(targets[-1] != -100)))
+    assert pairs == {(False, False), (False, True), (True, False), (True, True)}
+
+
+def test_random_replacements_are_uniform(tokenizers: dict[str, Any]) -> None:
+    """All 20,000 tokens are chosen and replaced: the 600 ids come about 33 times each, and many in every row."""
+    task = make(tokenizers["bpe"], probability=0.999, mask_share=0.0, random_share=1.0)
+    replaced = []
+    for i in range(20):
+        seen, targets = task.mask(np.full(1000, 300), np.random.default_rng((0, 0, i)))
+        replaced.append(seen[targets != -100])
+        assert len(set(replaced[-1].tolist())) > 400
+    times = np.bincount(np.concatenate(replaced), minlength=600)
+    assert len(times) == 600  # no id beyond the vocabulary
+    assert (times.min(), times.max()) > (8, 40)
+    assert times.max() < 70
+
+
+def test_a_span_is_masked_replaced_or_kept_as_one(tokenizers: dict[str, Any]) -> None:
+    task, fates = make(tokenizers["bpe"], unit="span"), {"masked": 0, "replaced": 0, "kept": 0}
+    for i in range(40):
+        seen, targets = task.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], targets != -100, [0]))))
+        for span in (seen[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)):
+            of_tokens = {"masked": span == task.mask_id, "kept": span == 300}
+            of_tokens["replaced"] = ~of_tokens["masked"] & ~of_tokens["kept"]
+            fate = max(of_tokens, key=lambda name: of_tokens[name].sum())
+            # A replacement is sometimes the mask or the token itself by chance: 1 of 300.
+            assert of_tokens[fate].all() or (fate == "replaced" and of_tokens[fate].sum() >= len(span) - 1)
+            fates[fate] += len(span) > 1
+    assert min(fates.values()) > 10
+
+
+def test_special_tokens_do_not_count_in_the_share_of_spans(tokenizers: dict[str, Any]) -> None:
+    """A row of 200 ordinary tokens and 200 special ones: 15 % of the ordinary ones are chosen."""
+    tokenizer = tokenizers["bpe"]
+    task = make(tokenizer, unit="span")
+    ids = np.concatenate([np.full(200, 300), np.full(200, tokenizer.sep_token_id)])
+    for i in range(10):
+        _, targets = task.mask(ids, np.random.default_rng((0, 0, i)))
+        assert (targets != -100).sum() == 30
+
+
 def test_the_choice_follows_from_seed_epoch_and_row_alone(tokenizers: dict[str, Any]) -> None:
     task, rows = make(tokenizers["bpe"]), rows_of(tokenizers["bpe"], 4)
     together = task.collate(rows, [(3, i) for i in range(4)]).inputs

@@ -132,6 +132,15 @@ def test_the_share_is_that_of_the_recipe() -> None:
         assert not choose_spans(np.zeros(2, bool), dense, np.random.default_rng(i)).all()
 
 
+def test_a_span_begins_anywhere_in_its_stretch_equally_often() -> None:
+    """One token of every six: each of the six places about 1,000 times."""
+    section = PlmSettings(longest_span=1, mask_share=1 / 6)
+    chosen = choose_spans(np.zeros(36000, bool), section, np.random.default_rng(0))
+    times = chosen.reshape(6000, 6).sum(0)
+    assert times.sum() == 6000
+    assert (abs(times - 1000) < 120).all(), times  # four standard deviations
+
+
 def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> None:
     task = make(tokenizer)
     batch = task.collate(rows_of(tokenizer, [20, 41, 64]), [(0, i) for i in range(3)])

@@ -345,7 +345,7 @@ def test_sentences_without_words_are_left_out_and_counted(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"labels": ["O", "O"]}, "each tag may stand there once"),
+        ({"labels": ["O", "O"]}, "a tag is listed twice"),
         ({"labels": ["O", "PER"]}, "'PER' is no tag of the scheme iob2"),
         ({"labels": ["O", "B-A"], "pieces": "all"}, "needs I-A beside B-A"),
     ],

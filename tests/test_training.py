@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import in_process
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import eval_rows, file_digest, ptft, start, train_rows, write_recipe
+from support import eval_rows, file_digest, outcome, ptft, start, train_rows, write_recipe
 
 Model = dict[str, Any]
 
 
-def run(tmp_path: Path, documents: Path, cache: Path, name: str = "run", code: int = 0, **changes: Any) -> Path:
+def run(
+    tmp_path: Path,
+    documents: Path,
+    cache: Path,
+    name: str = "run",
+    code: int = 0,
+    patches: Sequence[str] = (),
+    **changes: Any,
+) -> Path:
     recipe = write_recipe(tmp_path / f"recipe-{name}", documents, **changes)
-    done = start("train", str(recipe), f"run_dir={name}", cwd=tmp_path, cache=cache)
+    done = start("train", str(recipe), f"run_dir={name}", cwd=tmp_path, cache=cache, patches=patches)
     assert done.wait() == code, done.stderr
     return tmp_path / name
 
@@ -79,29 +89,59 @@ def test_bf16_is_near_fp32_and_keeps_fp32_weights(tmp_path: Path, documents: Pat
 
 
 def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """A rate that ruins the model after a few updates: the best evaluation is an early one."""
+    """The losses of the evaluations are made: a better one after a worse one resets the patience, and the best is not
+    the last."""
+    made = {2: 3.0, 4: 4.0, 6: 2.0, 8: 3.0, 10: 2.0, 12: 1.0}  # as good as the best is not better
     changes: dict[str, Any] = {
-        "optim": {"lr": 0.5, "schedule": "constant", "warmup": 30, "max_grad_norm": None},
         "train": {"max_steps": 40},
-        "eval": {"every": 2, "patience": 3},
+        "eval": {"every": 2, "patience": 2},
         "save": {"every": 2, "keep": 1, "best": True, "export": "best"},
     }
-    run_dir = run(tmp_path, documents, cache, **changes)
-    evaluations = {row["step"]: row["eval/loss"] for row in eval_rows(run_dir)}
-    best = min(evaluations, key=lambda step: evaluations[step])
-    after = [step for step in evaluations if step > best]
-    assert len(after) == 3, evaluations  # patience
-    assert all(evaluations[step] >= evaluations[best] for step in after)
+    run_dir = run(tmp_path, documents, cache, patches=[patch_of(made)], **changes)
+    evaluations = {row["step"]: row for row in eval_rows(run_dir)}
+    assert {step: row["eval/loss"] for step, row in evaluations.items()} == {2: 3.0, 4: 4.0, 6: 2.0, 8: 3.0, 10: 2.0}
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
-    assert kept == [f"step-{best:08d}", f"step-{max(evaluations):08d}"]
+    assert kept == ["step-00000006", "step-00000010"]
     result = json.loads((run_dir / "result.json").read_text())
-    assert result["reason"] == "out of patience"
-    assert result["best"] == {"step": best, "loss": evaluations[best]}
+    assert (result["reason"], result["steps"]) == ("out of patience", 10)
+    assert (result["best"]["step"], result["best"]["loss"]) == (6, 2.0)
+    assert result["metrics_step"] == 6  # of the exported weights
+    assert result["metrics"] == {name: x for name, x in evaluations[6].items() if name.startswith("eval/")}
     exported, stored = (
         load_file(run_dir / "model/model.safetensors"),
-        load_file(run_dir / f"checkpoints/step-{best:08d}/model.safetensors"),
+        load_file(run_dir / "checkpoints/step-00000006/model.safetensors"),
     )
     assert all(torch.equal(value, stored[name]) for name, value in exported.items())
+
+
+def patch_of(losses: dict[int, float]) -> str:
+    return ":".join(["evaluations", *(f"{step}={loss}" for step, loss in losses.items())])
+
+
+def test_patience_goes_on_at_a_resume(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """Killed between two worse evaluations, the run stops after the same update as one that was not killed."""
+    changes: dict[str, Any] = {
+        "train": {"max_steps": 8},
+        "eval": {"every": 1, "patience": 2},
+        "save": {"every": 1, "keep": None},
+    }
+    made = patch_of({step: float(step) for step in range(1, 9)})
+    whole = run(tmp_path, documents, cache, "whole", patches=[made], **changes)
+    run(tmp_path, documents, cache, "killed", code=1, patches=[made, "raise_in_rank:0:3"], **changes)
+    killed = run(tmp_path, documents, cache, "killed", patches=[made], **changes)
+    assert json.loads((whole / "result.json").read_text())["steps"] == 3
+    assert outcome(killed) == outcome(whole)
+
+
+def test_tokens_are_those_read(tmp_path: Path) -> None:
+    """Not the labels, of which an unpacked row has one less than tokens, and not the padding."""
+    lengths = [2, 5, 9, 17, 3, 30]
+    recipe = in_process.make_recipe()  # an update has six rows: all of them
+    store = in_process.make_store(tmp_path / "store", lengths)
+    with in_process.make_trainer(tmp_path, store, recipe) as (trainer, kept):
+        trainer.fit()
+    assert [row["tokens"] for row in kept.rows] == [66, 132, 198, 264]
+    assert [row["loss_tokens"] for row in kept.rows] == [60] * 4
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path, documents: Path, cache: Path) -> None:

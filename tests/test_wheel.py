@@ -42,8 +42,16 @@ def test_recipes_and_launch_configs_are_found_by_name(installed: Path, tmp_path:
     where = run(installed, tmp_path, "-c", "import ptft_dist; print(ptft_dist.__file__)").strip()
     assert Path(where).is_relative_to(installed)  # not the checkout
     assert "valid" in run(installed, tmp_path, "-m", "ptft_dist", "config", "check", "clm")
-    probe = "from ptft_dist.launch.local import launch_config; print(*launch_config('zero2'))"
-    for path in run(installed, tmp_path, "-c", probe).split():
+    probe = (
+        "from ptft_dist.launch.launch_file import read_launch_file as read\n"
+        "print(read('zero2').path, read('FILE').deepspeed_json)"
+    )
+    old = tmp_path / "old.yaml"  # names the JSON as the launch configs of the first version did
+    names_json = "deepspeed_config: {deepspeed_config_file: ds_configs/zero3.json}"
+    old.write_text(f"distributed_type: DEEPSPEED\nnum_processes: 2\n{names_json}\n")
+    paths = run(installed, tmp_path, "-c", probe.replace("FILE", str(old))).split()
+    assert [Path(path).name for path in paths] == ["zero2.yaml", "zero3.json"]
+    for path in paths:
         assert Path(path).is_file()
         assert Path(path).is_relative_to(installed)
 

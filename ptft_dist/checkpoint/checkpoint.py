@@ -16,14 +16,16 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from ptft_dist.errors import CheckpointError, ShardWriteError
+from ptft_dist.errors import CheckpointError, CheckpointVersionError, ShardWriteError
 
 MANIFEST = "manifest.json"
 FORMAT = 1
+T = TypeVar("T")
 _NAME = re.compile(r"step-(\d{8,})")
 _PARTIAL, _TRASH = ".partial-", ".trash-"
+Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "sha256": hex digest}
 
 
 class Ranks(Protocol):
@@ -52,11 +54,27 @@ class Checkpoint:
     step: int
     manifest: dict[str, Any]
 
+    def fact(self, key: str, kind: type[T]) -> T:
+        """What the manifest says under `key`. Raises CheckpointVersionError if it is not there or of another type."""
+        value = self.manifest.get(key)
+        if not isinstance(value, kind):
+            raise CheckpointVersionError(
+                f"{self.path / MANIFEST} was written by another version of ptft: this version reads {key!r} from it, "
+                f"a {kind.__name__}; go on with the version that wrote it"
+            )
+        return value
+
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`. Raises CheckpointError if its manifest is missing, unreadable or altered."""
+    """The checkpoint at `path`.
+
+    Raises:
+        CheckpointVersionError: another version of the program wrote it, which this one cannot read.
+        CheckpointError: its manifest is missing, unreadable or altered.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        _check_version(path, manifest)
         claimed = manifest.pop("sha256")
     except FileNotFoundError:
         what = f"has no {MANIFEST}: it is not a checkpoint, or was damaged" if path.is_dir() else "does not exist"
@@ -65,9 +83,18 @@ def read_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}): the checkpoint is damaged") from None
     if claimed != _manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} was altered: its own hash does not match")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {manifest['format']}; this version reads format {FORMAT}")
-    return Checkpoint(path, int(manifest["step"]), manifest)
+    if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), dict):
+        raise CheckpointVersionError(f"{path / MANIFEST} was written by another version of ptft, which must read it")
+    return Checkpoint(path, manifest["step"], manifest)
+
+
+def _check_version(path: Path, manifest: dict[str, Any]) -> None:
+    """Before the manifest's own hash is compared: another version may compute it in another way."""
+    if "sha256" in manifest and manifest.get("format") != FORMAT:
+        raise CheckpointVersionError(
+            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}: go on with the version "
+            "of ptft that wrote it"
+        )
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
@@ -100,13 +127,15 @@ class Checkpoints:
         """The newest checkpoint whose every byte is as written; None if there never was one.
 
         Damaged ones are named through `warn`. Raises CheckpointError if there are some and none is good: to start
-        from zero then is for the user to say.
+        from zero then is for the user to say. Raises CheckpointVersionError at one that this version cannot read.
         """
         paths = self.paths()
         for path in reversed(paths):
             try:
                 checkpoint = read_checkpoint(path)
                 problems = verify(checkpoint, ranks)
+            except CheckpointVersionError:
+                raise
             except CheckpointError as error:
                 problems = [str(error)]
             if not problems:
@@ -120,13 +149,17 @@ class Checkpoints:
         return None
 
     def commit(
-        self, step: int, write: Callable[[Path], None], facts: dict[str, Any], ranks: Ranks, need_bytes: int = 0
+        self, step: int, write: Callable[[Path], Files | None], facts: dict[str, Any], ranks: Ranks, need_bytes: int = 0
     ) -> Checkpoint:
-        """Write a checkpoint on all ranks: `write(folder)` writes this rank's files, `facts` go into the manifest.
+        """Write a checkpoint on all ranks.
 
-        need_bytes: about how large it will be; with less space free it is not begun, since a rank that fails in the
-        middle of a sharded write leaves the others waiting. Raises SaveError on every rank if any of them failed;
-        nothing is left behind then.
+        write: called as write(folder) on each rank; writes files and returns size and hash of those that it has
+            already hashed and flushed to the disk. The others are read and hashed here.
+        facts: go into the manifest.
+        need_bytes: about how large the checkpoint will be. With less space free it is not begun, since a rank that
+            fails in the middle of a sharded write leaves the others waiting.
+
+        Raises SaveError on every rank if any of them failed; nothing is left behind then.
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"{_PARTIAL}{final.name}"
@@ -140,8 +173,10 @@ class Checkpoints:
                 raise OSError(errno.ENOSPC, f"about {need_bytes:,} bytes are needed, {free:,} are free", self.folder)
             partial.mkdir()
 
-        def seal() -> dict[str, Any]:
-            return {name: _seal(partial / name) for name in _files(partial)[ranks.rank :: ranks.world_size]}
+        def seal() -> Files:
+            """Hash this rank's share of the files that nobody has hashed."""
+            left = [name for name in _files(partial) if name not in hashed]
+            return {name: _seal(partial / name) for name in left[ranks.rank :: ranks.world_size]}
 
         def finish() -> None:
             manifest = {"format": FORMAT, "step": step, **facts, "files": files}
@@ -154,8 +189,8 @@ class Checkpoints:
 
         try:
             _together(ranks, start if main else None)
-            _together(ranks, lambda: write(partial))
-            files = {name: facts for part in _together(ranks, seal) for name, facts in part.items()}
+            hashed = _merged(_together(ranks, lambda: write(partial)))
+            files = hashed | _merged(_together(ranks, seal))
             _together(ranks, finish if main else None)
         except SaveError:
             if main:
@@ -212,11 +247,16 @@ def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
     return [result for result, _ in outcomes]
 
 
+def _merged(parts: list[Files | None]) -> Files:
+    return {name: facts for part in parts for name, facts in (part or {}).items()}
+
+
 def _files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
 def _seal(path: Path) -> dict[str, Any]:
+    """Size and hash of a file, flushed to the disk."""
     _fsync(path)
     return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
 

@@ -1,22 +1,32 @@
-"""What a checkpoint must have in common with the recipe that resumes it."""
+"""What a checkpoint must have in common with the recipe that resumes it: the identity of a run.
+
+An identity is plain JSON, part of every manifest:
+
+    {"chosen":  {dotted key: value},    keys whose value is not the default
+     "default": {dotted key: value},    keys at their default
+     "data":    {"fingerprint": hash of the prepared rows, part: what that part was}}
+
+Keys that one of two versions of the program does not know count as their default there. Versions up to 0.1 wrote
+{dotted key: value} instead, with the sections of all tasks; such identities are read too.
+"""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptft_dist.config.load import Loaded, public_values
+from ptft_dist.config.section import Section
 
-# Keys (or sections) that may change between the parts of one run: where it writes, how it looks at itself, and how the
-# machine computes the same mathematics. Everything else matters, new keys too.
-FREE = (
+MAY_CHANGE = (
     "run_dir",
     "save",
     "eval",
     "log",
     "data.cache_dir",
     "data.workers",
-    "data.train",  # what the documents say is compared by the prepared data's fingerprint, not where they lie
+    "data.train",  # the contents of the sources are compared instead of their paths
     "data.validation",
     "tokenizer",
     "batch.micro_size",
@@ -34,34 +44,126 @@ FREE = (
     "model.compile",
     "train.deterministic",
 )
+"""Keys and sections that may change when a run is resumed: where it writes, how it is evaluated, and how the machine
+computes the same mathematics. All other keys must stay, new ones too."""
+
+PREPARED_DATA = "prepared data"
+"""The key for `--accept` when the prepared rows differ and nothing says why."""
+
+_ABSENT = object()
 
 
-def leaves(value: Any, prefix: str = "") -> dict[str, Any]:
+def run_identity(
+    loaded: Loaded, fingerprint: str, data_parts: Mapping[str, Any], files: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The identity of the run that this recipe starts.
+
+    Args:
+        fingerprint: hash of the prepared rows.
+        data_parts: what the rows follow from besides the recipe's keys; `Prepared.parts`.
+        files: name -> hash of the files of a network that is read and not trained, such as a teacher.
+    """
+    values, defaults = _keys(loaded.recipe.own_values()), set(_keys_at_default(loaded.recipe))
+    public = _keys(public_values(loaded))
+    # What a reference stands for may be secret: its hash is written.
+    shown = {key: value if public[key] == value else _hashed(public[key], value) for key, value in values.items()}
+    kept = {key: value for key, value in shown.items() if not may_change(key)}
+    return {
+        "chosen": {key: value for key, value in kept.items() if key not in defaults} | dict(files or {}),
+        "default": {key: value for key, value in kept.items() if key in defaults},
+        "data": {"fingerprint": fingerprint, **_keys(dict(data_parts))},
+    }
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of this key."""
+    return f"{key}.".startswith(tuple(f"{free}." for free in MAY_CHANGE))
+
+
+def all_keys(identity: Mapping[str, Any]) -> set[str]:
+    """Every key that can differ between this identity and another one."""
+    chosen, default, data = _read(identity)
+    return {*chosen, *default, *(data.keys() - {"fingerprint"}), PREPARED_DATA}
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
+    """Each key that differs, in alphabetical order, and how: what the checkpoint has and what this run has."""
+    (saved_chosen, saved_default, saved_data), (chosen, default, data) = _read(saved), _read(current)
+    if "default" not in saved:  # all sections of other tasks stand there too, at their defaults
+        sections = {key.partition(".")[0] for key in (*chosen, *default)}
+        saved_chosen = {key: value for key, value in saved_chosen.items() if key.partition(".")[0] in sections}
+    found: dict[str, str] = {}
+    for key in saved_chosen.keys() | saved_default.keys() | chosen.keys() | default.keys():
+        before = saved_chosen.get(key, saved_default.get(key, _ABSENT))
+        now = chosen.get(key, default.get(key, _ABSENT))
+        only_default = (before is _ABSENT and key in default) or (now is _ABSENT and key in saved_default)
+        if before != now and not only_default:
+            found[key] = f"{_shown(before)} in the checkpoint, {_shown(now)} now"
+    if saved_data["fingerprint"] != data["fingerprint"]:
+        found |= _data_differences(saved_data, data, found)
+    return dict(sorted(found.items()))
+
+
+def _data_differences(saved: Mapping[str, Any], data: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, str]:
+    """Why the prepared rows differ. found: the recipe's keys that differ; they may be the reason."""
+    parts = {key: _part_change(key, saved[key], data[key]) for key in saved.keys() & data.keys() - {"fingerprint"}}
+    changed = {key: text for key, text in parts.items() if text}
+    if changed or any(not key.startswith(("optim.", "batch.", "train.max_", "train.epochs")) for key in found):
+        return changed
+    return {
+        PREPARED_DATA: "the rows differ: the sources, the tokenizer or a library changed, or the checkpoint was made "
+        "by an earlier version of ptft, which prepared them differently"
+    }
+
+
+def _part_change(key: str, saved: Any, current: Any) -> str | None:
+    """What happened to one part of the prepared data; None: nothing."""
+    if saved == current:
+        return None
+    if key == "tokenizer":
+        return "another tokenizer"
+    if not isinstance(saved, list) or not isinstance(current, list):
+        return f"{_sources(saved)} in the checkpoint, {_sources(current)} now"
+    if len(saved) != len(current):
+        return f"{_sources(saved)} in the checkpoint, {_sources(current)} now"
+    changed = [f"{key}[{i}]" for i, (one, other) in enumerate(zip(saved, current, strict=True)) if one != other]
+    return f"other contents in {', '.join(changed)}"
+
+
+def _sources(value: Any) -> str:
+    """A list of fingerprints is shown as the number of sources."""
+    if not isinstance(value, list):
+        return _shown(value)
+    return f"{len(value)} source{'s' * (len(value) != 1)}"
+
+
+def _read(identity: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """(chosen, default, data) of an identity of any version."""
+    if "default" in identity:
+        return identity["chosen"], identity["default"], identity["data"]
+    flat = dict(identity)
+    return flat, {}, {"fingerprint": flat.pop(PREPARED_DATA, None)}
+
+
+def _keys(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested mapping as {dotted key: value}; lists are values."""
     if isinstance(value, dict) and value:
-        return {k: v for key, inner in value.items() for k, v in leaves(inner, f"{prefix}{key}.").items()}
+        return {k: v for key, inner in value.items() for k, v in _keys(inner, f"{prefix}{key}.").items()}
     return {prefix.removesuffix("."): value}
 
 
-def identity(loaded: Loaded, data_fingerprint: str) -> dict[str, Any]:
-    """The values that make two runs the same run. What a reference stands for may be secret: its hash stands in."""
-    free = tuple(f"{key}." for key in FREE)
-    plain, public = leaves(loaded.recipe.model_dump(mode="json")), leaves(public_values(loaded))
-    values = {key: value if public[key] == value else _hidden(public[key], value) for key, value in plain.items()}
-    kept = {key: value for key, value in values.items() if not f"{key}.".startswith(free)}
-    return {**kept, "prepared data": data_fingerprint}
+def _keys_at_default(section: Section, prefix: str = "") -> Iterator[str]:
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _keys_at_default(value, f"{prefix}{name}.")
+        elif not field.is_required() and value == field.default:
+            yield f"{prefix}{name}"
 
 
-def _hidden(written: Any, value: Any) -> str:
+def _shown(value: Any) -> str:
+    return "not set" if value is _ABSENT else repr(value)
+
+
+def _hashed(written: Any, value: Any) -> str:
     return f"{written} (sha256 {hashlib.sha256(repr(value).encode()).hexdigest()[:12]})"
-
-
-def differences(saved: dict[str, Any], current: dict[str, Any]) -> dict[str, str]:
-    """Key -> "saved value -> current value", for each key that differs."""
-    keys = sorted(saved.keys() | current.keys())
-    absent = "(not set)"
-    return {
-        key: f"{saved.get(key, absent)!r} in the checkpoint, {current.get(key, absent)!r} now"
-        for key in keys
-        if saved.get(key, absent) != current.get(key, absent)
-    }

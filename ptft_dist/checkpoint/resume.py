@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, Ranks, read_checkpoint, verify
-from ptft_dist.checkpoint.identity import differences
-from ptft_dist.errors import CheckpointError
+from ptft_dist.checkpoint.identity import all_keys, differences, may_change
+from ptft_dist.errors import CheckpointError, CheckpointVersionError, RecipeError
 
 
 class Resume:
     """The choice of a checkpoint under `--resume auto | never | PATH` and `--accept KEY`."""
 
     def __init__(
-        self, checkpoints: Checkpoints, how: str, accept: Sequence[str], identity: dict[str, Any], kind: str, ranks: int
+        self,
+        checkpoints: Checkpoints,
+        how: str,
+        accept: Sequence[str],
+        identity: dict[str, Any],
+        why_not_loadable: Callable[[str, int], str | None],
     ) -> None:
-        """identity: what the checkpoint must have in common with this run; kind, ranks: the engine's, as planned."""
+        """identity: what the checkpoint must have in common with this run. why_not_loadable: from the engine; the
+        reason why this run cannot load the state that (kind, ranks) saved, or None."""
         self.checkpoints, self.how, self.accept = checkpoints, how, accept
-        self.first = how
-        self.identity, self.kind, self.ranks = identity, kind, ranks
+        self.identity, self.why_not_loadable, self.first = identity, why_not_loadable, how
 
     def after_requeue(self, job: str | None) -> None:
         """`never` and a path belong to the first start of a job. Where a scheduler starts it again, go on from what the
@@ -43,6 +50,7 @@ class Resume:
 
     def look(self) -> None:
         """Refuse what is certainly wrong before any process group forms; no file is hashed yet."""
+        self._check_accept({})
         if self.how == "never":
             return
         if self.how != "auto":
@@ -51,8 +59,10 @@ class Resume:
         for path in reversed(self.checkpoints.paths()):
             try:
                 checkpoint = read_checkpoint(path)
+            except CheckpointVersionError:
+                raise
             except CheckpointError:
-                continue  # `choose` tells of it, with the damage that hashes find
+                continue  # `choose` reports the damage, with what the hashes find
             self.check(checkpoint)
             return
         if self.first not in ("auto", "never"):
@@ -94,21 +104,41 @@ class Resume:
         self.checkpoints.set_aside_after(chosen.step if chosen is not None and inside else -1, tell)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        manifest = checkpoint.manifest
-        different = differences(manifest["identity"], self.identity)
+        """Refuse a checkpoint that does not belong to this run.
+
+        Raises:
+            CheckpointError: a key differs that --accept does not name, or the state is of other processes.
+            RecipeError: --accept names what is no key.
+        """
+        saved = checkpoint.fact("identity", dict)
+        self._check_accept(saved)
+        different = differences(saved, self.identity)
         refused = {key: what for key, what in different.items() if key not in self.accept}
         if refused:
             lines = "".join(f"\n  {key}: {what}" for key, what in refused.items())
+            options = " ".join(f"--accept {shlex.quote(key)}" for key in refused)
             raise CheckpointError(
-                f"{checkpoint.path} was made with another recipe:{lines}\n"
-                "Go back to those values, choose another run_dir, or accept a change with --accept KEY."
+                f"{checkpoint.path} was made with another recipe or other data:{lines}\n"
+                f"Restore the old values, choose another run_dir, or accept the changes: {options}"
             )
-        saved_kind, saved_ranks = manifest["kind"], manifest["world_size"]
-        whole = {saved_kind, self.kind} <= {"single", "ddp"}
-        gathered = saved_kind == self.kind == "fsdp2"
-        if not whole and not gathered and (saved_kind, saved_ranks) != (self.kind, self.ranks):
-            raise CheckpointError(
-                f"{checkpoint.path} holds the state of {saved_ranks} processes under {saved_kind}; this run has "
-                f"{self.ranks} under {self.kind}. Start it as before ({saved_ranks} processes, {saved_kind}), "
-                "or choose another run_dir and begin with model.path set to an exported model"
-            )
+        reason = self.why_not_loadable(checkpoint.fact("kind", str), checkpoint.fact("world_size", int))
+        if reason is not None:
+            raise CheckpointError(f"{checkpoint.path} {reason}")
+
+    def _check_accept(self, saved: dict[str, Any]) -> None:
+        """Raise RecipeError at the first --accept that no difference can ever have, with the keys that it may mean.
+
+        A key without a difference is right: a requeued job repeats its command line, and its newest checkpoint already
+        has the accepted value.
+        """
+        keys = all_keys(self.identity) | (all_keys(saved) if saved else set())
+        for name in self.accept:
+            if name in keys:
+                continue
+            if may_change(name):
+                raise RecipeError(f"--accept {name}: this key may always change between the parts of a run; remove it")
+            different = list(differences(saved, self.identity)) if saved else []
+            near = get_close_matches(name, keys, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            what = f" What differs: {', '.join(different)}" if different else ""
+            raise RecipeError(f"--accept {name}: there is no such key{hint}{what}")

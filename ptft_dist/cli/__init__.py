@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from ptft_dist import __version__
+from ptft_dist.config.secrets import hide, hide_in_libraries
 from ptft_dist.errors import PtftError
 from ptft_dist.launch.environment import place
 from ptft_dist.reporting.messages import show_messages
 
 # name, module, function (or a Typer with verbs of its own)
 VERBS: tuple[tuple[str, str, str], ...] = (
+    ("init", "ptft_dist.cli.init", "init"),
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
     ("config", "ptft_dist.cli.config", "app"),
@@ -60,16 +63,20 @@ def main() -> None:
     training run meets for reasons that have nothing to do with a terminal.)
     """
     show_messages(place().rank)
+    hide_in_libraries()
     try:
         with typer.main.get_command(app).make_context("ptft", sys.argv[1:]) as context:
             context.command.invoke(context)
     except typer.Exit as end:
         sys.exit(end.exit_code)
     except PtftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(hide(f"error: {error}"), file=sys.stderr)
         sys.exit(error.exit_code)
     except typer.TyperException as error:
         print(f"error: {error.format_message()}\nSee `ptft --help` and `ptft VERB --help`.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception:  # as the interpreter would end, but for secrets in the traceback
+        print(hide(traceback.format_exc()), file=sys.stderr)
+        sys.exit(1)

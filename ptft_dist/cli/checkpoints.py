@@ -19,7 +19,7 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="A run directory.")]) -
     damaged, best_step = 0, None
     for path in reversed(paths):  # the newest knows which is the best
         try:
-            best_step = read_checkpoint(path).manifest["progress"]["best_step"]
+            best_step = read_checkpoint(path).fact("progress", dict).get("best_step")
         except CheckpointError:
             continue
         break

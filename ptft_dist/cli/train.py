@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptft_dist.errors import RecipeError
+
 if TYPE_CHECKING:
     from ptft_dist.config.load import Loaded
     from ptft_dist.launch.local import Machines
@@ -32,16 +34,22 @@ def train(
     from ptft_dist.api import load_recipe
     from ptft_dist.launch.environment import place
 
+    names = ("--launch", "--processes", "--machines", "--machine-rank", "--address")
+    values = (launch, processes, machines, machine_rank, address)
+    given = {name: str(value) for name, value in zip(names, values, strict=True) if value is not None}
+    if given and place().launched:
+        raise RecipeError(
+            f"{', '.join(given)}: no effect in a process that a launcher has started (LOCAL_RANK is set). Give the "
+            "launch config to that launcher, as in: accelerate launch --config_file FILE -m ptft_dist train RECIPE"
+        )
     loaded = load_recipe(recipe, overrides or [])
     options = ["--resume", resume, *(word for key in accept or () for word in ("--accept", key))]
     if loaded.recipe.data.folds is not None and loaded.recipe.data.fold is None and not place().launched:
         from ptft_dist.cli.folds import train_folds
 
-        given = {"launch": launch, "processes": processes, "machines": machines, "machine-rank": machine_rank}
-        given["address"] = address
-        options += [word for key, value in given.items() if value is not None for word in (f"--{key}", str(value))]
+        options += [word for option in given.items() for word in option]
         raise typer.Exit(train_folds(loaded, recipe, overrides or [], options, writes=not machine_rank))
-    if not place().launched and (launch, processes, machines, machine_rank, address) != (None,) * 5:
+    if given:
         from ptft_dist.launch.local import machines as which
 
         arguments = ["train", recipe, *(overrides or []), *options]
@@ -76,9 +84,8 @@ def _end_before_training(signal_name: str) -> None:
     import signal
 
     from ptft_dist.errors import EXIT_STOPPED
-    from ptft_dist.launch.environment import is_requeued
+    from ptft_dist.launch.environment import is_requeued, tell_launcher
     from ptft_dist.reporting.messages import say
-    from ptft_dist.reporting.run_files import tell_launcher
 
     say(f"stopped by {signal_name}: no training was under way, so there is nothing to save")
     code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
@@ -106,21 +113,26 @@ def _launch(
     from ptft_dist.config.resolve import batch_shape
     from ptft_dist.data.prepare import prepare
     from ptft_dist.data.sources import check_sources
+    from ptft_dist.launch.launch_file import read_launch_file
     from ptft_dist.launch.local import command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
+    from ptft_dist.launch.settings import check_settings
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
     from ptft_dist.tasks.registry import encoder_class
+    from ptft_dist.training.stopping import ending_at_once
 
     show_messages()
-    name = launch or default_launch()
-    words = command(name, processes, several, arguments)
-    local = local_processes(name, processes, several)
+    file = read_launch_file(launch or default_launch())
+    check_settings(file.settings, loaded.recipe)
+    words = command(file, processes, several, arguments)
+    local = local_processes(file, processes, several)
     batch_shape(loaded.recipe, local * (several.count if several else 1))
     check_sources(loaded.recipe, loaded.base)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
     lock_run_dir(run_dir).release()  # refused here, where the exit code is ours; held by rank 0
-    prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
+    with ending_at_once(_end_before_training):
+        prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return start(words, run_dir, max(1, cores // local))
+    return start(words, run_dir, max(1, cores // local), file.variables)

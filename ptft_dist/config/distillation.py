@@ -1,4 +1,4 @@
-"""The section about learning from a teacher."""
+"""The distillation section of a recipe."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from ptft_dist.config.section import Fraction, Positive, Section, Text, only_wit
 
 
 class DistillationSettings(Section):
-    """A student learns the teacher's probabilities, and the labels (Hinton et al. 2015).
+    """Knowledge distillation: train on the teacher's probabilities and on the labels (Hinton et al. 2015).
 
     The loss is (1 - hard) x divergence x temperature^2 + hard x the task's own loss.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = ("hard_loss", "divergence")
-    """The metrics that an evaluation has beside those of the task."""
+    """Metrics of an evaluation in addition to those of the task."""
 
     teacher: Text
-    """A local directory or a Hub name: a model of the same kind, with the same vocabulary or the same labels."""
+    """The teacher: a local directory or a Hub name. It must have the same vocabulary or the same labels."""
     revision: Text | None = None
     """The commit, branch or tag of a Hub model."""
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
-    """`forward_kl`: KL(teacher || student); `reverse_kl`: KL(student || teacher); `jsd`: the generalised
+    """`forward_kl`: KL(teacher || student); `reverse_kl`: KL(student || teacher); `jsd`: the generalized
     Jensen-Shannon divergence (Agarwal et al. 2024)."""
     beta: Fraction | None = None
-    """`jsd`: the teacher's share of the mixture, between 0 and 1, both excluded; 0.5 when not given."""
+    """`jsd`: the teacher's weight in the mixture, above 0 and below 1. Default: 0.5."""
     temperature: Positive = 1.0
-    """Both networks' logits are divided by this in the divergence."""
+    """Temperature: the logits of both networks are divided by it in the divergence."""
     hard: Fraction = 0.5
-    """The share of the task's own loss."""
+    """The weight of the task's own loss."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         only_with(self, ("beta",), self.divergence == "jsd", "divergence: jsd")
         if self.beta in (0.0, 1.0):
-            raise ValueError("beta: 0 and 1 are no mixture; use forward_kl or reverse_kl")
+            raise ValueError("beta: it must be above 0 and below 1; for the limits use forward_kl or reverse_kl")
         if self.hard == 1.0:
-            raise ValueError("hard: 1 means that the teacher has no effect")
+            raise ValueError("hard: with 1 the teacher has no effect; lower it, or remove the section")
         return self

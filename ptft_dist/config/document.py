@@ -18,13 +18,17 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-KeyPath = tuple[str | int, ...]
+from ptft_dist.config import secrets
+from ptft_dist.config.section import KeyPath, dotted
+
 COMMAND_LINE = 0  # stands where a line number stands; files begin at line 1
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + name for name in ("str", "timestamp", "value")}  # a date and a lone `=` are text here
 _SCALARS = {_TAG + name for name in ("int", "float", "bool", "null")}
 _MAX_DEPTH = 50
+_MAX_VALUES = 100_000  # aliases written out: a few nested ones can stand for billions of values
+_LARGEST = 2**63 - 1
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^{}]*)\}|\$\{")
 _ENVIRONMENT = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-.*)?", re.DOTALL)
 
@@ -44,10 +48,6 @@ class Written(NamedTuple):
     variables: tuple[str, ...]
 
 
-def dotted(path: KeyPath) -> str:
-    return ".".join(map(str, path))
-
-
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
     """Every value that has no values inside, with its path. An empty list or mapping is one."""
     if not value or not isinstance(value, dict | list):
@@ -65,18 +65,15 @@ class Document:
     lines: dict[KeyPath, int] = field(default_factory=dict)
     written: dict[KeyPath, Written] = field(default_factory=dict)
     """The texts that held a reference or an escape, as they stood before `resolve`."""
-    secrets: dict[str, str] = field(default_factory=dict)
-    """What the environment gave, and the reference to show instead."""
     mistakes: list[Mistake] = field(default_factory=list)
 
     def read(self, text: str) -> None:
         """Take the values of a file's text."""
         try:
             node = _compose(text)
+            self.values = _Builder(self, None).build(node, ()) if node is not None else None
         except _UnreadableError as error:
             self._mistake((), error.line, error.text)
-        else:
-            self.values = _Builder(self, None).build(node, ()) if node is not None else None
 
     def override(self, assignment: str) -> None:
         """Set one value from `a.b.c=value`; the value is YAML 1.2, and nothing after `=` is null."""
@@ -88,16 +85,14 @@ class Document:
         try:
             node = _compose(text)
             parent, path = self._container(path)
-        except _UnreadableError as error:
-            quote = f"; put text with special characters into quotes: {key}='\"...\"'"
-            self._mistake((), COMMAND_LINE, f"{key}: {error.text}{quote}")
-        except LookupError as error:
-            self._mistake((), COMMAND_LINE, f"{key}: {error.args[0]}")
-        else:
             for known in [known for known in self.lines if known[: len(path)] == path]:
                 del self.lines[known]
             self.lines[path] = COMMAND_LINE
             parent[path[-1]] = _Builder(self, COMMAND_LINE).build(node, path) if node is not None else None
+        except _UnreadableError as error:
+            self._mistake((), COMMAND_LINE, f"{key}: {error.text}{error.hint.format(key=key)}")
+        except LookupError as error:
+            self._mistake((), COMMAND_LINE, f"{key}: {error.args[0]}")
 
     def resolve(self, environment: Mapping[str, str]) -> None:
         """Replace `${env:NAME}`, `${env:NAME:-default}` and `${run_dir}` in all texts; `$${` stands for `${`."""
@@ -115,11 +110,13 @@ class Document:
         for path, value in leaves(self.values):
             if isinstance(value, float) and not math.isfinite(value):
                 self._mistake(path, self.line(path), f"expected a finite number, got {value}")
-            elif isinstance(value, int) and abs(value) > 10**300:
-                self._mistake(path, self.line(path), "this number is too large")
+            elif isinstance(value, int) and abs(value) > _LARGEST:
+                self._mistake(path, self.line(path), f"this number is too large: at most {_LARGEST}")
             text = dotted(path) + (value if isinstance(value, str) else "")
             if any("\ud800" <= character <= "\udfff" for character in text):
                 self._mistake(path, self.line(path), "this text is not valid Unicode")
+            if "\0" in text:
+                self._mistake(path, self.line(path), "this text contains a NUL character")
 
     def line(self, path: KeyPath) -> int:
         """The line of the value at `path`, or of the innermost section around it that was written."""
@@ -165,8 +162,8 @@ class Document:
             name, default = reference["name"], reference["default"]
             variables.append(name)
             value = environment.get(name)
-            if value and len(value) >= 4:  # a shorter one is no secret, and hiding it would garble messages
-                self.secrets[value] = f"${{env:{name}}}"
+            if value:
+                secrets.remember(value, f"${{env:{name}}}")
             if default is not None:  # as in a shell, `:-` also replaces an empty value
                 return value or default[2:]
             if value is None:
@@ -181,11 +178,11 @@ class Document:
 
 
 class _UnreadableError(Exception):
-    """The text is not YAML."""
+    """The text cannot be read as YAML, or is too large. hint: what to do about it in an override of `{key}`."""
 
-    def __init__(self, line: int, text: str) -> None:
+    def __init__(self, line: int, text: str, hint: str = "") -> None:
         super().__init__(text)
-        self.line, self.text = line, text
+        self.line, self.text, self.hint = line, text, hint
 
 
 def _compose(text: str) -> Node | None:
@@ -203,7 +200,8 @@ def _compose(text: str) -> Node | None:
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         problem = f"the character U+{error.character:04X} is not allowed; in double quotes it can be an escape"
-    raise _UnreadableError(line, f"not valid YAML: {problem}") from None
+    hint = "; put text with special characters into quotes: {key}='\"...\"'"
+    raise _UnreadableError(line, f"not valid YAML: {problem}", hint) from None
 
 
 class _Builder:
@@ -214,10 +212,15 @@ class _Builder:
         self.line = line  # reported for every value instead of its own line
         self.scalars = YAML(typ="safe", pure=True).constructor
         self.open: set[int] = set()  # nodes around the present one: an alias to one of them would never end
+        self.count = 0
 
     def build(self, node: Node, path: KeyPath) -> Any:
         if id(node) in self.open:
             return self._refuse(node, path, "an alias may not stand inside its own anchor")
+        self.count += 1
+        if self.count > _MAX_VALUES:
+            text = f"more than {_MAX_VALUES:,} values, its aliases written out"
+            raise _UnreadableError(self._line_of(node), text)
         self.open.add(id(node))
         try:
             return self._build(node, path)
@@ -238,7 +241,8 @@ class _Builder:
             try:
                 return self.scalars.construct_object(node)
             except (ValueError, KeyError):
-                return self._refuse(node, path, f"{node.value!r} is not a {tag.removeprefix(_TAG)}")
+                text = node.value if len(node.value) <= 40 else f"{node.value[:40]}..."
+                return self._refuse(node, path, f"{text!r} is not a {tag.removeprefix(_TAG)}")
         return self._refuse(node, path, f"the tag {tag.replace(_TAG, '!!')} is not allowed in a recipe")
 
     def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:

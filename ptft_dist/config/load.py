@@ -13,11 +13,15 @@ from typing import Any
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
-from ptft_dist.config.document import COMMAND_LINE, Document, KeyPath, Mistake, Written, dotted, leaves, put
+from ptft_dist.config.document import COMMAND_LINE, Document, Mistake, Written, leaves, put
 from ptft_dist.config.mistakes import Schema, explain
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.section import KeyPath, dotted
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
+
+DICTIONARY = Path("recipe")
+"""Stands for the file of a recipe that was given as a dictionary."""
 
 
 @dataclass(frozen=True)
@@ -26,36 +30,62 @@ class Loaded:
 
     recipe: Recipe
     path: Path
+    """The file; `recipe` for one that was given as a dictionary."""
     base: Path
-    """The directory where relative data paths start: the recipe's."""
+    """The directory where relative data paths start: the recipe's; the current one for a dictionary."""
     origins: Mapping[str, str]
     """For the dotted key of every value: `recipe.yaml:12`, `command line`, `env NAME (recipe.yaml:12)`, `default`."""
     text: str
-    """The file, unchanged."""
+    """The file, unchanged; a dictionary as JSON."""
     written: Mapping[KeyPath, Written]
     """The texts that hold references, as they were written."""
 
 
-def read_recipe(name_or_path: str, overrides: Sequence[str], schema: type[Recipe]) -> Loaded:
-    """Read, override and validate a recipe: a file, or the name of a shipped one. Raises RecipeError.
+def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schema: type[Recipe]) -> Loaded:
+    """Read, override and validate a recipe.
 
-    schema: `ptft_dist.tasks.registry.recipe_class()`.
+    Args:
+        source: a file, the name of a shipped recipe, or the contents as nested dictionaries.
+        overrides: `section.key=value`, with a YAML value.
+        schema: `ptft_dist.tasks.registry.recipe_class()`.
+
+    Raises:
+        RecipeError: with every mistake, each by file, line and key.
     """
-    path = find_shipped("recipes", name_or_path, ".yaml")
-    text = _read(path)
+    if isinstance(source, str):
+        path = find_shipped("recipes", source, ".yaml")
+        text = _read(path)
+    else:
+        path, text = DICTIONARY, _as_json(source)
     document = Document()
     document.read(text)
     if document.values is None and document.mistakes:
         raise _refusal(document.mistakes, path)
     if not isinstance(document.values, dict):
-        what = "the file is empty" if document.values is None else "a recipe is a set of `key: value` lines"
-        raise RecipeError(f"{path}:1: {what}; its required keys: {', '.join(schema.model_json_schema()['required'])}")
+        what = "the recipe is empty" if document.values is None else "a recipe is a set of `key: value` lines"
+        required = ", ".join(schema.model_json_schema()["required"])
+        raise RecipeError(f"{_place(str(path), path, 1)}: {what}; its required keys: {required}")
     for assignment in overrides:
         document.override(assignment)
     document.resolve(os.environ)
     document.check_leaves()
     recipe = _validate(document, path, schema)
+    _take_from_model(document)
     return Loaded(recipe, path, path.resolve().parent, _origins(recipe, document, path), text, document.written)
+
+
+def _as_json(values: Mapping[str, Any]) -> str:
+    """A dictionary as text, one value a line. JSON is YAML."""
+
+    def plain(value: Any) -> str:
+        if isinstance(value, Path):
+            return str(value)
+        raise TypeError(f"a {type(value).__name__} is no value of a recipe")
+
+    try:
+        return json.dumps(dict(values), indent=1, ensure_ascii=False, default=plain)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"recipe: {error}; give numbers, text, booleans, lists and dictionaries") from None
 
 
 def _read(path: Path) -> str:
@@ -72,9 +102,14 @@ def _refusal(mistakes: Sequence[Mistake], path: Path) -> RecipeError:
     """One error with all mistakes in the order of the file, those of the command line last."""
     lines = []
     for mistake in sorted(mistakes, key=lambda each: each.line or float("inf")):
-        place = "command line" if mistake.line == COMMAND_LINE else f"{path}:{mistake.line}"
+        place = "command line" if mistake.line == COMMAND_LINE else _place(str(path), path, mistake.line)
         lines.append(": ".join(part for part in (place, dotted(mistake.path), mistake.text) if part))
     return RecipeError("\n".join(lines))
+
+
+def _place(name: str, path: Path, line: int) -> str:
+    """Where a value stands. A dictionary has no lines."""
+    return name if path is DICTIONARY else f"{name}:{line}"
 
 
 def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Recipe:
@@ -93,14 +128,25 @@ def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Rec
     return recipe
 
 
+def _take_from_model(document: Document) -> None:
+    """What a left out tokenizer section takes from the model is shown as the model's: its text may hold references."""
+    if document.values.get("tokenizer") is not None:
+        return
+    for key in ("path", "revision", "trust_remote_code"):
+        if ("model", key) in document.lines:
+            document.lines["tokenizer", key] = document.lines["model", key]
+        if ("model", key) in document.written:
+            document.written["tokenizer", key] = document.written["model", key]
+
+
 def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
     origins = {}
-    for key, _ in leaves(recipe.model_dump(mode="json")):
+    for key, _ in leaves(recipe.own_values()):
         if key not in document.lines:
             origins[dotted(key)] = "default"
             continue
         line = document.lines[key]
-        place = "command line" if line == COMMAND_LINE else f"{path.name}:{line}"
+        place = "command line" if line == COMMAND_LINE else _place(path.name, path, line)
         variables = document.written[key].variables if key in document.written else ()
         origins[dotted(key)] = f"env {', '.join(variables)} ({place})" if variables else place
     return origins
@@ -108,7 +154,7 @@ def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
 
 def public_values(loaded: Loaded) -> dict[str, Any]:
     """All values of the recipe, but references as they were written: what they stand for may be secret."""
-    values = loaded.recipe.model_dump(mode="json")
+    values = loaded.recipe.own_values()
     for path, written in loaded.written.items():
         put(values, path, written.text)
     return values

@@ -10,7 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from ptft_dist.config.document import Document, KeyPath, Mistake, dotted
+from ptft_dist.config.document import Document, Mistake
+from ptft_dist.config.secrets import hide
+from ptft_dist.config.section import KeyPath, RecipeProblems, dotted
 
 Node = dict[str, Any]  # of a JSON Schema
 
@@ -78,7 +80,7 @@ def _expectation(node: Node) -> str:
         words = {
             "minimum": "of at least",
             "exclusiveMinimum": "above",
-            "maximum": "of at most",
+            "maximum": "at most",
             "exclusiveMaximum": "below",
         }
         bounds = " and ".join(f"{words[bound]} {_number(node[bound])}" for bound in words if bound in node)
@@ -117,13 +119,18 @@ def _found(value: Any) -> str:
     return repr(value) if len(repr(value)) <= 80 else repr(value)[:80] + "..."
 
 
-def explain(error: ValidationError, document: Document, schema: Schema) -> Iterator[Mistake]:
+def explain(invalid: ValidationError, document: Document, schema: Schema) -> Iterator[Mistake]:
     """One mistake for each thing that is wrong; those about a value that is already reported are left out."""
     reported = {mistake.path for mistake in document.mistakes if mistake.path}
-    details = [(detail, *_locate(detail["loc"], detail["type"], document.values)) for detail in error.errors()]
+    details = [(detail, *_locate(detail["loc"], detail["type"], document.values)) for detail in invalid.errors()]
     paths = {path for _, path, _ in details}
     seen: set[tuple[KeyPath, str]] = set()
     for detail, path, in_union in details:
+        if detail["type"] == "default_factory_not_called":
+            continue  # a default follows from another section, whose mistakes are reported
+        if isinstance(error := detail.get("ctx", {}).get("error"), RecipeProblems):
+            yield from (Mistake(at, document.line(at), hide(text)) for at, text in error.problems)
+            continue
         if in_union and any(len(other) > len(path) and other[: len(path)] == path for other in paths):
             continue  # another alternative of the union got further: its complaints are the ones that help
         if any(path[:length] in reported for length in range(1, len(path) + 1)):
@@ -164,7 +171,7 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
         path = path[:-1]
     node = schema.at(path)
     if node is None:
-        return path, _masked(detail["msg"], document)
+        return path, hide(detail["msg"])
     expected = schema.expectation(node)
     written = document.written.get(path)
     if written:
@@ -198,17 +205,10 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:
     """A validator's own words. When they begin with the name of a key that is there, the mistake is at that key."""
-    text = _masked(text, document)
+    text = hide(text)
     name = re.match(r"(?P<key>[\w.]+):? ", text)
     if name:
         inner = (*path, *name["key"].split("."))
         if inner in document.lines:
             return inner, text[name.end() :]
     return path, text
-
-
-def _masked(text: str, document: Document) -> str:
-    """A message that may quote what the environment gave: the reference stands there instead."""
-    for value, reference in document.secrets.items():
-        text = text.replace(value, reference).replace(repr(value)[1:-1], reference)
-    return text

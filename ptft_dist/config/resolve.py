@@ -1,22 +1,26 @@
-"""What follows from a recipe and a number of processes: accumulation, and whether the batch can be divided at all."""
+"""What follows from a recipe and a number of processes: gradient accumulation, and whether the batch can be divided."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ptft_dist.config.consistency import nearest_divisor
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
 
 
 @dataclass(frozen=True)
 class BatchShape:
-    """global_size: rows of an update (None: as many as hold global_tokens); accumulation: micro-batches of a rank."""
+    """The sizes of one optimizer update."""
 
     global_size: int | None
+    """Rows of an update over all processes; None: as many as hold global_tokens."""
     global_tokens: int | None
     micro_size: int | None
+    """Rows of one forward pass of one process."""
     micro_tokens: int | None
     accumulation: int
+    """Micro-batches of each process in one update."""
 
     def largest_micro_batch(self, max_length: int) -> int:
         """Rows of the largest forward pass, if all rows have max_length tokens."""
@@ -26,14 +30,9 @@ class BatchShape:
 def batch_shape(recipe: Recipe, world_size: int) -> BatchShape:
     """Divide one update over `world_size` processes. Raises RecipeError with the nearest sizes that divide."""
     batch, max_length = recipe.batch, recipe.data.max_length
-    global_size, global_tokens = batch.global_size, batch.global_tokens
-    if global_tokens is not None and global_tokens < max_length:
-        raise RecipeError(f"batch.global_tokens: {global_tokens} is less than one row (data.max_length {max_length})")
+    global_size, global_tokens, micro_size = batch.global_size, batch.global_tokens, batch.micro_size
     if global_tokens is not None and recipe.settings.full_rows:
         global_size, global_tokens = global_tokens // max_length, None
-    micro_size = batch.micro_size
-    if batch.micro_tokens is not None and batch.micro_tokens < max_length:
-        raise RecipeError(f"batch.micro_tokens: {batch.micro_tokens} is less than data.max_length ({max_length})")
     if micro_size is not None and global_size is not None and global_size % (world_size * micro_size):
         raise RecipeError(_does_not_divide(global_size, micro_size, world_size))
     tokens = global_tokens or (global_size or 0) * max_length
@@ -50,7 +49,5 @@ def _does_not_divide(global_size: int, micro_size: int, world_size: int) -> str:
         f"{micro_size}; set batch.global_size to {sizes}"
     )
     if global_size % world_size == 0:
-        share = global_size // world_size
-        near = min((n for n in range(1, share + 1) if share % n == 0), key=lambda n: abs(n - micro_size))
-        message += f", or batch.micro_size to {near}"
+        message += f", or batch.micro_size to {nearest_divisor(global_size // world_size, micro_size)}"
     return message

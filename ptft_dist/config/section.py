@@ -1,8 +1,9 @@
-"""What all sections of a recipe share: strictness, number ranges, and the two commonest checks."""
+"""What all sections of a recipe share: strictness, ranges of numbers, and the commonest checks."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterable
+from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,8 +13,44 @@ Positive = Annotated[float, Field(gt=0.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
 
+KeyPath = tuple[str | int, ...]
+"""The keys and list indices from the top of a recipe to a value."""
+
+
+def dotted(path: KeyPath) -> str:
+    """`data.train.0.path`."""
+    return ".".join(map(str, path))
+
+
+class Problem(NamedTuple):
+    """What is wrong with the value at `path`."""
+
+    path: KeyPath
+    text: str
+
+
+class RecipeProblems(ValueError):
+    """Everything that is wrong with a recipe whose sections are valid one by one."""
+
+    def __init__(self, problems: Iterable[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(f"{dotted(problem.path)}: {problem.text}" for problem in self.problems))
+
+
+class Section(BaseModel):
+    """A part of a recipe. Immutable; refuses unknown keys; the docstring under a key is its documentation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+def is_default(section: BaseModel, name: str) -> bool:
+    """Whether a key of a section has its default value."""
+    default = type(section).model_fields[name].get_default(call_default_factory=True, validated_data={})
+    return bool(getattr(section, name) == default)
+
 
 def exactly_one(section: BaseModel, *names: str) -> None:
+    """Raise ValueError unless one of these keys is given."""
     given = [name for name in names if getattr(section, name) is not None]
     if len(given) != 1:
         found = "none is given" if not given else "given: " + ", ".join(given)
@@ -21,14 +58,7 @@ def exactly_one(section: BaseModel, *names: str) -> None:
 
 
 def only_with(section: BaseModel, names: tuple[str, ...], condition: bool, needs: str) -> None:
-    """A setting that would have no effect is an error."""
+    """Raise ValueError at a key of `names` that is set without `condition`: it would have no effect."""
     for name in names:
-        if (
-            getattr(section, name) != type(section).model_fields[name].get_default(call_default_factory=True)
-            and not condition
-        ):
+        if not condition and not is_default(section, name):
             raise ValueError(f"{name} has no effect here: it needs {needs}")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())

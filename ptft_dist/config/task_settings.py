@@ -1,7 +1,8 @@
-"""What every task's section says about its rows, whatever they are made of."""
+"""The base classes of the tasks' sections: what the rest of the program asks about a task."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
@@ -10,71 +11,77 @@ from ptft_dist.config.section import Section, only_with
 
 
 class TaskSettings(Section):
-    """Settings of one task, and what other rooms ask of them."""
+    """Settings of one task."""
 
     after_prepare: ClassVar[tuple[str, ...]] = ()
-    """Settings of a task with rows that change nothing in the prepared rows: only the network, loss or evaluation."""
+    """Settings that do not affect the prepared rows, only the network, loss or evaluation (tasks with rows)."""
     evaluation_only: ClassVar[tuple[str, ...]] = ()
-    """Those of them that only an evaluation looks at."""
+    """Settings that affect evaluations only."""
     text_settings: ClassVar[tuple[str, ...]] = ()
-    """Those that decide which texts of a row a tokenizer learns from."""
+    """Settings that decide on which texts of a row a tokenizer is trained."""
     distillable: ClassVar[bool] = False
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False
-    """`ptft generate` can ask the trained network."""
+    """Whether `ptft generate` works with the trained network."""
+    only_with_trained_tokenizer: ClassVar[tuple[str, ...]] = ()
+    """Settings that have an effect only on a tokenizer that is trained here."""
     draws: ClassVar[bool] = False
-    """`prepare` draws something at random, from train.seed."""
+    """Whether `prepare` uses train.seed."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The metrics of an evaluation, as eval.metric names them."""
         return ("loss",)
 
+    def length_problems(self, max_length: int) -> Iterator[tuple[str, str]]:  # noqa: ARG002
+        """Settings (name, what is wrong) that rows of data.max_length tokens make impossible."""
+        yield from ()
+
     @property
     def full_rows(self) -> bool:
-        """Every row but the last has exactly data.max_length tokens."""
+        """Whether every row but the last has exactly data.max_length tokens."""
         return False
 
     @property
     def isolated(self) -> bool:
-        """Several documents or conversations share a row and must not see each other."""
+        """Whether rows are packed and attention must stay within each document or conversation."""
         return False
 
     @property
     def roles(self) -> tuple[str, ...]:
-        """What a column of the data can be for; the columns of pretraining documents have no roles."""
+        """The roles of the column mapping (source.fields); empty for pretraining tasks."""
         return ()
 
     @property
     def augmentable(self) -> bool:
-        """data.augment can change the rows' texts without making their labels wrong."""
+        """Whether data.augment can change the texts without invalidating the labels."""
         return False
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
-        """The roles for which a tokenizer that is learned for this task gets a token; `eos=<|im_end|>` spells it."""
+        """Roles of the special tokens of a tokenizer trained for this task; `eos=<|im_end|>` also gives the token."""
         return "eos", "bos", "pad"
 
     @property
     def extra_special_tokens(self) -> tuple[str, ...]:
-        """Further special tokens of such a tokenizer."""
+        """Additional special tokens of a tokenizer trained for this task."""
         return ()
 
     @property
     def added_tokens(self) -> tuple[str, ...]:
-        """Words that this task adds to any tokenizer, beside tokenizer.add."""
+        """Tokens that this task adds to every tokenizer, in addition to tokenizer.add."""
         return ()
 
 
 class DocumentSettings(TaskSettings):
-    """How the documents of a pretraining task are laid out in rows."""
+    """How the documents of a pretraining task become rows."""
 
     packing: bool = True
-    """True: documents are laid end to end and cut into rows of exactly max_length tokens. False: each document is a
-    row (a longer one becomes several), padded only as far as its micro-batch needs."""
+    """true: documents are concatenated and split into rows of exactly data.max_length tokens. false: each document is a
+    row (a longer one becomes several), padded to the longest row of its micro-batch."""
     attention: Literal["document", "across"] | None = None
-    """With packing: may a token see the other documents of its row? `document` (when not given): no, exactly as if
-    each document stood alone. `across`: yes."""
+    """With packing: `document` (default): attention stays within each document, exactly as without packing. `across`:
+    tokens attend to the other documents of their row."""
 
     @model_validator(mode="after")
     def _check_packing(self) -> Self:
@@ -83,7 +90,7 @@ class DocumentSettings(TaskSettings):
 
     @property
     def isolated(self) -> bool:
-        """Several documents share a row and must not see each other."""
+        """Whether rows are packed and attention must stay within each document."""
         return self.packing and self.attention != "across"
 
     @property
@@ -92,5 +99,5 @@ class DocumentSettings(TaskSettings):
 
     @property
     def boundaries(self) -> tuple[str | None, str]:
-        """The roles of the special tokens at a document's beginning and end."""
+        """Roles of the special tokens at the beginning and end of a document."""
         return None, "eos"

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -48,6 +49,8 @@ class Prepared:
     train: Store
     validation: Store | None
     fingerprint: str
+    parts: Mapping[str, Any]
+    """What the fingerprint follows from besides the recipe's keys: contents of the sources, tokenizer, libraries."""
     report: Report
     """Written when the stores were; see `describe`."""
     from_cache: bool
@@ -118,6 +121,7 @@ def prepare(
             train=encoder.store.open(directory / "train"),
             validation=encoder.store.open(directory / "validation") if recipe.validated else None,
             fingerprint=store_print,
+            parts=job.fingerprint_parts(tokenizer_print),
             report=Report.from_dict(json.loads((directory / "report.json").read_text(encoding="utf-8"))),
             from_cache=from_cache,
         )
@@ -162,6 +166,16 @@ class _Job:
                 "rows": self._row_settings(),
             }
         )
+
+    def fingerprint_parts(self, tokenizer_print: str) -> dict[str, Any]:
+        """The fingerprint's parts that no key of the recipe says, by the key that they belong to."""
+        names = ("tokenizers", *self.encoder.libraries)
+        parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
+        libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
+        parts |= {"tokenizer": tokenizer_print, "libraries": libraries}
+        if self._augment is not None:
+            parts["data.augment.files"] = self._augment_print
+        return parts
 
     def _row_settings(self) -> dict[str, Any]:
         """Everything beside contents and tokenizer that decides how rows come out."""

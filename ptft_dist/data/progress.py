@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from ptft_dist.config.secrets import hide
+
 Tell = Callable[[str], None]
 """Takes one line of text for the user."""
 Advance = Callable[[int], None]
@@ -16,7 +18,7 @@ _EVERY_S = 30.0
 
 
 def to_stderr(line: str) -> None:
-    print(f"ptft: {line}", file=sys.stderr, flush=True)
+    print(hide(f"ptft: {line}"), file=sys.stderr, flush=True)
 
 
 def silence(_line: str) -> None:

@@ -11,67 +11,51 @@ Rules that hold here, and the reason for each:
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 import resource
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, PartialState
-from accelerate.state import AcceleratorState, DistributedType, GradientState
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from transformers import PreTrainedModel
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 from ptft_dist.config.recipe import OptimSection
-from ptft_dist.engine.backends import Backend, Fsdp2, Whole, Zero, built_whole
+from ptft_dist.engine.backends import backend_class, why_not_loadable
+from ptft_dist.engine.deepspeed_settings import Precision, complete_deepspeed_config
+from ptft_dist.engine.frozen import FrozenNetwork, place_frozen
+from ptft_dist.engine.loss_module import LossModule
 from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
+from ptft_dist.engine.parameters import element_counts, require_tied, tied_groups, trainable_names
+from ptft_dist.engine.processes import (
+    PROCESS_GROUP_TIMEOUT,
+    UPDATE_TIMEOUT,
+    announce_failure,
+    make_accelerator,
+    planned_kind,
+    reset_accelerate,
+    set_collective_timeout,
+    who_failed,
+)
+from ptft_dist.engine.state import Files
 from ptft_dist.errors import RecipeError
 
-Precision = Literal["fp32", "bf16", "fp16"]
+__all__ = [
+    "Engine",
+    "FrozenNetwork",
+    "Precision",
+    "announce_failure",
+    "complete_deepspeed_config",
+    "planned_kind",
+    "reset_accelerate",
+    "who_failed",
+    "why_not_loadable",
+]
+
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# Collectives wait for work of other ranks (a save, an evaluation), never for CPU work such as tokenization.
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 _LEFT_BEHIND: list[Any] = []  # what holds on to a process group that was left; see Engine.close
-
-
-class LossModule(torch.nn.Module):
-    """The network inside one module whose forward runs any function of it, so that data-parallel hooks see it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.config = model.config  # DeepSpeed's "auto" bucket sizes read it
-        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP's wrapping reads it
-
-    def forward(self, inputs: dict[str, torch.Tensor], call: Callable[..., Any]) -> Any:
-        out = call(self.model, inputs)
-        return tuple(out) if isinstance(out, tuple) else out
-
-
-class FrozenNetwork:
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
-        with torch.no_grad():
-            return call(self.model, inputs)
-
-
-def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> str:
-    """How the network will be spread: single, ddp, fsdp2, zero1, zero2 or zero3, as the launcher's environment says."""
-    if deepspeed_config is not None:
-        return f"zero{deepspeed_config['zero_optimization']['stage']}"
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise RecipeError(
-                "the launch config asks for FSDP 1; set fsdp_version: 2, as launch_configs/fsdp2.yaml does"
-            )
-        return "fsdp2"
-    return "single" if world_size == 1 else "ddp"
 
 
 class Engine:
@@ -84,10 +68,13 @@ class Engine:
         on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
         if precision == "fp16" and (on_cpu or self.kind == "fsdp2"):
             raise RecipeError("train.precision: fp16 needs a GPU, and not FSDP2; use fp32 or bf16")
-        self.accelerator = _accelerator(self.kind, MIXED_PRECISION[precision], deepspeed_config, on_cpu)
+        self.accelerator = make_accelerator(self.kind, MIXED_PRECISION[precision], deepspeed_config, on_cpu)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        # The part of the rows that is this process's. Every process has a part of its own: nothing splits a row.
+        self.dp_rank, self.dp_size = self.rank, self.world_size
         self.device = self.accelerator.device
-        self.is_main = self.rank == 0
+        self.is_main, self._first_update = self.rank == 0, True
+        self._reader: FrozenNetwork | None = None
         if self.world_size != expected:
             raise RuntimeError(f"the launcher started {expected} processes, but this one sees {self.world_size}")
 
@@ -96,12 +83,41 @@ class Engine:
         """Of networks that are not trained."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
-    def building(self, pretrained: bool) -> contextlib.AbstractContextManager[None]:
-        """The context in which a network is built. Under ZeRO-3, pretrained weights are sharded as they are read."""
-        return built_whole(self.accelerator) if self.kind == "zero3" and not pretrained else contextlib.nullcontext()
+    @contextlib.contextmanager
+    def building(self, pretrained: bool) -> Iterator[None]:
+        """The context in which a network is built. Under ZeRO-3, pretrained weights are sharded as they are read.
 
-    def prepare(self, model: PreTrainedModel, optim: OptimSection) -> None:
-        """Wrap the network and build its optimizer."""
+        A network with random weights is built whole there too, so that it starts as on any machine. transformers
+        shards at construction when it finds a ZeRO-3 config in its module's global, whatever Accelerate's
+        zero3_init_flag says; hence the global is set aside.
+        """
+        if pretrained or self.kind != "zero3":
+            yield
+            return
+        unset_hf_deepspeed_config()
+        try:
+            yield
+        finally:
+            set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
+
+    def prepare(
+        self, model: PreTrainedModel, optim: OptimSection, tell: Callable[[str], None] = lambda _text: None
+    ) -> None:
+        """Wrap the network and build an optimizer for its parameters that require gradients.
+
+        tell: gets what the user should know of the optimizer. Raises RecipeError if the optimizer does not work under
+        this kind of sharding, or if a library trains tied parameters apart.
+        """
+        self._check_optimizer(optim)
+        self.model, self.optim = model, optim
+        self.trainable_names, ties = trainable_names(model), tied_groups(model)
+        self.parameter_count, self.trained_count = element_counts(model)
+        groups = parameter_groups(model.named_parameters(), optim)
+        optimizer = build_optimizer(groups, optim, self.device, tell)
+        self.backend = backend_class(self.kind)(self.accelerator, model, LossModule(model), optimizer)
+        require_tied(model, ties, self.kind)
+
+    def _check_optimizer(self, optim: OptimSection) -> None:
         if optim.name == "adafactor" and self.kind not in ("single", "ddp"):
             raise RecipeError(
                 "optim.name: adafactor factors its state by rows and columns, which shards do not have; use adamw "
@@ -111,27 +127,42 @@ class Engine:
         if offload.get("device", "none") != "none" and optim.name != "adamw":
             # Accelerate would put Adam in its place and not say so.
             raise RecipeError(f"optim.name: {optim.name} cannot be offloaded by DeepSpeed; use adamw, or no offload")
-        self.model, self.optim = model, optim
-        self.parameter_count = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
-        optimizer = build_optimizer(parameter_groups(model.named_parameters(), optim), optim, self.device)
-        spread = Zero if self.kind.startswith("zero") else Fsdp2 if self.kind == "fsdp2" else Whole
-        self.backend: Backend = spread(self.accelerator, model, LossModule(model), optimizer)
 
     def prepare_frozen(self, model: PreTrainedModel) -> FrozenNetwork:
-        return FrozenNetwork(model.to(self.device))
+        """Place a network that is read but not trained, in evaluation mode and in the data type that it has.
 
-    @property
-    def frozen_parameter_count(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if not p.requires_grad)
+        Whole on the device of each rank; sharded under ZeRO-3 and FSDP2. All ranks must call this, and the network,
+        together. `prepare` should come first.
+        """
+        return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config)
+
+    def prepare_reading(self, model: PreTrainedModel) -> None:
+        """Place the engine's own network for evaluation, without an optimizer: `forward` and `evaluating` work then."""
+        self.model, self._reader = model, self.prepare_frozen(model)
 
     @property
     def module(self) -> torch.nn.Module:
-        return self.backend.module
+        return self.backend.module if self._reader is None else self._reader.module
 
     # --- one update -------------------------------------------------------------------------------------------------
 
+    @contextlib.contextmanager
+    def updating(self) -> Iterator[None]:
+        """Around one update: its collectives wait for UPDATE_TIMEOUT only, so that a dead rank is noticed early.
+
+        Not around the first update of a process, in which kernels are compiled and communicators are set up, and not
+        around evaluations and saves, which may last. Whoever waits there waits for PROCESS_GROUP_TIMEOUT.
+        """
+        if self.world_size == 1 or self._first_update:
+            yield
+            self._first_update = False
+            return
+        set_collective_timeout(UPDATE_TIMEOUT)
+        yield
+        set_collective_timeout(PROCESS_GROUP_TIMEOUT)
+
     def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
-        """call(network, inputs) on the device; what `call` returns, a named tuple as a plain one."""
+        """call(network, inputs) on the device; returns what `call` returns, a named tuple as a plain one."""
         return self.module({key: x.to(self.device, non_blocking=True) for key, x in inputs.items()}, call)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
@@ -142,7 +173,7 @@ class Engine:
         self.backend.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor | None:
-        """The gradient's global 2-norm before clipping; None under DeepSpeed, where `step` tells it."""
+        """Clip, and return the global 2-norm of the gradient before; None under DeepSpeed, where `step` does both."""
         limit = self.optim.max_grad_norm
         return self.backend.clip(float("inf") if limit is None else limit)
 
@@ -221,12 +252,16 @@ class Engine:
 
     # --- state ------------------------------------------------------------------------------------------------------
 
-    def save_state(self, folder: Path) -> None:
-        """Weights and optimizer, exactly. All ranks call it; which of them write is the backend's affair."""
-        self.backend.save(folder)
+    def save_state(self, folder: Path) -> Files:
+        """Write the trained parameters, the buffers and the optimizer, exactly. All ranks call it.
+
+        Returns size and SHA-256 of the files that this rank hashed while it wrote them; other files may exist.
+        """
+        return self.backend.save(folder)
 
     def load_state(self, folder: Path) -> None:
-        """The inverse of save_state. The caller has checked the files' hashes: DeepSpeed's are pickles."""
+        """The inverse of save_state, after the hashes were verified. Raises CheckpointError if the files hold other
+        parameters than those that this run trains, or code."""
         self.backend.load(folder)
 
     def peak_memory_bytes(self) -> int:
@@ -236,82 +271,14 @@ class Engine:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def state_bytes(self) -> int:
-        """About how many bytes save_state writes on all ranks together: fp32 weights and two moments; ZeRO-1 and -2
-        store the network beside their own fp32 copy. Rather more than less: see Checkpoints.commit."""
+        """About how many bytes save_state writes on all ranks together: fp32 weights and two moments of what is
+        trained; ZeRO-1 and -2 store the network beside their own fp32 copy. An upper bound: see Checkpoints.commit."""
         each = (8 if self.optim.name == "sgd" else 12) + (4 if self.kind in ("zero1", "zero2") else 0)
-        return each * self.parameter_count + 2**20
+        return each * self.trained_count + 2**20
 
-    def save_pretrained(self, folder: Path) -> None:
-        """A plain Hugging Face model directory, gathered from all shards, written by rank 0."""
-        state = self.backend.full_state_dict()
-        if not self.is_main:
-            return
-        training_config = self.model.config
-        self.model.config = copy.deepcopy(training_config)
-        self.model.config.use_cache = True
-        try:
-            self.model.save_pretrained(folder, state_dict=state)
-        finally:
-            self.model.config = training_config
-
-
-def _accelerator(kind: str, mixed: str, deepspeed_config: dict[str, Any] | None, on_cpu: bool) -> Accelerator:
-    group = InitProcessGroupKwargs(timeout=PROCESS_GROUP_TIMEOUT)
-    if on_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
-    if kind in ("single", "ddp"):
-        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-        return Accelerator(mixed_precision=mixed, cpu=on_cpu, kwargs_handlers=[ddp, group])
-    if on_cpu:
-        _sharded_on_cpu(kind)
-    if deepspeed_config is None:
-        return Accelerator(mixed_precision=mixed, kwargs_handlers=[group])
-    accelerator = Accelerator(
-        mixed_precision=mixed,
-        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config),
-        gradient_accumulation_steps=deepspeed_config["gradient_accumulation_steps"],
-        kwargs_handlers=[group],
-    )
-    if accelerator.distributed_type != DistributedType.DEEPSPEED:
-        raise RuntimeError("Accelerate did not take the DeepSpeed config: this run would not be sharded")
-    return accelerator
-
-
-def _sharded_on_cpu(kind: str) -> None:
-    """Make Accelerate shard without a GPU: it otherwise believes every rank alone, or trains without sharding."""
-    state = PartialState(cpu=True)
-    if kind == "fsdp2":
-        state.distributed_type = DistributedType.MULTI_GPU
-        return
-    import deepspeed
-
-    # DeepSpeed would compile a shared-memory collective here: most of a minute, and a process that is killed meanwhile
-    # leaves a lock for which every later start waits for ever. Gloo does without.
-    deepspeed.ops.__compatible_ops__ = {}
-    state.distributed_type = DistributedType.DEEPSPEED
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
-
-
-def complete_deepspeed_config(
-    knobs: dict[str, Any], precision: Precision, max_grad_norm: float | None, micro_size: int, accumulation: int
-) -> dict[str, Any]:
-    """A DeepSpeed config that holds ZeRO knobs only, completed with what the recipe says.
-
-    DeepSpeed divides gradients by the accumulation count; the engine switches that off, and the count only tells
-    DeepSpeed to keep buffers for accumulated gradients: hence never 1.
-    """
-    zero = {**knobs["zero_optimization"], "stage3_gather_16bit_weights_on_model_save": True}
-    return {
-        **knobs,
-        "zero_optimization": zero,
-        "train_micro_batch_size_per_gpu": micro_size,
-        "gradient_accumulation_steps": max(2, accumulation),
-        "gradient_clipping": 0.0 if max_grad_norm is None else max_grad_norm,
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**62,
-    }
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole network's weights by name on rank 0; undefined elsewhere. All ranks call it."""
+        return self.backend.full_state_dict()
 
 
 def _mix_seed(*numbers: int) -> int:
@@ -321,9 +288,3 @@ def _mix_seed(*numbers: int) -> int:
         mixed = ((mixed ^ (number & (2**64 - 1))) * 0xBF58476D1CE4E5B9) % 2**64
         mixed ^= mixed >> 31
     return mixed >> 1
-
-
-def reset_accelerate() -> None:
-    """Forget Accelerate's process-wide state, so that one process can hold several engines one after the other."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,8 +39,15 @@ def parameter_groups(
     return [{"params": p, "lr_scale": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
 
 
-def build_optimizer(groups: list[dict[str, Any]], optim: OptimSection, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that `optim.name` names, over `groups`."""
+def build_optimizer(
+    groups: list[dict[str, Any]],
+    optim: OptimSection,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda _text: None,
+) -> torch.optim.Optimizer:
+    """The optimizer named by `optim.name`, over `groups`. On a CPU a paged one runs unpaged, which `tell` hears."""
+    if not groups:
+        raise RecipeError("nothing is trained: every parameter of the network is frozen")
     if "adamw" in optim.name:
         adam: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas or (0.9, 0.95), "eps": optim.eps or 1e-8}
         if optim.name == "adamw":
@@ -52,8 +59,12 @@ def build_optimizer(groups: list[dict[str, Any]], optim: OptimSection, device: t
             "paged_adamw": bitsandbytes.optim.PagedAdamW32bit,
             "paged_adamw_8bit": bitsandbytes.optim.PagedAdamW8bit,
         }
-        if optim.name.startswith("paged") and device.type == "cpu":
-            raise RecipeError(f"optim.name: {optim.name} pages between a GPU and the host; on a CPU use adamw_8bit")
+        if device.type == "cpu" and optim.name.startswith("paged"):
+            tell(f"optim.name: {optim.name} runs without paging on a CPU; the updates are the same")
+            classes |= {
+                "paged_adamw": bitsandbytes.optim.AdamW32bit,
+                "paged_adamw_8bit": bitsandbytes.optim.AdamW8bit,
+            }
         return classes[optim.name](groups, **adam)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum or 0.0)

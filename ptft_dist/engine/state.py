@@ -1,30 +1,94 @@
-"""An optimizer's state as named tensors and JSON, so that no checkpoint of ours needs a pickle."""
+"""Tensors and optimizer state as files without pickles, hashed while they are written.
+
+A file is reported as {"bytes": size, "sha256": hex digest}, as a checkpoint's manifest wants it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file
 
-TENSORS, REST = "optimizer.safetensors", "optimizer.json"
+WEIGHTS, TENSORS, REST = "model.safetensors", "optimizer.safetensors", "optimizer.json"
+Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "sha256": hex digest}
+
+# The names of data types in the header of a safetensors file: https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_parts(path: Path, parts: Iterator[bytes | memoryview]) -> Files:
+    """Write `parts` one after the other, durably; the size and SHA-256 of the file, which is not read again."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for part in parts:
+            rest = memoryview(part)
+            digest.update(rest)
+            size += rest.nbytes
+            while rest:
+                rest = rest[file.write(rest) :]  # a raw file may write less than it was given
+        os.fsync(file.fileno())
+    return {path.name: {"bytes": size, "sha256": digest.hexdigest()}}
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Files:
+    """A safetensors file. At most one tensor at a time is copied to the host."""
+    return write_parts(path, _safetensors(tensors))
+
+
+def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryview]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers map the file, and want the data aligned
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        if tensor.numel():
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensor_shapes(path: Path) -> dict[str, torch.Size]:
+    """Name -> shape of each tensor in a safetensors file; only its header is read."""
+    with safe_open(path, "pt") as file:
+        return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+# --- optimizers -------------------------------------------------------------------------------------------------------
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by "<parameter>.<key>", and the rest. A parameter is its number, or its name where the state says so."""
+    """Tensors by "PARAMETER.KEY", and the rest. PARAMETER is a number, or a name where the state has names."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
-    seen: set[int] = set()
     for parameter, entries in state["state"].items():
         for key, value in _unwrapped(entries):
             if isinstance(value, torch.Tensor):
-                tensor = value.detach().contiguous()
-                # bitsandbytes' quantisation maps are one memory for all parameters, which safetensors refuses.
-                tensors[f"{parameter}.{key}"] = tensor.clone() if tensor.data_ptr() in seen else tensor
-                seen.add(tensor.data_ptr())
+                tensors[f"{parameter}.{key}"] = value.detach()
             else:
                 plain.setdefault(str(parameter), {})[key] = value
     return tensors, {"state": plain, "param_groups": state["param_groups"]}
@@ -52,10 +116,11 @@ def _parameter(name: str) -> int | str:
     return int(name) if name.isdigit() else name
 
 
-def write_optimizer(folder: Path, state: dict[str, Any], extra: dict[str, Any] | None = None) -> None:
+def write_optimizer(folder: Path, state: dict[str, Any], extra: dict[str, Any] | None = None) -> Files:
+    """The state dict of an optimizer as two files in `folder`. extra: values beside it, for JSON."""
     tensors, rest = flatten_optimizer(state)
-    save_file(tensors, str(folder / TENSORS))
-    (folder / REST).write_text(json.dumps({**rest, **(extra or {})}))
+    text = json.dumps({**rest, **(extra or {})}).encode()
+    return write_tensors(folder / TENSORS, tensors) | write_parts(folder / REST, iter([text]))
 
 
 def read_optimizer(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:

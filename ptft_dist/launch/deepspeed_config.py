@@ -1,62 +1,164 @@
-"""A DeepSpeed JSON may say how ZeRO works. What the recipe says (batches, precision, optimizer) it may not."""
+"""Which DeepSpeed config a run uses: a JSON file, or the inline fields of a launch config. Every key is checked.
+
+The result holds what decides how ZeRO works and nothing that the recipe decides; the engine adds that.
+"""
 
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ptft_dist.config.shipped import find_shipped, shipped
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch.deepspeed_keys import STAGE, TOP, ZERO, Refused, Table, Values
 
-# Key of the DeepSpeed config -> what says it instead.
-RECIPE_SAYS = {
-    "train_batch_size": "batch.global_size",
-    "train_micro_batch_size_per_gpu": "batch.micro_size",
-    "gradient_accumulation_steps": "batch.global_size and batch.micro_size",
-    "gradient_clipping": "optim.max_grad_norm",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "optimizer": "optim",
-    "scheduler": "optim.schedule",
-}
+# Inline fields that say how ZeRO works. Beside a JSON file Accelerate ignores them.
+ZERO_FIELDS = (
+    "zero_stage",
+    "offload_optimizer_device",
+    "offload_param_device",
+    "offload_optimizer_nvme_path",
+    "offload_param_nvme_path",
+)
+_NO_FILE = ("", "none")
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """The ZeRO knobs in `path`, without the keys that are "auto". Raises RecipeError for keys that the recipe owns."""
+    """The checked config in `path`, without keys that are "auto" or that say nothing.
+
+    Raises:
+        RecipeError: the file cannot be read, or a key is unknown, has a wrong value, or is decided elsewhere. One
+            message lists all such keys.
+    """
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
     except OSError as error:
         raise RecipeError(f"{path}: the DeepSpeed config cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise RecipeError(f"{path}: the DeepSpeed config is not JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization"), dict):
-        raise RecipeError(f'{path}: a DeepSpeed config needs "zero_optimization": {{"stage": 1, 2 or 3}}')
-    stage = config["zero_optimization"].get("stage")
-    if stage not in (1, 2, 3):
-        raise RecipeError(f"{path}: zero_optimization.stage is {stage!r}; it must be 1, 2 or 3")
-    wrong = [f"{key} (the recipe's {says})" for key, says in RECIPE_SAYS.items() if not _is_auto(config.get(key))]
-    if wrong:
-        raise RecipeError(f'{path}: remove, or set to "auto", what the recipe decides: {", ".join(wrong)}')
-    return {key: value for key, value in config.items() if key not in RECIPE_SAYS}
+        raise RecipeError(f"{path}: the DeepSpeed config is not valid JSON: {error}") from None
+    return check_deepspeed_config(config, str(path))
 
 
-def _is_auto(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(_is_auto(inner) for inner in value.values())
-    return value is None or value == "auto"
+def check_deepspeed_config(config: Any, source: str) -> dict[str, Any]:
+    """`config` without keys that are "auto" or that say nothing. Raises RecipeError with all problems.
+
+    source: the file or launch config, for messages.
+    """
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
+    if not isinstance(zero, dict) or "stage" not in zero:
+        raise RecipeError(f'{source}: a DeepSpeed config needs "zero_optimization": {{"stage": 1, 2 or 3}}')
+    problems: list[str] = []
+    checked = _checked(config, TOP, (), problems)
+    problems += _conflicts(checked.get("zero_optimization", {}))
+    if problems:
+        raise RecipeError("\n".join(f"{source}: {problem}" for problem in problems))
+    return checked
 
 
-def deepspeed_config_of_launch() -> dict[str, Any] | None:
-    """The DeepSpeed config that `accelerate launch` chose for this process; None without DeepSpeed."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
-        return None
-    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
-    if path in ("", "none"):
+def inline_deepspeed_config(fields: Mapping[str, str], source: str) -> dict[str, Any]:
+    """The config that the inline fields of a launch config mean: the shipped zero<stage>.json with their offloading.
+
+    fields: `deepspeed_config` of the launch config, every value as text. Raises RecipeError.
+    """
+    stage = fields.get("zero_stage", "2")  # Accelerate's default
+    if stage not in ("1", "2", "3"):
+        raise RecipeError(f"{source}: zero_stage: {stage}; expected {STAGE.expected}")
+    config = json.loads((shipped("ds_configs") / f"zero{stage}.json").read_text(encoding="utf-8"))
+    for what in ("optimizer", "param"):
+        device = fields.get(f"offload_{what}_device", "none").lower()
+        nvme_path = fields.get(f"offload_{what}_nvme_path", "none")
+        if device != "none":
+            path = {} if nvme_path == "none" else {"nvme_path": nvme_path}
+            config["zero_optimization"][f"offload_{what}"] = {"device": device, **path}
+    return check_deepspeed_config(config, f"{source}: deepspeed_config")
+
+
+def resolve_deepspeed_config(fields: Mapping[str, str], source: str, folder: Path | None = None) -> dict[str, Any]:
+    """The DeepSpeed config of a launch config, from the file that it names or from its inline fields.
+
+    folder: where a relative file name may also start; see find_deepspeed_json. Raises RecipeError.
+    """
+    named = fields.get("deepspeed_config_file", "none")
+    if named in _NO_FILE:
+        return inline_deepspeed_config(fields, source)
+    both = [f"{name}: {fields[name]}" for name in ZERO_FIELDS if fields.get(name, "none") != "none"]
+    if both:
         raise RecipeError(
-            "the launch config gives DeepSpeed settings inline; put them into a JSON file and name it with "
-            "deepspeed_config_file, as launch_configs/zero2.yaml does"
+            f"{source}: {', '.join(both)}: no effect beside deepspeed_config_file: {named}; remove either"
         )
-    return read_deepspeed_config(Path(path))
+    return read_deepspeed_config(find_deepspeed_json(named, source, folder))
+
+
+def find_deepspeed_json(named: str, source: str, folder: Path | None = None) -> Path:
+    """The file that deepspeed_config_file names: from the current directory as in Accelerate, else from `folder`.
+
+    `ds_configs/NAME.json`, which earlier shipped launch configs say, is the shipped file wherever a run starts.
+    Raises RecipeError.
+    """
+    for candidate in (Path(named), *([folder / named] if folder else [])):
+        if candidate.is_file():
+            return candidate.resolve()
+    if Path(named).parent == Path("ds_configs"):
+        return find_shipped("ds_configs", Path(named).name, ".json").resolve()
+    raise RecipeError(
+        f"{source}: deepspeed_config_file: {named}: no such file; a relative name starts at the current directory, "
+        f"which is {Path.cwd()}; give the whole path"
+    )
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{name}: this key is given twice")
+    return dict(pairs)
+
+
+def _checked(config: Mapping[str, Any], table: Table, at: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
+    """The values to pass on. Appends what is wrong to `problems`, each with its dotted key."""
+    kept: dict[str, Any] = {}
+    for key, value in config.items():
+        name, rule = ".".join((*at, key)), table.get(key)
+        if rule is None:
+            problems.append(f"{name}: unknown key{_did_you_mean(key, table, at)}")
+        elif value is None:
+            continue  # null leaves DeepSpeed's default, as a missing key does
+        elif isinstance(rule, Refused):
+            if not rule.neutral(value):
+                problems.append(f"{name}: {rule.reason}")
+        elif isinstance(rule, Values):
+            if rule.accepts(value):
+                kept[key] = value
+            else:
+                problems.append(f"{name}: {value!r}; expected {rule.expected}")
+        elif isinstance(value, dict):
+            kept[key] = _checked(value, rule, (*at, key), problems)
+        else:
+            problems.append(f"{name}: {value!r}; expected a block of keys: {', '.join(rule)}")
+    return kept
+
+
+def _did_you_mean(key: str, table: Table, at: tuple[str, ...]) -> str:
+    if not at and key in ZERO:
+        return f"; did you mean zero_optimization.{key}?"
+    near = get_close_matches(key, table, n=1)
+    return f"; did you mean {'.'.join((*at, near[0]))}?" if near else "; remove it"
+
+
+def _conflicts(zero: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are good alone and wrong together; DeepSpeed finds them after the process group has formed."""
+    stage, parameters = zero.get("stage"), zero.get("offload_param", {})
+    if parameters.get("device", "none") != "none" and stage != 3:
+        yield f"zero_optimization.offload_param.device: {parameters['device']}: needs stage 3, but the stage is {stage}"
+    optimizer = zero.get("offload_optimizer", {})
+    if stage != 3 and (optimizer.get("device") == "nvme" or optimizer.get("ratio", 1) < 1):
+        yield "zero_optimization.offload_optimizer: nvme and a ratio below 1 need stage 3; use device cpu and no ratio"
+    for name, block in (("offload_param", parameters), ("offload_optimizer", optimizer)):
+        if block.get("device") == "nvme" and "nvme_path" not in block:
+            yield (
+                f"zero_optimization.{name}.device: nvme: needs nvme_path (inline: {name}_nvme_path, which stock "
+                f"`accelerate launch` does not pass on; use `ptft train --launch` or a DeepSpeed JSON)"
+            )

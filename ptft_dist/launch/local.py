@@ -1,53 +1,26 @@
-"""Start several processes on this machine through stock `accelerate launch`, and bring back one exit code."""
+"""Start several processes on this machine through stock `accelerate launch`, and return the run's own exit code."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
-from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
-from ptft_dist.launch.deepspeed_config import read_deepspeed_config
+from ptft_dist.launch.environment import EXIT_CODE_FILE
+from ptft_dist.launch.launch_file import LaunchFile
 
 
 def default_launch() -> str:
     """`multi_gpu` where the machine has an NVIDIA device, else `cpu`."""
     return "multi_gpu" if Path("/dev/nvidia0").exists() else "cpu"
-
-
-def launch_config(name: str) -> tuple[Path, Path | None]:
-    """A launch config by name or path, and the DeepSpeed JSON it names. Raises RecipeError if either is wrong."""
-    path = find_shipped("launch_configs", name, ".yaml")
-    try:
-        config = YAML(typ="safe").load(path)
-    except (OSError, YAMLError) as error:
-        raise RecipeError(f"{path}: the launch config cannot be read: {error}") from None
-    if not isinstance(config, dict) or "distributed_type" not in config:
-        raise RecipeError(f"{path}: this is no accelerate config: it has no distributed_type")
-    if config["distributed_type"] != "DEEPSPEED":
-        return path, None
-    named = (config.get("deepspeed_config") or {}).get("deepspeed_config_file")
-    if not named:
-        raise RecipeError(f"{path}: deepspeed_config.deepspeed_config_file is missing; see launch_configs/zero2.yaml")
-    # Accelerate looks from the current directory; the shipped configs mean the folder beside theirs.
-    beside = path.parent.parent / named
-    deepspeed = Path(named) if Path(named).is_file() else beside if beside.is_file() else None
-    if deepspeed is None:
-        deepspeed = find_shipped("ds_configs", Path(named).stem, ".json")
-    read_deepspeed_config(deepspeed)
-    return path, deepspeed.resolve()
 
 
 @dataclass(frozen=True)
@@ -60,40 +33,58 @@ class Machines:
 
 
 def machines(count: int | None, rank: int | None, address: str | None) -> Machines | None:
-    """From the command line's options; None for one machine. Raises RecipeError if they do not fit together."""
+    """From the options of the command line; None for one machine. Raises RecipeError if they do not fit together."""
     if count in (None, 1) and rank in (None, 0) and not address:
         return None
     if count is None or rank is None or not address:
         raise RecipeError("several machines need all of --machines, --machine-rank and --address HOST:PORT")
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise RecipeError(f"--address: {address!r} is not HOST:PORT")
+        raise RecipeError(f"--address: {address!r}; expected HOST:PORT")
     if rank >= count:
         raise RecipeError(f"--machine-rank: {rank}; with --machines {count} it goes from 0 to {count - 1}")
     return Machines(count, rank, address)
 
 
-def local_processes(launch: str, processes: int | None, several: Machines | None) -> int:
-    """How many of the run's processes this machine gets. Raises RecipeError if they do not divide."""
-    config = YAML(typ="safe").load(launch_config(launch)[0])
-    total, count = processes or config.get("num_processes", 1), several.count if several else 1
+def local_processes(file: LaunchFile, processes: int | None, several: Machines | None) -> int:
+    """How many of the run's processes this machine starts.
+
+    processes: over all machines; None: as the launch config says. Raises RecipeError if nobody gives the number, if
+    it does not divide over the machines, or if the launch config starts another number.
+    """
+    total, count = processes or file.processes, several.count if several else 1
+    if total is None:
+        raise RecipeError(f"{file.path}: no num_processes; give --processes N, over all machines")
+    if file.distributed_type == "NO" and total * count > 1:
+        raise RecipeError(
+            f"--processes: {total}: {file.path} has distributed_type NO, which starts one process; "
+            "use a launch config such as multi_gpu"
+        )
+    if several is None and processes is None and file.machines > 1:
+        raise RecipeError(
+            f"{file.path} is for {file.machines} machines: give --machines, --machine-rank and --address HOST:PORT, "
+            "or --processes N for N processes on this machine alone"
+        )
     if total % count:
-        raise RecipeError(f"--processes: {total} cannot be divided over {count} machines")
+        raise RecipeError(f"--processes: {total} cannot be divided over {count} machines; use a multiple of {count}")
     return total // count
 
 
-def command(launch: str, processes: int | None, several: Machines | None, arguments: Sequence[str]) -> list[str]:
-    """The `accelerate launch` command line that runs `ptft` with `arguments` on every rank."""
-    path, deepspeed = launch_config(launch)
-    kind = str(YAML(typ="safe").load(path)["distributed_type"])
-    if kind not in ("NO", "MULTI_CPU"):
+def command(file: LaunchFile, processes: int | None, several: Machines | None, arguments: Sequence[str]) -> list[str]:
+    """The `accelerate launch` command line that runs `ptft` with `arguments` on every rank of this machine.
+
+    Raises RecipeError if the launch config would start other machines over ssh or MPI.
+    """
+    if file.distributed_type != "NO":
         # Accelerate then goes through torchrun, which reads $$ as an escaped $ and fills in ${local_rank}.
         arguments = [word.replace("$", "$$") for word in arguments]
-    words = ["accelerate", "launch", "--config_file", str(path)]
+    words = ["accelerate", "launch", "--config_file", str(file.path)]
     if processes is not None:
         words += ["--num_processes", str(processes)]
-    if deepspeed is not None:
-        words += ["--deepspeed_config_file", str(deepspeed)]
+    if file.deepspeed_json is not None:  # a relative name would start at the ranks' current directory
+        words += ["--deepspeed_config_file", str(file.deepspeed_json)]
+    if file.distributed_type == "DEEPSPEED":
+        words += _deepspeed_launcher(file, several)
     if several is None:
         words += ["--num_machines", "1", "--machine_rank", "0"]
         words += ["--main_process_port", "0"]  # any free one, so that two runs do not meet
@@ -104,17 +95,29 @@ def command(launch: str, processes: int | None, several: Machines | None, argume
     return [*words, "-m", "ptft_dist", *arguments]
 
 
-def launch(words: Sequence[str], run_dir: Path, threads: int) -> int:
-    """Run the command and return the run's own exit code, which `accelerate launch` does not pass on.
+def _deepspeed_launcher(file: LaunchFile, several: Machines | None) -> list[str]:
+    """The option for torchrun. Accelerate's default, pdsh, would write the environment into a file."""
+    if several is not None and file.deepspeed_launcher not in (None, "standard"):
+        raise RecipeError(
+            f"{file.path}: deepspeed_multinode_launcher: {file.deepspeed_launcher}: not supported, as it starts the "
+            "other machines itself and writes the environment, secrets too, into a file; set it to standard, and run "
+            "this command on each machine"
+        )
+    return ["--deepspeed_multinode_launcher", "standard"]
 
-    threads: what each rank computes with on the CPU, unless OMP_NUM_THREADS is set.
+
+def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping[str, str]) -> int:
+    """Run the command and return the run's own exit code, which `accelerate launch` does not pass on.
 
     SIGTERM and SIGINT become the run directory's stop file: torchrun would kill the ranks seconds after a signal, in
     the middle of a save. A second SIGINT ends the ranks at once. When this returns, SIGTERM stays ignored: one that
     comes in the moment before the exit must not change the exit code.
+
+    Args:
+        threads: of each rank on the CPU, unless OMP_NUM_THREADS is set.
+        variables: for the ranks, see LaunchFile.variables.
     """
     print("+ " + shlex.join(words), file=sys.stderr, flush=True)
-    started = time.time()
     stop_file = run_dir / "stop"
     run_dir.mkdir(parents=True, exist_ok=True)
     child: subprocess.Popen[bytes] | None = None
@@ -131,35 +134,40 @@ def launch(words: Sequence[str], run_dir: Path, threads: int) -> int:
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
     python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     environment = {
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # torchrun's own wait after a death
-        "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # of torchrun itself
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
+        "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # the only signal that torchrun itself handles
         "OMP_NUM_THREADS": str(threads),
         **os.environ,
+        **variables,
     }
+    descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
+    os.close(descriptor)
+    environment[EXIT_CODE_FILE] = name
     try:
-        # A session of their own keeps a terminal's Ctrl-C from the ranks. Slurm may still signal each process of a job:
-        # torchrun ignores SIGTERM, and so does a rank until it listens itself.
+        # In a session of their own the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a
+        # job: torchrun ignores SIGTERM, and so does a rank until it installs its own handler.
         child = subprocess.Popen(python, start_new_session=True, preexec_fn=ignore_sigterm, env=environment)
         code = child.wait()
     finally:
         ignore_sigterm()
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
-        if asked:  # on another machine the run may have stopped before this one was asked to
+        if asked:  # the run may have stopped on another machine's signal, before this machine got one
             stop_file.unlink(missing_ok=True)
-    return own_exit_code(code, run_dir / "result.json", started)
+        said = Path(name).read_text()
+        Path(name).unlink(missing_ok=True)
+    return own_exit_code(code, said)
 
 
 def ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def own_exit_code(code: int, result: Path, started: float) -> int:
-    """What the ranks said in result.json, if they wrote it after `started`; else the launcher's own code, never 0."""
+def own_exit_code(code: int, said: str) -> int:
+    """The exit code that a rank on this machine has left; else the launcher's own code, never 0.
+
+    code: of `accelerate launch`; said: the contents of the file named by EXIT_CODE_FILE, empty if the ranks died before
+    they could write it.
+    """
     if code == 0:
         return 0
-    try:
-        if result.stat().st_mtime >= started - 1:
-            return int(json.loads(result.read_text())["exit_code"]) or 1
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # the ranks died before they could say anything
-    return code if code > 0 else 1
+    return (int(said) if said.isdigit() else code if code > 0 else 1) or 1

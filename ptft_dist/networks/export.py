@@ -1,12 +1,32 @@
-"""The final weights as a plain Hugging Face directory."""
+"""The final weights as a plain Hugging Face directory, which transformers 4.57 loads too."""
 
 from __future__ import annotations
 
+import copy
+import json
 import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NO_LIMIT = 10**9
+"""Tokenizers that know no limit say 10^30."""
+_ROPE_KEYS: dict[str, dict[str, str]] = {
+    "gpt_neox": {"theta": "rotary_emb_base", "share": "rotary_pct"},
+    "gpt_neox_japanese": {"theta": "rotary_emb_base", "share": "rotary_pct"},
+    "modernbert": {"theta": "global_rope_theta", "local": "local_rope_theta"},
+    "modernbert-decoder": {"theta": "global_rope_theta", "local": "local_rope_theta"},
+}
+"""model_type -> the names of its keys in transformers 4, where they are not the usual ones."""
 
 
 class Writer(Protocol):
@@ -15,20 +35,143 @@ class Writer(Protocol):
     is_main: bool
 
     def barrier(self) -> None: ...
-    def save_pretrained(self, folder: Path) -> None: ...
+
+    def full_state_dict(self) -> dict[str, torch.Tensor]:
+        """The whole network's weights by name on rank 0; elsewhere not to be used. All ranks call it."""
 
 
-def export(engine: Writer, tokenizer: PreTrainedTokenizerBase, target: Path) -> None:
-    """Write the engine's present weights, under another name until the directory is whole. All ranks call it."""
+@dataclass(frozen=True)
+class Export:
+    """What stands in the directory. tokenizer and network: those of the training; dtype: of the weights."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    network: NetworkFacts
+    dtype: torch.dtype
+
+
+def export(engine: Writer, content: Export, target: Path) -> None:
+    """Write the present weights, under another name until the directory is complete. All ranks call it.
+
+    Raises:
+        RecipeError: the weights do not fit into `dtype`.
+    """
     partial, old = target.with_name("model.partial"), target.with_name("model.old")
     if engine.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     engine.barrier()
-    engine.save_pretrained(partial)
+    state = engine.full_state_dict()
     if engine.is_main:
-        tokenizer.save_pretrained(partial)
+        write_model(content, state, partial)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write weights `state`, config and tokenizer to `folder`. The network in memory does not change.
+
+    Raises:
+        RecipeError: the weights do not fit into the dtype.
+    """
+    model = content.model
+    training_config = model.config
+    model.config = copy.deepcopy(training_config)
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(folder, state_dict=cast_weights(state, content.dtype))
+    finally:
+        model.config = training_config
+    content.tokenizer.save_pretrained(folder)
+    more = {"dtype": str(content.dtype).removeprefix("torch."), **renamed_keys(model.config)}
+    _edit(folder / "config.json", lambda config: with_legacy_rope(config) | more)
+    _edit(folder / "tokenizer_config.json", lambda config: portable_tokenizer(config, content.network.max_positions))
+    mode = (folder / "config.json").stat().st_mode
+    for file in folder.iterdir():
+        file.chmod(mode)  # safetensors writes 0600; the config's mode follows the umask
+
+
+def export_dtype(wanted: str, section: ModelSection, config: PretrainedConfig) -> torch.dtype:
+    """The data type of exported weights: `save.dtype`, where `auto` is that of the weights in model.path.
+
+    config: as it was read, before a network was built from it in fp32.
+    """
+    if wanted != "auto":
+        return DTYPES[wanted]
+    source = None if section.path is None else config.dtype
+    return source if isinstance(source, torch.dtype) and source in DTYPES.values() else torch.float32
+
+
+def cast_weights(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The floating-point weights in `dtype`; two names of one tensor stay so. Raises RecipeError at an overflow."""
+    done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
+    weights = {}
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.dtype == dtype:
+            weights[name] = tensor
+            continue
+        place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        if place not in done:
+            done[place] = tensor.to(dtype)
+            if dtype == torch.float16 and tensor.abs().max() > torch.finfo(dtype).max:
+                raise RecipeError(
+                    f"save.dtype: {name} has values above {torch.finfo(dtype).max:.0f}, the limit of fp16. Set "
+                    "save.dtype: bf16 or fp32 and start again; training goes on from the last checkpoint"
+                )
+        weights[name] = done[place]
+    return weights
+
+
+def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with the keys of rotary position embeddings that transformers 4 reads beside those of transformers 5.
+
+    transformers 5 keeps all of them in `rope_parameters`, which transformers 4 ignores: it would compute with its
+    default theta and without scaling, and say nothing.
+    """
+    if isinstance(text := config.get("text_config"), dict):
+        config = {**config, "text_config": with_legacy_rope(text)}
+    rope = config.get("rope_parameters")
+    if not rope:
+        return config
+    by_layer = [each for each in rope.values() if isinstance(each, dict)]
+    main = (rope.get("full_attention") or by_layer[0]) if by_layer else rope
+    local = rope.get("sliding_attention") if by_layer else None
+    names = _ROPE_KEYS.get(config["model_type"], {})
+    legacy = {names.get("theta", "rope_theta"): main.get("rope_theta")}
+    if (share := main.get("partial_rotary_factor")) is not None:
+        legacy[names.get("share", "partial_rotary_factor")] = share
+    if local is not None:
+        legacy[names.get("local", "rope_local_base_freq")] = local["rope_theta"]
+    if main.get("rope_type", "default") != "default":
+        own = ("rope_theta", "partial_rotary_factor")  # keys beside rope_scaling, not in it
+        legacy["rope_scaling"] = {key: value for key, value in main.items() if key not in own}
+    return config | legacy
+
+
+def renamed_keys(config: PretrainedConfig) -> dict[str, Any]:
+    """Config keys under the names of transformers 4, which knows no other: the number of experts, such as Qwen3's."""
+    old, new = "num_experts", "num_local_experts"
+    return {old: getattr(config, new)} if config.attribute_map.get(old) == new else {}
+
+
+def portable_tokenizer(config: dict[str, Any], max_positions: int | None) -> dict[str, Any]:
+    """A tokenizer_config.json that transformers 4 loads too, and that truncates to the network's positions.
+
+    Without a limit, `truncation=True` truncates nothing and a pipeline fails on a long text.
+    """
+    config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
+    if config.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers 4; both know the older name
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(more := config.pop("extra_special_tokens", None), list):  # a dictionary in transformers 4
+        config["additional_special_tokens"] = more
+    elif more is not None:
+        config["extra_special_tokens"] = more
+    limits = [limit for limit in (config.get("model_max_length"), max_positions) if limit and limit < NO_LIMIT]
+    return config | ({"model_max_length": min(limits)} if limits else {})
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(change(config), indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Networks that are read and not trained: a teacher today; a reference policy, a reward model, the base of an adapter.
+"""Frozen networks: a teacher today; later a reference policy, a reward model, the base model of an adapter.
 
-One is named by the recipe, identified by the hash of its files (another one makes another run), loaded here, and placed
-by the engine (`Engine.prepare_frozen`). A checkpoint holds its identity, never its weights.
+The recipe names one, the hash of its files identifies it (with another one it is another run), FrozenSource loads it,
+and `Engine.prepare_frozen` places it. A checkpoint holds its identity and never its weights.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.networks.load import build_model, local_or_hub, read_config
+from ptft_dist.networks.preview import check_weights
 
 Digests = Callable[[Sequence[Path]], list[str]]
 """The content hash of each file, such as HashMemo.digests, which remembers those of unchanged files."""
@@ -25,7 +26,8 @@ Digests = Callable[[Sequence[Path]], list[str]]
 
 @dataclass(frozen=True)
 class FrozenSource:
-    """Where a frozen network is. key: the recipe's, for messages; section: with an absolute path or a Hub name."""
+    """Where a frozen network is. key: the recipe's key that names it, for messages; section: its absolute path or Hub
+    name."""
 
     key: str
     section: ModelSection
@@ -36,28 +38,31 @@ class FrozenSource:
         return self.section.path
 
     def config(self) -> PretrainedConfig:
-        """Raises RecipeError if there is none."""
+        """Its config. Raises RecipeError if it cannot be read."""
         return read_config(self.section, {}, key=self.key)
 
     def identity(self, digests: Digests) -> str:
+        """A hash of its files; of a Hub model, the commit."""
         return files_identity(self.section, digests, key=self.key)
 
     def load(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
-        """In evaluation mode, without gradients, on the CPU. Raises RecipeError."""
+        """The network in evaluation mode, without gradients, on the CPU. Raises RecipeError if it cannot be loaded."""
         model = build_model(self.section, self.config(), 0, auto_class, key=self.key)
         return model.eval().requires_grad_(False).to(dtype=dtype)
 
 
 def frozen_source(key: str, path: str, revision: str | None, model: ModelSection, base: Path) -> FrozenSource:
-    """The network that a recipe names beside the trained one, whose kernel and trust it shares.
+    """A frozen network beside the trained one, with the same attention and trust_remote_code.
 
     Raises:
-        RecipeError: the path can only be a directory, and there is none.
+        RecipeError: there is no such directory, or its weight files are damaged.
     """
     section = ModelSection(
         path=path, revision=revision, attention=model.attention, trust_remote_code=model.trust_remote_code
     )
-    return FrozenSource(key, local_or_hub(section, base, key=key))
+    source = FrozenSource(key, local_or_hub(section, base, key=key))
+    check_weights(source.section, key)
+    return source
 
 
 def files_identity(section: ModelSection, digests: Digests, key: str = "model.path") -> str:

@@ -1,26 +1,28 @@
-"""From the recipe's model section to a network: random weights from a config, or weights from a path or the Hub."""
+"""From the recipe's model section to a network: random weights from a config, or pretrained weights from a directory
+or the Hub."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.config_keys import config_from_keys
 from ptft_dist.networks.facts import NetworkFacts
 
 
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
-    """The section with a relative model.path made absolute, if a directory is there: beside the recipe, or from here.
+    """The section with an absolute model.path, if that is a directory: relative to the recipe's, or to the current one.
 
-    Raises RecipeError if the path can only be a directory and there is none; other names are the Hub's.
+    Other names are left as they are: names on the Hub.
+
+    Raises:
+        RecipeError: the path can only be a directory, and there is none.
     """
     if section.path is None:
         return section
@@ -41,28 +43,33 @@ def build_config(
     *,
     grown: bool = False,
 ) -> PretrainedConfig:
-    """The network's config, fitted to tokenizer and task. Raises RecipeError for keys or sizes that cannot work.
+    """The network's config, with what tokenizer and task decide.
 
-    settings: keys that follow from the task. grown: tokens were added, so the network's embeddings may be too few.
+    Args:
+        max_length: tokens of the longest row.
+        settings: config keys that follow from the task.
+        grown: tokens are added to the tokenizer, and embeddings will be added for them.
 
-    transformers keeps unknown config keys in silence; here they are errors, since a misspelt size has no effect.
+    Raises:
+        RecipeError: a key is unknown, or a value cannot work with this tokenizer, data or task.
     """
     if section.path is not None:
         config = read_config(section, settings or {})
+        _forget_source_format(config)
         if "id2label" in (settings or {}) and not section.new_head:
             _check_labels(section, read_config(section, {}), config)
     else:
         assert section.config is not None
         said = set(settings or {}) | ({"num_labels"} if "id2label" in (settings or {}) else set())
         if double := sorted(set(section.config) & said):
-            raise RecipeError(f"model.config.{double[0]}: the task says this itself. Remove it.")
-        config = _config_from_keys(dict(section.config), tokenizer, settings or {})
+            raise RecipeError(f"model.config.{double[0]}: the task sets this key itself. Remove it.")
+        config = config_from_keys(section.config, tokenizer, settings or {})
     _check_sizes(config, tokenizer, max_length, grown)
     return config
 
 
 def read_config(section: ModelSection, settings: Mapping[str, Any], key: str = "model.path") -> PretrainedConfig:
-    """The config beside pretrained weights, with `settings` in place of its own. Raises RecipeError without one."""
+    """The config of pretrained weights, with `settings` in place of its own values. Raises RecipeError without one."""
     assert section.path is not None
     try:
         return AutoConfig.from_pretrained(
@@ -72,71 +79,50 @@ def read_config(section: ModelSection, settings: Mapping[str, Any], key: str = "
         raise RecipeError(f"{key}: cannot load a config from {section.path!r}: {error}") from None
 
 
+def _forget_source_format(config: PretrainedConfig) -> None:
+    """Drop what an earlier sequence-to-sequence run wrote about its sources; the task writes its own."""
+    if params := getattr(config, "task_specific_params", None):
+        config.task_specific_params = {task: values for task, values in params.items() if task != "ptft"}
+
+
 def _is_classifier(config: PretrainedConfig) -> bool:
     return any(name.endswith("Classification") for name in config.architectures or ())
 
 
 def _check_labels(section: ModelSection, saved: PretrainedConfig, config: PretrainedConfig) -> None:
-    """Raises RecipeError if a head was learned for other labels, or in another order: its weights may fit all the same.
-    The names LABEL_0, LABEL_1, ... say nothing."""
+    """Raises RecipeError if the head was trained for other labels, or the same in another order: shapes may agree all
+    the same. The names LABEL_0, LABEL_1, ... are transformers' defaults and are not compared."""
     theirs, labels = ([str(label) for label in (each.id2label or {}).values()] for each in (saved, config))
     if _is_classifier(saved) and theirs != labels and theirs != [f"LABEL_{i}" for i in range(len(theirs))]:
         raise RecipeError(
-            f"model.path: the head of {section.path!r} was learned for the labels {', '.join(theirs)}, and this task "
+            f"model.path: the head of {section.path!r} was trained for the labels {', '.join(theirs)}, and this task "
             f"has {', '.join(labels)}. List the labels in the head's order in the task's section (labels: [...]), or "
-            "start the head anew with model.new_head: true"
+            "set model.new_head: true for a head with random weights"
         )
 
 
 def check_positions(network: NetworkFacts, max_length: int) -> None:
-    """Raises RecipeError if rows are longer than position embeddings that begin behind the padding's, as RoBERTa's."""
+    """Raises RecipeError if rows exceed the positions of a network that counts them from an offset, as RoBERTa does."""
     room, offset = network.max_positions, network.position_offset
     if offset and room is not None and room < max_length:
         raise RecipeError(
-            f"data.max_length: {max_length} is more than the {room} positions of this network, which counts them "
-            f"from {offset}: lower it, or raise max_position_embeddings ({room + offset})"
+            f"data.max_length: {max_length} is more than the {room} positions of this network, which start "
+            f"at {offset}: lower it, or raise max_position_embeddings ({room + offset})"
         )
-
-
-def _config_from_keys(
-    keys: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
-) -> PretrainedConfig:
-    model_type = keys.pop("model_type")
-    if model_type not in CONFIG_MAPPING:
-        near = difflib.get_close_matches(model_type, list(CONFIG_MAPPING.keys()), n=3)
-        raise RecipeError(f"model.config.model_type: transformers knows no {model_type!r}; nearest: {', '.join(near)}")
-    config_class = CONFIG_MAPPING[model_type]
-    known = set(config_class().to_dict()) | set(config_class.attribute_map)
-    for key in keys:
-        if key not in known:
-            near = difflib.get_close_matches(key, list(known), n=1)
-            hint = f"; did you mean model.config.{near[0]}?" if near else ""
-            raise RecipeError(f"model.config.{key}: a {model_type} config has no such key{hint}")
-    defaults = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    try:
-        return config_class(**{**defaults, **keys, **settings})
-    except (TypeError, ValueError, StrictDataclassError) as error:
-        why = error.__cause__ or error  # what a StrictDataclassError itself says is the name of a validator
-        raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {why}") from None
 
 
 def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, grown: bool) -> None:
     text_config = config.get_text_config()
     if text_config.vocab_size < len(tokenizer) and not grown:
         raise RecipeError(
-            f"the model has {text_config.vocab_size} token embeddings, the tokenizer {len(tokenizer)} tokens: "
-            "leave model.config.vocab_size out, or use the tokenizer that belongs to the model"
+            f"model: it has {text_config.vocab_size} token embeddings, the tokenizer {len(tokenizer)} tokens: "
+            "remove model.config.vocab_size, or use the model's own tokenizer"
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:
         raise RecipeError(
             f"data.max_length: {max_length} is more than the model's max_position_embeddings ({positions}): "
-            "lower the one or raise the other"
+            "lower data.max_length, or raise max_position_embeddings"
         )
 
 
@@ -151,9 +137,14 @@ def build_model(
 ) -> PreTrainedModel:
     """The network, made by a transformers auto class, in fp32 and training mode.
 
-    From a config, its weights follow from `seed` alone on every machine. tokens: the embeddings grow to this number.
-    tell: called with a line about weights that a pretrained network lacks, and that therefore start random.
-    key: what names the network in the recipe, for messages.
+    Args:
+        seed: random weights follow from it alone, on every machine.
+        tokens: embeddings are added up to this number.
+        tell: called with a line about weights that the pretrained network lacks; they are initialized at random.
+        key: the recipe's key that names the network, for messages.
+
+    Raises:
+        RecipeError: the weights cannot be loaded, or do not fit the task.
     """
     kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     torch.manual_seed(seed)
@@ -177,19 +168,19 @@ def build_model(
             if section.new_head and _is_classifier(read_config(section, {})):
                 fresh |= _renew_head(model, seed)
             if fresh:
-                tell(f"new, random weights, which {section.path} does not have: {', '.join(sorted(fresh))}")
+                tell(f"initialized at random, as {section.path} does not have them: {', '.join(sorted(fresh))}")
         if model.config.get_text_config().vocab_size < tokens:
             model.resize_token_embeddings(tokens, mean_resizing=False)
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise RecipeError(
-            f"{key}: {section.path!r}: weights there have other sizes than this task needs, for example because "
-            f"its head has other labels; model.new_head: true starts such weights anew. {error}"
+            f"{key}: weights of {section.path!r} have other shapes than this task needs, for example because its "
+            f"head has other labels; with model.new_head: true such weights are initialized at random. {error}"
         ) from None
     except (OSError, ValueError, ImportError) as error:
         where = "model.config" if section.path is None else f"{key}: {section.path!r}"
-        raise RecipeError(f"{where}: the model cannot be built: {error}") from None
+        raise RecipeError(f"{where}: the network cannot be built: {error}") from None
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
@@ -197,7 +188,7 @@ def build_model(
 
 
 def _renew_head(model: PreTrainedModel, seed: int) -> set[str]:
-    """Start the layer that scores labels anew, even where the saved one has its size; the names of its weights."""
+    """Initialize the layer that scores labels at random, whatever its saved shape; returns the names of its weights."""
     torch.manual_seed(seed)
     names = set()
     for name, module in list(model.named_modules()):

@@ -28,6 +28,8 @@ class _Format(logging.Formatter):
         self.prefix = f"[rank {rank}] " if rank else ""
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.levelno == logging.CRITICAL:  # see `fail`
+            return hide(super().format(record))
         level = "" if record.levelno < logging.WARNING else f"{record.levelname.lower()}: "
         return hide(f"{self.prefix}{level}{super().format(record)}")
 
@@ -69,6 +71,11 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """A line about something that is probably not meant, or that was lost."""
     LOGGER.warning("%s", text)
+
+
+def fail(text: str) -> None:
+    """The failure that ends this process: shown as it is, from every rank."""
+    LOGGER.critical("%s", text)
 
 
 @contextlib.contextmanager

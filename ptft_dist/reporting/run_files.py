@@ -24,11 +24,10 @@ from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError, RecipeError
-from ptft_dist.launch.environment import Place
-from ptft_dist.reporting.messages import say
+from ptft_dist.launch.environment import Place, tell_launcher
+from ptft_dist.reporting.messages import fail, say
 
-EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
-"""The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
+TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
 _DAY_S = 86_400.0
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
 
@@ -63,7 +62,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     environment.json with versions and machine. Removes the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
-    (run_dir / "data_report.json").write_text(json.dumps(data_report, indent=1), encoding="utf-8")
+    (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -77,15 +76,26 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
     (run_dir / "result.json").unlink(missing_ok=True)
 
 
-def keep_tokenizer(tokenizer: Path, run_dir: Path) -> None:
-    """Copy a tokenizer that was learned for this run to run_dir/tokenizer, if it is not there: a resume on a machine
-    with another cache must not learn it anew."""
-    target, partial = run_dir / "tokenizer", run_dir / ".tokenizer.partial"
-    if target.exists():
+def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) -> None:
+    """Copy a tokenizer that was learned for this run to run_dir/tokenizer: a resume on a machine with another cache
+    must not learn it anew. settings: what it was learned by."""
+    target, partial = run_dir / TOKENIZER, run_dir / ".tokenizer.partial"
+    if tokenizer.resolve() == target.resolve():
         return
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(tokenizer, partial)
+    shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
+    (run_dir / _LEARNED_BY).write_text(json.dumps(settings))
+
+
+def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
+    """The tokenizer that `keep_tokenizer` kept, if it was learned by these settings."""
+    try:
+        same = json.loads((run_dir / _LEARNED_BY).read_text()) == settings
+    except (OSError, ValueError):
+        return None
+    return run_dir / TOKENIZER if same and (run_dir / TOKENIZER).is_dir() else None
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
@@ -110,7 +120,8 @@ class FailureReport:
         self.log = run_dir / "logs" / f"rank-{place.rank}.log"
         self.claim = _scratch() / f"failed-{_this_start()}"
 
-    def write(self, error: Exception, exit_code: int, wall_s: float) -> None:
+    def write(self, error: Exception, exit_code: int, wall_s: float, first: str | None = None) -> None:
+        """first: the failure that the rank which failed first has announced."""
         trace = hide(traceback.format_exc())
         if self.begun:
             with _told(self.log), self.log.open("a") as file:
@@ -120,26 +131,22 @@ class FailureReport:
                 self.claim.touch(exist_ok=self.place.world_size == 1)
             except FileExistsError:
                 return  # another rank failed first; this failure most likely follows from that one
-        first = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
+        who = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
         what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
-        if "closed by peer" in what or "reset by peer" in what:
+        if first is not None and not isinstance(error, PtftError) and not first.startswith(f"rank {self.place.rank}:"):
+            what += f"\nThis follows from an earlier failure: {hide(first)}"
+        elif "closed by peer" in what or "reset by peer" in what:
             what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
         if not isinstance(error, PtftError):
-            say(trace)
+            fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
-        say(f"error: {first}{what}{where}")
-        tell_launcher(exit_code)
+        fail(f"error: {who}{what}{where}")
+        with _told(self.claim):
+            tell_launcher(exit_code)
         if self.begun:
-            result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{first}{what}"}
+            result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
             with _told(self.run_dir / "result.json"):
                 write_result(self.run_dir, result)
-
-
-def tell_launcher(exit_code: int) -> None:
-    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it."""
-    if path := os.environ.get(EXIT_CODE_FILE):
-        with _told(Path(path)):
-            Path(path).write_text(str(exit_code))
 
 
 def _scratch() -> Path:

@@ -71,7 +71,7 @@ class TaskSetup:
             seed=recipe.train.seed,
             precision=recipe.train.precision,
             config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
-            learned_tokenizer=recipe.tokenizer is not None and recipe.tokenizer.train is not None,
+            learned_tokenizer=recipe.tokenizer.train is not None,
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import create_model
 
@@ -64,7 +64,7 @@ def recipe_class() -> type[Recipe]:
         "Recipe",
         __base__=Recipe,
         __doc__=Recipe.__doc__,
-        task=(Literal[tuple(TASKS)], Recipe.model_fields["task"]),
+        task=(cast(Any, Literal[tuple(TASKS)]), Recipe.model_fields["task"]),
         **sections,
     )
 

@@ -100,7 +100,8 @@ class Trainer:
         """The updates of one phase; it ends early with the last update of the run."""
         started = time.perf_counter()
         for group in self.batches.next_phase(PhaseContext(self.progress.step, self.engine)):
-            report = self.update(group)
+            with self.engine.updating():
+                report = self.update(group)
             self.progress.step, self.progress.tokens = report.step, self.progress.tokens + report.tokens
             self.stop_agreed = self.stop_agreed or report.stop
             self.batches.observe(report)
@@ -236,8 +237,8 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Go on from a verified checkpoint."""
         self.engine.load_state(checkpoint.path)
-        self.batches.load_state_dict(checkpoint.manifest["batches"])
-        self.progress = RunProgress.from_dict(checkpoint.manifest["progress"])
+        self.batches.load_state_dict(checkpoint.fact("batches", dict))
+        self.progress = RunProgress.from_dict(checkpoint.fact("progress", dict))
         self.saved_step = checkpoint.step
         if self.progress.step != checkpoint.step:
             raise CheckpointError(f"{checkpoint.path}: its manifest is of update {self.progress.step}")

@@ -186,6 +186,16 @@ def test_two_processes_equal_it_too(small: Path, cache: Path, naive: dict[str, l
         assert share == 1 if kind == "cpu" else 0.4 < share < 0.6
 
 
+def test_a_fused_head_whose_module_never_runs_is_gathered_under_fsdp2(
+    small: Path, cache: Path, naive: dict[str, list[float]]
+) -> None:
+    """The head's weight is read by the fused loss; FSDP2 must gather it with the final norm, which does run."""
+    words = ["run_dir=fused", "clm.head=fused", "eval.every=2"]
+    run = start("train", "recipe.yaml", *words, cwd=small, cache=cache, ranks=2, kind="fsdp2_efficient")
+    assert run.wait() == 0, run.stderr
+    follows(small / "fused", naive)
+
+
 def test_a_rank_without_rows_among_micro_batches_by_tokens(
     small: Path, cache: Path, naive: dict[str, list[float]]
 ) -> None:

@@ -48,7 +48,9 @@ def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task:
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), row
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), row
         assert row["tokens"] == expected["tokens"]
-    for row, expected in zip(eval_rows(folder / name), eval_rows(folder / "whole"), strict=True):
+    evaluations = [eval_rows(folder / each) for each in (name, "whole")]
+    assert [[row["step"] for row in each] for each in evaluations] == [[4, 8], [4, 8]]
+    for row, expected in zip(*evaluations, strict=True):
         assert row.keys() == expected.keys()
         for key, value in expected.items():
             assert row[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key

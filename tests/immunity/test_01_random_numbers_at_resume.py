@@ -38,6 +38,19 @@ def test_a_resumed_run_drops_the_same(tmp_path: Path) -> None:
     assert train(tmp_path / "other", dropout=0.0) != whole  # there is something to drop
 
 
+@pytest.mark.parametrize(("dropout", "different"), [(0.5, 4), (0.0, 1)])
+def test_every_update_drops_other_values(tmp_path: Path, dropout: float, different: int) -> None:
+    """One row and weights that do not move: only dropout can make the losses of four updates differ."""
+    recipe = make_recipe(
+        model={"config": {"attention_dropout": dropout}},
+        batch={"global_size": 1, "micro_size": 1},
+        optim={"lr": 1e-30},
+    )
+    with make_trainer(tmp_path, make_store(tmp_path / "store", [32]), recipe) as (trainer, kept):
+        trainer.fit()
+    assert len({row["loss"] for row in kept.rows}) == different
+
+
 def test_every_place_draws_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine("fp32", None)
     try:

@@ -9,7 +9,7 @@ import pytest
 from in_process import make_dataset, make_recipe, make_store, make_task, ragged
 
 from ptft_dist.api import load_recipe
-from ptft_dist.checkpoint.identity import differences, identity
+from ptft_dist.checkpoint.identity import differences, run_identity
 
 SPLITS: list[tuple[int, dict[str, Any]]] = [
     (1, {"micro_size": 12}),
@@ -62,10 +62,12 @@ run_dir: run
 def test_what_changes_the_order_is_noticed_and_the_split_is_free(tmp_path: Path, override: str, key: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE)
-    saved = identity(load_recipe(str(path)), "data")
-    assert set(differences(saved, identity(load_recipe(str(path), [override]), "data"))) == {key}
+    saved = run_identity(load_recipe(str(path)), "data", {})
+    assert set(differences(saved, run_identity(load_recipe(str(path), [override]), "data", {}))) == {key}
     assert (
-        differences(saved, identity(load_recipe(str(path), ["batch.micro_size=4", "eval.at_start=false"]), "data"))
+        differences(
+            saved, run_identity(load_recipe(str(path), ["batch.micro_size=4", "eval.at_start=false"]), "data", {})
+        )
         == {}
     )
-    assert set(differences(saved, identity(load_recipe(str(path)), "other data"))) == {"prepared data"}
+    assert set(differences(saved, run_identity(load_recipe(str(path)), "other data", {}))) == {"prepared data"}

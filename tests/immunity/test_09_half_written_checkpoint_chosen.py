@@ -21,7 +21,7 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
 
 def choose(checkpoints: Checkpoints) -> tuple[int | None, str]:
     said: list[str] = []
-    resume = Resume(checkpoints, "auto", (), {"seed": 0}, "single", 1)
+    resume = Resume(checkpoints, "auto", (), {"seed": 0}, lambda _kind, _ranks: None)
     resume.look()
     chosen = resume.choose(OneProcess(), said.append)
     return (None if chosen is None else chosen.step), "\n".join(said)

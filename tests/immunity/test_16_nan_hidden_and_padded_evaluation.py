@@ -11,9 +11,9 @@ import torch
 from in_process import make_recipe, make_store, make_task, make_trainer, ragged
 
 from ptft_dist.errors import NonFiniteLossError
-from ptft_dist.session import validation
 from ptft_dist.tasks.protocol import LossOut
 from ptft_dist.training.batches import Shape
+from ptft_dist.training.validation import Validation
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -60,8 +60,7 @@ def test_each_row_is_evaluated_once(tmp_path: Path, total: int, ranks: int, micr
     count, passes = 0, set()
     for rank in range(ranks):
         layout = Shape(rank, ranks, recipe.batch.micro_size, recipe.batch.micro_tokens, True)
-        evaluation = validation(recipe, store, layout, task)
-        assert evaluation is not None
+        evaluation = Validation(store, layout, task.collate, None, "made")
         batches = list(evaluation.batches())
         passes.add(len(batches))
         for batch in batches:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from prepare_support import prepare
 
 import ptft_dist.data
@@ -59,6 +60,18 @@ def start(base: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=os.environ)
 
 
+def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
+    """Read stderr up to a line with this text. Before it, two that wait may have waited for each other."""
+    assert process.stderr is not None
+    lines = []
+    for line in iter(process.stderr.readline, ""):
+        lines.append(line)
+        if text in line:
+            return
+    raise AssertionError(f"the process ended without {text!r}:\n{''.join(lines)}")
+
+
+@pytest.mark.timeout(180)  # a process that waits without a word is not waited for
 def test_one_process_prepares_and_the_others_wait(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(f"this is line {i}" for i in range(100)))
     first = start(tmp_path)
@@ -66,8 +79,7 @@ def test_one_process_prepares_and_the_others_wait(tmp_path: Path) -> None:
     assert first.stdout.readline() == "working\n"
     others = [start(tmp_path) for _ in range(2)]
     for other in others:  # they say whom they wait for, before the first is done
-        assert other.stderr is not None
-        assert f"waiting for process {first.pid}, which prepares the same data" in other.stderr.readline()
+        wait_for_line(other, f"waiting for process {first.pid}, which prepares the same data")
 
     answers = [process.communicate("go on\n", timeout=120)[0].split(maxsplit=1) for process in (first, *others)]
 
@@ -77,14 +89,14 @@ def test_one_process_prepares_and_the_others_wait(tmp_path: Path) -> None:
     assert len(list((tmp_path / "cache/stores").glob("*/"))) == 1
 
 
+@pytest.mark.timeout(180)
 def test_when_the_first_is_killed_a_waiting_one_takes_over(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("\n".join(f"this is line {i}" for i in range(100)))
     first = start(tmp_path)
     assert first.stdout is not None
     assert first.stdout.readline() == "working\n"
     second = start(tmp_path)
-    assert second.stderr is not None
-    assert "waiting for process" in second.stderr.readline()
+    wait_for_line(second, f"waiting for process {first.pid}")
     first.kill()
     first.communicate()
 

@@ -13,31 +13,30 @@ ENTITY_MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
 
 
 class ClassificationSettings(LabelledText):
-    """Settings of the classification of texts, pairs of texts, or relations. Longer texts are cut and counted."""
+    """Settings of the classification of texts, pairs of texts, or relations. Longer texts are truncated and counted."""
 
     distillable = True
     after_prepare = ("class_weights", "label_smoothing")
 
     labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
-    """The labels in the order of their ids; when not given, those of the training rows, sorted."""
+    """The labels in the order of their ids. Default: the labels of the training rows, sorted."""
     multi_label: bool = False
-    """A row has any number of labels (a list) instead of exactly one."""
+    """Multi-label classification: a row has a list of any number of labels."""
     class_weights: Literal["balanced"] | dict[Text, Positive] | None = None
-    """Weights of the labels in the loss: by name, or `balanced`, the inverse of their frequency in the training rows.
-    The loss is then averaged over the weights of the rows' labels (PyTorch's cross_entropy with `weight`). With
-    multi_label a weight is that of the label's yes, `balanced`: rows without it / rows with it, and the average stays
-    that over all yes-or-no decisions (PyTorch's binary cross-entropy with `pos_weight`)."""
+    """Weights of the labels in the loss: by name, or `balanced`, inversely proportional to their frequency in the
+    training rows. The loss is a weighted mean, as PyTorch's cross_entropy with `weight`. With multi_label these are the
+    weights of positive labels, as `pos_weight` of PyTorch's binary cross-entropy; `balanced`: negatives / positives."""
     label_smoothing: BelowOne = 0.0
-    """This share of the target probability is spread evenly over the labels (Szegedy et al. 2016)."""
+    """Label smoothing: this fraction of the target probability is uniform over the labels (Szegedy et al. 2016)."""
     entities: bool = False
-    """Classify the relation between two spans of the text, `head` and `tail`: [start, end) in characters. They are
-    marked with [E1] [/E1] and [E2] [/E2] (Baldini Soares et al. 2019)."""
+    """Relation classification: rows have two spans of the text, `head` and `tail`, as [start, end) in characters. They
+    are marked with [E1] [/E1] and [E2] [/E2] (Baldini Soares et al. 2019)."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         only_with(self, ("label_smoothing",), not self.multi_label, "rows with one label each")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            raise ValueError("labels: each label may stand there once")
+            raise ValueError("labels: a label is listed twice")
         if isinstance(self.class_weights, dict) and self.labels is not None:
             strange = sorted(set(self.class_weights) ^ set(self.labels))
             if strange:

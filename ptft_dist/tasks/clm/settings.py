@@ -14,10 +14,10 @@ class ClmSettings(DocumentSettings):
     writes = True
 
     bos: bool = False
-    """Begin each document with the tokenizer's BOS token. It always ends with EOS."""
+    """Begin each document with the BOS token. Every document ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
-    """`fused`: the loss is computed tile by tile and the [batch, length, vocabulary] logits are never held; `logits`:
-    they are. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
+    """`fused`: compute the loss in tiles, without [batch, length, vocabulary] logits in memory. `logits`: compute all
+    logits. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
 
     @property
     def boundaries(self) -> tuple[str | None, str]:

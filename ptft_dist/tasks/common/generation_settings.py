@@ -12,18 +12,18 @@ ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 class GenerationSettings(Section):
-    """Let the network write, at every evaluation, and compare with the reference."""
+    """Generate texts at every evaluation, and score them against the references."""
 
     max_new_tokens: PositiveInt = 64
-    """Write at most this many tokens."""
+    """Maximum number of generated tokens."""
     num_beams: PositiveInt = 1
-    """1: the likeliest token each time; more: beam search."""
+    """1: greedy decoding; more: beam search."""
     metrics: tuple[Literal["exact_match", "bleu", "chrf", "rouge"], ...] = ("exact_match", "bleu", "chrf", "rouge")
-    """`bleu`, `chrf`: sacrebleu's, 0 to 100. `rouge`: F1 of ROUGE-1, -2, -L, 0 to 1. `exact_match`: a share."""
+    """`bleu`, `chrf`: by sacrebleu, 0 to 100. `rouge`: F1 of ROUGE-1, -2, -L, 0 to 1. `exact_match`: a fraction."""
     bleu_tokenize: Literal["13a", "zh", "char", "intl", "none"] | None = None
-    """sacrebleu's tokenizer; 13a when not given. Use zh for Chinese."""
+    """sacrebleu's tokenizer. Default: 13a. Use zh for Chinese."""
     show: Annotated[int, Field(ge=0)] = 5
-    """Write this many of the texts to run_dir/samples.jsonl at each evaluation."""
+    """Number of texts written to run_dir/samples.jsonl at each evaluation."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -6,7 +6,7 @@ from ptft_dist.config.task_settings import TaskSettings
 
 
 class LabelledText(TaskSettings):
-    """A text or a pair of texts, and what is to be predicted from it."""
+    """Settings of tasks that predict something from a text or a pair of texts."""
 
     pair: bool = False
     """Each row has a second text, `text_pair`."""

@@ -11,18 +11,18 @@ from ptft_dist.config.task_settings import DocumentSettings
 
 
 class Masking(DocumentSettings):
-    """What masked language modelling hides (Devlin et al. 2019)."""
+    """Settings of masking (Devlin et al. 2019)."""
 
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """The share of tokens that are to be predicted; never special tokens."""
+    """The fraction of tokens to predict; special tokens are never among them."""
     mask_share: Fraction = 0.8
-    """Of those, the share that the network sees as [MASK]."""
+    """Of those, the fraction replaced by [MASK]."""
     random_share: Fraction = 0.1
-    """Of those, the share that it sees as a random token; the rest it sees unchanged."""
+    """Of those, the fraction replaced by a random token; the rest is unchanged."""
     unit: Literal["token", "word", "span"] = "token"
-    """What is chosen as one: a token; a whole word; a span of tokens (Joshi et al. 2020, SpanBERT)."""
+    """The unit of masking: tokens, whole words, or spans of tokens (Joshi et al. 2020, SpanBERT)."""
     span_length: Annotated[float, Field(ge=1.0)] | None = None
-    """`span`: the mean of the geometric distribution of lengths, which ends at 10 tokens; 5 when not given."""
+    """`span`: mean of the geometric distribution of span lengths, which is cut off at 10 tokens. Default: 5."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -11,22 +11,22 @@ from ptft_dist.tasks.common.masking_settings import Masking
 
 
 class MlmNspSettings(Masking):
-    """Settings of BERT's pretraining: masked tokens, and whether the second segment follows the first.
+    """Settings of BERT's pretraining: masked language modelling and next-sentence prediction (Devlin et al. 2019).
 
-    A row is [CLS] A [SEP] B [SEP]; half of the time B goes on where A ends, else it is from another document.
+    A row is [CLS] A [SEP] B [SEP]; in half of the pairs B follows A, in the others it is from another document.
     """
 
     after_prepare = ("probability", "mask_share", "random_share", "unit", "span_length")
     draws = True
 
     packing: Literal[False] = False
-    """A row holds one pair."""
+    """A row is one pair."""
     sentence: Literal["line", "punctuation"] = "punctuation"
-    """What a sentence is: a line, or what ends with a full stop, question or exclamation mark or a line."""
+    """Sentences end at a line end (`line`), or also at a full stop, question or exclamation mark (`punctuation`)."""
     short_probability: Fraction = 0.1
-    """The share of pairs that aim at a random shorter length, so that short inputs are known too."""
+    """The fraction of pairs with a random shorter target length, as in BERT."""
     duplicates: Annotated[int, Field(ge=1)] = 1
-    """Pairs are drawn this many times from each document (BERT's dupe_factor)."""
+    """How many times pairs are drawn from each document (BERT's dupe_factor)."""
 
     @property
     def _name(self) -> str:

@@ -13,11 +13,11 @@ class PlmSettings(DocumentSettings):
     """Settings of permuted language modelling (Yang et al. 2019, XLNet). Documents end with EOS."""
 
     attention: Literal["across"] | None = None
-    """XLNet's networks cannot keep the documents of a packed row apart."""
+    """XLNet cannot restrict attention to the documents of a packed row."""
     mask_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 6
-    """The share of tokens that are to be predicted, in spans: the paper's 1/K."""
+    """The fraction of tokens to predict, in spans: the paper's 1/K."""
     longest_span: Annotated[int, Field(ge=1)] = 5
-    """Span lengths are drawn evenly from 1 to this."""
+    """Span lengths are uniform from 1 to this."""
 
     @property
     def isolated(self) -> bool:

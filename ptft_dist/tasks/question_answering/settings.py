@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field, PositiveInt
@@ -17,14 +18,23 @@ class QuestionAnsweringSettings(TaskSettings):
     after_prepare = ("max_answer_length", "n_best", "no_answer_margin")
 
     stride: Annotated[int, Field(ge=0)] = 64
-    """A context longer than fits is read in pieces that share this many tokens."""
+    """A long context is split into windows that overlap by this many tokens. Answers that no window contains are not
+    learned."""
     max_answer_length: PositiveInt = 30
-    """Tokens of a predicted answer at most."""
+    """Maximum number of tokens in a predicted answer."""
     n_best: PositiveInt = 20
-    """Beginnings and ends that are combined to find the best answer."""
+    """Number of best start and end positions that are combined to find the best answer."""
     no_answer_margin: Annotated[float, Field(allow_inf_nan=False)] = 0.0
-    """`no answer` is predicted if its score is higher than the best answer's by more than this. Only where training
-    rows without an answer teach it; else there is always one."""
+    """Predict no answer if its score exceeds that of the best answer by more than this. Needs training rows without an
+    answer."""
+
+    def length_problems(self, max_length: int) -> Iterator[tuple[str, str]]:
+        if self.stride >= max_length:
+            yield (
+                "stride",
+                f"{self.stride} leaves no room for a context in rows of data.max_length ({max_length}); lower it, or "
+                "raise data.max_length",
+            )
 
     @property
     def roles(self) -> tuple[str, ...]:

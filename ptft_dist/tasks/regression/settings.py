@@ -8,12 +8,12 @@ from ptft_dist.tasks.common.labelled_text_settings import LabelledText
 
 
 class RegressionSettings(LabelledText):
-    """Settings of the prediction of a number from a text or a pair of texts. Longer texts are cut and counted."""
+    """Settings of predicting a number from a text or a pair of texts. Longer texts are truncated and counted."""
 
     after_prepare = ("loss",)
 
     loss: Literal["mse", "mae", "huber"] = "mse"
-    """The mean squared, absolute, or Huber's error."""
+    """Mean squared error, mean absolute error, or Huber loss."""
 
     @property
     def metric_names(self) -> tuple[str, ...]:

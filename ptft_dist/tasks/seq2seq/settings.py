@@ -1,4 +1,4 @@
-"""Settings of text-to-text learning."""
+"""Settings of sequence-to-sequence learning."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from ptft_dist.tasks.common.generation_settings import GenerationSettings
 
 
 class Seq2SeqSettings(TaskSettings):
-    """Settings of text-to-text learning with an encoder and a decoder."""
+    """Settings of sequence-to-sequence learning with an encoder-decoder network, such as translation."""
 
     writes = True
     after_prepare = ("label_smoothing", "generation")
     text_settings = ("prefix",)
 
     prefix: str = ""
-    """Stands before every source text, such as "translate English to German: "."""
+    """Text before every source, such as "translate English to German: "."""
     max_target_length: Annotated[int, Field(ge=2)] = 128
-    """Tokens of a target at most, EOS included; data.max_length is the source's. What is longer is cut and counted."""
+    """Maximum tokens of a target, EOS included; data.max_length is that of a source. Longer texts are truncated."""
     label_smoothing: BelowOne = 0.0
-    """This share of the target probability is spread evenly over the vocabulary (Szegedy et al. 2016)."""
+    """Label smoothing: this fraction of the target probability is uniform over the vocabulary (Szegedy et al. 2016)."""
     generation: GenerationSettings | None = None
-    """Write and score translations or summaries at evaluations."""
+    """Generate and score texts at evaluations."""
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -37,8 +37,9 @@ class Seq2Seq(BaseTask):
 
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
-        """A new network's decoder begins with the pad token, as T5's do, unless the recipe says otherwise. The ids that
-        a kind of network has by default belong to another vocabulary."""
+        """Set the decoder's ids of a new network: it starts with the pad token, as T5's, unless the recipe has another
+        one, since the defaults of a model type belong to another vocabulary. How sources are written goes into
+        task_specific_params, and so into the exported config."""
         if not config.is_encoder_decoder:
             raise RecipeError(
                 f"model: a {config.model_type} network has no encoder and decoder, as task seq2seq needs: use t5, mt5, "
@@ -50,6 +51,8 @@ class Seq2Seq(BaseTask):
             for key in ("forced_bos_token_id", "forced_eos_token_id"):
                 if key not in given and hasattr(config, key):
                     setattr(config, key, None)
+        source = {"prefix": setup.settings.prefix, "source_eos": True}
+        config.task_specific_params = {**(getattr(config, "task_specific_params", None) or {}), "ptft": source}
         lengths = {"seq2seq.max_target_length": setup.settings.max_target_length}
         if setup.settings.generation is not None:
             lengths["seq2seq.generation.max_new_tokens"] = setup.settings.generation.max_new_tokens

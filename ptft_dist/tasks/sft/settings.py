@@ -22,28 +22,28 @@ class SftSettings(TaskSettings):
     text_settings = ("shape", "system")
 
     shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """How rows look. `messages`: role and content; `sharegpt`: conversations of from and value; `alpaca`: instruction,
-    input, output; `prompt_completion`: two texts, or two lists of messages; `text`: nothing but text. `auto`: by the
-    columns of each file's first row, which all its rows must share."""
+    """The format of the rows. `messages`: role and content; `sharegpt`: conversations of from and value; `alpaca`:
+    instruction, input, output; `prompt_completion`: two texts, or two lists of messages; `text`: plain text. `auto`:
+    from the columns of each file's first row, which all its rows must share."""
     template: Text | None = None
-    """The chat template: a name that TRL knows (chatml, llama3, qwen3, ...), or a Jinja file. When not given: the
-    tokenizer's own, and `chatml` for a tokenizer that is learned here."""
+    """The chat template: a name that TRL knows (chatml, llama3, qwen3, ...), or a Jinja file. Default: the tokenizer's
+    own, and `chatml` for a tokenizer that is trained here."""
     system: Text | None = None
-    """A system message for conversations that have none."""
+    """A system message for conversations without one."""
     loss: Literal["assistant", "last", "all"] = "assistant"
-    """What is learned: the assistant's turns, the last of them only, or everything. The end of a turn belongs to it."""
+    """Which tokens are trained on: all assistant turns, the last one only, or all tokens. A turn includes its end."""
     too_long: Literal["cut", "drop"] = "cut"
-    """A conversation longer than data.max_length loses its end, or is left out; both are counted. One whose answers
-    would be cut away entirely is always left out."""
+    """A conversation longer than data.max_length is truncated at its end (`cut`) or dropped; both are counted. One
+    without a remaining assistant token is always dropped."""
     packing: bool = False
-    """Put several conversations into a row, as many as fit, so that little is padded. They do not see each other. A
-    row counts as one in batch.global_size."""
+    """Pack as many conversations as fit into a row, to reduce padding. Attention stays within each conversation. A
+    packed row counts as one row in batch.global_size."""
     neftune_alpha: Positive | None = None
-    """Noise on the embeddings in training (Jain et al. 2023, NEFTune); 5 is usual."""
+    """NEFTune: noise on the embeddings in training (Jain et al. 2023); 5 is usual."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """As clm.head."""
     generation: GenerationSettings | None = None
-    """At evaluations, write the last answer of each conversation and compare."""
+    """Generate the last answer of each conversation at evaluations, and score it."""
 
     @property
     def isolated(self) -> bool:

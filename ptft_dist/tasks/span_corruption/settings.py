@@ -10,16 +10,18 @@ from ptft_dist.config.task_settings import DocumentSettings
 
 
 class SpanCorruptionSettings(DocumentSettings):
-    """Settings of T5's denoising (Raffel et al. 2020): spans become sentinels, and are to be written after them."""
+    """Settings of T5's span corruption (Raffel et al. 2020): spans are replaced by sentinels and predicted."""
+
+    only_with_trained_tokenizer = ("sentinels",)
 
     attention: Literal["across"] | None = None
-    """The documents of a packed row see each other, as in T5's own pretraining."""
+    """Tokens attend to the other documents of a packed row, as in T5's pretraining."""
     density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """The share of tokens that are hidden."""
+    """The fraction of tokens that are masked."""
     mean_span: Annotated[float, Field(ge=1.0)] = 3.0
-    """The mean length of a hidden span."""
+    """The mean length of a masked span, in tokens."""
     sentinels: Annotated[int, Field(ge=1, le=1000)] = 100
-    """How many sentinels (<extra_id_0> and so on) a tokenizer that is learned here gets."""
+    """Number of sentinels (<extra_id_0> and so on) of a tokenizer that is trained here."""
 
     @property
     def isolated(self) -> bool:

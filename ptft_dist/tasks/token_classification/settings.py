@@ -11,11 +11,11 @@ from ptft_dist.config.task_settings import TaskSettings
 from ptft_dist.tasks.common.scores.entities import AVERAGES, score_names
 
 TAG_LETTERS = {"iob2": "BI", "iob1": "BI", "bioes": "BIES"}
-"""What tags of entities begin with, by scheme; beside them there is O."""
+"""The prefixes of entity tags, by scheme; every scheme also has O."""
 
 
 def inner_tag(scheme: str, tag: str) -> str:
-    """The tag of a word's later pieces: inside the same entity."""
+    """The tag of a word's tokens after the first: inside the same entity."""
     return tag if scheme == "plain" or tag == "O" else "I" + tag[1:]
 
 
@@ -26,18 +26,18 @@ class TokenClassificationSettings(TaskSettings):
     """
 
     scheme: Literal["iob2", "iob1", "bioes", "plain"] = "iob2"
-    """How tags spell entities: IOB2, IOB1, BIOES, or `plain`: each tag for itself, as for parts of speech."""
+    """The tagging scheme of entities: IOB2, IOB1, BIOES; or `plain`: independent tags, as for parts of speech."""
     labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
-    """The tags in the order of their ids; when not given, those of the training rows, sorted."""
+    """The tags in the order of their ids. Default: the tags of the training rows, sorted."""
     pieces: Literal["first", "all"] = "first"
-    """Which tokens of a word carry its tag in the loss. The first one's prediction is the word's. `all`: the later ones
-    of a word in an entity carry I- of its type."""
+    """Which tokens of a word are labelled: the first only, or all; with `all`, later tokens of an entity's word get its
+    I- tag. The prediction for the first token is that of the word."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         labels = self.labels or ()
         if len(set(labels)) != len(labels):
-            raise ValueError("labels: each tag may stand there once")
+            raise ValueError("labels: a tag is listed twice")
         for tag in labels if self.scheme != "plain" else ():
             letter, dash, kind = tag.partition("-")
             if tag != "O" and (letter not in TAG_LETTERS[self.scheme] or bool(dash) != bool(kind)):

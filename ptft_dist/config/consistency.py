@@ -1,0 +1,137 @@
+"""What is wrong between the sections of a recipe: settings without effect, and combinations that can never run.
+
+Everything that follows from the recipe alone is found here, before any data, network or accelerator is touched.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from ptft_dist.config.section import Problem, is_default
+from ptft_dist.config.task_settings import DocumentSettings
+
+if TYPE_CHECKING:
+    from ptft_dist.config.recipe import Recipe
+
+_NO_EFFECT = "has no effect here:"
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every problem, in no particular order."""
+    if recipe.tokenizer.path is None and recipe.tokenizer.train is None:
+        text = "required with model.config: learn one with tokenizer.train, or name one with tokenizer.path"
+        yield Problem(("tokenizer",), text)
+    yield from _task(recipe)
+    yield from _sources(recipe)
+    yield from _batch(recipe)
+    yield from _evaluation(recipe)
+
+
+def _task(recipe: Recipe) -> Iterator[Problem]:
+    """The task's own section, and what the task supports."""
+    task, settings, sections = recipe.task, recipe.settings, recipe.task_sections()
+    for name, default in sections.items():
+        if name != task and getattr(recipe, name) != default:
+            yield Problem((name,), f"{_NO_EFFECT} the task is {task}")
+    if recipe.distillation is not None and not settings.distillable:
+        able = ", ".join(name for name, section in sections.items() if section.distillable)
+        yield Problem(("distillation",), f"{_NO_EFFECT} it needs one of the tasks {able}")
+    elif recipe.distillation is not None and getattr(settings, "head", None) == "fused":
+        text = "fused makes no logits, which distillation needs; leave it out, or set logits"
+        yield Problem((task, "head"), text)
+    if recipe.data.augment and not settings.augmentable:
+        able = ", ".join(name for name, section in sections.items() if section.augmentable)
+        yield Problem(("data", "augment"), f"{_NO_EFFECT} it needs one of the tasks {able}")
+    if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
+        yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
+    if recipe.tokenizer.train is None:
+        for name in settings.only_with_trained_tokenizer:
+            if not is_default(settings, name):
+                yield Problem((task, name), f"{_NO_EFFECT} it needs tokenizer.train")
+    for name, text in settings.length_problems(recipe.data.max_length):
+        yield Problem((task, name), text)
+
+
+def _sources(recipe: Recipe) -> Iterator[Problem]:
+    """Keys of sources that belong to other kinds of tasks."""
+    task, settings = recipe.task, recipe.settings
+    documents = isinstance(settings, DocumentSettings)
+    for side in ("train", "validation"):
+        sources = getattr(recipe.data, side)
+        for index, source in enumerate(sources if isinstance(sources, list) else ()):
+            path = ("data", side, index)
+            if source.fields and documents:
+                text = f"{_NO_EFFECT} task {task} reads one column; name it with field"
+                yield Problem((*path, "fields"), text)
+            if source.field and not documents:
+                yield Problem((*path, "field"), f"{_NO_EFFECT} name the columns of task {task} with fields")
+            for role in source.fields if not documents else ():
+                if role not in settings.roles:
+                    text = f"task {task} has no role {role!r}, only {_choice(role, settings.roles)}"
+                    yield Problem((*path, "fields", role), text)
+
+
+def _batch(recipe: Recipe) -> Iterator[Problem]:
+    """Sizes that no number of processes can divide."""
+    batch, length = recipe.batch, recipe.data.max_length
+    rows, tokens, micro_size = batch.global_size, batch.global_tokens, batch.micro_size
+    if batch.micro_tokens is not None and batch.micro_tokens < length:
+        text = f"{batch.micro_tokens} is less than one row (data.max_length: {length})"
+        yield Problem(("batch", "micro_tokens"), text)
+    if tokens is not None and tokens < length:
+        yield Problem(("batch", "global_tokens"), f"{tokens} is less than one row (data.max_length: {length})")
+        return
+    if tokens is not None and recipe.settings.full_rows:
+        rows = tokens // length
+        if tokens % length:
+            near = f"{rows * length}, {(rows + 1) * length}"
+            text = f"{tokens} is not a multiple of data.max_length ({length}); the nearest multiples: {near}"
+            yield Problem(("batch", "global_tokens"), text)
+            return
+    if rows is None or micro_size is None or rows % micro_size == 0:
+        return
+    low = rows // micro_size * micro_size
+    sizes = " or ".join(str(size) for size in (low, low + micro_size) if size)
+    micro = nearest_divisor(rows, micro_size)
+    if tokens is not None:
+        text = f"{tokens} tokens are {rows} rows of data.max_length ({length}), not a multiple of batch.micro_size "
+        yield Problem(("batch", "global_tokens"), text + f"({micro_size}); set batch.micro_size to {micro}")
+    else:
+        text = f"{rows} is not a multiple of batch.micro_size ({micro_size}); set batch.global_size to {sizes}"
+        yield Problem(("batch", "global_size"), text + f", or batch.micro_size to {micro}")
+
+
+def _evaluation(recipe: Recipe) -> Iterator[Problem]:
+    """Settings that need validation data or regular evaluations, and the metric."""
+    evaluation, settings = recipe.eval, recipe.settings
+    if recipe.eval.metric not in recipe.metric_names:
+        metric = recipe.eval.metric
+        text = f"task {recipe.task} has no metric {metric!r}, only {_choice(metric, recipe.metric_names)}"
+        yield Problem(("eval", "metric"), text)
+    if not recipe.validated:
+        for name in type(evaluation).model_fields:
+            if not is_default(evaluation, name):
+                yield Problem(("eval", name), f"{_NO_EFFECT} it needs data.validation")
+        own = (*settings.evaluation_only, *(["generation"] if hasattr(settings, "generation") else []))
+        for name in own:
+            if not is_default(settings, name):
+                yield Problem((recipe.task, name), f"{_NO_EFFECT} it needs data.validation")
+    if evaluation.every is None:
+        if recipe.save.best:
+            yield Problem(("save", "best"), f"{_NO_EFFECT} it needs eval.every")
+        if evaluation.patience is not None:
+            yield Problem(("eval", "patience"), f"{_NO_EFFECT} it needs eval.every")
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`; the smaller one of two."""
+    small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
+    return min({*small, *(number // n for n in small)}, key=lambda n: (abs(n - wanted), n))
+
+
+def _choice(word: str, names: tuple[str, ...]) -> str:
+    near = get_close_matches(word, names, n=1)
+    return ", ".join(names) + (f"; did you mean {near[0]}?" if near else "")

@@ -1,0 +1,60 @@
+"""Networks that are read but not trained: teachers, reference models, reward models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+
+from ptft_dist.engine.deepspeed_settings import frozen_deepspeed_config
+from ptft_dist.engine.loss_module import LossModule
+from ptft_dist.engine.parameters import require_tied, tied_groups
+
+
+class FrozenNetwork:
+    """A placed network in evaluation mode, called as the trained one is. All ranks must call it together."""
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        self.module, self.device = module, device
+
+    def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+        """call(network, inputs) on the device, without gradients; a named tuple becomes a plain one."""
+        with torch.no_grad():
+            out = self.module({key: x.to(self.device, non_blocking=True) for key, x in inputs.items()}, call)
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()  # its outermost parts stay whole for a backward, which never comes
+        return out
+
+
+def place_frozen(
+    model: PreTrainedModel, kind: str, accelerator: Accelerator, deepspeed_config: dict[str, Any] | None
+) -> FrozenNetwork:
+    """Whole on the device of each rank under single, ddp, zero1 and zero2; sharded under zero3 and fsdp2."""
+    model.requires_grad_(False)
+    ties, module = tied_groups(model), LossModule(model)
+    if kind == "zero3":
+        assert deepspeed_config is not None
+        module = _sharded_by_deepspeed(module, deepspeed_config)
+    elif kind == "fsdp2":
+        module = fsdp2_prepare_model(accelerator, module)
+    else:
+        module.to(accelerator.device)
+    require_tied(model, ties, kind)
+    module.eval()
+    return FrozenNetwork(module, accelerator.device)
+
+
+def _sharded_by_deepspeed(module: LossModule, deepspeed_config: dict[str, Any]) -> Any:
+    """A DeepSpeed engine without optimizer: its hooks gather the parameters of a layer while the layer runs."""
+    import deepspeed
+
+    hidden_size = module.config.get_text_config().hidden_size
+    config = frozen_deepspeed_config(deepspeed_config, hidden_size, module.model.dtype)
+    engine, *_ = deepspeed.initialize(model=module, config=config)
+    return engine

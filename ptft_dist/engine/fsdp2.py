@@ -1,0 +1,80 @@
+"""PyTorch's fully sharded data parallelism, version 2."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
+
+
+class Fsdp2:
+    """Each rank holds a shard. State is gathered to be stored, so any number of ranks can load it."""
+
+    def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
+        self.accelerator, self.model = accelerator, model
+        self.module, prepared = accelerator.prepare(module, optimizer)
+        self.optimizer: Optimizer = prepared.optimizer
+        if "FSDP" not in type(self.module).__name__:
+            raise RuntimeError(f"FSDP2 was asked for, but the network became a {type(self.module).__name__}")
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.module.set_requires_gradient_sync(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def clip(self, limit: float) -> torch.Tensor | None:
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        full: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        return full
+
+    def step(self) -> float | None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def warm_up_backward(self, loss: torch.Tensor) -> None:
+        (loss * 0.0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path) -> Files:
+        gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        of_trained = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=of_trained)
+        state = get_optimizer_state_dict(self.module, self.optimizer, options=gathered)
+        if not self.accelerator.is_main_process:
+            return {}
+        stored = {name: weights[name] for name in stored_tensors(self.model)}  # a tied parameter has two names here
+        return write_tensors(folder / WEIGHTS, stored) | write_optimizer(folder, state)
+
+    def load(self, folder: Path) -> None:
+        path = folder / WEIGHTS
+        require_stored(tensor_shapes(path), self.model, path)
+        first = first_names(self.model)
+        weights: dict[str, Any] = {first.get(name, name): tensor for name, tensor in load_file(path).items()}
+        # Not strict: frozen parameters and the other names of tied ones are not in the file.
+        set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        state, _ = read_optimizer(folder, "cpu")
+        set_optimizer_state_dict(self.module, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+    def full_state_dict(self) -> dict[str, Any]:
+        return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -1,0 +1,49 @@
+"""The network inside the module that data parallelism wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+
+class LossModule(torch.nn.Module):
+    """The network inside one module whose forward runs any function of it, so that data-parallel hooks see it.
+
+    Accelerate, DeepSpeed and transformers ask a network for more than `forward`: how to tie its weights, where its
+    embeddings and its final norm are. Each of those questions is passed on to the network.
+    """
+
+    base_model_prefix = "base_model"  # Accelerate looks for the final norm among the children of this attribute
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.config = model.config  # DeepSpeed's "auto" bucket sizes read it
+        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP's wrapping reads it
+
+    def forward(self, inputs: dict[str, torch.Tensor], call: Callable[..., Any]) -> Any:
+        """call(network, inputs); a named tuple becomes a plain one."""
+        out = call(self.model, inputs)
+        return tuple(out) if isinstance(out, tuple) else out
+
+    @property
+    def base_model(self) -> torch.nn.Module:
+        base: torch.nn.Module = self.model.base_model
+        return base
+
+    def tie_weights(self) -> None:
+        self.model.tie_weights()
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.get_input_embeddings()
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        head: torch.nn.Module | None = self.model.get_output_embeddings()
+        return head
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return bool(self.model.is_gradient_checkpointing)

@@ -1,0 +1,97 @@
+"""Which parameters a network trains, which of them are one object under several names, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import torch
+
+from ptft_dist.errors import CheckpointError, RecipeError
+
+
+def trainable_names(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that require gradients. A tied parameter has the first of its names only."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def element_counts(model: torch.nn.Module) -> tuple[int, int]:
+    """Elements of all parameters and of the trained ones, over all ranks. Tied parameters count once."""
+    # Under ZeRO-3 a parameter is a placeholder of no elements; DeepSpeed keeps its real size in ds_numel.
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def tied_groups(model: torch.nn.Module) -> list[list[str]]:
+    """The names of each parameter that has more than one, as "model.embed_tokens.weight", "lm_head.weight"."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def require_tied(model: torch.nn.Module, groups: Iterable[Collection[str]], kind: str) -> None:
+    """Raises RecipeError unless the names of each group are still one parameter of `model`.
+
+    A library that replaces parameters can lose a tie. Embedding and head would then be trained apart, in silence.
+    """
+    now = dict(model.named_parameters(remove_duplicate=False))
+    for names in groups:
+        if len({id(now.get(name)) for name in names}) > 1:
+            raise RecipeError(
+                f"{kind} untied the parameters {', '.join(names)}: they would be trained apart. Use another launch "
+                "config (under FSDP2: fsdp_cpu_ram_efficient_loading: false), or model.config.tie_word_embeddings: "
+                "false"
+            )
+
+
+def first_names(model: torch.nn.Module) -> dict[str, str]:
+    """Each name of a tied parameter -> the first of its names."""
+    return {name: names[0] for names in tied_groups(model) for name in names}
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that belong to the state of the network, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in model.named_modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    }
+
+
+def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a network: trained parameters, a tied one once, and persistent buffers."""
+    trained: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return trained | persistent_buffers(model)
+
+
+def require_stored(shapes: dict[str, torch.Size], model: torch.nn.Module, path: Path) -> None:
+    """Raises CheckpointError unless a file holds exactly the stored tensors of `model`, each in its shape.
+
+    shapes: by name, as `path` has them. Names of tied parameters may be any of theirs.
+    """
+    expected, first = stored_tensors(model), first_names(model)
+    found = {first.get(name, name): shape for name, shape in shapes.items()}
+    differences = {
+        "missing": expected.keys() - found.keys(),
+        "not trained by this run": found.keys() - expected.keys(),
+        "of another shape": {n for n in expected.keys() & found.keys() if real_shape(expected[n]) != found[n]},
+    }
+    if any(differences.values()):
+        lines = "".join(f"\n  {what}: {_listed(names)}" for what, names in differences.items() if names)
+        raise CheckpointError(
+            f"{path} does not hold the parameters that this run trains:{lines}\n"
+            "Resume with the recipe that wrote it, or choose another run_dir."
+        )
+
+
+def real_shape(tensor: torch.Tensor) -> torch.Size:
+    """The shape over all ranks: under ZeRO-3 a parameter is an empty placeholder."""
+    shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
+    return shape
+
+
+def _listed(names: Collection[str], most: int = 5) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(sorted(names)[:most]) + more

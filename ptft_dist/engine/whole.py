@@ -1,0 +1,80 @@
+"""One process, or DDP: every process holds the whole network and optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
+
+
+class Whole:
+    """Every process holds the whole network and optimizer. Rank 0 stores them."""
+
+    def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
+        module.to(accelerator.device)
+        self.accelerator, self.model, self.scaler = accelerator, model, accelerator.scaler
+        self.module, prepared = accelerator.prepare(module, optimizer)
+        self.optimizer: Optimizer = prepared.optimizer
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            with self.module.no_sync():
+                yield
+        else:
+            yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def clip(self, limit: float) -> torch.Tensor | None:
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        return torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+
+    def step(self) -> float | None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return None
+
+    def warm_up_backward(self, loss: torch.Tensor) -> None:
+        (loss * 0.0).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def save(self, folder: Path) -> Files:
+        if not self.accelerator.is_main_process:
+            return {}
+        scaler = {} if self.scaler is None else {"scaler": self.scaler.state_dict()}
+        weights = write_tensors(folder / WEIGHTS, stored_tensors(self.model))
+        return weights | write_optimizer(folder, self.optimizer.state_dict(), scaler)
+
+    def load(self, folder: Path) -> None:
+        path, device = folder / WEIGHTS, self.accelerator.device
+        place = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no "cpu:0"
+        require_stored(tensor_shapes(path), self.model, path)
+        targets, first = stored_tensors(self.model), first_names(self.model)
+        with torch.no_grad(), safe_open(path, "pt", device=place) as file:
+            for name in file.keys():  # noqa: SIM118
+                targets[first.get(name, name)].copy_(file.get_tensor(name))
+        state, extra = read_optimizer(folder, place)
+        self.optimizer.load_state_dict(state)
+        if self.scaler is not None:
+            self.scaler.load_state_dict(extra["scaler"])
+
+    def full_state_dict(self) -> dict[str, Any]:
+        return self.model.state_dict()

@@ -1,0 +1,152 @@
+"""DeepSpeed's ZeRO, stages 1 to 3. Imported only where DeepSpeed is used."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.state import Files
+from ptft_dist.errors import CheckpointError, ShardWriteError
+
+# The classes that DeepSpeed's files contain. Loading refuses every other, since a pickle can name any function.
+_KNOWN_CLASSES: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class SafeFiles(TorchCheckpointEngine):
+    """DeepSpeed's files, without code: only known classes are loaded. They hold what this run trains, or are refused.
+
+    prefix: what stands before each name of the network in DeepSpeed's state dict.
+    """
+
+    def __init__(self, model: PreTrainedModel, prefix: str) -> None:
+        super().__init__()
+        self.model, self.prefix = model, prefix
+
+    def save(self, state_dict: dict[str, Any], path: str) -> None:
+        """As DeepSpeed would, without what `exclude_frozen_parameters` forgets: other names of tied parameters."""
+        if state_dict.get("module") is not None:
+            stored = {self.prefix + name for name in stored_tensors(self.model)}
+            module = {name: tensor for name, tensor in state_dict["module"].items() if name in stored}
+            state_dict = {**state_dict, "module": module}
+        super().save(state_dict, path)
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Raises CheckpointError if the file contains code, or the state of other parameters."""
+        try:
+            with torch.serialization.safe_globals(_KNOWN_CLASSES):
+                state = torch.load(path, map_location=map_location, weights_only=True)
+        except pickle.UnpicklingError:
+            raise CheckpointError(
+                f"{path} is not loaded: it contains more than tensors and numbers, and could run code. Resume from a "
+                "checkpoint of a run of your own"
+            ) from None
+        if isinstance(state, dict) and state.get("module") is not None:
+            self._require_stored(state, Path(path))
+        return state
+
+    def _require_stored(self, state: dict[str, Any], path: Path) -> None:
+        """Under ZeRO-3 tensors are empty placeholders; their shapes stand in "param_shapes", by optimizer group."""
+        known = {name: shape for group in state.get("param_shapes") or () for name, shape in group.items()}
+        first = first_names(self.model)
+        shapes = {}
+        for name, tensor in state["module"].items():
+            own = name.removeprefix(self.prefix)
+            shapes[own] = torch.Size(known.get(self.prefix + first.get(own, own), tensor.shape))
+        require_stored(shapes, self.model, path)
+
+
+class Zero:
+    """DeepSpeed steps by hand here, after all ranks have agreed that the loss is finite. Each rank stores its shards,
+    and only the same number of ranks can load them."""
+
+    def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
+        self.accelerator, self.model = accelerator, model
+        self.module, prepared = accelerator.prepare(module, optimizer)
+        self.optimizer: Optimizer = prepared.optimizer
+        if type(self.module).__name__ != "DeepSpeedEngine":
+            raise RuntimeError(f"DeepSpeed was asked for, but the network became a {type(self.module).__name__}")
+        self.module.checkpoint_engine = SafeFiles(model, prefix="model.")
+        if self.module.zero_optimization_partition_weights():
+            self._zero_padding()
+
+    def _zero_padding(self) -> None:
+        """ZeRO-3 pads each parameter to a multiple of the ranks, and leaves what was in memory there. It is saved too:
+        without this, two equal runs would differ in their files."""
+        optimizer: Any = self.optimizer
+        for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+            end = 0
+            for parameter in parameters:
+                size = parameter.partition_numel()
+                begin, end = end, end + size
+                own = min(max(parameter.ds_numel - self.accelerator.process_index * size, 0), size)
+                flat.data[begin + own : end].zero_()
+                parameter.ds_tensor.data[own:].zero_()
+
+    @contextlib.contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.module.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.module.backward(loss, scale_wrt_gas=False)
+
+    def clip(self, limit: float) -> torch.Tensor | None:  # noqa: ARG002
+        return None  # the step clips, to the limit in DeepSpeed's config
+
+    def step(self) -> float | None:
+        self.module.step()
+        norm = self.module.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
+    def warm_up_backward(self, loss: torch.Tensor) -> None:
+        """Nothing: DeepSpeed cannot forget gradients that are already reduced, and fixes its order of sums itself."""
+
+    def save(self, folder: Path) -> Files:
+        try:
+            with _quiet_deepspeed():
+                self.module.save_checkpoint(
+                    str(folder), tag="deepspeed", save_latest=False, exclude_frozen_parameters=True
+                )
+        except Exception as error:
+            raise ShardWriteError(
+                f"a shard of the checkpoint could not be written to {folder}; earlier checkpoints are untouched. "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return {}
+
+    def load(self, folder: Path) -> None:
+        with _quiet_deepspeed():
+            # Not strict: frozen parameters and the other names of tied ones are not in the files. See SafeFiles.
+            path, _ = self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+        if path is None:
+            raise CheckpointError(f"{folder} holds no state of DeepSpeed")
+
+    def full_state_dict(self) -> dict[str, Any]:
+        state = self.accelerator.get_state_dict(self.module) or {}
+        return {name.removeprefix("model."): value for name, value in state.items()}
+
+
+@contextlib.contextmanager
+def _quiet_deepspeed() -> Iterator[None]:
+    """DeepSpeed logs each file it opens; errors still come as exceptions."""
+    logger = logging.getLogger("DeepSpeed")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

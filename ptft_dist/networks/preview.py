@@ -1,0 +1,85 @@
+"""What can be known about a network before memory is taken and other processes are waiting."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts, read_facts
+
+
+def preview_network(section: ModelSection, config: PretrainedConfig, auto_class: Any) -> NetworkFacts:
+    """Facts of the network that will be built, read from one without memory for its weights (PyTorch's meta device).
+
+    Facts that only the files of a pretrained network hold, such as its generation config, may still differ.
+
+    Raises:
+        RecipeError: no such network can be built, or it does not fit into this machine's memory.
+    """
+    kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(
+                config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
+            )
+    except Exception as error:  # an architecture's own code runs here, and nothing but config decides what it does
+        where = "model.config" if section.path is None else f"model.path: {section.path}"
+        raise RecipeError(
+            f"{where}: no {config.model_type} network can be built from this config ({type(error).__name__}: {error}). "
+            "Compare its sizes with those of a published model"
+        ) from error
+    if section.path is None:
+        _check_memory(model)
+    return read_facts(model)
+
+
+def _check_memory(model: PreTrainedModel) -> None:
+    """Raises RecipeError if random weights, which every process makes whole in fp32, exceed this machine's memory."""
+    needed, machine = 4 * sum(p.numel() for p in model.parameters()), machine_memory_bytes()
+    if needed > machine:
+        name, largest = max(model.named_parameters(), key=lambda named: named[1].numel())
+        raise RecipeError(
+            f"model.config: the weights take {needed / 1e9:,.0f} GB in fp32, and this machine has {machine / 1e9:,.0f} "
+            f"GB of memory. The largest is {name} {list(largest.shape)}: lower the sizes in model.config, or "
+            "tokenizer.train.vocab_size"
+        )
+
+
+def machine_memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_weights(section: ModelSection, key: str = "model.path") -> None:
+    """Open every weight file of a local directory, reading little more than its header.
+
+    Raises:
+        RecipeError: a file is missing or damaged, such as one that was copied in part.
+    """
+    folder = Path(section.path or "")
+    if section.path is None or not folder.is_dir():
+        return
+    files = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for index in folder.glob("*.index.json"):
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        if missing := sorted(name for name in shards if not (folder / name).is_file()):
+            raise RecipeError(f"{key}: {folder} has no {missing[0]}, which {index.name} lists. Copy it again")
+    for file in files:
+        try:
+            if file.suffix == ".bin":
+                torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+            else:
+                with safe_open(file, "pt"):
+                    pass
+        except Exception as error:  # these libraries raise a dozen unrelated types for a damaged file
+            raise RecipeError(
+                f"{key}: {file} cannot be read; it is damaged or was copied in part ({error}). Copy it again"
+            ) from error

@@ -1,0 +1,167 @@
+"""How a run starts: with the same data on every rank, told what was dropped, again in a requeued job, or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from support import (
+    file_digest,
+    free_port,
+    last_step,
+    rank_variables,
+    rows,
+    start,
+    train_rows,
+    wait_until,
+    write_documents,
+    write_recipe,
+)
+
+
+def test_ranks_with_other_data_are_named_before_the_first_update(tmp_path: Path, cache: Path) -> None:
+    """Two machines with a cache each learn two tokenizers (wordpiece is not reproducible) and read other files."""
+    for name, count in (("a", 160), ("b", 150)):
+        (tmp_path / name).mkdir()
+        write_documents(tmp_path / name / "text.txt", count)
+    tokenizer = {"train": {"vocab_size": 320, "algorithm": "wordpiece"}}
+    write_recipe(tmp_path, Path("HERE/text.txt"), tokenizer=tokenizer, train={"max_steps": None, "epochs": 1})
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    for name in ("a", "b"):
+        (tmp_path / name / "recipe.yaml").write_text(recipe.replace("HERE/", ""))
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=["a_folder_for_each_rank:a:b"])
+    assert run.wait() == 3, run.stderr
+    assert "data: rank 1 and rank 0 do not hold the same data; what differs: " in run.stderr
+    for what in ("tokenizer", "training rows", "updates"):
+        assert what in run.stderr
+    assert not list(tmp_path.rglob("metrics.jsonl"))
+
+
+def test_a_resume_with_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Path, documents: Path) -> None:
+    """wordpiece learns another tokenizer at each time: the one in the run directory is used instead."""
+    write_recipe(tmp_path, documents, tokenizer={"train": {"vocab_size": 320, "algorithm": "wordpiece"}})
+    first = start("train", "recipe.yaml", "train.max_steps=8", cwd=tmp_path, cache=tmp_path / "one")
+    assert first.wait() == 0, first.stderr
+    kept = {path.name: file_digest(path) for path in (tmp_path / "run/tokenizer").iterdir()}
+    assert "tokenizer.json" in kept
+    (tmp_path / "run/checkpoints/step-00000008").rename(tmp_path / "lost")
+    again = start("train", "recipe.yaml", "train.max_steps=8", cwd=tmp_path, cache=tmp_path / "two")
+    assert again.wait() == 0, again.stderr
+    assert "resumed from run/checkpoints/step-00000004" in again.stderr
+    assert [row["step"] for row in train_rows(tmp_path / "run")] == list(range(1, 9))
+    assert {path.name: file_digest(path) for path in (tmp_path / "run/tokenizer").iterdir()} == kept
+    assert json.loads((tmp_path / "run/model/tokenizer.json").read_text()) == json.loads(
+        (tmp_path / "run/tokenizer/tokenizer.json").read_text()
+    )
+
+
+def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path) -> None:
+    """Under a stock launcher, and from the cache too; and data_report.json has it."""
+    (tmp_path / "text.txt").write_text("\n".join(["a b c d e f g h"] * 60 + [""] * 7) + "\n")
+    write_recipe(tmp_path, tmp_path / "text.txt", data={"validation": None}, eval={"every": None})
+    for attempt in range(2):
+        run = start("train", "recipe.yaml", f"run_dir=run{attempt}", cwd=tmp_path, cache=cache, ranks=2)
+        assert run.wait() == 0, run.stderr
+        assert run.stderr.count("dropped 7 of 67 documents without text") == 1, run.stderr
+        report = json.loads((tmp_path / f"run{attempt}/data_report.json").read_text())
+        assert report["documents_empty"] == 7
+        assert report["train"]["documents"] == 60
+    assert "found in the cache" in run.stderr
+
+
+@pytest.mark.parametrize("how", ["never", "PATH"])
+def test_resume_never_and_a_path_belong_to_the_first_start_of_a_job(
+    tmp_path: Path, documents: Path, cache: Path, how: str
+) -> None:
+    """A requeued job repeats its command line. It goes on from its own checkpoints, not from where it began."""
+    write_recipe(tmp_path, documents, eval={"every": None})
+    other = start("train", "recipe.yaml", "run_dir=other", cwd=tmp_path, cache=cache)
+    assert other.wait() == 0, other.stderr
+    if how == "PATH":
+        how = "other/checkpoints/step-00000004"
+    words = ["train", "recipe.yaml", "--resume", how]
+    job = {"SLURM_JOB_ID": "123", "SLURM_RESTART_COUNT": "0"}
+    first = start(*words, cwd=tmp_path, cache=cache, env=job, patches=["die_in_rank:0:8"])
+    first.wait()
+    assert last_step(tmp_path / "run") == 7
+    saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
+    assert saved == ([] if how != "never" else ["step-00000004"])
+    again = start(*words, cwd=tmp_path, cache=cache, env=job | {"SLURM_RESTART_COUNT": "1"})
+    assert again.wait() == 0, again.stderr
+    # The path's run had saved nothing of its own yet: it begins at the path again.
+    expected = "run/checkpoints/step-00000004" if how == "never" else how
+    assert f"resumed from {expected}" in again.stderr
+    new_job = start(*words, cwd=tmp_path, cache=cache, env={"SLURM_JOB_ID": "124", "SLURM_RESTART_COUNT": "1"})
+    assert new_job.wait() == 0, new_job.stderr
+    assert f"resumed from {'run' if how == 'never' else how}" not in new_job.stderr or how != "never"
+
+
+@pytest.mark.parametrize(
+    ("number", "job", "code"), [("SIGTERM", {}, 143), ("SIGINT", {}, 130), ("SIGTERM", {"SLURM_JOB_ID": "1"}, 75)]
+)
+def test_a_signal_while_data_are_prepared_ends_at_once(
+    tmp_path: Path, documents: Path, number: str, job: dict[str, str], code: int
+) -> None:
+    """Even in C code; with 75 where a scheduler starts the job again."""
+    write_recipe(tmp_path, documents)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=tmp_path / "cache", patches=["slow_prepare:60"], env=job)
+    run.until((tmp_path / "preparing").exists, "prepare")
+    asked = time.monotonic()
+    os.kill(run.processes[0].pid or 0, getattr(signal, number))
+    assert run.wait(20) == code, run.stderr
+    assert time.monotonic() - asked < 10
+    assert f"stopped by {number}" in run.stderr
+    again = start("train", "recipe.yaml", cwd=tmp_path, cache=tmp_path / "cache")
+    assert again.wait() == 0, again.stderr
+
+
+def test_a_signal_while_ranks_wait_for_each_other_ends_at_once(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """One of two ranks never comes; the other waits for it in C++ and gets SIGTERM."""
+    write_recipe(tmp_path, documents)
+    warm = start("prepare", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert warm.wait() == 0, warm.stderr
+    alone = rank_variables(0, 2, port=free_port(), kind="cpu")
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, env=alone)
+    errors = Path(f"{run.output}-0.err")
+    wait_until(lambda: errors.exists() and "vocabulary" in errors.read_text(), "the report of the data")
+    time.sleep(2)
+    os.kill(run.processes[0].pid or 0, signal.SIGTERM)
+    assert run.wait(20) == 143, run.stderr
+
+
+def test_a_stop_during_an_evaluation_is_noticed_in_it(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """The checkpoint of that update was saved before; the evaluation is made again at the resume."""
+    write_recipe(tmp_path, documents, data={"validation": 0.3}, eval={"micro_size": 1})
+    patch = ["slow_micro_batches_of_evaluations:0.2"]
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=patch)
+    run.until((tmp_path / "evaluating").exists, "the evaluation")
+    os.kill(run.processes[1].pid or 0, signal.SIGTERM)
+    asked = time.monotonic()
+    assert run.wait(60) == 75, run.stderr
+    assert time.monotonic() - asked < 15
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["status"], result["steps"]) == ("stopped", 4)
+    assert (tmp_path / "run/checkpoints/step-00000004/manifest.json").exists()
+    assert [row for row in rows(tmp_path / "run") if "eval/loss" in row] == []
+    again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
+    assert again.wait() == 0, again.stderr
+    whole = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
+    assert whole.wait() == 0, whole.stderr
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_a_due_evaluation_does_not_delay_a_stop(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """Asked to stop in the update after which an evaluation is due: save, and end."""
+    write_recipe(tmp_path, documents, eval={"every": 1}, save={"every": None})
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["slow_updates:0.3"])
+    run.until(lambda: last_step(tmp_path / "run") >= 2, "update 2")
+    os.kill(run.processes[0].pid or 0, signal.SIGTERM)
+    assert run.wait(60) == 75, run.stderr
+    step = json.loads((tmp_path / "run/result.json").read_text())["steps"]
+    evaluated = [row["step"] for row in rows(tmp_path / "run") if "eval/loss" in row]
+    assert step not in evaluated
+    assert f"stopped by SIGTERM after update {step}; saved" in run.stderr

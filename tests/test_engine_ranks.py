@@ -1,0 +1,338 @@
+"""The engine on two ranks: gradients, frozen parameters and networks, foreign files, ranks that fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from engine_ranks import on_ranks, start_ranks
+from test_engine import cross_entropy, half_frozen, llama, rows, section
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+import ptft_dist.engine as module
+from ptft_dist.engine import Engine, announce_failure, complete_deepspeed_config, who_failed
+from ptft_dist.errors import CheckpointError
+
+KINDS = {"ddp": "cpu", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "fsdp2"}
+LAYER = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16  # elements of one layer of the network
+HALF = LAYER + 16  # trained elements of half_frozen(tied=True): one layer and the final norm
+
+
+def make_engine(limit: float | None = 1.0) -> Engine:
+    """As the environment of this rank says."""
+    config = None
+    if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
+        launch = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
+        config = complete_deepspeed_config(launch, "fp32", limit, 2, 1)
+    return Engine("fp32", config)
+
+
+def update(engine: Engine, step: int, micro_batches: int = 1, scale: float = 1.0) -> float:
+    for i in range(micro_batches):
+        with engine.micro_batch(last=i == micro_batches - 1):
+            (loss,) = engine.forward(cross_entropy, rows(100 * step + 10 * engine.rank + i))
+            engine.backward(scale * loss)
+    engine.clip_gradients()
+    engine.step(0.01)
+    return loss.item()
+
+
+def digest(engine: Engine) -> str:
+    """Of the whole network, on rank 0."""
+    state = engine.backend.full_state_dict()
+    if not engine.is_main:
+        return ""
+    raw = b"".join(name.encode() + state[name].cpu().numpy().tobytes() for name in sorted(state))
+    return hashlib.sha256(raw).hexdigest()
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+def count_exchanges(micro_batches: int) -> int:
+    engine = make_engine()
+    engine.prepare(llama(), section())
+    rounds = 0
+
+    def count(group: Any, bucket: Any) -> Any:
+        nonlocal rounds
+        rounds += bucket.is_last()
+        return allreduce_hook(group, bucket)
+
+    # A lambda, since DDP compares annotations with classes, and ours are strings.
+    engine.module.register_comm_hook(dist.group.WORLD, lambda group, bucket: count(group, bucket))
+    update(engine, 0, micro_batches)
+    return rounds
+
+
+def test_gradients_are_exchanged_once_an_update(tmp_path: Path) -> None:
+    assert on_ranks(count_exchanges, 3, folder=tmp_path) == [1, 1]
+
+
+def move_by_sgd() -> Any:
+    """Weights before and after one update without clipping."""
+    engine = make_engine(limit=None)
+    before = {name: p.detach().clone() for name, p in llama().named_parameters()}
+    engine.prepare(llama(), section(name="sgd", weight_decay=0.0, max_grad_norm=None))
+    update(engine, 0, scale=100)
+    after = engine.backend.full_state_dict()
+    return {name: (before[name] - after[name]).numpy() for name in before} if engine.is_main else None
+
+
+def test_max_grad_norm_null_does_not_clip_under_zero(tmp_path: Path) -> None:
+    moved, _ = on_ranks(move_by_sgd, folder=tmp_path, kind="cpu_zero2")
+    reference = llama()
+    for rank in range(2):
+        (50 * cross_entropy(reference, rows(10 * rank))[0]).backward()
+    assert torch.stack([p.grad.square().sum() for p in reference.parameters() if p.grad is not None]).sum() > 100
+    for name, p in reference.named_parameters():
+        assert p.grad is not None
+        torch.testing.assert_close(torch.from_numpy(moved[name]), 0.01 * p.grad, rtol=1e-3, atol=1e-6)
+
+
+# --- trained and frozen parameters ------------------------------------------------------------------------------------
+
+
+def train_half(first: int, last: int, load: bool) -> tuple[list[float], str]:
+    """Updates of a network half of whose parameters are frozen; a save after update 2."""
+    engine = make_engine()
+    engine.prepare(half_frozen(tied=True), section())
+    if load:
+        engine.load_state(Path("saved"))
+    losses = []
+    for step in range(first, last):
+        losses.append(update(engine, step))
+        if step == 1:
+            Path("saved").mkdir(exist_ok=True)
+            engine.barrier()
+            engine.save_state(Path("saved"))
+            engine.barrier()
+    assert (engine.trained_count, engine.parameter_count) == (HALF, HALF + LAYER + 50 * 16)
+    return losses, digest(engine)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_frozen_parameters_are_not_stored_and_resume_is_exact(tmp_path: Path, name: str) -> None:
+    whole = on_ranks(train_half, 0, 4, False, folder=tmp_path, kind=KINDS[name])
+    resumed = on_ranks(train_half, 2, 4, True, folder=tmp_path, kind=KINDS[name])
+    for (losses, state), (all_losses, all_state) in zip(resumed, whole, strict=True):
+        assert losses == all_losses[2:]
+        assert state == all_state
+    files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
+    # 12 bytes for a weight and its two moments, and ZeRO-2's second copy of it; the frozen half would add 4 each.
+    expected = (16 if name == "zero2" else 12) * HALF
+    assert expected < sum(path.stat().st_size for path in files) < expected + 60_000
+    for path in files:
+        if path.suffix == ".pt":
+            assert_trained_only(torch.load(path, map_location="cpu", weights_only=False))
+
+
+def assert_trained_only(state: dict[str, Any]) -> None:
+    """No name of a frozen parameter, and no memory that was never set."""
+    if state.get("module"):
+        trained = [f"model.{name}" for name, p in half_frozen(tied=True).named_parameters() if p.requires_grad]
+        assert sorted(state["module"]) == sorted(trained)
+    stack = [state]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            assert torch.isfinite(value).all()
+        elif isinstance(value, dict | list | tuple):
+            stack.extend(value.values() if isinstance(value, dict) else value)
+
+
+def save_trained_half() -> None:
+    torch.use_deterministic_algorithms(True)  # memory that nobody has set is NaN then
+    save_half()
+
+
+def test_padding_of_shards_is_zero(tmp_path: Path) -> None:
+    """Three ranks divide no parameter of the network evenly; two equal runs would differ in what pads them."""
+    on_ranks(save_trained_half, folder=tmp_path, ranks=3, kind="cpu_zero3")
+    shards = sorted((tmp_path / "saved").rglob("*optim_states.pt"))
+    assert len(shards) == 3
+    for shard in shards:
+        assert_trained_only(torch.load(shard, map_location="cpu", weights_only=False))
+
+
+def load_into_another() -> str:
+    """What is said when all parameters are trained, but half of them were stored."""
+    engine = make_engine()
+    engine.prepare(llama(tied=True), section())
+    try:
+        engine.load_state(Path("saved"))
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
+
+
+def save_half() -> None:
+    engine = make_engine()
+    engine.prepare(half_frozen(tied=True), section())
+    Path("saved").mkdir(exist_ok=True)
+    engine.barrier()
+    engine.save_state(Path("saved"))
+    engine.barrier()
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
+def test_state_of_other_parameters_is_refused_by_shards_too(tmp_path: Path, name: str) -> None:
+    on_ranks(save_half, folder=tmp_path, kind=KINDS[name])
+    for said in on_ranks(load_into_another, folder=tmp_path, kind=KINDS[name]):
+        assert "does not hold the parameters that this run trains" in said
+        assert "missing: model.embed_tokens.weight" in said
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("exploded",)
+
+
+def load_foreign() -> list[str]:
+    engine = make_engine()
+    engine.prepare(half_frozen(tied=True), section())
+    said = []
+    for path in sorted(Path("saved").rglob("*.pt")):
+        raw = path.read_bytes()
+        engine.barrier()
+        path.write_bytes(pickle.dumps(Bomb()))
+        engine.barrier()
+        try:
+            engine.load_state(Path("saved"))
+        except CheckpointError as error:
+            said.append(str(error))
+        engine.barrier()
+        path.write_bytes(raw)
+    return said
+
+
+def test_foreign_files_of_deepspeed_run_no_code(tmp_path: Path) -> None:
+    """As --resume PATH of a checkpoint that somebody else made, with hashes that are right."""
+    on_ranks(save_half, folder=tmp_path, kind="cpu_zero2")
+    for said in on_ranks(load_foreign, folder=tmp_path, kind="cpu_zero2"):
+        assert said
+        assert all("could run code" in text for text in said)
+    assert not (tmp_path / "exploded").exists()
+
+
+# --- frozen networks --------------------------------------------------------------------------------------------------
+
+
+def read_frozen(trained_first: bool) -> dict[str, Any]:
+    """Logits of a frozen network beside a trained one, before and after an update, and how much of it is here."""
+    engine = make_engine()
+    if trained_first:
+        engine.prepare(llama(), section())
+    with engine.building(pretrained=False):
+        other = llama(seed=1, tied=True)
+    frozen = engine.prepare_frozen(other)
+    if not trained_first:
+        engine.prepare(llama(), section())
+    logits = [frozen.forward(read_logits, rows(7 + engine.rank))[0]]
+    update(engine, 0)
+    logits.append(frozen.forward(read_logits, rows(7 + engine.rank))[0])
+    local = [getattr(p, "ds_tensor", p) for p in other.parameters()]
+    here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in local)
+    return {
+        "logits": [x.float().numpy() for x in logits],
+        "elements": here,
+        "training": other.training,
+        "learns": any(p.requires_grad for p in other.parameters()),
+        "gradient": logits[0].requires_grad,
+    }
+
+
+def read_logits(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor]:
+    return (model(input_ids=inputs["ids"]).logits,)
+
+
+@pytest.mark.parametrize(
+    ("kind", "trained_first"),
+    [("cpu", True), ("cpu_zero2", True), ("cpu_zero3", True), ("cpu_zero3", False), ("fsdp2_efficient", True)],
+)
+def test_a_frozen_network_gives_its_logits_from_shards(tmp_path: Path, kind: str, trained_first: bool) -> None:
+    whole = llama(seed=1, tied=True).eval()
+    elements = sum(p.numel() for p in whole.parameters())
+    for rank, seen in enumerate(on_ranks(read_frozen, trained_first, folder=tmp_path, kind=kind)):
+        expected = whole(input_ids=rows(7 + rank)["ids"]).logits.detach()
+        for logits in seen["logits"]:
+            torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
+        assert not any(seen[what] for what in ("training", "learns", "gradient"))
+        share = seen["elements"] / elements
+        assert share == 1 if kind in ("cpu", "cpu_zero2") else 0.48 < share < 0.55
+
+
+# --- ranks that fail --------------------------------------------------------------------------------------------------
+
+
+def wait_for_a_rank(how: str) -> tuple[float, str | None, str]:
+    """Rank 1 hangs or fails in the second update; how long rank 0 waits, and what it learns."""
+    module.UPDATE_TIMEOUT = timedelta(seconds=2)
+    engine = make_engine()
+    with engine.updating():
+        engine.all_sum(1.0)
+    if engine.rank == 1 and how == "fails":
+        announce_failure("rank 1: RuntimeError: made to fail")
+        announce_failure("rank 1: another one, later")
+        os._exit(3)
+    started = time.monotonic()
+    try:
+        with engine.updating():
+            if engine.rank == 1 and how == "hangs":
+                time.sleep(8)
+                os._exit(0)
+            engine.all_sum(1.0)
+    except RuntimeError as error:
+        return time.monotonic() - started, who_failed(), str(error)
+    return 0.0, who_failed(), ""
+
+
+def result(folder: Path, rank: int) -> Any:
+    return pickle.loads((folder / f"result-{rank}").read_bytes())
+
+
+@pytest.mark.parametrize("how", ["hangs", "fails"])
+def test_a_dead_rank_is_noticed_soon(tmp_path: Path, how: str) -> None:
+    run = start_ranks(wait_for_a_rank, how, folder=tmp_path)
+    run.processes[0].join(60)
+    waited, who, error = result(tmp_path, 0)
+    assert error
+    assert waited < 6
+    assert who == ("rank 1: RuntimeError: made to fail" if how == "fails" else None)
+
+
+def late_outside_of_an_update() -> bool:
+    """A rank that evaluates or saves for longer than an update may take."""
+    module.UPDATE_TIMEOUT = timedelta(seconds=1)
+    engine = make_engine()
+    for _ in range(2):
+        with engine.updating():
+            engine.all_sum(1.0)
+    if engine.rank == 1:
+        time.sleep(3)
+    engine.barrier()
+    return True
+
+
+def test_a_long_evaluation_is_waited_for(tmp_path: Path) -> None:
+    assert on_ranks(late_outside_of_an_update, folder=tmp_path) == [True, True]
+
+
+def nobody_failed() -> str | None:
+    make_engine().barrier()
+    return who_failed()
+
+
+def test_without_a_failure_nobody_is_named(tmp_path: Path) -> None:
+    assert on_ranks(nobody_failed, folder=tmp_path) == [None, None]
+    assert who_failed() is None
+    announce_failure("there is no process group to tell")
