@@ -17,6 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
+from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
@@ -93,7 +94,8 @@ def _train(
     checkpoints = Checkpoints(run_dir / "checkpoints")
     session = Session(loaded, report.place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
     loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)
-    resume = Resume(checkpoints, how, accept, session.identity, loadable)
+    free = partial(may_change, recipe=recipe)
+    resume = Resume(checkpoints, how, accept, session.identity, loadable, free)
     resume.after_requeue(restarted_job())
     resume.look()
     session.plan  # noqa: B018  # its mistakes are found before a process group exists

@@ -160,7 +160,10 @@ def evaluations(*losses: str) -> None:
         return fit(self)
 
     def scored(self: Validation, *args: Any) -> Any:
-        metrics, samples = score(self, *args)
+        found = score(self, *args)
+        if found is None:
+            return None
+        metrics, samples = found
         loss = made.get(running[-1].progress.step, metrics["loss"]) if running else metrics["loss"]
         return {**metrics, "loss": loss}, samples
 

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ptft_dist.config.load import Loaded, public_values
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.section import Section
 
 MAY_CHANGE = (
@@ -32,20 +33,13 @@ MAY_CHANGE = (
     "batch.micro_size",
     "batch.micro_tokens",
     "batch.group_by_length",
-    "clm.head",
-    "sft.head",
-    "sft.generation",
-    "seq2seq.generation",
-    "question_answering.max_answer_length",
-    "question_answering.n_best",
-    "question_answering.no_answer_margin",
     "model.attention",
     "model.gradient_checkpointing",
     "model.compile",
     "train.deterministic",
 )
 """Keys and sections that may change when a run is resumed: where it writes, how it is evaluated, and how the machine
-computes the same mathematics. All other keys must stay, new ones too."""
+computes the same mathematics. `TaskSettings.may_change` adds those of the task. All other keys must stay."""
 
 PREPARED_DATA = "prepared data"
 """The key for `--accept` when the prepared rows differ and nothing says why."""
@@ -67,7 +61,7 @@ def run_identity(
     public = _keys(public_values(loaded))
     # What a reference stands for may be secret: its hash is written.
     shown = {key: value if public[key] == value else _hashed(public[key], value) for key, value in values.items()}
-    kept = {key: value for key, value in shown.items() if not may_change(key)}
+    kept = {key: value for key, value in shown.items() if not may_change(key, loaded.recipe)}
     return {
         "chosen": {key: value for key, value in kept.items() if key not in defaults} | dict(files or {}),
         "default": {key: value for key, value in kept.items() if key in defaults},
@@ -75,9 +69,10 @@ def run_identity(
     }
 
 
-def may_change(key: str) -> bool:
+def may_change(key: str, recipe: Recipe) -> bool:
     """Whether a resumed run may have another value of this key."""
-    return f"{key}.".startswith(tuple(f"{free}." for free in MAY_CHANGE))
+    of_task = (f"{recipe.task}.{name}" for name in recipe.settings.may_change)
+    return f"{key}.".startswith(tuple(f"{free}." for free in (*MAY_CHANGE, *of_task)))
 
 
 def all_keys(identity: Mapping[str, Any]) -> set[str]:

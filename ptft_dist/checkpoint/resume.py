@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, Ranks, read_checkpoint, verify
-from ptft_dist.checkpoint.identity import all_keys, differences, may_change
+from ptft_dist.checkpoint.identity import all_keys, differences
 from ptft_dist.errors import CheckpointError, CheckpointVersionError, RecipeError
 
 
@@ -24,11 +24,14 @@ class Resume:
         accept: Sequence[str],
         identity: dict[str, Any],
         why_not_loadable: Callable[[str, int], str | None],
+        may_change: Callable[[str], bool] = lambda _key: False,
     ) -> None:
         """identity: what the checkpoint must have in common with this run. why_not_loadable: from the engine; the
-        reason why this run cannot load the state that (kind, ranks) saved, or None."""
+        reason why this run cannot load the state that (kind, ranks) saved, or None. may_change: whether a key is never
+        compared."""
         self.checkpoints, self.how, self.accept = checkpoints, how, accept
         self.identity, self.why_not_loadable, self.first = identity, why_not_loadable, how
+        self.may_change = may_change
 
     def after_requeue(self, job: str | None) -> None:
         """`never` and a path belong to the first start of a job. Where a scheduler starts it again, go on from what the
@@ -135,7 +138,7 @@ class Resume:
         for name in self.accept:
             if name in keys:
                 continue
-            if may_change(name):
+            if self.may_change(name):
                 raise RecipeError(f"--accept {name}: this key may always change between the parts of a run; remove it")
             different = list(differences(saved, self.identity)) if saved else []
             near = get_close_matches(name, keys, n=1)

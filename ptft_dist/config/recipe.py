@@ -106,7 +106,7 @@ class BatchSection(Section):
     """Rows in one forward pass of one process. Gradient accumulation is global_size / (processes x micro_size)."""
     micro_tokens: PositiveInt | None = None
     """Instead of micro_size: at most this many tokens, padding included, in one forward pass of one process. For
-    seq2seq a row's length is source plus target; they are padded separately, so slightly more tokens are possible."""
+    text-to-text tasks a row's length is source plus target. They are padded separately, which can take a bit more."""
     group_by_length: bool = True
     """Sort the rows of one update by length before they are split into micro-batches: less padding, the same update."""
 

@@ -19,6 +19,8 @@ class TaskSettings(Section):
     """Settings that affect evaluations only."""
     text_settings: ClassVar[tuple[str, ...]] = ()
     """Settings that decide on which texts of a row a tokenizer is trained."""
+    may_change: ClassVar[tuple[str, ...]] = ()
+    """Settings that a resumed run may have other values of: they change no update."""
     distillable: ClassVar[bool] = False
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from ptft_dist.config.secrets import hide
 
 Tell = Callable[[str], None]
 """Takes one line of text for the user."""
@@ -18,7 +17,8 @@ _EVERY_S = 30.0
 
 
 def to_stderr(line: str) -> None:
-    print(hide(f"ptft: {line}"), file=sys.stderr, flush=True)
+    """Through the one place of messages: see reporting/messages.py."""
+    logging.getLogger("ptft").info("%s", line)
 
 
 def silence(_line: str) -> None:

@@ -235,7 +235,7 @@ def check_can_pad(tokenizer: PreTrainedTokenizerBase) -> None:
 def _special_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int:
     token_id: int | None = getattr(tokenizer, f"{role}_token_id")
     if token_id is None:
-        need = {"eos": "each document ends with it", "bos": "clm.bos: true asks for it"}
+        need = {"eos": "each document ends with it", "bos": "the task's setting bos: true asks for it"}
         raise RecipeError(
             f"tokenizer: {tokenizer.name_or_path} has no {role.upper()} token, and "
             f"{need.get(role, 'this task needs it')}. Name one as {role}_token in its tokenizer_config.json, or use "

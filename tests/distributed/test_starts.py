@@ -68,8 +68,8 @@ def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path
         assert run.wait() == 0, run.stderr
         assert run.stderr.count("dropped 7 of 67 documents without text") == 1, run.stderr
         report = json.loads((tmp_path / f"run{attempt}/data_report.json").read_text())
-        assert report["dropped"]["without text"][0] == 7
-        assert report["train"]["examples"] == 60
+        assert (report["read"], report["train"]["examples"]) == (67, 60)
+        assert [count for count, _ in report["dropped"].values()] == [7]
     assert "found in the cache" in run.stderr
 
 

@@ -10,6 +10,7 @@ from ptft_dist.config.task_settings import DocumentSettings
 class ClmSettings(DocumentSettings):
     """Settings of causal language modelling."""
 
+    may_change = ("head",)
     distillable = True
     writes = True
 

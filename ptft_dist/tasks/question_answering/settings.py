@@ -14,6 +14,7 @@ class QuestionAnsweringSettings(TaskSettings):
     """Settings of extractive question answering (Rajpurkar et al. 2016, SQuAD). Rows have `question`, `context` and
     `answers`: {text: [...], answer_start: [...]}, empty lists where the context has no answer."""
 
+    may_change = ("max_answer_length", "n_best", "no_answer_margin")
     evaluation_only = ("max_answer_length", "n_best", "no_answer_margin")
     after_prepare = ("max_answer_length", "n_best", "no_answer_margin")
 

@@ -14,6 +14,7 @@ from ptft_dist.tasks.common.generation_settings import GenerationSettings
 class Seq2SeqSettings(TaskSettings):
     """Settings of sequence-to-sequence learning with an encoder-decoder network, such as translation."""
 
+    may_change = ("generation",)
     writes = True
     after_prepare = ("label_smoothing", "generation")
     text_settings = ("prefix",)

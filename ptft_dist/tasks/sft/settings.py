@@ -16,6 +16,7 @@ CHATML = ("<|im_start|>", "<|im_end|>")
 class SftSettings(TaskSettings):
     """Settings of supervised fine-tuning on conversations."""
 
+    may_change = ("head", "generation")
     distillable = True
     writes = True
     after_prepare = ("neftune_alpha", "head", "generation")
