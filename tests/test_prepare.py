@@ -19,6 +19,7 @@ from ptft_dist.data.prepare import describe
 from ptft_dist.data.report import SideReport
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.reporting.messages import messages
 from ptft_dist.tasks.registry import recipe_class
 
 
@@ -264,7 +265,8 @@ def test_progress_tells_and_silence_is_silent(
 ) -> None:
     prepare(recipe({"vocab_size": 300}), base, progress=False)
     assert capsys.readouterr() == ("", "")
-    prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
+    with messages():
+        prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
     out, err = capsys.readouterr()
     assert out == ""
     assert ["learning" in err, "encoding ..." in err, " MB in " in err] == [True] * 3
