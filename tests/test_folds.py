@@ -150,7 +150,7 @@ def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, cache:
     command.send_signal(signal.SIGTERM)
     _, stderr = command.communicate(timeout=120)
     assert command.returncode == 75, stderr
-    assert result(tmp_path / "run", 0)["status"] == "preempted"
+    assert result(tmp_path / "run", 0)["status"] == "stopped"
     assert not (tmp_path / "run/fold-1").exists()
     assert not (tmp_path / "run/folds.json").exists()
     steps = result(tmp_path / "run", 0)["steps"]
