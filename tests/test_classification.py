@@ -262,7 +262,7 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
     config = build_config(ours.model, words, 32, Classification.config_settings(TaskSetup.of(ours, words, survey())))
     config.max_position_embeddings = 32 + words.pad_token_id  # one too few: positions begin behind that of the padding
     model = build_model(ours.model, config, 0, AutoModelForSequenceClassification)
-    with pytest.raises(RecipeError, match=rf"data.max_length: 32 is more than the 31 .* from {words.pad_token_id + 1}"):
+    with pytest.raises(RecipeError, match=rf"data.max_length: 32 is more than the 31 .* at {words.pad_token_id + 1}"):
         check_positions(read_facts(model), 32)
     check_positions(read_facts(model), 31)
     ids = torch.full((1, 31), words.convert_tokens_to_ids("a"))
