@@ -372,6 +372,8 @@ def test_a_run_directory_on_a_full_disk(tmp_path: Path, documents: Path, cache: 
         {"batch": {"global_size": 3 * 10**18}},
         {"train": {"max_steps": 9 * 10**18}, "eval": {"every": 9 * 10**18}, "save": {"every": 9 * 10**18}},
         {"train": {"max_steps": None, "epochs": 1e6}},
+        {"train": {"max_steps": None, "max_tokens": 9 * 10**18}},
+        {"batch": {"global_size": None, "global_tokens": 9 * 10**18}},
         {"train": {"seed": 2**63 - 1, "max_steps": 1}, "eval": {"every": None}, "save": {"every": None}},
     ],
     ids=lambda changes: next(iter(changes)),
