@@ -367,5 +367,5 @@ def test_metric_names_follow_the_settings() -> None:
 
 
 def test_generation_without_validation_is_refused() -> None:
-    with pytest.raises(ValidationError, match="generation has no effect here"):
+    with pytest.raises(ValidationError, match="generation: has no effect here"):
         recipe(seq2seq={"generation": {}})
