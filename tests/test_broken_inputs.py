@@ -241,7 +241,7 @@ DATA: dict[str, Case] = {
     ),
     "a table with a stray comma": Case(
         3,
-        ["bad.csv:2: this row has 2 columns and the header 1"],
+        ["bad.csv:2: this row has 2 columns, but the header has 1"],
         source("bad.csv"),
         edit=lines("bad.csv", "text", "a,b"),
     ),
@@ -322,7 +322,7 @@ def test_a_damaged_cache(tmp_path: Path, documents: Path, damage: str) -> None:
     ("words", "code", "says"),
     [
         (["checkpoints", "nowhere"], 4, "nowhere/checkpoints holds no checkpoint"),
-        (["generate", "nowhere", "--prompt", "x"], 4, "nowhere: no model here"),
+        (["generate", "nowhere", "--prompt", "x"], 4, "nowhere: there is no model"),
         (["tensorboard", "nowhere"], 2, "nowhere: no TensorBoard events here"),
     ],
 )

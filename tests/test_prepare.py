@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -158,6 +159,42 @@ def test_documents_begin_as_the_tokenizer_s_texts_do(base: Path, tokenizer_dir: 
     assert rows(tokenizer_dir)[1] == rows(tokenizer_dir, bos=False)[1]
     assert rows(tokenizer_dir, bos=True)[0] == [begin, *ids, end]
     assert "warning" not in rows(tokenizer_dir)[2]
+
+
+@pytest.mark.parametrize("task", ["clm", "mlm", "plm"])
+def test_no_warning_about_the_special_tokens_of_a_tokenizer_that_is_trained_here(base: Path, task: str) -> None:
+    """plm: texts of its tokenizer end with SEP, for fine-tuning, and documents with EOS."""
+    values = recipe({"vocab_size": 300}).model_dump(exclude_unset=True, exclude={"clm"})
+    prepared = prepare(recipe_class().model_validate(values | {"task": task}), base)
+    assert prepared.report.warnings == []
+    written = json.loads((prepared.train.path.parent / "report.json").read_text())
+    assert written["warnings"] == []
+
+
+def test_clm_bos_that_the_trained_tokenizer_does_not_add_is_a_warning(base: Path) -> None:
+    (warning,) = prepare(recipe({"vocab_size": 300}, clm={"bos": True}), base).report.warnings
+    assert "encoded as `<|bos|> text <|endoftext|>`" in warning
+    assert "the tokenizer itself encodes a text as `text`" in warning
+
+
+def test_the_cache_is_found_without_loading_the_tokenizer(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is trained here adds no BOS, so nothing has to be asked."""
+    prepare(recipe({"vocab_size": 300}), base)
+    for user in (module, tokenizer_files):
+        monkeypatch.setattr(user, "load_tokenizer", lambda *_args, **_options: pytest.fail("loaded"))
+    assert prepare(recipe({"vocab_size": 300}), base).from_cache
+
+
+@pytest.mark.parametrize("task", ["clm", "sft"])
+def test_giant_words_reach_no_tokenizer_training(base: Path, task: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A million characters would take the trainer 20 minutes; 50,000 take it seconds."""
+    with (base / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in [*DOCUMENTS, "a" * 50_000])
+    values = recipe({"vocab_size": 300}, train=[{"path": "rows.jsonl"}]).model_dump(exclude_unset=True, exclude={"clm"})
+    prepare(recipe_class().model_validate(values | {"task": task}), base)
+    assert [r.args[0] for r in caplog.records if "tokenizer" in r.message and "split" in r.message] == [
+        f"{base}/rows.jsonl:61"
+    ]
 
 
 def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None:
