@@ -80,7 +80,7 @@ def test_prepare_wants_to_know_which_fold(tmp_path: Path) -> None:
     ("data", "says"),
     [
         ({"fold": 0}, "fold has no effect here"),
-        ({"folds": 3, "fold": 3}, "it goes from 0 to 2"),
+        ({"folds": 3, "fold": 3}, "it must be from 0 to 2"),
         ({"folds": 3, "validation": 0.1}, "exclude each other"),
         ({"folds": 1}, "greater than or equal to 2"),
     ],
@@ -150,7 +150,7 @@ def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, cache:
     command.send_signal(signal.SIGTERM)
     _, stderr = command.communicate(timeout=120)
     assert command.returncode == 75, stderr
-    assert result(tmp_path / "run", 0)["status"] == "preempted"
+    assert result(tmp_path / "run", 0)["status"] == "stopped"
     assert not (tmp_path / "run/fold-1").exists()
     assert not (tmp_path / "run/folds.json").exists()
     steps = result(tmp_path / "run", 0)["steps"]
@@ -161,7 +161,7 @@ def test_it_is_refused_inside_a_launcher(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 2
-    assert "data.fold: which of the folds is this?" in run.stderr
+    assert "data.fold: it is not known which of the folds this is" in run.stderr
     assert "outside of any launcher" in run.stderr
 
 
