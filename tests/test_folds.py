@@ -138,6 +138,14 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     assert "optim.lr" in other.stderr
     assert "fold 0 of 2 ended with exit code 4" in other.stderr
 
+    # With other data neither: the same recipe no longer means the same rows.
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    other = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert other.wait() == 4
+    assert "finished before" not in other.stderr
+    assert "other contents in data.train[0]" in other.stderr
+
 
 def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS | {"folds": 2}, train={"max_steps": 20_000})
