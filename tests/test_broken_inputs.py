@@ -185,11 +185,6 @@ RECIPES: dict[str, Case] = {
         2, ["optim.name: adafactor", "use adamw"], {"optim": {"name": "adafactor"}}, ranks=2, kind="cpu_zero2"
     ),
     "fp16 on a CPU": Case(2, ["train.precision: fp16 needs a GPU", "fp32 or bf16"], {"train": {"precision": "fp16"}}),
-    "a paged optimizer on a CPU": Case(
-        2,
-        ["optim.name: paged_adamw pages between a GPU and the host", "adamw_8bit"],
-        {"optim": {"name": "paged_adamw"}},
-    ),
     "groups that match nothing": Case(
         2, ["optim.groups: no parameter's name matches 'lm_haed'"], {"optim": {"groups": [{"match": "lm_haed"}]}}
     ),

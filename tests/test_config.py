@@ -366,7 +366,7 @@ def test_a_path_that_is_no_text_file(tmp_path: Path) -> None:
     latin1.write_bytes(b"task: clm\nrun_dir: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"latin1\.yaml:2: not UTF-8 text \(byte 0xe9\)"):
         load_recipe(str(latin1))
-    with pytest.raises(RecipeError, match="a recipe is a file, but this is a directory"):
+    with pytest.raises(RecipeError, match="a recipe is a file, and this is a directory; give the file in it"):
         load_recipe(str(tmp_path))
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(str(tmp_path / "missing.yaml"))

@@ -1,47 +1,49 @@
-"""What is known about a network, read once from the bare network before anything wraps it.
+"""What tasks, loop and exports need to know about a network, read once before anything wraps it.
 
-Adapters, DDP, DeepSpeed and FSDP wrap a network in modules with other names and signatures. Whoever looks at the
-wrapped module finds no position embeddings and no `attention_mask` argument. So tasks are given these facts instead.
+Adapters, DDP, DeepSpeed and FSDP wrap a network in modules with other names and signatures: behind them, neither its
+position embeddings nor its `attention_mask` argument are found. So nothing else inspects a network.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """Facts about a network that tasks, the loop and exports rely on."""
+    """Facts about one network."""
 
     model_type: str
     encoder_decoder: bool
     arguments: frozenset[str]
     """Names of the arguments of the network's `forward`."""
     position_padding_id: int | None
-    """RoBERTa and its kin count positions from here + 1 on; None: positions begin at 0."""
+    """RoBERTa and similar networks count positions from this number + 1; None: from 0."""
     max_positions: int | None
-    """Rows with more tokens than this have no positions; None: no limit is known."""
+    """The longest row, in tokens; None: no limit is known, as with relative positions."""
     token_types: int
-    """Kinds of segments that the network tells apart (BERT: 2); 0 or 1: none."""
+    """Number of token types, also called segments (BERT: 2); 0 or 1: the network ignores them."""
     layers: int
     hidden_size: int
     vocab_size: int
     tied_embeddings: bool
-    """Input embedding and output projection are one parameter."""
+    """Input embeddings and output projection are one parameter."""
     output_head: str | None
-    """The name of the module that projects onto the vocabulary, such as `lm_head`."""
+    """Name of the module that projects onto the vocabulary, such as `lm_head`; None: there is none."""
     pad_token_id: int | None
     decoder_start_id: int | None
-    """The token with which a decoder begins, if the network has an encoder and a decoder."""
+    """The token with which the decoder of an encoder-decoder network starts."""
     eos_ids: tuple[int, ...]
-    """Tokens at which the network's generation config stops."""
+    """Tokens that end generation, from the network's generation config."""
     router_loss_weight: float
-    """The weight of a mixture-of-experts network's load balancing loss; 0 for all other networks."""
+    """Weight of the load balancing loss of a mixture of experts; 0: transformers computes none for this network."""
     experts: int
+    """Experts in each layer of a mixture of experts, shared ones not counted; else 0."""
     experts_per_token: int
 
     @property
@@ -59,23 +61,24 @@ class NetworkFacts:
 
 
 def read_facts(model: PreTrainedModel) -> NetworkFacts:
-    """The facts of a network that is not wrapped."""
+    """The facts of a network that nothing wraps yet."""
     config, text = model.config, model.config.get_text_config()
     table = _position_table(model)
     padding_id = None if table is None else table.padding_idx
     rows = getattr(text, "max_position_embeddings", None)
     max_positions = rows if isinstance(rows, int) and rows > 0 else None
     if table is not None and padding_id is not None:
-        max_positions = table.num_embeddings - padding_id - 1
+        max_positions = table.weight.shape[0] - padding_id - 1
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     generation = getattr(model, "generation_config", None)  # networks that do not generate have none
     starts = (getattr(each, "decoder_start_token_id", None) for each in (config, generation))
-    router = float(getattr(text, "router_aux_loss_coef", None) or 0.0)
-    experts = next((n for key in _EXPERTS if isinstance(n := getattr(text, key, None), int)), 0)
+    arguments = frozenset(inspect.signature(model.forward).parameters)
+    experts = int(_first((model, text), "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
+    has_router_loss = experts > 1 and "output_router_logits" in arguments
     return NetworkFacts(
         model_type=config.model_type,
         encoder_decoder=bool(config.is_encoder_decoder),
-        arguments=frozenset(inspect.signature(model.forward).parameters),
+        arguments=arguments,
         position_padding_id=padding_id,
         max_positions=max_positions,
         token_types=getattr(config, "type_vocab_size", None) or 0,
@@ -87,19 +90,22 @@ def read_facts(model: PreTrainedModel) -> NetworkFacts:
         pad_token_id=text.pad_token_id,
         decoder_start_id=next((int(start) for start in starts if start is not None), None),
         eos_ids=_listed(getattr(generation, "eos_token_id", None)),
-        router_loss_weight=router if experts > 1 else 0.0,
+        router_loss_weight=_first((model, text), "router_aux_loss_coef", "aux_loss_coef") if has_router_loss else 0.0,
         experts=experts,
-        experts_per_token=int(getattr(text, "num_experts_per_tok", None) or 0),
+        experts_per_token=int(_first((model, text), "num_experts_per_tok")),
     )
 
 
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+def _first(owners: Sequence[object], *names: str) -> float:
+    """The first number under one of these names; 0 if there is none."""
+    values = (getattr(owner, name, None) for owner in owners for name in names)
+    return next((float(value) for value in values if isinstance(value, int | float)), 0.0)
 
 
-def _position_table(model: PreTrainedModel) -> torch.nn.Embedding | None:
-    """The learned position embeddings, if there are any and some id is left out for padding."""
+def _position_table(model: PreTrainedModel) -> Any:
+    """The learned position embeddings, if one of their ids is reserved for padding."""
     for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, torch.nn.Embedding):
+        if name.endswith("position_embeddings") and hasattr(module, "padding_idx"):
             return module if module.padding_idx is not None else None
     return None
 

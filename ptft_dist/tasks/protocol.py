@@ -30,6 +30,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 
 IGNORE = -100
@@ -168,8 +169,17 @@ class Probe(Protocol):
 class BaseTask:
     """The hooks that most tasks do not need."""
 
+    adds_router_loss = False
+    """The loss includes the load balancing loss of a mixture of experts."""
+
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
-        """Raises RecipeError if the tokenizer or the training rows cannot teach the task."""
+        """Raises RecipeError if the network, the tokenizer or the training rows cannot learn the task."""
+        if network.router_loss_weight > 0 and not self.adds_router_loss:
+            raise RecipeError(
+                f"model: {network.model_type} is a mixture of experts with a router loss, which task {setup.name} does "
+                "not add; without it few experts are used. Use another network, or set "
+                "model.config.router_aux_loss_coef: 0"
+            )
         self.setup, self.network, self.device = setup, network, device
         self.settings, self.tokenizer = setup.settings, setup.tokenizer
 

@@ -67,6 +67,8 @@ class Trainer:
     peak_flops: float = 0.0
     progress: RunProgress = field(default_factory=RunProgress)
     saved_step: int = 0
+    tried_step: int = 0
+    """The last update after which a save was due: one that fails is not tried again before the next is due."""
     stop_agreed: bool = False
     """All ranks know that one of them was asked to stop."""
     tokens_here: int = 0  # of this start, not of the whole run
@@ -82,7 +84,8 @@ class Trainer:
             if self.stop_agreed:
                 self.save(must=True)
                 return Outcome(False, self.stop_reason())
-            if self.due(self.recipe.save.every, since=self.saved_step):
+            if self.due(self.recipe.save.every, since=self.tried_step):
+                self.tried_step = self.progress.step
                 self.save(must=False)
             if self.due(self.recipe.eval.every, since=self.progress.evaluated_step):
                 self.evaluate()
@@ -239,7 +242,7 @@ class Trainer:
         self.engine.load_state(checkpoint.path)
         self.batches.load_state_dict(checkpoint.fact("batches", dict))
         self.progress = RunProgress.from_dict(checkpoint.fact("progress", dict))
-        self.saved_step = checkpoint.step
+        self.saved_step = self.tried_step = checkpoint.step
         if self.progress.step != checkpoint.step:
             raise CheckpointError(f"{checkpoint.path}: its manifest is of update {self.progress.step}")
         dropped = self.progress.forget_incomparable(self.judge)

@@ -45,7 +45,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: Path
 def stopped_at(run_dir: Path, reason: str) -> int:
     """Check that the run says it was stopped, and saved what it had done; the update."""
     result = json.loads((run_dir / "result.json").read_text())
-    assert (result["status"], result["exit_code"]) == ("preempted", 75)
+    assert (result["status"], result["exit_code"]) == ("stopped", 75)
     assert reason in result["reason"]
     step: int = result["steps"]
     assert 0 < step < STEPS
@@ -140,7 +140,7 @@ def test_sigterm_to_the_command_that_launched_two_processes(
     assert not any(map(lives, family))
     run_dir = tmp_path / "run"
     result = json.loads((run_dir / "result.json").read_text())
-    assert (result["status"], result["exit_code"]) == ("preempted", 75)
+    assert (result["status"], result["exit_code"]) == ("stopped", 75)
     assert not (run_dir / "stop").exists()
     step = result["steps"]
     assert last_step(run_dir) == step

@@ -62,7 +62,7 @@ def test_all_ranks_stop_after_the_same_update(
     assert run.wait(30) == 75, run.stderr
     assert run.exit_codes == [75, 75]
     result = json.loads((tmp_path / "run/result.json").read_text())
-    assert (result["status"], result["reason"]) == ("preempted", "SIGTERM")
+    assert (result["status"], result["reason"]) == ("stopped", "SIGTERM")
     assert result["steps"] == last_step(tmp_path / "run")
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == [f"step-{result['steps']:08d}"]
     checked = start("checkpoints", "run", cwd=tmp_path, cache=cache)

@@ -58,7 +58,7 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
     assert 1 <= step < STEPS
     assert (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
     result = json.loads((run_dir / "result.json").read_text())
-    assert (result["status"], result["exit_code"], result["steps"]) == ("preempted", 75, step)
+    assert (result["status"], result["exit_code"], result["steps"]) == ("stopped", 75, step)
     assert not (run_dir / "stop").exists()
     assert "death signal" not in job.log  # torchrun, which would give the ranks five seconds
     codes = re.findall(r"srun: error: (\S+): tasks? \S+: (.*)", job.log)

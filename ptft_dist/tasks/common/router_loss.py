@@ -8,18 +8,21 @@ import torch
 
 
 def router_loss(router_logits: Sequence[torch.Tensor], lengths: torch.Tensor, experts_per_token: int) -> torch.Tensor:
-    """The load balancing loss of each row: fp32 [B], 1 x experts_per_token where all experts are used evenly.
+    """The load balancing loss of each row: fp32 [B]; it equals experts_per_token if all experts are used evenly.
 
-    For a row, it is E x sum over experts e of f_e x P_e: f_e is the number of times that e is chosen, per token; P_e
-    is the mean probability that the router gives it. Both are means over the row's tokens and over layers, as in
-    transformers' `load_balancing_loss_func`. That function takes them over a whole micro-batch, so its value depends
-    on which rows share one. Taken row by row (as the sequence-wise loss of DeepSeek-V3), it does not.
+    For one row it is E x (sum over experts e of f_e x P_e), where f_e is how often e is chosen per token, and P_e is
+    the router's mean probability of e; both are means over the row's tokens and the layers. transformers'
+    `load_balancing_loss_func` takes these means over a whole micro-batch, so its value depends on which rows share
+    one. Taken for each row, as in DeepSeek-V3 (Liu et al. 2024, equations 17 to 20), it does not.
 
     Args:
-        router_logits: of each layer, [B x T, E] (padding included).
-        lengths: int64 [B]: tokens of each row; -100 or 0 for a row that counts nothing.
-        experts_per_token: experts that are chosen for each token (top-k).
+        router_logits: one [B x T, E] for each layer with experts, before the softmax, padding included; empty for a
+            network whose layers have none: the loss is then 0.
+        lengths: int64 [B]: tokens of each row; 0 or -100 for a dummy row, whose loss is 0.
+        experts_per_token: number of experts chosen for each token (top-k).
     """
+    if not router_logits:
+        return torch.zeros(lengths.shape, device=lengths.device)
     batch = lengths.size(0)
     logits = torch.stack([layer.float().view(batch, -1, layer.size(-1)) for layer in router_logits])  # [L, B, T, E]
     tokens = torch.arange(logits.size(2), device=logits.device)[None, :] < lengths[:, None]
