@@ -166,6 +166,15 @@ def _backend_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     return {key: value for key, value in state.items() if key not in ("truncation", "padding")}
 
 
+def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids of the special tokens that the tokenizer itself puts before and behind a text."""
+    text, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []
+
+
 class DocumentEncoder:
     """Encodes documents between two special tokens. What a text spells is text, even if it spells a special token."""
 
