@@ -17,11 +17,11 @@ from support import COMMAND, environment, ptft, start, wait_until
 from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
-from ptft_dist.cli.folds import summarize
 from ptft_dist.config.recipe import DataSection
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
 from ptft_dist.errors import RecipeError
+from ptft_dist.runs.folds import summarize
 from ptft_dist.tasks.registry import recipe_class
 
 FOLDS = {"validation": None, "folds": 3}
@@ -128,7 +128,7 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     stamp = (run / "fold-0/result.json").stat().st_mtime_ns
     again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert again.wait() == 0, again.stderr
-    assert "fold 0 of 2: finished before" in again.stderr
+    assert "fold 0 of 2: already finished in run/fold-0" in again.stderr
     assert (run / "fold-0/result.json").stat().st_mtime_ns == stamp
     assert json.loads((run / "folds.json").read_text()) == summary
 
@@ -143,7 +143,7 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:-1]) + "\n")
     other = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert other.wait() == 4
-    assert "finished before" not in other.stderr
+    assert "already finished" not in other.stderr
     assert "other contents in data.train[0]" in other.stderr
 
 
