@@ -142,6 +142,7 @@ class Session:
             max_steps=train.max_steps,
             epochs=train.epochs,
             max_tokens=train.max_tokens,
+            cache=self.prepared.train.path.parent / "plans",
         )
         warmup = warmup_steps(self.recipe.optim, plan.total_steps)
         if warmup >= plan.total_steps:

@@ -18,7 +18,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the checkout and unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("ptft_dist", "launch_configs", "ds_configs", "slurm", "recipes", "pyproject.toml", "README.md"):
+    for name in (
+        "ptft_dist",
+        "launch_configs",
+        "ds_configs",
+        "slurm",
+        "recipes",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         source.mkdir(exist_ok=True)
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     subprocess.run(
@@ -60,3 +69,9 @@ def test_recipes_and_launch_configs_are_found_by_name(installed: Path, tmp_path:
 def test_the_wheel_holds_every_shipped_file(installed: Path, kind: str) -> None:
     there = {p.name for p in (installed / "ptft_dist/shipped" / kind).iterdir() if p.is_file()}
     assert there == {p.name for p in (ROOT / kind).iterdir() if p.is_file()}
+
+
+def test_the_wheel_names_its_license(installed: Path) -> None:
+    (info,) = installed.glob("ptft_dist-*.dist-info")
+    assert "License-Expression: Apache-2.0\n" in (info / "METADATA").read_text()
+    assert "Version 2.0, January 2004" in (info / "licenses" / "LICENSE").read_text()
