@@ -52,6 +52,8 @@ class Prepared:
     fingerprint: str
     parts: Mapping[str, Any]
     """What the fingerprint follows from besides the recipe's keys: contents of the sources, tokenizer, libraries."""
+    inputs: str
+    """See `input_fingerprint`."""
     report: Report
     """Written when the stores were; see `describe`."""
     from_cache: bool
@@ -123,11 +125,25 @@ def prepare(
             validation=encoder.store.open(directory / "validation") if recipe.validated else None,
             fingerprint=store_print,
             parts=job.fingerprint_parts(tokenizer_print),
+            inputs=job.inputs(),
             report=Report.from_dict(json.loads((directory / "report.json").read_text(encoding="utf-8"))),
             from_cache=from_cache,
         )
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
+
+
+def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str:
+    """Fingerprint of the files that the data and a local tokenizer come from.
+
+    Nothing is prepared. Equal recipes with equal inputs prepare the same data, unless a library has changed. A file
+    that has not changed since it was last hashed is not read.
+
+    Raises:
+        DataError: a source is missing.
+        RecipeError: there is no such tokenizer.
+    """
+    return _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder, Progress(silence)).inputs()
 
 
 class _Job:
@@ -191,6 +207,12 @@ class _Job:
         if self._augment is not None:
             settings |= {"seed": self.recipe.train.seed, "augment": self._augment_print}
         return settings
+
+    def inputs(self) -> str:
+        """See `input_fingerprint`."""
+        path = self.recipe.tokenizer.path
+        tokenizer = None if path is None else self._tokenizers.fingerprint_local(path, self.base)
+        return fingerprint([self._contents, self._augment_print, tokenizer])
 
     def _adds_bos(self, tokenizer_path: Path) -> bool:
         """Whether the tokenizer itself begins a text with BOS; one that is trained here does not, and is not loaded."""
