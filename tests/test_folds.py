@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
-from ptft_dist.runs.folds import summarize
 from support import COMMAND, environment, ptft, start, wait_until
 from tiny import write_tiny
 
@@ -22,6 +21,7 @@ from ptft_dist.config.recipe import DataSection
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
 from ptft_dist.errors import RecipeError
+from ptft_dist.runs.folds import summarize
 from ptft_dist.tasks.registry import recipe_class
 
 FOLDS = {"validation": None, "folds": 3}

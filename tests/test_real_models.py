@@ -105,19 +105,19 @@ def test_minilm_learns_to_classify(tmp_path: Path) -> None:
             "model": {"path": str(MINILM)},
             "tokenizer": {"path": str(MINILM)},
             "data": {
-                "train": [{"path": str(SST2 / "train.tsv"), "limit": 480}],
-                "validation": [{"path": str(SST2 / "dev.tsv"), "limit": 200}],
+                "train": [{"path": str(SST2 / "train.tsv"), "limit": 320}],
+                "validation": [{"path": str(SST2 / "dev.tsv"), "limit": 150}],
                 "max_length": 48,
             },
             "batch": {"global_size": 16, "micro_size": 16},
             "optim": {"lr": 3e-4, "schedule": "linear", "warmup": 3},
             "train": {"epochs": 1, "precision": "fp32"},
-            "eval": {"every": 30},
+            "eval": {"every": 20},
             "save": {"every": None},
             "run_dir": "run",
         },
     )
-    rows = [line.split("\t") for line in (SST2 / "dev.tsv").read_text().splitlines()[1:201]]
+    rows = [line.split("\t") for line in (SST2 / "dev.tsv").read_text().splitlines()[1:151]]
     gold = [label for label, _ in rows]
     majority = max(gold.count(label) for label in set(gold)) / len(gold)
     (scored,) = eval_rows(run_dir)

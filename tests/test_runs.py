@@ -12,9 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from ptft_dist.runs import local
-from ptft_dist.runs.local import LocalExecutor
-from ptft_dist.runs.run_list import Run, collect, is_finished, run_all
 from support import environment, start, write_recipe
 from tiny import write_tiny
 
@@ -23,6 +20,9 @@ from ptft_dist import api
 from ptft_dist.checkpoint.checkpoint import Checkpoints, OneProcess
 from ptft_dist.cli.checkpoints import checkpoints as command
 from ptft_dist.errors import CheckpointError, DataError, PtftError
+from ptft_dist.runs import local
+from ptft_dist.runs.local import LocalExecutor
+from ptft_dist.runs.run_list import Run, collect, is_finished, run_all
 
 # --- lists of runs ----------------------------------------------------------------------------------------------------
 

@@ -613,7 +613,7 @@ def test_generate_answers_rewrites_and_refuses(tmp_path: Path, cache: Path) -> N
     assert "red cat" not in texts["sft"].stdout  # an answer, not the question again
     assert texts["seq2seq"].exit_codes == [0], texts["seq2seq"].stderr
     assert texts["classification"].exit_codes == [4]
-    assert "BertForSequenceClassification cannot write texts" in texts["classification"].stderr
+    assert "BertForSequenceClassification cannot generate text" in texts["classification"].stderr
 
 
 def test_a_run_may_begin_to_write_when_it_is_resumed(tmp_path: Path, cache: Path) -> None:

@@ -119,17 +119,20 @@ def patch_of(losses: dict[int, float]) -> str:
 
 
 def test_patience_goes_on_at_a_resume(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """Killed between two worse evaluations, the run stops after the same update as one that was not killed."""
+    """Killed between two worse evaluations, the run stops after the same update as one that was not killed.
+
+    A checkpoint is saved before the evaluation of its update: the one of update 3 knows the worse evaluation of 2.
+    """
     changes: dict[str, Any] = {
         "train": {"max_steps": 8},
-        "eval": {"every": 1, "patience": 2},
+        "eval": {"every": 1, "patience": 3},
         "save": {"every": 1, "keep": None},
     }
     made = patch_of({step: float(step) for step in range(1, 9)})
     whole = run(tmp_path, documents, cache, "whole", patches=[made], **changes)
-    run(tmp_path, documents, cache, "killed", code=1, patches=[made, "raise_in_rank:0:3"], **changes)
+    run(tmp_path, documents, cache, "killed", code=1, patches=[made, "raise_in_rank:0:4"], **changes)
     killed = run(tmp_path, documents, cache, "killed", patches=[made], **changes)
-    assert json.loads((whole / "result.json").read_text())["steps"] == 3
+    assert json.loads((whole / "result.json").read_text())["steps"] == 4
     assert outcome(killed) == outcome(whole)
 
 
