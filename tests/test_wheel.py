@@ -18,7 +18,16 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the checkout and unpacked."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("ptft_dist", "launch_configs", "ds_configs", "slurm", "recipes", "pyproject.toml", "README.md", "LICENSE"):
+    for name in (
+        "ptft_dist",
+        "launch_configs",
+        "ds_configs",
+        "slurm",
+        "recipes",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+    ):
         source.mkdir(exist_ok=True)
         subprocess.run(["cp", "-r", str(ROOT / name), str(source)], check=True)
     subprocess.run(
