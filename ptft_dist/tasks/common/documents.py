@@ -1,4 +1,4 @@
-"""Documents of pretraining tasks: plain texts, laid end to end or each in rows of its own."""
+"""Documents of pretraining tasks: plain texts, packed or in separate rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Documents(Encoder):
         return [next(found) if document.text.strip() else Outcome(dropped=EMPTY) for document in documents]
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
-        """The outcome of each document; none is empty."""
+        """The outcome of each document; no document is empty."""
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class DocumentRows(Documents):
 
     @classmethod
     def store_settings(cls, settings: DocumentSettings, common: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
-        """Tasks that lay out documents in the same way share a store."""
+        """Tasks that pack documents in the same way share a store."""
         return {"packing": settings.packing, "boundaries": settings.boundaries}
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
