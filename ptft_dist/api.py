@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.config.load import Loaded, read_recipe
+from ptft_dist.errors import CheckpointError
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
+    from ptft_dist.checkpoint.listing import CheckpointInfo
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.run import Result
 
@@ -44,6 +46,17 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
 
     loaded = load_recipe(source, overrides)
     check_sources(loaded.recipe, loaded.base)
+    return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+
+
+def input_fingerprint(loaded: Loaded) -> str:
+    """Fingerprint of the files that a recipe's data and tokenizer come from; nothing is prepared.
+
+    A file that has not changed since it was last hashed is not read. Raises RecipeError and DataError.
+    """
+    from ptft_dist.data.prepare import input_fingerprint as run
+    from ptft_dist.tasks.registry import encoder_class
+
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
 
 
@@ -87,3 +100,43 @@ def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | N
     loaded, here = load_recipe(source, overrides), place()
     with messages(here.rank):
         return score(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model"))
+
+
+def checkpoints(run_dir: str | Path) -> list[CheckpointInfo]:
+    """The checkpoints of a run by step, every byte verified. Raises CheckpointError if there is none."""
+    from ptft_dist.checkpoint.listing import list_checkpoints
+
+    return list_checkpoints(Path(run_dir))
+
+
+def generate(
+    model_dir: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    raw: bool = False,
+) -> str:
+    """Generate text with a trained model: continue a text, answer a message, or rewrite a source.
+
+    Args:
+        model_dir: a model directory, or the directory of a finished run.
+        temperature: 0 decodes greedily.
+        top_p: nucleus sampling (Holtzman et al. 2020).
+        seed: the same seed gives the same text.
+        raw: continue the prompt itself, without the chat template or the prefix of a seq2seq model.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot generate text.
+        RecipeError: the prompt has no token.
+    """
+    given = Path(model_dir)
+    model = given / "model" if (given / "model").is_dir() else given
+    if not (model / "config.json").is_file():
+        raise CheckpointError(f"{given}: there is no model. A finished run has one in {given / 'model'}.")
+
+    from ptft_dist.generation import generate as run
+
+    return run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw)

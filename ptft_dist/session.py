@@ -27,7 +27,7 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
-from ptft_dist.errors import DataError
+from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
@@ -44,6 +44,9 @@ from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
 from ptft_dist.training.validation import Validation
+
+MOST_EPOCHS = 1_000_000
+"""As train.epochs allows: the table of a run's updates must fit into memory."""
 
 
 class Session:
@@ -127,7 +130,17 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         """The rows of all updates. Raises DataError if the data have too few rows for one update."""
-        train, rows = self.recipe.train, len(self.prepared.train)
+        train, rows, tokens = self.recipe.train, len(self.prepared.train), self.prepared.train.tokens
+        if (self.shape.global_tokens or 0) > tokens:
+            raise DataError(
+                f"batch.global_tokens: one update needs {self.shape.global_tokens:,} tokens, the training data have "
+                f"{tokens:,}: lower batch.global_tokens, or add data"
+            )
+        if train.max_tokens is not None and train.max_tokens > MOST_EPOCHS * tokens:
+            raise RecipeError(
+                f"train.max_tokens: {train.max_tokens:,} is more than {MOST_EPOCHS:,} epochs of the training data's "
+                f"{tokens:,} tokens: lower it"
+            )
         if self.shape.global_size is not None and rows < self.shape.global_size:
             raise DataError(
                 f"batch: one update needs {self.shape.global_size} rows, the training data have {rows}. Lower "
@@ -142,6 +155,7 @@ class Session:
             max_steps=train.max_steps,
             epochs=train.epochs,
             max_tokens=train.max_tokens,
+            cache=self.prepared.train.path.parent / "plans",
         )
         warmup = warmup_steps(self.recipe.optim, plan.total_steps)
         if warmup >= plan.total_steps:

@@ -106,9 +106,17 @@ def raise_in_rank(rank: str, step: str) -> None:
 
 def begin_after_rank_0_failed() -> None:
     """Other ranks come late to a start that rank 0 has already given up."""
-    log = Path("run/logs/rank-0.log")
+    from ptft_dist.reporting.run_files import FailureReport
+
+    log, write = Path("rank-0-failed"), FailureReport.write
+
+    def noted(self: FailureReport, *args: Any, **kwargs: Any) -> None:
+        write(self, *args, **kwargs)
+        log.touch()
+
     if os.environ.get("RANK", "0") == "0":
         log.unlink(missing_ok=True)
+        FailureReport.write = noted  # type: ignore[method-assign]
         return
     time.sleep(0.3)
     while not log.exists():

@@ -40,7 +40,9 @@ MAY_IMPORT = {
         "training",
     },
     "run": {"checkpoint", "config", "engine", "errors", "launch", "networks", "reporting", "session", "training"},
-    "api": {"config", "data", "launch", "reporting", "run", "tasks"},
+    "api": {"checkpoint", "config", "data", "errors", "generation", "launch", "reporting", "run", "tasks"},
+    "generation": {"data", "errors"},
+    "runs": {"api", "config", "errors", "reporting"},
     "cli": None,
     "__main__": {"cli"},
 }

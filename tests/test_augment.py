@@ -20,6 +20,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.reporting.messages import messages
 from ptft_dist.tasks.registry import recipe_class
 
 SYNONYMS = "cat\tfeline,pussy cat\nold\tancient\n# a remark\n\nhouse\thome\n"
@@ -193,7 +194,7 @@ def test_broken_settings_end_with_their_exit_codes(folder: Path) -> None:
     ):
         with pytest.raises(ValueError, match=says):
             recipe(extra)
-    with pytest.raises(ValueError, match="augment has no effect"):
+    with pytest.raises(ValueError, match=r"augment: has no effect"):
         recipe({"method": "swap"}, classification={"entities": True})
 
 
@@ -260,7 +261,8 @@ def test_back_translation_is_that_of_the_models(translators: Path, capsys: pytes
     method = {"method": "back_translation", "forward": "there", "backward": "back"}
     augmenter = Augmentations(recipe(method), translators)
     records = rows([*TEXTS[:5], "short"])
-    copies = augmenter.copies_of(records)
+    with messages():
+        copies = augmenter.copies_of(records)
     assert "back-translation: 6 texts done" in capsys.readouterr().err
     for record, made in zip(records, copies, strict=True):
         text = record.values["text"]

@@ -211,9 +211,7 @@ DATA: dict[str, Case] = {
     "a missing file": Case(3, ["data.train[0].path: nowhere.txt: no such file"], source("nowhere.txt"), verb=CHECK),
     "an empty file": Case(3, ["empty.txt: the file is empty"], source("empty.txt"), edit=lines("empty.txt", "")),
     "a folder": Case(3, ["this is a folder", "/**/*.jsonl"], source("."), verb=CHECK),
-    "an unknown type": Case(
-        3, ["the type of this file is not known"], source("x.doc"), edit=lines("x.doc", "x"), verb=CHECK
-    ),
+    "an unknown type": Case(3, ["unknown file type"], source("x.doc"), edit=lines("x.doc", "x"), verb=CHECK),
     "invalid UTF-8": Case(
         3,
         ["bad.txt:2: byte 0xff at offset 5 of the file is not UTF-8"],
@@ -243,7 +241,7 @@ DATA: dict[str, Case] = {
     ),
     "a table with a stray comma": Case(
         3,
-        ["bad.csv:2: this row has 2 columns and the header 1"],
+        ["bad.csv:2: this row has 2 columns, but the header has 1"],
         source("bad.csv"),
         edit=lines("bad.csv", "text", "a,b"),
     ),
@@ -324,7 +322,7 @@ def test_a_damaged_cache(tmp_path: Path, documents: Path, damage: str) -> None:
     ("words", "code", "says"),
     [
         (["checkpoints", "nowhere"], 4, "nowhere/checkpoints holds no checkpoint"),
-        (["generate", "nowhere", "--prompt", "x"], 4, "nowhere: no model here"),
+        (["generate", "nowhere", "--prompt", "x"], 4, "nowhere: there is no model"),
         (["tensorboard", "nowhere"], 2, "nowhere: no TensorBoard events here"),
     ],
 )
@@ -374,6 +372,8 @@ def test_a_run_directory_on_a_full_disk(tmp_path: Path, documents: Path, cache: 
         {"batch": {"global_size": 3 * 10**18}},
         {"train": {"max_steps": 9 * 10**18}, "eval": {"every": 9 * 10**18}, "save": {"every": 9 * 10**18}},
         {"train": {"max_steps": None, "epochs": 1e6}},
+        {"train": {"max_steps": None, "max_tokens": 9 * 10**18}},
+        {"batch": {"global_size": None, "global_tokens": 9 * 10**18}},
         {"train": {"seed": 2**63 - 1, "max_steps": 1}, "eval": {"every": None}, "save": {"every": None}},
     ],
     ids=lambda changes: next(iter(changes)),

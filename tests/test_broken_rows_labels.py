@@ -182,7 +182,7 @@ def test_one_label_alone(tmp_path: Path) -> None:
     path = write_tiny(tmp_path, "classification", data={"cache_dir": "cache"})
     lines(tmp_path / "rows.jsonl", *({"text": f"row {i}", "label": "same"} for i in range(20)))
     loaded = load_recipe(str(path))
-    with pytest.raises(DataError, match=r"the labels same; a classifier needs two or more\. Look at the label column"):
+    with pytest.raises(DataError, match=r"the labels same; a classifier needs two or more\. Correct the label column"):
         prepare(loaded.recipe, loaded.base, progress=False)
 
 
@@ -195,7 +195,7 @@ def test_one_label_alone(tmp_path: Path) -> None:
             "rows.csv:1: there is no field 'text'; the fields",
         ),
         ("rows.tsv", "text\tgold\nred\ta\n", "rows.tsv:1: there is no field 'label'"),
-        ("rows.csv", "text,label\nred,a,b\n", "rows.csv:2: this row has 3 columns and the header 2"),
+        ("rows.csv", "text,label\nred,a,b\n", "rows.csv:2: this row has 3 columns, but the header has 2"),
         ("rows.csv", "text,label\nred,\nblue,b\n", "rows.csv:2: the label is an empty string"),
     ],
 )

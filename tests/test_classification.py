@@ -30,6 +30,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import build_config, build_model, check_positions
 from ptft_dist.tasks.classification.encode import ClassificationRows, _marked
 from ptft_dist.tasks.classification.settings import ENTITY_MARKERS
@@ -88,8 +89,9 @@ def encoded(ours: Recipe, words: PreTrainedTokenizerFast, records: list[dict[str
 
 def made(ours: Recipe, words: PreTrainedTokenizerFast) -> tuple[Task, torch.nn.Module]:
     task: Any = make_task(ours, words, survey())
-    settings = Classification.config_settings(TaskSetup.of(ours, words, survey()))
-    config = build_config(ours.model, words, ours.data.max_length, settings)
+    setup = TaskSetup.of(ours, words, survey())
+    config = build_config(ours.model, words, ours.data.max_length, Classification.config_settings(setup))
+    Classification.fit_config(setup, config)
     model = build_model(ours.model, config, 0, task.auto_class).eval()
     task = for_model(task, model)
     return task, model
@@ -180,12 +182,15 @@ def test_weights_of_several_labels_are_pytorchs_pos_weight(weights: Any) -> None
 
 
 def test_weights_that_cannot_be() -> None:
+    def weights(found: dict[str, Any], **section: Any) -> torch.Tensor | None:
+        return label_weights(TaskSetup.of(recipe(**section), tokenizer(), found))
+
     with pytest.raises(RecipeError, match=r"class_weights.*what differs: plant, stone, thing"):
-        label_weights(recipe(class_weights={"animal": 1.0, "stone": 2.0}), survey())
+        weights(survey(), class_weights={"animal": 1.0, "stone": 2.0})
     with pytest.raises(RecipeError, match="no training row has the label 'plant'"):
-        label_weights(recipe(class_weights="balanced"), survey(frequencies=(6, 0, 6)))
+        weights(survey(frequencies=(6, 0, 6)), class_weights="balanced")
     with pytest.raises(RecipeError, match="every training row has the label 'animal'"):
-        label_weights(recipe(class_weights="balanced", multi_label=True), survey(frequencies=(12, 3, 6)))
+        weights(survey(frequencies=(12, 3, 6)), class_weights="balanced", multi_label=True)
 
 
 @pytest.mark.parametrize("multi_label", [False, True])
@@ -257,9 +262,9 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
     config = build_config(ours.model, words, 32, Classification.config_settings(TaskSetup.of(ours, words, survey())))
     config.max_position_embeddings = 32 + words.pad_token_id  # one too few: positions begin behind that of the padding
     model = build_model(ours.model, config, 0, AutoModelForSequenceClassification)
-    with pytest.raises(RecipeError, match=rf"data.max_length: 32 is more than the 31 .* from {words.pad_token_id + 1}"):
-        check_positions(model, 32)
-    check_positions(model, 31)
+    with pytest.raises(RecipeError, match=rf"data.max_length: 32 is more than the 31 .* at {words.pad_token_id + 1}"):
+        check_positions(read_facts(model), 32)
+    check_positions(read_facts(model), 31)
     ids = torch.full((1, 31), words.convert_tokens_to_ids("a"))
     model(input_ids=ids)
     with pytest.raises((IndexError, RuntimeError), match="index"):

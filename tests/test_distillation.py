@@ -282,7 +282,7 @@ def test_settings_that_cannot_work(tmp_path: Path) -> None:
     assert "distillation: has no effect here: it needs one of the tasks clm, sft, classification" in refused.stderr
     for changes, message in (
         ({"beta": 0.5}, "beta has no effect here"),
-        ({"divergence": "jsd", "beta": 1.0}, "no mixture"),
+        ({"divergence": "jsd", "beta": 1.0}, "above 0 and below 1"),
         ({"hard": 1.0}, "the teacher has no effect"),
     ):
         with pytest.raises(ValueError, match=message):

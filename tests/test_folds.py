@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
+from ptft_dist.runs.folds import summarize
 from support import COMMAND, environment, ptft, start, wait_until
 from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
-from ptft_dist.cli.folds import summarize
 from ptft_dist.config.recipe import DataSection
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
@@ -80,7 +80,7 @@ def test_prepare_wants_to_know_which_fold(tmp_path: Path) -> None:
     ("data", "says"),
     [
         ({"fold": 0}, "fold has no effect here"),
-        ({"folds": 3, "fold": 3}, "it goes from 0 to 2"),
+        ({"folds": 3, "fold": 3}, "it must be from 0 to 2"),
         ({"folds": 3, "validation": 0.1}, "exclude each other"),
         ({"folds": 1}, "greater than or equal to 2"),
     ],
@@ -128,7 +128,7 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     stamp = (run / "fold-0/result.json").stat().st_mtime_ns
     again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert again.wait() == 0, again.stderr
-    assert "fold 0 of 2: finished before" in again.stderr
+    assert "fold 0 of 2: already finished in run/fold-0" in again.stderr
     assert (run / "fold-0/result.json").stat().st_mtime_ns == stamp
     assert json.loads((run / "folds.json").read_text()) == summary
 
@@ -137,6 +137,14 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     assert other.wait() == 4
     assert "optim.lr" in other.stderr
     assert "fold 0 of 2 ended with exit code 4" in other.stderr
+
+    # With other data neither: the same recipe no longer means the same rows.
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[:-1]) + "\n")
+    other = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert other.wait() == 4
+    assert "already finished" not in other.stderr
+    assert "other contents in data.train[0]" in other.stderr
 
 
 def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, cache: Path) -> None:
@@ -161,7 +169,7 @@ def test_it_is_refused_inside_a_launcher(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 2
-    assert "data.fold: which of the folds is this?" in run.stderr
+    assert "data.fold: it is not known which of the folds this is" in run.stderr
     assert "outside of any launcher" in run.stderr
 
 

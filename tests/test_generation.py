@@ -27,6 +27,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ptft_dist.cli import generate as command
 from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
@@ -249,6 +250,69 @@ def test_samples_of_every_script_are_readable_and_cut_at_a_resume(tmp_path: Path
     found = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     assert [row["prediction"] for row in found] == [*texts[:3], "von vorn"]
+
+
+# --- ptft generate ----------------------------------------------------------------------------------------------------
+
+
+def exported(folder: Path, name: str, *, template: str | None = None, pad: int | None = None) -> Any:
+    """A random network and a learned tokenizer, as an export has them. template: what the tokenizer adds to a text;
+    pad: the token with this id becomes PAD."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=300), ["one two three vier"] * 9, ("bos", "eos"))
+    if template is not None:
+        special = [(token, tokenizer.convert_tokens_to_ids(token)) for token in tokenizer.all_special_tokens]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=special)
+    if pad is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+    kind, config = NETWORKS[name]
+    torch.manual_seed(0)
+    model = kind(type(config)(**config.to_dict() | {"vocab_size": len(tokenizer)}))
+    model.config.architectures = [kind.__name__]
+    if name == "t5":
+        model.config.task_specific_params = {"ptft": {"prefix": "translate: "}}
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], dict[str, Any]]]:
+    """The ids and options of each call of generate, which returns its input."""
+    from transformers.generation.utils import GenerationMixin
+
+    seen: list[tuple[list[int], dict[str, Any]]] = []
+
+    def generate(_model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((ids[0].tolist(), options))
+        return ids
+
+    monkeypatch.setattr(GenerationMixin, "generate", generate)
+    return seen
+
+
+@pytest.mark.parametrize("template", [None, "<|bos|> $A", "<|bos|> $A <|endoftext|>"])
+def test_a_prompt_begins_with_what_the_tokenizer_adds(tmp_path: Path, calls: Any, template: str | None) -> None:
+    tokenizer = exported(tmp_path, "llama", template=template)
+    command.generate(tmp_path, "one two", max_new_tokens=2, temperature=0.0)
+    begin = [] if template is None else [tokenizer.bos_token_id]
+    assert calls[0][0] == [*begin, *tokenizer("one two", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize(("pad", "expected"), [(0, 0), (5, 5), (None, None)])
+def test_pad_0_is_a_pad(tmp_path: Path, calls: Any, pad: int | None, expected: int | None) -> None:
+    tokenizer = exported(tmp_path, "llama", pad=pad)
+    command.generate(tmp_path, "one two", max_new_tokens=2, temperature=0.0)
+    assert calls[0][1]["pad_token_id"] == (tokenizer.eos_token_id if expected is None else expected)
+
+
+def test_a_source_gets_the_prefix_of_its_training(tmp_path: Path, calls: Any) -> None:
+    tokenizer = exported(tmp_path, "t5", pad=0)
+    command.generate(tmp_path, "one two", max_new_tokens=2, temperature=0.0)
+    assert calls[0][0] == [*tokenizer("translate: one two").input_ids, tokenizer.eos_token_id]
+    command.generate(tmp_path, "one two", max_new_tokens=2, temperature=0.0, raw=True)
+    assert calls[1][0] == [*tokenizer("one two").input_ids, tokenizer.eos_token_id]
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------

@@ -138,6 +138,7 @@ MAY_CHANGE = {
     "seq2seq.generation",
     "question_answering.max_answer_length", "question_answering.n_best", "question_answering.no_answer_margin",
 }  # fmt: skip
+WITH_THE_ROWS = {"clm.bos"}  # named as the reason if the prepared rows differ
 MUST_STAY = {
     "task",
     "model.config.model_type", "model.config.hidden_size", "model.path", "model.revision", "model.new_head",
@@ -150,7 +151,7 @@ MUST_STAY = {
     "train.max_steps", "train.epochs", "train.max_tokens", "train.seed", "train.precision",
 }  # fmt: skip
 OWN_MUST_STAY = {
-    "clm": {"packing", "attention", "bos"},
+    "clm": {"packing", "attention"},
     "mlm": {"packing", "attention", "probability", "mask_share", "random_share", "unit", "span_length"},
     "mlm_nsp": {
         "packing", "attention", "probability", "mask_share", "random_share", "unit", "span_length", "sentence",
@@ -173,10 +174,11 @@ def test_every_key_is_named_here_as_one_that_may_change_or_must_stay(tmp_path: P
     keys = saved["chosen"].keys() | saved["default"].keys()
     assert keys == MUST_STAY | {f"{task}.{key}" for key in OWN_MUST_STAY[task]}
     not_compared = set(_keys(load(tmp_path, f"task={task}", "data.max_length=128").recipe.own_values())) - keys
-    assert not_compared <= MAY_CHANGE
+    assert not_compared <= MAY_CHANGE | WITH_THE_ROWS
+    assert {key for key in WITH_THE_ROWS if key.startswith(f"{task}.")} <= saved["data"].keys()
     settings = recipe_class().model_fields[task].annotation
     assert settings is not None
-    free = {key.partition(".")[2] for key in MAY_CHANGE if key.startswith(f"{task}.")}
+    free = {key.partition(".")[2] for key in MAY_CHANGE | WITH_THE_ROWS if key.startswith(f"{task}.")}
     assert set(settings.model_fields) == OWN_MUST_STAY[task] | free  # type: ignore[attr-defined]
 
 
@@ -201,7 +203,7 @@ def test_may_change_knows_the_keys_of_its_task(tmp_path: Path, task: str) -> Non
         ("train.precision=fp32", "train.precision"),
         ("model.config.hidden_size=64", "model.config.hidden_size"),
         ("model.config.num_hidden_layers=3", "model.config.num_hidden_layers"),
-        ("clm.bos=true", "clm.bos"),
+        ("clm.packing=false", "clm.packing"),
     ],
 )
 def test_a_key_that_must_stay_is_named_with_both_values(tmp_path: Path, override: str, key: str) -> None:
@@ -272,13 +274,26 @@ def test_another_default_in_another_version_is_a_change(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_a97cc8b_goes_on(tmp_path: Path) -> None:
     assert differences(SAVED_BY_A97CC8B, identity(tmp_path)) == {}
-    assert set(differences(SAVED_BY_A97CC8B | {"clm.bos": True, "mlm.unit": "token"}, identity(tmp_path))) == {
-        "clm.bos"
+    assert set(differences(SAVED_BY_A97CC8B | {"clm.packing": False, "mlm.unit": "token"}, identity(tmp_path))) == {
+        "clm.packing"
     }
     assert set(differences(SAVED_BY_A97CC8B, identity(tmp_path, "optim.lr=0.5"))) == {"optim.lr"}
-    other = differences(SAVED_BY_A97CC8B, identity(tmp_path, fingerprint="e"))
+    other = differences(SAVED_BY_A97CC8B, identity(tmp_path, "clm.bos=false", fingerprint="e"))
     assert set(other) == {"prepared data"}
     assert "by an earlier version" in other["prepared data"]
+
+
+@pytest.mark.parametrize("flat", [True, False])
+def test_a_setting_of_the_rows_may_change_while_the_rows_stay(tmp_path: Path, flat: bool) -> None:
+    """clm.bos was false by default; `auto` gives the same rows unless the tokenizer begins a text with BOS."""
+    saved = SAVED_BY_A97CC8B if flat else identity(tmp_path, "clm.bos=false")
+    if not flat:  # as it was before such settings stood with the data
+        saved["default"]["clm.bos"] = saved["data"].pop("clm.bos")
+    assert differences(saved, identity(tmp_path)) == {}
+    assert differences(saved, identity(tmp_path, "clm.bos=true")) == {}
+    other = {"clm.bos": "False in the checkpoint, 'auto' now"}
+    assert differences(saved, identity(tmp_path, fingerprint="other")) == other
+    assert differences(identity(tmp_path, "clm.bos=false"), identity(tmp_path, fingerprint="other")) == other
 
 
 # --- prepared data ----------------------------------------------------------------------------------------------------

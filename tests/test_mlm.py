@@ -128,7 +128,7 @@ def test_a_special_token_ends_a_word(tokenizers: dict[str, Any]) -> None:
     ids = np.array([*first, tokenizer.sep_token_id, *second])
     pairs = set()
     for i in range(40):
-        _, targets = task.mask(ids, np.random.default_rng((0, 0, i)))
+        _, targets = task.rows.masker.mask(ids, np.random.default_rng((0, 0, i)))
         pairs.add((bool(targets[0] != -100), bool(targets[-1] != -100)))
     assert pairs == {(False, False), (False, True), (True, False), (True, True)}
 
@@ -138,7 +138,7 @@ def test_random_replacements_are_uniform(tokenizers: dict[str, Any]) -> None:
     task = make(tokenizers["bpe"], probability=0.999, mask_share=0.0, random_share=1.0)
     replaced = []
     for i in range(20):
-        seen, targets = task.mask(np.full(1000, 300), np.random.default_rng((0, 0, i)))
+        seen, targets = task.rows.masker.mask(np.full(1000, 300), np.random.default_rng((0, 0, i)))
         replaced.append(seen[targets != -100])
         assert len(set(replaced[-1].tolist())) > 400
     times = np.bincount(np.concatenate(replaced), minlength=600)
@@ -150,10 +150,10 @@ def test_random_replacements_are_uniform(tokenizers: dict[str, Any]) -> None:
 def test_a_span_is_masked_replaced_or_kept_as_one(tokenizers: dict[str, Any]) -> None:
     task, fates = make(tokenizers["bpe"], unit="span"), {"masked": 0, "replaced": 0, "kept": 0}
     for i in range(40):
-        seen, targets = task.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
+        seen, targets = task.rows.masker.mask(np.full(500, 300), np.random.default_rng((0, 0, i)))
         edges = np.flatnonzero(np.diff(np.concatenate(([0], targets != -100, [0]))))
         for span in (seen[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)):
-            of_tokens = {"masked": span == task.mask_id, "kept": span == 300}
+            of_tokens = {"masked": span == tokenizers["bpe"].mask_token_id, "kept": span == 300}
             of_tokens["replaced"] = ~of_tokens["masked"] & ~of_tokens["kept"]
             fate = max(of_tokens, key=lambda name: of_tokens[name].sum())
             # A replacement is sometimes the mask or the token itself by chance: 1 of 300.
@@ -168,7 +168,7 @@ def test_special_tokens_do_not_count_in_the_share_of_spans(tokenizers: dict[str,
     task = make(tokenizer, unit="span")
     ids = np.concatenate([np.full(200, 300), np.full(200, tokenizer.sep_token_id)])
     for i in range(10):
-        _, targets = task.mask(ids, np.random.default_rng((0, 0, i)))
+        _, targets = task.rows.masker.mask(ids, np.random.default_rng((0, 0, i)))
         assert (targets != -100).sum() == 30
 
 

@@ -7,12 +7,14 @@ import itertools
 import math
 import random
 import time
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ptft_dist.data.order import Plan, make_plan, permute, rows_at, split_update
+from ptft_dist.data.order import Plan, Stream, interleave, make_plan, permute, rows_at, split_update
 
 
 def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
@@ -227,6 +229,186 @@ def test_resuming_at_ninety_percent_of_a_hundred_million_rows_takes_milliseconds
     assert batch.max() < rows
 
 
+@pytest.mark.parametrize("how_much", [{"global_size": 4}, {"global_tokens": 20}])
+@pytest.mark.parametrize("window", [8, 1000])
+def test_max_tokens_that_updates_meet_exactly(
+    how_much: dict[str, int], window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 5 tokens, 20 tokens an update: 100 tokens are 5 updates, 101 are 6, 1 is 1."""
+    monkeypatch.setattr("ptft_dist.data.order.SCAN_ROWS", window)
+    for max_tokens, updates in ((100, 5), (101, 6), (99, 5), (20, 1), (1, 1)):
+        assert plan_of(7, [5] * 7, 0, **how_much, max_tokens=max_tokens).total_steps == updates
+
+
+@pytest.mark.parametrize("limits", [{"global_size": 5, "max_steps": 8}, {"global_tokens": 40, "epochs": 3.5}])
+def test_each_row_of_an_update_has_its_own_epoch(limits: dict[str, Any]) -> None:
+    """Position p is of epoch p // rows, also in an update that crosses into the next epoch."""
+    plan = plan_of(7, [3, 9, 4, 8, 5, 7, 6], 0, **limits)
+    expected = iter(epoch for epoch in itertools.count() for _ in range(7))
+    crossing = 0
+    for step in range(plan.total_steps):
+        epochs = plan.epochs_of(step).tolist()
+        assert epochs == [next(expected) for _ in plan.rows_of(step)]
+        crossing += len(set(epochs)) > 1
+    assert crossing >= 2
+
+
+def test_a_window_without_a_whole_update_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = [random.Random(i).randint(2, 20) for i in range(300)]
+    monkeypatch.setattr("ptft_dist.data.order.SCAN_ROWS", 2)
+    for limits in ({"global_tokens": 700, "max_steps": 9}, {"global_size": 50, "max_tokens": 5000}):
+        plan = plan_of(300, lengths, 0, **limits)
+        expected = naive_plan(300, lengths, 0, **limits)
+        assert [plan.rows_of(step).tolist() for step in range(plan.total_steps)] == expected
+
+
+# --- plans on disk ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_read_from_its_cache_and_computed_anew_when_that_is_damaged(tmp_path: Path) -> None:
+    lengths, scans = np.array([3, 9, 4, 8, 5]), []
+
+    def read(indices: np.ndarray) -> np.ndarray:
+        scans.append(len(indices))
+        return lengths[indices]
+
+    def plan(seed: int = 0, **limits: Any) -> list[list[int]]:
+        found = make_plan(5, read, seed, cache=tmp_path / "plans", **limits)
+        return [found.rows_of(step).tolist() for step in range(found.total_steps)]
+
+    first = plan(global_tokens=20, max_steps=9)
+    assert first == naive_plan(5, lengths.tolist(), 0, global_tokens=20, max_steps=9)
+    assert len(scans) == 1
+    assert plan(global_tokens=20, max_steps=9) == first
+    assert len(scans) == 1, "the second plan is read"
+    (file,) = (tmp_path / "plans").iterdir()
+    whole = file.read_bytes()
+    for damage in (b"", whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), bytes([whole[0] ^ 1]) + whole[1:]):
+        file.write_bytes(damage)
+        scans.clear()
+        assert plan(global_tokens=20, max_steps=9) == first
+        assert len(scans) == 1
+        assert file.read_bytes() == whole
+    others: list[dict[str, Any]] = [
+        {"seed": 1, "global_tokens": 20, "max_steps": 9},
+        {"global_tokens": 21, "max_steps": 9},
+        {"global_tokens": 20, "max_steps": 8},
+        {"global_tokens": 20, "epochs": 3},
+        {"global_tokens": 20, "max_tokens": 90},
+        {"global_size": 3, "max_tokens": 90},
+    ]
+    for other in others:
+        scans.clear()
+        limits = dict(other)
+        assert plan(**other) == naive_plan(5, lengths.tolist(), limits.pop("seed", 0), **limits)
+        assert scans, f"{other} is another plan"
+    assert len(list((tmp_path / "plans").iterdir())) == 7, "nothing but plans, no unfinished file"
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    lengths = np.array([3, 9, 4])
+    plan = make_plan(3, lambda i: lengths[i], 0, global_tokens=12, epochs=1, cache=tmp_path / "file")
+    expected = naive_plan(3, lengths.tolist(), 0, global_tokens=12, epochs=1)
+    assert [plan.rows_of(step).tolist() for step in range(plan.total_steps)] == expected
+
+
+# --- several stores ---------------------------------------------------------------------------------------------------
+
+WEIGHTS = [(1,), (1, 1), (3, 1), (1, 3), (2, 3, 5), (5, 3, 2), (7, 1, 1, 1), (97, 2, 1), (1,) * 7, (13, 8, 5, 3, 2, 1)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_every_prefix_holds_each_store_within_one_of_its_share(weights: tuple[int, ...]) -> None:
+    cycle = interleave(weights).tolist()
+    assert [cycle.count(store) for store in range(len(weights))] == list(weights)
+    counts = [0] * len(weights)
+    for position, store in enumerate(cycle * 3, start=1):
+        counts[store] += 1
+        for count, weight in zip(counts, weights, strict=True):
+            assert abs(count - Fraction(position * weight, sum(weights))) < 1
+
+
+def test_random_weights_stay_within_one_too() -> None:
+    chance = random.Random(0)
+    for _ in range(200):
+        weights = [chance.choice([1, 2, 3, 10, 97]) for _ in range(chance.randint(1, 8))]
+        counts = np.cumsum(interleave(weights)[:, None] == np.arange(len(weights)), axis=0)
+        shares = np.arange(1, sum(weights) + 1)[:, None] * np.array(weights)
+        assert (np.abs(counts * sum(weights) - shares) < sum(weights)).all()
+
+
+def test_weights_that_no_cycle_holds_are_refused() -> None:
+    for weights in ((1, 0), (1, -1), (100_000, 1)):
+        with pytest.raises(ValueError, match="use whole numbers from 1"):
+            interleave(weights)
+
+
+def naive_mixture(sizes: tuple[int, ...], weights: tuple[int, ...], seed: int, length: int) -> list[tuple[int, int]]:
+    """(epoch, row) one by one: each store deals its rows, epoch after epoch, whenever the cycle names it."""
+    offsets = [sum(sizes[:i]) for i in range(len(sizes))]
+
+    def deal(store: int) -> Any:
+        for epoch in itertools.count():
+            for row in permute(np.arange(sizes[store]), sizes[store], seed, epoch, store).tolist():
+                yield epoch, offsets[store] + row
+
+    dealers = [deal(store) for store in range(len(sizes))]
+    stores = itertools.cycle(interleave(weights).tolist())
+    return [next(dealers[next(stores)]) for _ in range(length)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [((7, 5), (3, 1)), ((4, 4, 4), (1, 1, 1)), ((50, 3, 1), (2, 3, 5)), ((9,), (1,)), ((9,), (4,))],
+)
+def test_any_slice_of_a_mixture_is_that_of_a_naive_loop(sizes: tuple[int, ...], weights: tuple[int, ...]) -> None:
+    stream, expected = Stream(sizes, 5, weights), naive_mixture(sizes, weights, 5, 120)
+    for start, stop in itertools.combinations(range(0, 121, 8), 2):
+        found = zip(stream.epochs(start, stop).tolist(), stream.rows(start, stop).tolist(), strict=True)
+        assert list(found) == expected[start:stop]
+    assert stream.rows(3, 3).tolist() == []
+
+
+def test_stores_of_one_size_have_orders_of_their_own() -> None:
+    rows = Stream((500, 500), 0, (1, 1)).rows(0, 1000)
+    first, second = rows[rows < 500], rows[rows >= 500] - 500
+    assert sorted(first) == sorted(second) == list(range(500))
+    assert (first == second).sum() < 10
+    assert np.array_equal(first, permute(np.arange(500), 500, 0, 0)), "the first store's order is that of it alone"
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {"global_size": 5, "epochs": 2.0},
+        {"global_size": 5, "max_tokens": 333},
+        {"global_tokens": 30, "max_steps": 12},
+        {"global_tokens": 30, "epochs": 3.0},
+    ],
+)
+def test_a_plan_over_several_stores_is_that_of_a_naive_loop(limits: dict[str, Any]) -> None:
+    sizes, weights = (7, 4, 11), (2, 1, 3)
+    lengths = np.array([random.Random(i).randint(2, 20) for i in range(sum(sizes))])
+    plan = make_plan(sizes, lambda indices: lengths[indices], 3, weights=weights, **limits)
+    stream = [row for _, row in naive_mixture(sizes, weights, 3, 500)]
+    updates: list[list[int]] = [[]]
+    stop = round(limits["epochs"] * sum(sizes)) if "epochs" in limits else len(stream)
+    for row in stream[:stop]:
+        filled = sum(lengths[r] for r in updates[-1])
+        size, tokens = limits.get("global_size"), limits.get("global_tokens")
+        if len(updates[-1]) == size or (tokens and updates[-1] and filled + lengths[row] > tokens):
+            if sum(lengths[r] for update in updates for r in update) >= limits.get("max_tokens", math.inf):
+                break
+            if len(updates) == limits.get("max_steps"):
+                break
+            updates.append([])
+        updates[-1].append(row)
+    assert [plan.rows_of(step).tolist() for step in range(plan.total_steps)] == updates
+    epochs = [epoch for epoch, _ in naive_mixture(sizes, weights, 3, sum(map(len, updates)))]
+    assert np.concatenate([plan.epochs_of(step) for step in range(plan.total_steps)]).tolist() == epochs
+
+
 # --- micro-batches ----------------------------------------------------------------------------------------------------
 
 SHAPES = [
@@ -294,6 +476,12 @@ def test_grouped_token_bound_by_hand() -> None:
     lengths = np.array([3, 9, 1, 7, 9, 2])
     parts = split_update(lengths, 1, micro_tokens=20)
     assert [c.tolist() for (c,) in parts] == [[1, 4], [3, 0], [5, 2]]
+
+
+def test_the_longest_row_counts_in_its_own_micro_batch_only() -> None:
+    """10 under 10 tokens is alone; five rows of 2 make 10 together."""
+    parts = split_update(np.array([10, 2, 2, 2, 2, 2]), 1, micro_tokens=10)
+    assert [c.tolist() for (c,) in parts] == [[0], [1, 2, 3, 4, 5]]
 
 
 def ragged_lengths() -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sys
 from itertools import chain
 from pathlib import Path
@@ -19,6 +20,7 @@ from ptft_dist.data.prepare import describe
 from ptft_dist.data.report import SideReport
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.reporting.messages import messages
 from ptft_dist.tasks.registry import recipe_class
 
 
@@ -125,6 +127,76 @@ def test_a_text_that_spells_a_special_token_stays_text(base: Path, tokenizer_dir
     assert [i for i, token in enumerate(all_ids(store)) if token == eos] == [len(all_ids(store)) - 1]
 
 
+def bos_tokenizer(folder: Path) -> Any:
+    """A tokenizer that begins a text with BOS, as those of Llama, Gemma and Mistral do."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = train_tokenizer(TokenizerTraining(vocab_size=300), DOCUMENTS)
+    special = [("<|bos|>", tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<|bos|> $A", special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(folder)
+
+
+def test_documents_begin_as_the_tokenizer_s_texts_do(base: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
+    """And the three settings of clm.bos are told apart in one cache."""
+    (base / "text.txt").write_text("a lazy dog")
+    tokenizer = bos_tokenizer(tmp_path / "bos")
+    ids = tokenizer("a lazy dog", add_special_tokens=False).input_ids
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+
+    def rows(directory: Path, **clm: Any) -> tuple[list[int], str, str]:
+        found = prepare(recipe(directory, clm={"packing": False, **clm}, max_length=100), base)
+        return all_ids(found.train), found.fingerprint, describe(found.report)
+
+    assert rows(tmp_path / "bos")[0] == [begin, *ids, end] == [*tokenizer("a lazy dog").input_ids, end]
+    assert rows(tmp_path / "bos", bos=False)[0] == [*ids, end]
+    assert rows(tmp_path / "bos")[1] == rows(tmp_path / "bos", bos=True)[1]
+    assert "<|bos|> text" not in rows(tmp_path / "bos")[2]
+    assert "the tokenizer itself encodes a text as `<|bos|> text`" in rows(tmp_path / "bos", bos=False)[2]
+
+    assert rows(tokenizer_dir)[0] == [*ids, end]
+    assert rows(tokenizer_dir)[1] == rows(tokenizer_dir, bos=False)[1]
+    assert rows(tokenizer_dir, bos=True)[0] == [begin, *ids, end]
+    assert "warning" not in rows(tokenizer_dir)[2]
+
+
+@pytest.mark.parametrize("task", ["clm", "mlm", "plm"])
+def test_no_warning_about_the_special_tokens_of_a_tokenizer_that_is_trained_here(base: Path, task: str) -> None:
+    """plm: texts of its tokenizer end with SEP, for fine-tuning, and documents with EOS."""
+    values = recipe({"vocab_size": 300}).model_dump(exclude_unset=True, exclude={"clm"})
+    prepared = prepare(recipe_class().model_validate(values | {"task": task}), base)
+    assert prepared.report.warnings == []
+    written = json.loads((prepared.train.path.parent / "report.json").read_text())
+    assert written["warnings"] == []
+
+
+def test_clm_bos_that_the_trained_tokenizer_does_not_add_is_a_warning(base: Path) -> None:
+    (warning,) = prepare(recipe({"vocab_size": 300}, clm={"bos": True}), base).report.warnings
+    assert "encoded as `<|bos|> text <|endoftext|>`" in warning
+    assert "the tokenizer itself encodes a text as `text`" in warning
+
+
+def test_the_cache_is_found_without_loading_the_tokenizer(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is trained here adds no BOS, so nothing has to be asked."""
+    prepare(recipe({"vocab_size": 300}), base)
+    for user in (module, tokenizer_files):
+        monkeypatch.setattr(user, "load_tokenizer", lambda *_args, **_options: pytest.fail("loaded"))
+    assert prepare(recipe({"vocab_size": 300}), base).from_cache
+
+
+@pytest.mark.parametrize("task", ["clm", "sft"])
+def test_giant_words_reach_no_tokenizer_training(base: Path, task: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A million characters would take the trainer 20 minutes; 50,000 take it seconds."""
+    with (base / "rows.jsonl").open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in [*DOCUMENTS, "a" * 50_000])
+    values = recipe({"vocab_size": 300}, train=[{"path": "rows.jsonl"}]).model_dump(exclude_unset=True, exclude={"clm"})
+    prepare(recipe_class().model_validate(values | {"task": task}), base)
+    assert [r.args[0] for r in caplog.records if "tokenizer" in r.message and "split" in r.message] == [
+        f"{base}/rows.jsonl:61"
+    ]
+
+
 def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -134,7 +206,7 @@ def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="?")
     encoder = DocumentEncoder(tokenizer, (None, "eos"))
     assert encoder.encode([Document("a b", "")]) == [[1, 2, 0]]
-    with pytest.raises(DataError, match="file:7: the text spells '</s>'"):
+    with pytest.raises(DataError, match="file:7: the text contains '</s>'"):
         encoder.encode([Document("a </s> a", "file:7")])
 
     tokenizer.save_pretrained(tmp_path / "words")
@@ -230,7 +302,8 @@ def test_progress_tells_and_silence_is_silent(
 ) -> None:
     prepare(recipe({"vocab_size": 300}), base, progress=False)
     assert capsys.readouterr() == ("", "")
-    prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
+    with messages():
+        prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
     out, err = capsys.readouterr()
     assert out == ""
     assert ["learning" in err, "encoding ..." in err, " MB in " in err] == [True] * 3

@@ -91,7 +91,7 @@ def test_no_effect_on_a_tokenizer_that_is_loaded(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_tokenizer(tmp_path: Path) -> None:
     base = write_text(tmp_path)
     (base / "empty").mkdir()
-    with pytest.raises(RecipeError, match="no tokenizer can be loaded from"):
+    with pytest.raises(RecipeError, match="cannot load a tokenizer from"):
         prepare(recipe(WORDPIECE), base, progress=False, tokenizer_from=base / "empty")
 
 

@@ -57,4 +57,5 @@ def test_a_model_learns_from_it(name: str, tmp_path: Path) -> None:
     (path,) = (tmp_path / "cache").glob("stores/*/report.json")
     report = json.loads(path.read_text())
     expected = documents or paragraphs(source["path"])
-    assert report["train"]["documents"] + report["validation"]["documents"] + report["documents_empty"] == expected
+    empty = report["dropped"].get("without text", (0, []))[0]
+    assert report["train"]["examples"] + report["validation"]["examples"] + empty == expected == report["read"]

@@ -137,7 +137,8 @@ def test_the_prefix_stands_before_the_source_alone() -> None:
     assert tokenizer.decode(example.columns["input_ids"], skip_special_tokens=True) == "name: the dog"
     assert tokenizer.decode(example.columns["labels"], skip_special_tokens=True) == "fox"
     assert example.meta["source"] == "the dog"
-    texts = list(Seq2SeqRows.texts(recipe(seq2seq={"prefix": "name: "}), Record({"source": "a", "target": "b"}, "")))
+    settings = recipe(seq2seq={"prefix": "name: "}).settings
+    texts = list(Seq2SeqRows.texts(settings, Record({"source": "a", "target": "b"}, "")))
     assert texts == ["name: a", "b"]
     with pytest.raises(RecipeError, match=r"data\.max_length: 16 leaves no room.*prefix"):
         encoded(tokenizer, ("a", "b"), seq2seq={"prefix": "the quick brown fox jumps over the lazy dog " * 3})
@@ -366,5 +367,5 @@ def test_metric_names_follow_the_settings() -> None:
 
 
 def test_generation_without_validation_is_refused() -> None:
-    with pytest.raises(ValidationError, match="generation has no effect here"):
+    with pytest.raises(ValidationError, match="generation: has no effect here"):
         recipe(seq2seq={"generation": {}})

@@ -213,7 +213,7 @@ def test_what_is_given_is_not_learned(tokenizer: Any) -> None:
 def test_unanswered_messages_go_and_are_noted(tokenizer: Any) -> None:
     example = encode(tokenizer, {"messages": [USER, ASSISTANT, SECOND[0]]})
     assert "the dog" not in tokenizer.decode(example.columns["input_ids"])
-    assert example.notes == ("lost their last messages, which nobody answers",)
+    assert example.notes == ("truncated after the last assistant message",)
 
 
 def test_long_conversations_are_cut_or_dropped_and_those_without_an_answer_left_out(tokenizer: Any) -> None:
@@ -221,11 +221,62 @@ def test_long_conversations_are_cut_or_dropped_and_those_without_an_answer_left_
     whole = encode(tokenizer, values).columns["input_ids"]
     cut = encode(tokenizer, values, max_length=len(whole) - 2)
     assert list(cut.columns["input_ids"]) == list(whole)[:-2]
-    assert cut.notes == ("cut to data.max_length",)
+    assert cut.notes == ("truncated to data.max_length",)
     with pytest.raises(LeftOut, match=r"longer than data\.max_length"):
         encode(tokenizer, values, max_length=len(whole) - 2, too_long="drop")
-    with pytest.raises(LeftOut, match="no answer is left"):
+    with pytest.raises(LeftOut, match="without an assistant message"):
         encode(tokenizer, values, max_length=8)
+
+
+def test_a_row_of_just_max_length_is_whole(tokenizer: Any) -> None:
+    values = {"messages": [USER, ASSISTANT]}
+    whole = encode(tokenizer, values).columns["input_ids"]
+    for too_long in ("cut", "drop"):
+        exact = encode(tokenizer, values, max_length=len(whole), too_long=too_long)
+        assert list(exact.columns["input_ids"]) == list(whole)
+        assert exact.notes == ()
+    assert encode(tokenizer, values, max_length=len(whole) - 1).notes == ("truncated to data.max_length",)
+    with pytest.raises(LeftOut, match="longer than"):
+        encode(tokenizer, values, max_length=len(whole) - 1, too_long="drop")
+
+
+@pytest.mark.parametrize("unit", ["it sleeps and ", "a", "\n"])
+def test_a_long_answer_is_tokenized_in_part_and_comes_out_the_same(
+    tokenizer: Any, unit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"messages": [USER, {"role": "assistant", "content": unit * (20_000 // len(unit)) + "."}, *SECOND]}
+    sizes = []
+    encode_batch = ConversationRows.encode
+    monkeypatch.setattr(
+        ConversationRows, "encode", lambda self, pieces: sizes.append(len(pieces[0])) or encode_batch(self, pieces)
+    )
+    monkeypatch.setattr("ptft_dist.tasks.sft.encode.CHARACTERS_PER_TOKEN", 10**9)
+    whole = encode(tokenizer, values, max_length=32)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        ConversationRows, "encode", lambda self, pieces: sizes.append(len(pieces[0])) or encode_batch(self, pieces)
+    )
+    assert sizes[0] > 20_000
+    sizes.clear()
+    part = encode(tokenizer, values, max_length=32)
+    assert sizes[0] == 32 * 200
+    assert list(part.columns["input_ids"]) == list(whole.columns["input_ids"])
+    assert np.array_equal(part.columns["learned"], whole.columns["learned"])
+    assert part.meta == whole.meta
+    assert whole.notes == ("truncated to data.max_length",)
+    assert set(part.notes) - set(whole.notes) == {
+        "much longer than data.max_length: only their beginning was tokenized"
+    }
+
+
+def test_a_long_text_of_few_tokens_is_tokenized_whole() -> None:
+    """WordPiece makes one [UNK] of a giant word."""
+    texts = [" ".join(WORDS), "user assistant it sleeps"] * 9
+    settings = TokenizerTraining(vocab_size=300, algorithm="wordpiece")
+    wordpiece = train_tokenizer(settings, texts, ("eos=<|im_end|>", "bos", "pad"), ["<|im_start|>"])
+    example = encode(wordpiece, {"prompt": "x" * 10_000, "completion": " it sleeps"}, max_length=32)
+    assert learned_text(wordpiece, example) == "it sleeps <|im_end|>"
+    assert example.notes == ()
 
 
 def test_a_token_is_learned_if_it_shares_a_character_with_a_span() -> None:
@@ -318,7 +369,7 @@ def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: P
     write_tiny(tmp_path, "sft", sft={"generation": {"max_new_tokens": 33}})  # 32 + 33 > 64 positions
     refused = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert refused.wait() == 2
-    assert "sft.generation.max_new_tokens: data.max_length and it make 65" in refused.stderr
+    assert "sft.generation.max_new_tokens: with data.max_length it makes 65" in refused.stderr
 
 
 def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:
@@ -377,9 +428,59 @@ def test_a_template_whose_turns_do_not_end_is_refused(tokenizer: Any) -> None:
         encode(with_template(tokenizer, endless), {"messages": [USER, ASSISTANT]})
 
 
-def test_no_template_at_all(tokenizer: Any) -> None:
-    with pytest.raises(RecipeError, match="no chat template of its own"):
+def test_without_a_template_the_message_names_all_that_is_missing(tokenizer: Any) -> None:
+    plain = train_tokenizer(TokenizerTraining(vocab_size=300), [" ".join(WORDS)] * 5)
+    with pytest.raises(RecipeError) as refused:
+        encode(plain, {"messages": [USER, ASSISTANT]})
+    assert "sft.template: chatml\n" in str(refused.value)
+    assert "tokenizer.add: ['<|im_start|>', '<|im_end|>']" in str(refused.value)
+    with pytest.raises(RecipeError) as refused:  # it has the tokens
         encode(with_template(tokenizer, ""), {"messages": [USER, ASSISTANT]})
+    assert "sft.template: chatml\n" in str(refused.value)
+    assert "tokenizer.add: [" not in str(refused.value)
+    plain.eos_token = None
+    with pytest.raises(RecipeError) as refused:
+        encode(plain, {"messages": [USER, ASSISTANT]})
+    for part in ("no EOS token", "eos_token in its", "no chat template", "sft.template: chatml", "tokenizer.add: ["):
+        assert part in str(refused.value)
+    with pytest.raises(RecipeError) as refused:
+        encode(plain, {"text": "a red cat"}, shape="text")
+    assert "no EOS token" in str(refused.value)
+    assert "chat template" not in str(refused.value)
+
+
+def test_a_template_whose_tokens_are_not_special_names_them() -> None:
+    plain = train_tokenizer(TokenizerTraining(vocab_size=300), [" ".join(WORDS)] * 5)
+    with pytest.raises(RecipeError, match=r"tokenizer\.add: \['<\|im_start\|>', '<\|im_end\|>'\]"):
+        encode(with_template(plain, CHATML), {"messages": [USER, ASSISTANT]})
+
+
+IMPOSSIBLE = {
+    "a range": ("{% for i in range(10**10) %}a{% endfor %}", "Range too big"),
+    "an include": ("{% include 'other.jinja' %}", "no loader"),
+    "an import": ("{% import 'other.jinja' as other %}", "no loader"),
+    "a division": ("{{ 1 // 0 }}", "ZeroDivisionError"),
+    "an index": ("{{ messages.pop(99) }}", "not safely callable|IndexError|unsafe"),
+    "endless recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "no Jinja": ("{% for %}", "Expected"),
+    "an attribute of nothing": ("{{ nothing.at.all }}", "undefined"),
+    "an integer of too many digits": ("{{ 10 ** 5000 }}", "digits"),
+}
+
+
+@pytest.mark.parametrize("marked", [False, True])
+@pytest.mark.parametrize("name", IMPOSSIBLE)
+def test_a_template_that_fails_is_an_error_of_the_recipe(tokenizer: Any, name: str, marked: bool) -> None:
+    source, why = IMPOSSIBLE[name]
+    template = source + (CHATML if marked else UNMARKED)
+    with pytest.raises(RecipeError, match=rf"sft\.template: .*({why})"):
+        encode(with_template(tokenizer, template), {"messages": [USER, ASSISTANT]})
+
+
+def test_a_template_that_fails_on_a_row_is_an_error_of_the_row(tokenizer: Any) -> None:
+    counting = "{% for i in range(messages[0].content | length * 10**5) %}{% endfor %}" + CHATML
+    with pytest.raises(RowError, match=r"does not take this conversation.*Range too big"):
+        encode(with_template(tokenizer, counting), {"messages": [{"role": "user", "content": "a cat"}, ASSISTANT]})
 
 
 def test_trl_s_templates_are_known_by_name() -> None:
@@ -565,7 +666,7 @@ def test_noise_changes_training_and_not_evaluation(tmp_path: Path, cache: Path) 
 BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "role missing": ({"messages": [{"content": "a"}, ASSISTANT]}, "message 1 has no role"),
     "role unknown": ({"messages": [{"role": "bot", "content": "a"}, ASSISTANT]}, "message 1 has the role 'bot'"),
-    "content missing": ({"messages": [USER, {"role": "assistant"}]}, "message 2 of the assistant is empty"),
+    "content missing": ({"messages": [USER, {"role": "assistant"}]}, "message 2 \\(assistant\\) is empty"),
     "content a number": ({"messages": [{"role": "user", "content": 5}, ASSISTANT]}, "holds a number and not text"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
@@ -584,10 +685,26 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "look("}]},
         "turn 2, a function_call, is not JSON",
     ),
+    "tool_calls a number": (
+        {"messages": [USER, {"role": "assistant", "content": "a", "tool_calls": 5}]},
+        "message 2: tool_calls is a number and not a list",
+    ),
+    "a name that is a number": (
+        {"messages": [USER | {"name": 5}, ASSISTANT]},
+        "message 1: the field 'name' holds a number and not text",
+    ),
+    "a number of too many digits": (
+        {"messages": [USER, ASSISTANT], "tools": '[{"name": "a", "n": %s}]' % ("1" * 5000)},
+        "'tools' is not JSON .*digits",
+    ),
+    "arguments nested too deeply": (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"name": "a", "arguments": "[" * 100_000}]}]},
+        "arguments of a are not JSON .*nested too deeply",
+    ),
     "tools no JSON": ({"messages": [USER, ASSISTANT], "tools": "[look"}, "'tools' is not JSON"),
     "user calls tools": (
         {"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}, ASSISTANT]},
-        "a user message calls tools",
+        "a user message has tool_calls",
     ),
     "half a surrogate": ({"text": "a \ud800"}, "half of a surrogate pair"),
 }
@@ -621,7 +738,7 @@ def test_bad_rows_are_named_by_file_and_line_or_skipped_and_counted(tmp_path: Pa
     with pytest.raises(DataError) as refused:
         prepared_rows(tmp_path, rows)
     message = str(refused.value)
-    assert "rows.jsonl:4: nothing is answered" in message
+    assert "rows.jsonl:4: there is no assistant message" in message
     assert "rows.jsonl:8: message 1 has the role 'bot'" in message
     assert "data.bad_rows: skip" in message
     report = prepared_rows(tmp_path, rows, data={"bad_rows": "skip"}).report
@@ -643,9 +760,9 @@ def test_what_is_cut_and_left_out_is_counted(tmp_path: Path) -> None:
     report = prepared_rows(tmp_path, rows).report
     notes = report.notes
     where = str(tmp_path / "rows.jsonl")
-    assert report.dropped["left out, for no answer is left within data.max_length"] == (1, [f"{where}:6"])
-    assert f"{where}:7" in notes["cut to data.max_length"][1]
-    assert notes["lost their last messages, which nobody answers"] == (1, [f"{where}:9"])
+    assert report.dropped["without an assistant message within data.max_length"] == (1, [f"{where}:6"])
+    assert f"{where}:7" in notes["truncated to data.max_length"][1]
+    assert notes["truncated after the last assistant message"] == (1, [f"{where}:9"])
 
 
 def test_an_unknown_template_is_named_with_the_known_ones(tmp_path: Path) -> None:

@@ -169,6 +169,10 @@ BROKEN_LINES = {
     "a number": ('{"text": 3}\n', ("x.jsonl:1:", "'text'", "a number")),
     "half a surrogate pair": ('{"text": "ab\\ud83d"}\n', ("x.jsonl:1:", "character 2", "\\ud83d")),
     "too deep": ('{"text": "a"}\n' + "[" * 100_000, ("x.jsonl:2:", "nested too deeply")),
+    "5,000 digits": (
+        '{"text": "a"}\n{"text": "b", "n": %s}\n' % ("1" * 5000),
+        ("x.jsonl:2:", "4,300 digits", "as text"),
+    ),
     "blank": ("\n \n", ("x.jsonl:", "no documents")),
 }
 
@@ -182,6 +186,8 @@ def test_broken_jsonl(tmp_path: Path, case: str) -> None:
 
 
 BROKEN_JSON = {
+    "5,000 digits": ('[{"text": "a"},\n{"text": "b", "n": %s}]' % ("1" * 5000), ("x.json:2:", "4,300 digits")),
+    "too deep": ('[{"text": "a"},\n' + "[" * 100_000, ("x.json:2:", "nested too deeply")),
     "not an array": ('{"text": "a"}\n', ("x.json:1:", "not an array", ".jsonl")),
     "an element": ('[{"text": "a"},\n "b"]', ("x.json:2:", "a string")),
     "syntax": ('[{"text": "a"},\n {"text" "b"}]', ("x.json:2:", "not JSON")),
@@ -201,8 +207,8 @@ def test_broken_json(tmp_path: Path, case: str) -> None:
 
 
 BROKEN_TABLES = {
-    "ragged": ("x.csv", "id,text\n1,a\n2,b,c\n", ("x.csv:3:", "3 columns", "header 2")),
-    "ragged tsv": ("x.tsv", "id\ttext\n1\ta\n2\n", ("x.tsv:3:", "1 columns", "header 2", "tab")),
+    "ragged": ("x.csv", "id,text\n1,a\n2,b,c\n", ("x.csv:3:", "3 columns", "header has 2")),
+    "ragged tsv": ("x.tsv", "id\ttext\n1\ta\n2\n", ("x.tsv:3:", "1 columns", "header has 2", "tab")),
     "quote never closed": ("x.csv", 'id,text\n1,a\n2,"b\n3,c\n', ("x.csv:3:", "quote")),
     "quote inside": ("x.csv", 'id,text\n1,"a"b\n', ("x.csv:2:", "quote")),
     "no field": ("x.csv", "id,body\n1,a\n", ("x.csv:1:", "'text'", "'id', 'body'", "field:")),
@@ -236,7 +242,7 @@ def test_broken_parquet(tmp_path: Path) -> None:
     assert "'text'; the fields are: 'body'" in refused(tmp_path, "x.parquet")
     assert "x.parquet#1: the field 'body' holds null" in refused(tmp_path, "x.parquet", field="body")
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-9])
-    assert "x.parquet: this Parquet file is damaged" in refused(tmp_path, "x.parquet")
+    assert "x.parquet: this is not a Parquet file, or a damaged one" in refused(tmp_path, "x.parquet")
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS[1:], ids=["gz", "zst"])
@@ -298,8 +304,8 @@ def test_check_sources_lists_every_mistake(tmp_path: Path) -> None:
         ("data.train[1].path: *.xyz:", "no such file"),
         ("data.train[2].path: folder:", "a folder"),
         ("data.train[3].path: empty.txt:", "empty"),
-        ("data.train[5].path: thesis.docx:", "not known"),
-        ("data.train[6].path: packed.parquet.gz:", "not known"),
+        ("data.train[5].path: thesis.docx:", "unknown file type"),
+        ("data.train[6].path: packed.parquet.gz:", "unknown file type"),
         ("data.train[7].path: link.txt:", "link to nowhere"),
         ("data.train[8].document:", "no effect"),
         ("data.train[9].field:", "no effect"),

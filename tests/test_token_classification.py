@@ -273,7 +273,7 @@ def test_long_sentences_are_split_between_words(tmp_path: Path) -> None:
     assert at == len(store)
     notes = prepared.report.notes
     assert [count for note, (count, _) in notes.items() if "split between" in note] == [2 * several]
-    assert [count for note, (count, _) in notes.items() if "was cut" in note] == [60]
+    assert [count for note, (count, _) in notes.items() if "was truncated" in note] == [60]
 
 
 def test_a_word_without_tokens_is_counted(tmp_path: Path) -> None:

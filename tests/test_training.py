@@ -103,7 +103,7 @@ def test_early_stopping_and_the_best_checkpoint(tmp_path: Path, documents: Path,
     kept = sorted(p.name for p in (run_dir / "checkpoints").iterdir())
     assert kept == ["step-00000006", "step-00000010"]
     result = json.loads((run_dir / "result.json").read_text())
-    assert (result["reason"], result["steps"]) == ("out of patience", 10)
+    assert (result["reason"], result["steps"]) == ("stopped early: out of patience", 10)
     assert result["best"] == {"metric": "loss", "value": 2.0, "step": 6}
     assert result["metrics_step"] == 6  # of the exported weights
     assert result["metrics"] == {name: x for name, x in evaluations[6].items() if name.startswith("eval/")}

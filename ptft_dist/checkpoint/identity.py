@@ -4,7 +4,7 @@ An identity is plain JSON, part of every manifest:
 
     {"chosen":  {dotted key: value},    keys whose value is not the default
      "default": {dotted key: value},    keys at their default
-     "data":    {"fingerprint": hash of the prepared rows, part: what that part was}}
+     "data":    {"fingerprint": hash of the prepared rows, part or dotted key: what it was}}
 
 Keys that one of two versions of the program does not know count as their default there. Versions up to 0.1 wrote
 {dotted key: value} instead, with the sections of all tasks; such identities are read too.
@@ -62,10 +62,11 @@ def run_identity(
     # What a reference stands for may be secret: its hash is written.
     shown = {key: value if public[key] == value else _hashed(public[key], value) for key, value in values.items()}
     kept = {key: value for key, value in shown.items() if not may_change(key, loaded.recipe)}
+    of_rows = {key: kept.pop(key) for key in (f"{loaded.recipe.task}.{n}" for n in loaded.recipe.settings.only_rows)}
     return {
         "chosen": {key: value for key, value in kept.items() if key not in defaults} | dict(files or {}),
         "default": {key: value for key, value in kept.items() if key in defaults},
-        "data": {"fingerprint": fingerprint, **_keys(dict(data_parts))},
+        "data": {"fingerprint": fingerprint, **_keys(dict(data_parts)), **of_rows},
     }
 
 
@@ -87,8 +88,10 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     if "default" not in saved:  # all sections of other tasks stand there too, at their defaults
         sections = {key.partition(".")[0] for key in (*chosen, *default)}
         saved_chosen = {key: value for key, value in saved_chosen.items() if key.partition(".")[0] in sections}
+    # A key that stands with the data now stood with the other keys in earlier versions.
+    saved_data = {key: value for key, value in (saved_default | saved_chosen).items() if key in data} | saved_data
     found: dict[str, str] = {}
-    for key in saved_chosen.keys() | saved_default.keys() | chosen.keys() | default.keys():
+    for key in (saved_chosen.keys() | saved_default.keys() | chosen.keys() | default.keys()) - data.keys():
         before = saved_chosen.get(key, saved_default.get(key, _ABSENT))
         now = chosen.get(key, default.get(key, _ABSENT))
         only_default = (before is _ABSENT and key in default) or (now is _ABSENT and key in saved_default)

@@ -1,4 +1,4 @@
-"""`ptft prepare`: tokenize and pack now, so that training starts at once."""
+"""`ptft prepare`: prepare the data now, so that training starts at once."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ def prepare(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.max_length=1024.")] = None,
 ) -> None:
     """Tokenize and pack a recipe's data into the cache. `ptft train` does the same if it is not done yet."""
-    from ptft_dist.api import load_recipe
-    from ptft_dist.data.prepare import describe
-    from ptft_dist.data.prepare import prepare as run
-    from ptft_dist.data.sources import check_sources
-    from ptft_dist.tasks.registry import encoder_class
+    from ptft_dist import api
+    from ptft_dist.data.report import describe
 
-    loaded = load_recipe(recipe, overrides or [])
-    check_sources(loaded.recipe, loaded.base)
-    prepared = run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+    prepared = api.prepare(recipe, overrides or [])
     print(describe(prepared.report, from_cache=prepared.from_cache))

@@ -33,6 +33,7 @@ def train(
     """Train a recipe; go on where the run directory's newest checkpoint is."""
     from ptft_dist.api import load_recipe
     from ptft_dist.launch.environment import place
+    from ptft_dist.runs.folds import has_folds, train_folds
 
     names = ("--launch", "--processes", "--machines", "--machine-rank", "--address")
     values = (launch, processes, machines, machine_rank, address)
@@ -43,16 +44,16 @@ def train(
             "launch config to that launcher, as in: accelerate launch --config_file FILE -m ptft_dist train RECIPE"
         )
     loaded = load_recipe(recipe, overrides or [])
-    options = ["--resume", resume, *(word for key in accept or () for word in ("--accept", key))]
-    if loaded.recipe.data.folds is not None and loaded.recipe.data.fold is None and not place().launched:
-        from ptft_dist.cli.folds import train_folds
-
-        options += [word for option in given.items() for word in option]
-        raise typer.Exit(train_folds(loaded, recipe, overrides or [], options, writes=not machine_rank))
+    accepted = [word for key in accept or () for word in ("--accept", key)]
+    if has_folds(loaded) and not place().launched:
+        options = [*accepted, *(word for option in given.items() for word in option)]
+        raise typer.Exit(
+            train_folds(loaded, recipe, overrides or [], resume=resume, options=options, writes=not machine_rank)
+        )
     if given:
         from ptft_dist.launch.local import machines as which
 
-        arguments = ["train", recipe, *(overrides or []), *options]
+        arguments = ["train", recipe, *(overrides or []), "--resume", resume, *accepted]
         raise typer.Exit(_launch(loaded, launch, processes, which(machines, machine_rank, address), arguments))
 
     raise typer.Exit(_train_rank(loaded, resume, tuple(accept or ())))

@@ -21,6 +21,8 @@ class TaskSettings(Section):
     """Settings that decide on which texts of a row a tokenizer is trained."""
     may_change: ClassVar[tuple[str, ...]] = ()
     """Settings that a resumed run may have other values of: they change no update."""
+    only_rows: ClassVar[tuple[str, ...]] = ()
+    """Settings that decide nothing but the prepared rows: a resume compares them only if the rows differ."""
     distillable: ClassVar[bool] = False
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False
@@ -78,6 +80,9 @@ class TaskSettings(Section):
 class DocumentSettings(TaskSettings):
     """How the documents of a pretraining task become rows."""
 
+    like_inputs: ClassVar[bool] = True
+    """Documents should begin and end as the tokenizer's texts do; otherwise `prepare` warns."""
+
     packing: bool = True
     """true: documents are concatenated and split into rows of exactly data.max_length tokens. false: each document is a
     row (a longer one becomes several), padded to the longest row of its micro-batch."""
@@ -99,7 +104,9 @@ class DocumentSettings(TaskSettings):
     def full_rows(self) -> bool:
         return self.packing
 
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        """Roles of the special tokens at the beginning and end of a document."""
+    def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:  # noqa: ARG002
+        """Roles of the special tokens at the beginning (None: there is none) and end of a document.
+
+        adds_bos: the tokenizer itself begins a text with BOS.
+        """
         return None, "eos"

@@ -6,7 +6,7 @@ there is a tokenizer is a class method that receives the task's settings.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
@@ -179,8 +179,19 @@ class Encoder:
         return None
 
     @classmethod
-    def store_settings(cls, settings: Any, common: Mapping[str, Any]) -> dict[str, Any]:
-        """What decides how rows come out, for the store's fingerprint: JSON. common: task, bad_rows and seed."""
+    def store_settings(
+        cls,
+        settings: Any,
+        common: Mapping[str, Any],
+        adds_bos: Callable[[], bool],  # noqa: ARG003
+    ) -> dict[str, Any]:
+        """What decides how rows come out, for the store's fingerprint: JSON.
+
+        Args:
+            common: task, bad_rows and seed.
+            adds_bos: whether the tokenizer itself begins a text with BOS. To answer, the tokenizer may have to be
+                loaded, so this is called only if the rows depend on it.
+        """
         section = settings.model_dump(exclude=set(settings.after_prepare))
         return {**common, "section": section, "seed": common["seed"] if settings.draws else None}
 
@@ -211,6 +222,10 @@ class Encoder:
 
     def count(self, example: Example) -> None:
         """Called once per training example in order, augmented copies included; what it counts goes to `survey`."""
+
+    def warnings(self) -> list[str]:
+        """What the report must warn of, whatever the records are."""
+        return []
 
     def writer(self, path: Path, side: Side) -> Writer:
         """The writer of one side's store at `path`."""

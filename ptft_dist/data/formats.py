@@ -1,4 +1,4 @@
-"""One file, read as a stream of records or documents. Every complaint names the file and the line."""
+"""Reads one file as a stream of records or documents. Every error names the file and the line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DocumentUnit = Literal["file", "paragraph", "line"]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a source: its columns by name (a .txt file has the one column `text`), and where it stands."""
+    """One row of a source: column name -> value (a .txt file has the single column `text`), and its place."""
 
     values: dict[str, Any]
     where: str
@@ -35,14 +35,14 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and where it stands, for messages: "file:line", "file", "file#row" or "hub:name[split]#row"."""
+    """A text and its place, for messages: "file:line", "file", "file#row" or "hub:name[split]#row"."""
 
     text: str
     where: str
 
 
 def file_format(path: Path) -> tuple[str, str] | None:
-    """(format, compression) by the file's name, such as (".jsonl", ".gz") or (".csv", ""); None if not known."""
+    """(format, compression) from the file name, such as (".jsonl", ".gz") or (".csv", ""); None if it is unknown."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     found = next((suffix for suffix in FORMATS if name.removesuffix(compression).endswith(suffix)), None)
@@ -55,17 +55,17 @@ def read_file(path: Path, *, columns: Sequence[str], unit: DocumentUnit, only: b
     """The records of one file, in order.
 
     Args:
-        columns: those that every record must have. Tables are looked at once, at their header; in other formats a
-            record without them is passed on.
-        unit: what a document is in a .txt file. Line endings inside a document stay as they are.
-        only: leave out all other columns where that saves work.
+        columns: columns that every record must have. Tables are checked once, at their header; in other formats,
+            records without them are returned too.
+        unit: what a document is in a .txt file. Line endings inside a document are kept.
+        only: skip all other columns where that saves work.
 
     Raises:
         DataError: the file cannot be read, is malformed or has no record.
     """
     kind = file_format(path)
     if kind is None:
-        raise DataError(f"{path}: the type of this file is not known. Known are: {KNOWN}")
+        raise DataError(f"{path}: unknown file type. Supported are: {KNOWN}")
     records = _read_parquet(path, columns, only) if kind[0] == ".parquet" else _read_text(path, *kind, columns, unit)
     empty = True
     for record in records:
@@ -121,20 +121,20 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
             row = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}). {_A_ROW}") from None
-        except RecursionError:
-            raise DataError(f"{where}: the JSON is nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{where}: {_limit(error)}") from None
         yield as_record(row, where)
 
 
 def _read_json(text: str, path: Path) -> Iterator[Record]:
-    """An array of objects, parsed one by one, so that each error knows its line."""
+    """Parses an array of objects one by one, so that each error can name its line."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
 
     def refuse(position: int, problem: str) -> DataError:
         number = line + text.count("\n", counted, position)
         return DataError(
-            f"{path}:{number}: {problem}. A .json file must be one array of objects; one object a line is .jsonl."
+            f"{path}:{number}: {problem}. A .json file must be one array of objects; .jsonl has one per line."
         )
 
     def skip(position: int) -> int:
@@ -154,8 +154,8 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
             row, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
-        except RecursionError:
-            raise refuse(position, "the JSON is nested too deeply") from None
+        except (RecursionError, ValueError) as error:
+            raise DataError(f"{path}:{line}: {_limit(error)}") from None
         yield as_record(row, f"{path}:{line}")
         position = skip(end)
         separator = text[position : position + 1]
@@ -170,8 +170,8 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
 
 
 def _read_table(lines: Iterator[str], path: Path, columns: Sequence[str], *, tabs: bool) -> Iterator[Record]:
-    """CSV with RFC 4180 quotes, or tab-separated values, where a quote is a character like any other."""
-    csv.field_size_limit(sys.maxsize)  # the default, 128 KiB, is less than many a document
+    """Reads CSV with RFC 4180 quotes, or tab-separated values, in which quotes have no meaning."""
+    csv.field_size_limit(sys.maxsize)  # many documents are longer than the default, 128 KiB
     rows = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE) if tabs else csv.reader(lines, strict=True)
     header: list[str] | None = None
     first_line = 1
@@ -186,7 +186,7 @@ def _read_table(lines: Iterator[str], path: Path, columns: Sequence[str], *, tab
                 _check_header(header, columns, where)
             elif len(row) != len(header):
                 raise DataError(
-                    f"{where}: this row has {len(row)} columns and the header {len(header)}. Look for a stray "
+                    f"{where}: this row has {len(row)} columns, but the header has {len(header)}. Look for a stray "
                     f"{'tab' if tabs else 'comma or quote'}."
                 )
             else:
@@ -209,11 +209,12 @@ def _check_header(header: list[str], columns: Sequence[str], where: str) -> None
 
 
 def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
-    """Sentences with a word and its tag a line, an empty line between them: columns `tokens` and `tags`.
+    """Reads sentences with one word and its tag per line, separated by empty lines: columns `tokens` and `tags`.
 
-    The word is the first field of a line and the tag the last; tabs divide them, or else plain spaces: any other space
-    is a part of the word. Lines of CoNLL-2003's `-DOCSTART-` are no words, and end a sentence. Comments as CoNLL-U has
-    them, such as `# sent_id = 1`, are skipped: lines that begin with "# " and hold " = ". Any other # is a word.
+    The word is the first field of a line, the tag is the last. Fields are separated by tabs or, in lines without tabs,
+    by spaces; other white space is part of a word. A `-DOCSTART-` line (CoNLL-2003) ends a sentence and is not a word.
+    Comments (CoNLL-U), such as `# sent_id = 1`, are skipped: lines that begin with "# " and contain " = ". Any other #
+    is a word.
     """
     tokens: list[str] = []
     tags: list[str] = []
@@ -230,7 +231,7 @@ def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
             continue
         if len(fields) < 2 or not fields[0] or not fields[-1].strip():
             raise DataError(
-                f"{path}:{number}: a line needs a word and a tag, with a tab or a space between; found "
+                f"{path}:{number}: a line needs a word and a tag, separated by a tab or spaces; found "
                 f"{line.strip()!r}. An empty line ends a sentence."
             )
         first = first if tokens else number
@@ -254,7 +255,17 @@ def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Re
                     yield Record(row, f"{path}#{number}")
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: this Parquet file is damaged or not one ({error}). Make or fetch it anew.") from error
+        raise DataError(
+            f"{path}: this is not a Parquet file, or a damaged one ({error}). Create or download it again."
+        ) from error
+
+
+def _limit(error: Exception) -> str:
+    """Why Python cannot read this well-formed JSON."""
+    if isinstance(error, RecursionError):
+        return "the JSON is nested too deeply. Correct or remove the row."
+    digits = sys.get_int_max_str_digits()
+    return f"the JSON has a number with more than {digits:,} digits. Write it as text, or remove the row."
 
 
 _A_ROW = 'Each line must be one object, such as {"text": "..."}.'
@@ -271,7 +282,7 @@ def as_record(row: Any, where: str) -> Record:
 
 
 def as_document(record: Record, field: str) -> Document:
-    """The text in one column of a record.
+    """The text in column `field` of a record.
 
     Raises:
         DataError: the column is missing or holds no text.
@@ -280,37 +291,39 @@ def as_document(record: Record, field: str) -> Document:
         raise DataError(f"{record.where}: {no_column(field, list(record.values))}")
     text = record.values[field]
     if problem := text_problem(field, text):
-        raise DataError(f"{record.where}: {problem} Remove or correct the row.")
+        raise DataError(f"{record.where}: {problem} Correct or remove the row.")
     return Document(text, record.where)
 
 
 def text_problem(name: str, text: Any) -> str | None:
-    """Why the value of column `name` is no text; None if it is one."""
+    """Why the value of column `name` is not a text; None if it is."""
     if not isinstance(text, str):
         return f"the field {name!r} holds {json_type(text)} and not text."
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+    except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair, which tokenizers refuse
         return (
-            f"character {error.start} of the field {name!r}, {text[error.start]!r}, is half of a surrogate pair and "
-            "not Unicode text."
+            f"character {error.start} of the field {name!r}, {text[error.start]!r}, is half of a surrogate pair, "
+            "which is not valid Unicode."
         )
     return None
 
 
 def no_column(column: str, found: Sequence[str]) -> str:
+    """The message for a missing column. found: the columns that there are."""
     has = ", ".join(map(repr, found)) if found else "none"
     setting = "field: or fields:" if column == "text" else f"fields: {{{column}: ...}}"
-    return f"there is no field {column!r}; the fields are: {has}. Name the one that holds it with `{setting}`."
+    return f"there is no field {column!r}; the fields are: {has}. Map one of them with `{setting}`."
 
 
 def json_type(value: Any) -> str:
+    """The JSON type of a value, with its article, for messages."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list"}
     return names.get(type(value), "an object" if isinstance(value, dict) else f"a {type(value).__name__}")
 
 
 def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
-    """The lines of a UTF-8 stream, endings kept, without the byte order mark that some editors put in front."""
+    """The lines of a UTF-8 stream with their endings, without a byte order mark."""
     offset = 0
     for number, line in enumerate(stream, 1):
         body = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
@@ -341,14 +354,14 @@ def _open(path: Path, compression: str) -> Iterator[BinaryIO]:
                 yield raw
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise DataError(
-            f"{path}: the compressed file is truncated or damaged ({error}). Make or fetch it anew."
+            f"{path}: the compressed file is truncated or damaged ({error}). Create or download it again."
         ) from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the file and its permissions.") from error
 
 
 class _ZstdStream(io.RawIOBase):
-    """Zstandard frames, decompressed. The library's own reader takes the end of a truncated file for its end."""
+    """Decompresses Zstandard frames. Unlike the library's own reader, it detects a truncated file."""
 
     def __init__(self, raw: BinaryIO) -> None:
         import zstandard

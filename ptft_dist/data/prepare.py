@@ -11,6 +11,7 @@ machine or on another that shares the cache, finds the result there:
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from ptft_dist.data.progress import Progress, Tell, silence, to_stderr
 from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store
-from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from ptft_dist.data.tokenizer import adds_bos, load_tokenizer, train_tokenizer
 from ptft_dist.data.tokenizer_files import TokenizerFiles
 from ptft_dist.errors import DataError, RecipeError
 
@@ -51,6 +52,8 @@ class Prepared:
     fingerprint: str
     parts: Mapping[str, Any]
     """What the fingerprint follows from besides the recipe's keys: contents of the sources, tokenizer, libraries."""
+    inputs: str
+    """See `input_fingerprint`."""
     report: Report
     """Written when the stores were; see `describe`."""
     from_cache: bool
@@ -103,7 +106,7 @@ def prepare(
         check_sources(recipe, base)  # lists every such mistake in the recipe, with its key
         raise
     tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
-    store_print = job.store_fingerprint(tokenizer_print)
+    store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
     directory = cache / "stores" / store_print
 
     def build(unfinished: Path) -> None:
@@ -122,11 +125,25 @@ def prepare(
             validation=encoder.store.open(directory / "validation") if recipe.validated else None,
             fingerprint=store_print,
             parts=job.fingerprint_parts(tokenizer_print),
+            inputs=job.inputs(),
             report=Report.from_dict(json.loads((directory / "report.json").read_text(encoding="utf-8"))),
             from_cache=from_cache,
         )
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
+
+
+def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str:
+    """Fingerprint of the files that the data and a local tokenizer come from.
+
+    Nothing is prepared. Equal recipes with equal inputs prepare the same data, unless a library has changed. A file
+    that has not changed since it was last hashed is not read.
+
+    Raises:
+        DataError: a source is missing.
+        RecipeError: there is no such tokenizer.
+    """
+    return _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder, Progress(silence)).inputs()
 
 
 class _Job:
@@ -136,6 +153,8 @@ class _Job:
         self.recipe, self.base, self.encoder, self.progress = recipe, base, encoder, progress
         self._memo = HashMemo(cache / "hashes.json", progress.tell)
         self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo, progress.tell)
+        # Fingerprint and encoder may need the same tokenizer, and neither changes it.
+        self._load = functools.cache(partial(load_tokenizer, trust_remote_code=recipe.tokenizer.trust_remote_code))
         self._contents = self._fingerprint_contents()
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
         self._augment = Augmentations(recipe, base, self._usable, progress) if recipe.data.augment else None
@@ -149,7 +168,7 @@ class _Job:
         return True
 
     def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
-        tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        tokenizer = self._load(tokenizer_path)
         survey = stream.take_survey(self.recipe, self.base, self.encoder)
         encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
         steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
@@ -157,13 +176,13 @@ class _Job:
 
     # --- fingerprints ------------------------------------------------------------------------------------------------
 
-    def store_fingerprint(self, tokenizer_print: str) -> str:
+    def store_fingerprint(self, tokenizer_print: str, tokenizer_path: Path) -> str:
         return fingerprint(
             {
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
                 "tokenizer": [tokenizer_print, version("tokenizers")],
-                "rows": self._row_settings(),
+                "rows": self._row_settings(tokenizer_path),
             }
         )
 
@@ -177,15 +196,29 @@ class _Job:
             parts["data.augment.files"] = self._augment_print
         return parts
 
-    def _row_settings(self) -> dict[str, Any]:
+    def _row_settings(self, tokenizer_path: Path) -> dict[str, Any]:
         """Everything beside contents and tokenizer that decides how rows come out."""
         settings: dict[str, Any] = {"max_length": self.recipe.data.max_length}
-        settings |= self.encoder.store_settings(self.recipe.settings, self._common)
+        settings |= self.encoder.store_settings(
+            self.recipe.settings, self._common, partial(self._adds_bos, tokenizer_path)
+        )
         if self.encoder.libraries:
             settings["libraries"] = [version(library) for library in self.encoder.libraries]
         if self._augment is not None:
             settings |= {"seed": self.recipe.train.seed, "augment": self._augment_print}
         return settings
+
+    def inputs(self) -> str:
+        """See `input_fingerprint`."""
+        path = self.recipe.tokenizer.path
+        tokenizer = None if path is None else self._tokenizers.fingerprint_local(path, self.base)
+        return fingerprint([self._contents, self._augment_print, tokenizer])
+
+    def _adds_bos(self, tokenizer_path: Path) -> bool:
+        """Whether the tokenizer itself begins a text with BOS; one that is trained here does not, and is not loaded."""
+        if self.recipe.tokenizer.train is not None:
+            return False
+        return adds_bos(self._load(tokenizer_path))
 
     def check_unchanged(self) -> None:
         """

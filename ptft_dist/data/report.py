@@ -97,6 +97,8 @@ class Report:
     """Number of tokens that the tokenizer knows."""
     unknown_tokens: int
     """Tokens that stand for text that the tokenizer does not know."""
+    warnings: list[str] = field(default_factory=list)
+    """Other warnings, such as special tokens around documents that the tokenizer itself does not add."""
     seconds: float = 0.0
     versions: dict[str, Any] = field(default_factory=dict)
 
@@ -175,6 +177,7 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     lines += _losses(report, sum(side.dropped_tokens for side in sides.values()))
     notes = [entry for step in report.steps for entry in step.notes.items()] + list(report.notes.items())
     lines += [("note", f"{count:,} {report.reads}s {reason}: {_places(count, at)}") for reason, (count, at) in notes]
+    lines += [("warning", text) for text in report.warnings]
     if report.unknown_tokens:
         lines.append(("warning", f"{report.unknown_tokens:,} tokens stand for text that the tokenizer does not know"))
     lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", found in the cache" * from_cache))

@@ -171,7 +171,7 @@ def _stat(file: Path) -> os.stat_result | None:
 
 def _file_problem(file: Path, stat: os.stat_result | None) -> str | None:
     if file_format(file) is None:
-        return f"the type of this file is not known. Known are: {KNOWN}. Rename it or narrow the glob."
+        return f"unknown file type. Supported are: {KNOWN}. Rename it or narrow the glob."
     if stat is None or not S_ISREG(stat.st_mode):
         return "this is not a regular file, or a link to nowhere. Correct or remove it."
     if not os.access(file, os.R_OK):

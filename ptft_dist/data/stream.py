@@ -22,6 +22,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.progress import Progress
 from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
 from ptft_dist.data.sides import of_train, sided
+from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
 
@@ -67,7 +68,8 @@ def training_texts(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Iterat
     """
     bad = BadRows()
     for record in training_records(recipe, base, encoder, bad):
-        yield from encoder.texts(recipe.settings, record)
+        for text in encoder.texts(recipe.settings, record):
+            yield from learnable(text, record.where)
     stop_if_any(recipe, bad)
 
 
@@ -153,6 +155,7 @@ def write(
         packing=bool(getattr(recipe.settings, "packing", False)),
         vocabulary=len(encoder.tokenizer),
         unknown_tokens=written.unknown_tokens,
+        warnings=encoder.warnings(),
     )
 
 

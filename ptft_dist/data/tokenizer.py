@@ -1,10 +1,12 @@
-"""How text becomes token ids: learning a tokenizer, loading one, and encoding documents as text and nothing else."""
+"""Trains and loads tokenizers, and encodes documents: special tokens in a text are encoded as plain text."""
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,22 +15,29 @@ from ptft_dist.data.cache import fingerprint
 from ptft_dist.data.formats import Document
 from ptft_dist.errors import DataError, RecipeError
 
+LONGEST_WORD = 2000
+"""Longest word, in characters, of the texts that a tokenizer is trained on. A word is a run of characters that are not
+white space, or a run of white space."""
+
+_GIANT = re.compile(rf"\S{{{LONGEST_WORD + 1},}}|\s{{{LONGEST_WORD + 1},}}")
+_PIECE = re.compile(rf"(?s:.{{1,{LONGEST_WORD}}})")
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 
 def special_tokens(algorithm: str, roles: Sequence[str]) -> dict[str, str]:
-    """How each role (eos, bos, pad, cls, sep, mask, unk) is spelt in a tokenizer that is learned here.
+    """The special token of each role (eos, bos, pad, cls, sep, mask, unk) in a tokenizer that is trained here.
 
-    A role may bring its own spelling: `eos=<|im_end|>`.
+    A role may name its own token: `eos=<|im_end|>`.
     """
-    spelt = {}
+    tokens = {}
     for role, _, own in (role.partition("=") for role in roles):
         if own or algorithm == "wordpiece":
-            spelt[role] = own or f"[{role.upper()}]"
+            tokens[role] = own or f"[{role.upper()}]"
         else:
-            spelt[role] = "<|endoftext|>" if role == "eos" else f"<|{role}|>"
-    return spelt
+            tokens[role] = "<|endoftext|>" if role == "eos" else f"<|{role}|>"
+    return tokens
 
 
 def train_tokenizer(
@@ -37,11 +46,15 @@ def train_tokenizer(
     roles: Sequence[str] = ("eos", "bos", "pad"),
     extra: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """Learn a tokenizer with special tokens for `roles`, and the `extra` ones, which have no role. The same texts give
-    the same tokenizer by `bpe`, byte for byte; by `wordpiece` and `unigram` one as good, for the library goes through
-    its words in a random order.
+    """Train a tokenizer.
 
-    If the texts do not hold enough repetition for settings.vocab_size, the tokenizer is smaller, and a warning says so.
+    `bpe` is deterministic: the same texts give the same bytes. `wordpiece` and `unigram` are not, because the library
+    iterates over words in random order. A warning says if the texts have too little repetition for
+    settings.vocab_size; the tokenizer is then smaller.
+
+    Args:
+        roles: roles of special tokens, see `special_tokens`.
+        extra: special tokens without a role.
 
     Raises:
         RecipeError: the vocabulary is too small for the bytes and the special tokens.
@@ -66,8 +79,8 @@ def train_tokenizer(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     if len(tokenizer) < settings.vocab_size:
         logging.getLogger("ptft").warning(
-            "tokenizer.train.vocab_size: %d tokens were asked for, but the training text gives only %d: no further "
-            "pair of tokens stands in it %d times or more",
+            "tokenizer.train.vocab_size: %d tokens were requested, but the training texts give only %d: no other pair "
+            "of tokens occurs at least %d times",
             settings.vocab_size,
             len(tokenizer),
             settings.min_frequency,
@@ -76,7 +89,7 @@ def train_tokenizer(
 
 
 def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequence[str]) -> tuple[Any, Any]:
-    """A tokenizer of the right kind that knows nothing yet, and its trainer."""
+    """An untrained tokenizer of settings.algorithm, and its trainer."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     common: dict[str, Any] = {
@@ -89,8 +102,8 @@ def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequ
         least = len(alphabet) + len(special) + len(extra)
         if settings.vocab_size < least:
             raise RecipeError(
-                f"tokenizer.train.vocab_size: {settings.vocab_size} is too small; the 256 bytes and the special tokens "
-                f"{', '.join([*special.values(), *extra][:10])} alone need {least}."
+                f"tokenizer.train.vocab_size: {settings.vocab_size} is too small: the 256 bytes and the special tokens "
+                f"({', '.join([*special.values(), *extra][:10])}) need {least}. Set at least that."
             )
         backend = Tokenizer(models.BPE())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -103,7 +116,7 @@ def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequ
         backend.normalizer = normalizers.BertNormalizer(lowercase=False)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
-        # Of a script with thousands of characters the usual thousand would make most text unknown.
+        # With the usual 1,000 characters, most text in a script with thousands of characters would be unknown.
         letters = max(1000, settings.vocab_size // 2)
         return backend, trainers.WordPieceTrainer(
             min_frequency=settings.min_frequency, limit_alphabet=letters, **common
@@ -115,8 +128,25 @@ def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequ
     return backend, trainers.UnigramTrainer(unk_token=special["unk"], **common)
 
 
+def learnable(text: str, where: str) -> Iterator[str]:
+    """The text in pieces without words longer than LONGEST_WORD characters; usually one piece.
+
+    Training time grows with the square of the longest word: 20 minutes for a million equal characters.
+    """
+    cuts = [match.start() for run in _GIANT.finditer(text) for match in _PIECE.finditer(text, *run.span())]
+    if cuts:
+        logging.getLogger("ptft").warning(
+            "%s: the text has a word, or white space, of more than %d characters; it is split for the training of the "
+            "tokenizer. Check that it is text.",
+            where,
+            LONGEST_WORD,
+        )
+    for start, stop in pairwise([0, *(cut for cut in cuts if cut), len(text)]):
+        yield text[start:stop]
+
+
 def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
-    """Whole texts until they reach that size in UTF-8."""
+    """Whole texts, until their UTF-8 size reaches the limit."""
     size = 0
     for text in texts:
         yield text
@@ -127,7 +157,7 @@ def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[
 def load_tokenizer(
     path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of a local directory or of the Hub.
+    """Load a tokenizer from a local directory or the Hub.
 
     Raises:
         RecipeError: there is no tokenizer, or it cannot be loaded.
@@ -138,15 +168,15 @@ def load_tokenizer(
         raise RecipeError(f"tokenizer.path: {path} is a file. Give the directory that holds tokenizer.json.")
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a dozen unrelated types, and all mean that there is no tokenizer to go on with
+    except Exception as error:  # a dozen unrelated types, all of which mean that there is no tokenizer
         raise RecipeError(
-            f"tokenizer.path: no tokenizer can be loaded from {path}. {error}\nGive a directory with tokenizer.json "
+            f"tokenizer.path: cannot load a tokenizer from {path}: {error}\nGive a directory with tokenizer.json "
             "and tokenizer_config.json, or a Hub name that this machine can reach or has in its cache (HF_HOME)."
         ) from error
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of everything that decides which ids a text or a chat becomes."""
+    """A hash of everything that affects the token ids of a text or a chat."""
     return fingerprint(
         {
             "backend": _backend_state(tokenizer),
@@ -159,18 +189,33 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _backend_state(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
-    """The Rust tokenizer as JSON, less the two settings that every call to it may change."""
+    """The Rust tokenizer as JSON, without truncation and padding, which any call may change."""
     if not tokenizer.is_fast:
         return None
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return {key: value for key, value in state.items() if key not in ("truncation", "padding")}
 
 
+def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids of the special tokens that the tokenizer itself adds before and after a text."""
+    text, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    for start in range(len(whole) - len(text) + 1):
+        if whole[start : start + len(text)] == text:
+            return whole[:start], whole[start + len(text) :]
+    return [], []
+
+
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer itself begins a text with BOS, as those of Llama, Gemma and Mistral do."""
+    before, _ = added_around(tokenizer)
+    return tokenizer.bos_token_id is not None and before[:1] == [tokenizer.bos_token_id]
+
+
 class DocumentEncoder:
-    """Encodes documents between two special tokens. What a text spells is text, even if it spells a special token."""
+    """Encodes documents between two special tokens. A special token in a text is encoded as plain text."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, boundaries: tuple[str | None, str]) -> None:
-        """boundaries: the roles of the tokens at a document's beginning (None: there is none) and end.
+        """boundaries: roles of the special tokens at the beginning (None: there is none) and end of a document.
 
         Raises:
             RecipeError: the tokenizer has no such token.
@@ -179,25 +224,44 @@ class DocumentEncoder:
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         self._prefix = [] if begin is None else [_special_id(tokenizer, begin)]
         self._end = _special_id(tokenizer, end)
-        # A text that became one of these would end or begin a document in its middle.
+        # One of these in the middle of a text would look like the border of two documents.
         self._control = {self._end, *self._prefix}
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
         self._backend = text_only_backend(tokenizer) if tokenizer.is_fast else None
 
+    def disagreement(self) -> str | None:
+        """How the special tokens around a document differ from those that the tokenizer itself adds; None: they agree.
+
+        Users of the network encode texts with its tokenizer. A tokenizer that adds nothing after a text agrees with any
+        end: the network generates it.
+        """
+        before, behind = added_around(self._tokenizer)
+        if before == self._prefix and behind in ([], [self._end]):
+            return None
+
+        def shown(before: list[int], behind: list[int]) -> str:
+            names = self._tokenizer.convert_ids_to_tokens
+            return " ".join([*names(before), "text", *names(behind)])
+
+        return (
+            f"documents are encoded as `{shown(self._prefix, [self._end])}`, but the tokenizer itself encodes a text "
+            f"as `{shown(before, behind)}`; users of the trained model will get the latter"
+        )
+
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """The ids of each document; an empty list for one whose text comes to nothing in this tokenizer.
+        """The token ids of each document, [T]; empty if its text has no token in this tokenizer.
 
         Raises:
-            DataError: a text spells a special token, and this tokenizer cannot write it otherwise.
+            DataError: a text contains a special token, and this tokenizer cannot encode it as plain text.
         """
         encoded = []
         for document, ids in zip(documents, self._text_ids([d.text for d in documents]), strict=True):
             found = self._control.intersection(ids)
             if found:
                 raise DataError(
-                    f"{document.where}: the text spells {self._tokenizer.convert_ids_to_tokens(found.pop())!r}, and "
-                    "this tokenizer can only read that as the special token. Remove it from the text."
+                    f"{document.where}: the text contains {self._tokenizer.convert_ids_to_tokens(found.pop())!r}, and "
+                    "this tokenizer encodes that as the special token. Remove it from the text."
                 )
             encoded.append([*self._prefix, *ids, self._end] if ids else [])
         return encoded
@@ -210,9 +274,9 @@ class DocumentEncoder:
 
 
 def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of the Rust tokenizer that neither cuts, nor pads, nor looks for special tokens in a text.
+    """A copy of the Rust tokenizer without truncation and padding that encodes special tokens in a text as plain text.
 
-    Its batches run on all cores, and unlike `tokenizer(texts)` they make no attention masks and offsets.
+    It encodes batches on all cores and, unlike `tokenizer(texts)`, makes no attention masks.
     """
     from tokenizers import Tokenizer
 
@@ -224,18 +288,19 @@ def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def check_can_pad(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises RecipeError if there is no token to fill rows up with."""
+    """Raises RecipeError if the tokenizer has no token for padding."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is None:
         raise RecipeError(
-            f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token to fill rows up with. Name one as "
+            f"tokenizer: {tokenizer.name_or_path} has neither a PAD nor an EOS token for padding. Name one as "
             "pad_token in its tokenizer_config.json, or use another tokenizer."
         )
 
 
 def _special_id(tokenizer: PreTrainedTokenizerBase, role: str) -> int:
+    """Raises RecipeError if the tokenizer has no token for this role."""
     token_id: int | None = getattr(tokenizer, f"{role}_token_id")
     if token_id is None:
-        need = {"eos": "each document ends with it", "bos": "the task's setting bos: true asks for it"}
+        need = {"eos": "each document ends with it", "bos": "the task's setting bos: true needs it"}
         raise RecipeError(
             f"tokenizer: {tokenizer.name_or_path} has no {role.upper()} token, and "
             f"{need.get(role, 'this task needs it')}. Name one as {role}_token in its tokenizer_config.json, or use "

@@ -37,7 +37,7 @@ class TokenizerFiles:
             RecipeError: there is no such tokenizer.
         """
         if (local := _local_directory(path, base)) is not None:
-            return self._fingerprint_local(local), local
+            return self._fingerprint(local), local
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
 
@@ -73,7 +73,16 @@ class TokenizerFiles:
                 return str(known["fingerprint"])
         return contents
 
-    def _fingerprint_local(self, directory: Path) -> str:
+    def fingerprint_local(self, path: str, base: Path) -> str | None:
+        """The fingerprint of a local tokenizer; None for the name of one on the Hub.
+
+        Raises:
+            RecipeError: there is no such tokenizer.
+        """
+        local = _local_directory(path, base)
+        return None if local is None else self._fingerprint(local)
+
+    def _fingerprint(self, directory: Path) -> str:
         """Of the files beside the weights: loading the tokenizer would take seconds at every start."""
         files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
         return fingerprint([[file.name for file in files], self._memo.digests(files)])

@@ -30,7 +30,7 @@ R = TypeVar("R")
 WORKERS_VARIABLE = "PTFT_ENCODE_WORKERS"
 _TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
 _AHEAD = 2  # chunks that wait for each worker; bounds the memory
-_SMALL = 8  # this many chunks are done before a process is started
+_SMALL = 2  # this many chunks are done before a process is started
 
 
 def worker_count() -> int:

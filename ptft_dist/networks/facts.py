@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 
@@ -69,7 +70,7 @@ def read_facts(model: PreTrainedModel) -> NetworkFacts:
     max_positions = rows if isinstance(rows, int) and rows > 0 else None
     if table is not None and padding_id is not None:
         max_positions = table.weight.shape[0] - padding_id - 1
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = input_embedding(model), model.get_output_embeddings()
     generation = getattr(model, "generation_config", None)  # networks that do not generate have none
     starts = (getattr(each, "decoder_start_token_id", None) for each in (config, generation))
     arguments = frozenset(inspect.signature(model.forward).parameters)
@@ -94,6 +95,15 @@ def read_facts(model: PreTrainedModel) -> NetworkFacts:
         experts=experts,
         experts_per_token=int(_first((model, text), "num_experts_per_tok")),
     )
+
+
+def input_embedding(model: PreTrainedModel) -> torch.nn.Module | None:
+    """The token embedding; None for networks without one, such as Canine, which hashes characters."""
+    try:
+        embedding: torch.nn.Module | None = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embedding
 
 
 def _first(owners: Sequence[object], *names: str) -> float:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.config_keys import config_from_keys
-from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.networks.facts import NetworkFacts, input_embedding
 
 
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
@@ -208,7 +208,7 @@ def flops_per_token(model: PreTrainedModel, config: PretrainedConfig, parameters
     that matrix is the output projection too. Recomputation by gradient checkpointing is not counted.
     """
     text = config.get_text_config()
-    if model.get_input_embeddings() is not None and not text.tie_word_embeddings:
+    if input_embedding(model) is not None and not text.tie_word_embeddings:
         parameters -= text.vocab_size * text.hidden_size
     layers = getattr(text, "num_hidden_layers", 0)
     return 6.0 * parameters + 12.0 * layers * text.hidden_size * length

@@ -101,7 +101,7 @@ def test_a_changed_recipe_is_refused_unless_it_is_meant(tmp_path: Path, document
     assert run.wait() == 4
     assert "optim.lr: 0.01 in the checkpoint, 0.005 now" in run.stderr
     assert "optim.warmup: 3.0 in the checkpoint, 2.0 now" in run.stderr
-    assert "--accept KEY" in run.stderr
+    assert "accept the changes: --accept optim.lr --accept optim.warmup" in run.stderr
     assert "Traceback" not in run.stderr
 
     run = start(*changed, "--accept", "optim.lr", cwd=tmp_path, cache=cache)
@@ -145,7 +145,8 @@ def test_other_documents_are_refused(sharded: Path, tmp_path: Path, cache: Path)
     other = f"data.train=[{{path: {tmp_path / 'other.txt'}, document: line}}]"
     run = start("train", "recipe.yaml", other, cwd=sharded, cache=cache, ranks=2, kind="cpu_zero2")
     assert run.wait() == 4
-    assert "prepared data: " in run.stderr
+    assert "data.train: other contents in data.train[0]" in run.stderr
+    assert "--accept data.train" in run.stderr
 
 
 def test_what_only_decides_the_speed_may_change(tmp_path: Path, documents: Path, cache: Path) -> None:

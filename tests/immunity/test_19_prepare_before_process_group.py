@@ -24,8 +24,10 @@ import sys
 from pathlib import Path
 from ptft_dist.data import stream
 from ptft_dist.data import prepare as module
+from ptft_dist.reporting.messages import show_messages
 from ptft_dist.tasks.registry import encoder_class, recipe_class
 
+show_messages()
 write = stream.write
 
 def pause_and_write(*args, **kwargs):

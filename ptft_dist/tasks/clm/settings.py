@@ -11,18 +11,20 @@ class ClmSettings(DocumentSettings):
     """Settings of causal language modelling."""
 
     may_change = ("head",)
+    only_rows = ("bos",)
     distillable = True
     writes = True
 
-    bos: bool = False
-    """Begin each document with the BOS token. Every document ends with EOS."""
+    bos: bool | Literal["auto"] = "auto"
+    """Begin each document with the BOS token. `auto`: if the tokenizer itself begins a text with it, as those of Llama,
+    Gemma and Mistral do. Every document ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """`fused`: compute the loss in tiles, without [batch, length, vocabulary] logits in memory. `logits`: compute all
     logits. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
 
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
-        return "bos" if self.bos else None, "eos"
+    def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:
+        begins = adds_bos if self.bos == "auto" else self.bos
+        return "bos" if begins else None, "eos"
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
-"""Documents of pretraining tasks: plain texts, packed or in separate rows."""
+"""Documents of pretraining tasks: plain texts, laid end to end or each in rows of its own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ptft_dist.data.formats import Document, Record
 from ptft_dist.data.report import Entry
 from ptft_dist.data.sources import read_documents
 from ptft_dist.data.store import StoreWriter, TokenStore
-from ptft_dist.data.tokenizer import DocumentEncoder
+from ptft_dist.data.tokenizer import DocumentEncoder, adds_bos
 
 EMPTY = "without text"
 
@@ -46,7 +46,7 @@ class Documents(Encoder):
         return [next(found) if document.text.strip() else Outcome(dropped=EMPTY) for document in documents]
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
-        """The outcome of each document; no document is empty."""
+        """The outcome of each document; none is empty."""
         raise NotImplementedError
 
 
@@ -58,12 +58,25 @@ class DocumentRows(Documents):
 
     def __init__(self, context: EncoderContext) -> None:
         super().__init__(context)
-        self.encoder = DocumentEncoder(self.tokenizer, self.settings.boundaries)
+        boundaries = self.settings.boundaries(adds_bos=adds_bos(self.tokenizer))
+        self.encoder = DocumentEncoder(self.tokenizer, boundaries)
 
     @classmethod
-    def store_settings(cls, settings: DocumentSettings, common: Mapping[str, Any]) -> dict[str, Any]:  # noqa: ARG003
-        """Tasks that pack documents in the same way share a store."""
-        return {"packing": settings.packing, "boundaries": settings.boundaries}
+    def store_settings(
+        cls,
+        settings: DocumentSettings,
+        common: Mapping[str, Any],  # noqa: ARG003
+        adds_bos: Callable[[], bool],
+    ) -> dict[str, Any]:
+        """Tasks that lay out documents in the same way share a store."""
+        boundaries = settings.boundaries(adds_bos=False)
+        if boundaries != settings.boundaries(adds_bos=True):
+            boundaries = settings.boundaries(adds_bos=adds_bos())
+        return {"packing": settings.packing, "boundaries": boundaries}
+
+    def warnings(self) -> list[str]:
+        differs = self.encoder.disagreement() if self.settings.like_inputs else None
+        return [] if differs is None else [differs]
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
         return [self._outcome(ids) for ids in self.encoder.encode(documents)]

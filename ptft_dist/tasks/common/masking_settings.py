@@ -35,8 +35,7 @@ class Masking(DocumentSettings):
     def _name(self) -> str:
         return "mlm"
 
-    @property
-    def boundaries(self) -> tuple[str | None, str]:
+    def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:  # noqa: ARG002
         return "cls", "sep"
 
     @property

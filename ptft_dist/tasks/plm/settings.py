@@ -12,6 +12,8 @@ from ptft_dist.config.task_settings import DocumentSettings
 class PlmSettings(DocumentSettings):
     """Settings of permuted language modelling (Yang et al. 2019, XLNet). Documents end with EOS."""
 
+    like_inputs = False  # XLNet's tokenizer adds SEP and CLS for fine-tuning; in pretraining, documents end with EOS
+
     attention: Literal["across"] | None = None
     """XLNet cannot restrict attention to the documents of a packed row."""
     mask_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 1 / 6

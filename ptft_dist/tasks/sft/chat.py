@@ -1,4 +1,4 @@
-"""Rows of any usual shape, as conversations: a list of {role, content}, with tool calls as transformers has them."""
+"""Turns rows of the common shapes into conversations: lists of {role, content}, with tool calls as in transformers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SHAPES = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
-"""Shape -> the columns that it needs."""
+"""Shape -> its required columns."""
 
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT = {
@@ -39,8 +39,12 @@ SHAREGPT = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """messages: what is said; tools: JSON schemas of functions; given: so many of the messages are given, and nothing
-    in them is learned; unanswered: so many messages at the end had no answer, and were left out."""
+    """One conversation.
+
+    messages: {role, content} as in transformers; tools: JSON schemas of functions; given: number of messages that
+    belong to the prompt, which are not learned; unanswered: number of messages dropped after the last assistant
+    message.
+    """
 
     messages: list[Message]
     tools: list[Any] | None = None
@@ -50,35 +54,33 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Plain:
-    """Text outside of any template. prompt: it begins the text and is not learned."""
+    """A text without a chat template. prompt: the beginning of the text, which is not learned."""
 
     prompt: str
     completion: str
 
 
 def shape_of(values: Mapping[str, Any]) -> str:
-    """The shape that a row's columns show.
+    """The shape that fits a row's columns.
 
     Raises:
-        RowError: none, or several.
+        RowError: no shape fits, or several do.
     """
     found = [shape for shape, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
     if len(found) == 1:
         return found[0]
     has = ", ".join(map(repr, values)) or "none"
     if found:
-        raise RowError(
-            f"the columns fit several shapes ({', '.join(found)}): say which with sft.shape. They are: {has}."
-        )
+        raise RowError(f"the columns ({has}) fit several shapes: {', '.join(found)}. Choose one with sft.shape.")
     shapes = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
-    raise RowError(f"the columns fit no known shape ({shapes}); they are: {has}. Name them with fields.")
+    raise RowError(f"the columns ({has}) fit no known shape ({shapes}). Map them with fields.")
 
 
 def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conversation | Plain:
-    """What a row says. system: for conversations that have no system message.
+    """A row as messages or plain text. system: the system message of conversations that have none.
 
     Raises:
-        RowError: the row is not of this shape, or says nothing that can be learned.
+        RowError: the row does not have this shape, or there is nothing to learn in it.
     """
     if shape == "text":
         return Plain("", require_text(values, "text"))
@@ -105,47 +107,64 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
 
 
 def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> Conversation:
-    """The conversation up to its last answer."""
+    """The conversation up to its last assistant message.
+
+    Raises:
+        RowError: there is none after the prompt.
+    """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= given]
     if not answers:
-        raise RowError("nothing is answered: there is no assistant message. Add one, or remove the row.")
+        raise RowError("there is no assistant message, so there is nothing to learn. Add one, or remove the row.")
     kept = messages[: answers[-1] + 1]
     return Conversation(kept, tools, given, len(messages) - len(kept))
 
 
 def _message(message: Any, number: int) -> Message:
-    """
+    """A message with a known role, a text as content, and checked tool calls. number: counted from 0.
+
     Raises:
-        RowError: it is no message.
+        RowError: it is not a message.
     """
     where = f"message {number + 1}"
     if not isinstance(message, dict):
-        raise RowError(f"{where} is {json_type(message)} and not an object with role and content")
+        raise RowError(
+            f"{where} is {json_type(message)} and not an object with role and content. Correct or remove the row."
+        )
     role = message.get("role")
     if role == "developer":
         role = "system"
     if role not in ROLES:
         found = "has no role" if role is None else f"has the role {role!r}"
-        raise RowError(f"{where} {found}; roles are {', '.join(ROLES)}. Correct or remove the row.")
+        raise RowError(f"{where} {found}; known roles are {', '.join(ROLES)}. Correct or remove the row.")
     content = _content(message.get("content"), where)
-    calls = [_call(call, where) for call in message.get("tool_calls") or ()]
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list):
+        raise RowError(f"{where}: tool_calls is {json_type(calls)} and not a list. Correct or remove the row.")
+    calls = [_call(call, where) for call in calls]
     if calls and role != "assistant":
-        raise RowError(f"{where}: a {role} message calls tools; only the assistant can")
+        raise RowError(
+            f"{where}: a {role} message has tool_calls; only assistant messages can. Correct or remove the row."
+        )
     if not content.strip() and not calls and role != "tool":
-        raise RowError(f"{where} of the {role} is empty. Fill it in, or remove the row.")
+        raise RowError(f"{where} ({role}) is empty. Fill it in, or remove the row.")
     kept = {key: message[key] for key in ("name", "tool_call_id", "reasoning_content") if message.get(key)}
+    for key, value in kept.items():
+        if problem := text_problem(key, value):
+            raise RowError(f"{where}: {problem}")
     return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept}
 
 
 def _content(content: Any, where: str) -> str:
-    """Text, or the texts of a list of parts."""
+    """The text of a content, which is a text or a list of text parts."""
     if content is None:
         return ""
     if isinstance(content, list):
         parts = []
         for part in content:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RowError(f"{where} has a part that is not text. Only text can be learned here.")
+                raise RowError(
+                    f"{where} has a part that is not text; only text is supported. Correct or remove the row."
+                )
             parts.append(part["text"])
         content = "".join(parts)
     if problem := text_problem("content", content):
@@ -156,10 +175,10 @@ def _content(content: Any, where: str) -> str:
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"{where}: a tool call needs a function with a name and arguments")
+        raise RowError(f"{where}: a tool call needs a function with name and arguments. Correct or remove the row.")
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}")
+        arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}", many=True)
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
@@ -169,7 +188,9 @@ def _from_sharegpt(turn: Any, number: int) -> Message:
         raise RowError(f"{where} is not an object with from and value. Correct or remove the row.")
     role = SHAREGPT.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
-        raise RowError(f"{where} is from {turn['from']!r}; known are {', '.join(SHAREGPT)}. Correct or remove the row.")
+        raise RowError(
+            f"{where} is from {turn['from']!r}; known roles are {', '.join(SHAREGPT)}. Correct or remove the row."
+        )
     if role == "function_call":
         call = _json(turn["value"], f"{where}, a function_call,")
         calls = call if isinstance(call, list) else [call]
@@ -185,7 +206,7 @@ def _from_alpaca(values: Mapping[str, Any]) -> list[Message]:
     if problem := text_problem("output", answer):
         raise RowError(problem)
     if not answer.strip():
-        raise RowError("the field 'output' is empty: there is nothing to learn. Fill it in, or remove the row.")
+        raise RowError("the field 'output' is empty, so there is nothing to learn. Fill it in, or remove the row.")
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
 
 
@@ -200,8 +221,9 @@ def _tools(values: Mapping[str, Any]) -> list[Any] | None:
     return tools
 
 
-def _json(text: Any, what: str) -> Any:
+def _json(text: Any, what: str, *, many: bool = False) -> Any:
     try:
         return json.loads(text)
-    except (TypeError, ValueError) as error:
-        raise RowError(f"{what} is not JSON ({error}). Correct or remove the row.") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        why = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise RowError(f"{what} {'are' if many else 'is'} not JSON ({why}). Correct or remove the row.") from None

@@ -1,15 +1,17 @@
-"""Chat templates: finding one, and rendering a conversation so that it is known which of its text is to be learned."""
+"""Chat templates: finding one, and rendering a conversation together with the spans of text that are learned."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.sft.settings import CHATML as CHATML_TOKENS
 from ptft_dist.tasks.sft.settings import SftSettings
 
 if TYPE_CHECKING:
@@ -52,6 +54,37 @@ CHATML = """\
 """ChatML, with the assistant's turns marked: each is learned up to and including its <|im_end|>."""
 
 
+_LIBRARY_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
+"""What an expression in a template can raise, beside Jinja's own errors. Too large a range() is an OverflowError, an
+{% include %} a TypeError: no other file can be read."""
+
+
+def missing_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """What is wrong and all that has to be set if the tokenizer has no chat template; empty if it has one."""
+    if tokenizer.chat_template:
+        return ""
+    add = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
+    steps = ["sft.template: chatml"] + ([f"tokenizer.add: {add}"] if add else [])
+    return (
+        "sft.template: this tokenizer has no chat template, which rows with turns need. Set in the recipe:\n  "
+        + "\n  ".join(steps)
+        + f"\nThe end of a turn is then {CHATML_TOKENS[1]}, which is learned and ends what is generated. Any other "
+        "template that TRL knows by name, or a .jinja file, needs its own special tokens in tokenizer.add."
+    )
+
+
+def missing_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """How the end of a turn becomes a special token."""
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    add = [token for token in dict.fromkeys(re.findall(r"<\|\w+\|>", template)) if token not in special]
+    if add:
+        return f"Add the template's tokens to the tokenizer: tokenizer.add: {add}."
+    return (
+        "Put the token that ends a turn inside of the template's {% generation %} markers; if it is not special in the "
+        "tokenizer, add it with tokenizer.add. Or use another template, such as sft.template: chatml."
+    )
+
+
 def saved_template(settings: SftSettings, base: Path, *, learned: bool) -> str | None:
     """The template that the tokenizer is saved with; None: its own. learned: the tokenizer is learned here.
 
@@ -91,7 +124,7 @@ class TemplateRefused(Exception):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the spans of it that the assistant says, the end of each turn included."""
+    """A conversation as text, and the spans of the assistant's turns in it, the end of each turn included."""
 
     text: str
     spans: list[Span]
@@ -100,9 +133,9 @@ class Rendered:
 class ChatTemplate:
     """Renders conversations with a tokenizer's template.
 
-    What the assistant says is known from {% generation %} markers: the template's own, or those of TRL's training
-    variant of it. A template without any is rendered turn by turn, and must then give each beginning of a
-    conversation the same text whatever follows.
+    The assistant's text is found by {% generation %} markers: the template's own, or those of TRL's training variant of
+    it. A template without markers is rendered turn by turn, and must then render each beginning of a conversation the
+    same whatever follows.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,18 +143,17 @@ class ChatTemplate:
         Raises:
             RecipeError: the tokenizer has no template.
         """
+        from jinja2 import TemplateError
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
+        if missing := missing_template(tokenizer):
+            raise RecipeError(missing)
         template = tokenizer.chat_template
-        if not template:
-            raise RecipeError(
-                "sft.template: this tokenizer has no chat template of its own; name one, for example chatml with "
-                "tokenizer.add: ['<|im_start|>', '<|im_end|>']"
-            )
         self.template: str = template["default"] if isinstance(template, dict) else template
         self.marked = has_generation_markers(self.template)
         if not self.marked:
-            with contextlib.suppress(ValueError):  # TRL does not know it
+            # TRL does not know the template (ValueError), or the template fails when TRL tries it: render() will tell.
+            with contextlib.suppress(TemplateError, *_LIBRARY_ERRORS):
                 self.template, self.marked = get_training_chat_template(tokenizer) or self.template, True
         self.special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
 
@@ -140,6 +172,14 @@ class ChatTemplate:
             raise TemplateRefused("the chat template shows nothing that the assistant says")
         return Rendered(text, spans)
 
+    def text(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> str:
+        """The conversation as text.
+
+        Raises:
+            TemplateRefused: the template does not take the conversation.
+        """
+        return self._text(messages, tools)[0]
+
     def _text(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, marked: bool = False, prompt: bool = False
     ) -> tuple[str, list[Span]]:
@@ -156,8 +196,12 @@ class ChatTemplate:
                 add_generation_prompt=prompt,
                 **self.special,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise TemplateRefused(f"the chat template does not take this conversation: {error}") from None
+        except (TemplateError, *_LIBRARY_ERRORS) as error:
+            if isinstance(error, TemplateError | TypeError | ValueError):
+                why = str(error)
+            else:
+                why = f"{type(error).__name__} {error}".rstrip()
+            raise TemplateRefused(f"the chat template does not take this conversation: {why}") from None
         return texts[0], [(start, end) for start, end in indices[0] if start < end] if marked else []
 
     def _turn_by_turn(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> list[Span]:
@@ -169,7 +213,7 @@ class ChatTemplate:
                 if not (after.startswith(before) and text.startswith(after)):
                     raise TemplateRefused(
                         "the chat template has no {% generation %} markers and shows the beginning of a conversation "
-                        "differently when it goes on, so what the assistant says cannot be found: give sft.template a "
+                        "differently when it goes on, so the assistant's text cannot be found: set sft.template to a "
                         "template with markers"
                     )
                 spans.append((len(before), len(after)))

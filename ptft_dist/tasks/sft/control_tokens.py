@@ -1,0 +1,183 @@
+"""Special tokens in a row come from the chat template alone: a text that spells one, or forms one together with the
+text next to it, would let the row's author end turns and begin others.
+
+Two checks. A text (a message, a key or value of a tool or of its arguments) that contains a special token is refused by
+name. Then the special tokens of the encoded row are compared with those of the same conversation with neutral texts in
+place of its own: whatever the template or the tokenizer makes of the texts, the special tokens must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ptft_dist.data.encoder import RowError
+from ptft_dist.tasks.sft.chat import Conversation, Plain
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_CACHED_SHAPES = 4096
+
+SCHEMA_KEYS = frozenset(
+    {"type", "function", "name", "description", "strict", "parameters", "arguments", "return", "returns", "title"}
+    | {"properties", "required", "items", "additionalProperties", "anyOf", "oneOf", "allOf", "$defs", "$ref"}
+    | {"enum", "const", "default", "format", "nullable", "minimum", "maximum"}
+)
+"""Keys of a tool that templates read by name."""
+SCHEMA_TYPES = frozenset({"function", "object", "array", "string", "number", "integer", "boolean", "null"})
+
+
+class ControlTokens:
+    """The special tokens of a tokenizer, apart from UNK, which stands for unknown text."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        longest_first = sorted(special.values(), key=len, reverse=True)
+        self.pattern = re.compile("|".join(re.escape(token) for token in longest_first) or r"(?!)")
+        self.names = {i: token for i, token in special.items() if i != tokenizer.unk_token_id}
+        self._is_control = np.zeros(max(len(tokenizer), max(special, default=0) + 1), bool)
+        self._is_control[list(self.names)] = True
+        self._expected: dict[str, list[int]] = {}
+
+    def of(self, ids: Sequence[int]) -> list[int]:
+        """The ids of special tokens among `ids`, in order."""
+        array = np.asarray(ids, dtype=np.int64)
+        return array[self._is_control[array]].tolist()
+
+    def check_texts(self, said: Conversation | Plain) -> None:
+        """
+        Raises:
+            RowError: a text of the row contains a special token.
+        """
+        for field, text in fields(said):
+            if found := self.pattern.search(text):
+                raise RowError(f"{field}: the text spells the special token {found.group()!r}. Remove it from the row.")
+
+    def check_encoded(
+        self, said: Conversation | Plain, ids: Sequence[int], encode: Callable[[Any], Sequence[int]], *, cut: bool
+    ) -> None:
+        """
+        Args:
+            ids: the encoded row.
+            encode: the ids of a row of the same kind with neutral texts.
+            cut: `ids` are the beginning of the row only.
+
+        Raises:
+            RowError: a special token stands in the row that is not the template's, or one of the template's is missing.
+        """
+        neutral = neutral_row(said)
+        key = json.dumps([neutral.messages, neutral.tools] if isinstance(neutral, Conversation) else None)
+        if key not in self._expected:
+            if len(self._expected) >= _CACHED_SHAPES:
+                self._expected.clear()
+            self._expected[key] = self.of(encode(neutral))
+        expected, found = self._expected[key], self.of(ids)
+        if found == (expected[: len(found)] if cut else expected):
+            return
+        at = next(i for i, (one, other) in enumerate(zip_longest(found, expected)) if one != other)
+        token = self.names[(found[at:] or expected[at:])[0]]
+        raise RowError(
+            f"{_sharing(said, token)}: together with the text next to it, this text changes the special tokens of the "
+            f"row (at {token!r}). Change or remove the row."
+        )
+
+
+def fields(said: Conversation | Plain) -> Iterator[tuple[str, str]]:
+    """Every text of a row, the keys of objects included, each with its place, such as
+    "tools[0].function.description"."""
+    if isinstance(said, Plain):
+        yield from (("prompt", said.prompt), ("completion" if said.prompt else "text", said.completion))
+        return
+    for i, message in enumerate(said.messages):
+        yield from _texts({key: value for key, value in message.items() if key != "role"}, f"message {i + 1}")
+    yield from _texts(said.tools, "tools")
+
+
+def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    if isinstance(value, str):
+        yield place, value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield f"{place}, key {key!r}", str(key)
+            yield from _texts(inner, f"{place}.{key}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from _texts(inner, f"{place}[{i}]")
+
+
+def _sharing(said: Conversation | Plain, token: str) -> str:
+    """The places whose texts begin or end with a part of the token."""
+    parts = range(1, len(token))
+    sharing = [
+        place
+        for place, text in fields(said)
+        if any(text.endswith(token[:n]) or text.startswith(token[n:]) for n in parts) or (text and text in token)
+    ]
+    return " and ".join(sharing[:4]) or "texts of this row"
+
+
+def neutral_row(said: Conversation | Plain) -> Conversation | Plain:
+    """A row of the same structure whose texts cannot form a special token."""
+    if isinstance(said, Plain):
+        return Plain("x" if said.prompt else "", "x")
+    messages = [_neutral_message(message) for message in said.messages]
+    return replace(said, messages=messages, tools=_neutral_tool(said.tools))
+
+
+def _neutral_message(message: dict[str, Any]) -> dict[str, Any]:
+    neutral: dict[str, Any] = {}
+    for key, value in message.items():
+        if key == "role":
+            neutral[key] = value
+        elif key == "content":
+            neutral[key] = _neutral_text(value)[:1]
+        elif key == "tool_calls":
+            neutral[key] = [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": _neutral_text(call["function"]["name"]),
+                        "arguments": _neutral(call["function"]["arguments"]),
+                    },
+                }
+                for call in value
+            ]
+        else:
+            neutral[key] = _neutral(value)
+    return neutral
+
+
+def _neutral_text(text: str) -> str:
+    """Templates ask whether a text is empty or blank, and how long an id is."""
+    return "x" * min(len(text), 16) if text.strip() else text[:1]
+
+
+def _neutral(value: Any) -> Any:
+    if isinstance(value, str):
+        return _neutral_text(value)
+    if isinstance(value, dict):
+        return {f"x{i}": _neutral(inner) for i, inner in enumerate(value.values())}
+    if isinstance(value, list):
+        return [_neutral(inner) for inner in value]
+    return value
+
+
+def _neutral_tool(value: Any) -> Any:
+    """As _neutral, with the words of JSON schemas left in place: templates read them."""
+    if isinstance(value, dict):
+        return {
+            key if key in SCHEMA_KEYS else f"x{i}": inner
+            if key == "type" and isinstance(inner, str) and inner in SCHEMA_TYPES
+            else _neutral_tool(inner)
+            for i, (key, inner) in enumerate(value.items())
+        }
+    if isinstance(value, list):
+        return [_neutral_tool(inner) for inner in value]
+    return _neutral_text(value) if isinstance(value, str) else value
