@@ -1,0 +1,75 @@
+"""k-fold cross-validation: one run per fold, and the mean and standard deviation of their metrics."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.config.load import Loaded
+from ptft_dist.errors import EXIT_FINISHED, RecipeError
+from ptft_dist.reporting.messages import say
+from ptft_dist.runs.local import LocalExecutor
+from ptft_dist.runs.run_list import Run, collect, run_all
+
+
+def has_folds(loaded: Loaded) -> bool:
+    """Whether the recipe asks for all folds: data.folds without data.fold."""
+    return loaded.recipe.data.folds is not None and loaded.recipe.data.fold is None
+
+
+def fold_runs(loaded: Loaded, recipe: str, overrides: Sequence[str]) -> list[Run]:
+    """The run of each fold, in <run_dir>/fold-<i>.
+
+    Args:
+        loaded: the recipe with data.folds, loaded from `recipe` and `overrides`.
+    """
+    run_dir, folds = Path(loaded.recipe.run_dir), loaded.recipe.data.folds or 0
+    return [
+        Run(f"fold {i} of {folds}", recipe, (*overrides, f"data.fold={i}"), run_dir / f"fold-{i}") for i in range(folds)
+    ]
+
+
+def train_folds(
+    loaded: Loaded, recipe: str, overrides: Sequence[str], *, resume: str, options: Sequence[str], writes: bool
+) -> int:
+    """Train every fold that has not finished, write folds.json and return the exit code.
+
+    Args:
+        resume: `auto`, or `never` to train finished folds again too.
+        options: other options of `ptft train`.
+        writes: write folds.json. Of several machines one does.
+
+    Raises:
+        RecipeError: `resume` is a checkpoint, which belongs to one fold.
+    """
+    if resume not in ("auto", "never"):
+        raise RecipeError(
+            "--resume: a checkpoint belongs to one fold. Choose the fold with data.fold, or leave --resume out."
+        )
+    runs, executor = fold_runs(loaded, recipe, overrides), LocalExecutor()
+    with executor.forwarding_signals():
+        code = run_all(runs, ["--resume", resume, *options], executor, skip_finished=resume == "auto")
+    if code == EXIT_FINISHED and writes:
+        _write_summary(Path(loaded.recipe.run_dir), [result["metrics"] for result in collect(runs)])
+    return code
+
+
+def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """For each metric: the mean over the runs, the sample standard deviation (divisor n - 1), and each run's value."""
+    values = {name: [each[name] for each in metrics] for name in metrics[0]}
+    return {
+        name: {"mean": statistics.fmean(each), "std": statistics.stdev(each), "values": each}
+        for name, each in values.items()
+    }
+
+
+def _write_summary(run_dir: Path, metrics: Sequence[Mapping[str, float]]) -> None:
+    summary, path = summarize(metrics), run_dir / "folds.json"
+    path.write_text(json.dumps({"folds": len(metrics), "metrics": summary}, indent=1) + "\n", encoding="utf-8")
+    say(f"mean and sample standard deviation over {len(metrics)} folds:")
+    for name, each in summary.items():
+        say(f"  {name:<24} {each['mean']:.4g} +- {each['std']:.2g}")
+    say(f"  {'summary':<24} {path}")

@@ -1,0 +1,112 @@
+"""Lists of runs: which of them have finished, running the others in order, and collecting their results.
+
+Cross-validation (folds.py) is one maker of such lists. What executes a run is exchangeable: see `Executor`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.errors import EXIT_FINISHED, PtftError
+from ptft_dist.reporting.messages import say
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: a recipe with some values set, in a run directory of its own."""
+
+    name: str
+    """For messages, such as `fold 0 of 5`."""
+    recipe: str
+    """A file, or the name of a shipped recipe."""
+    overrides: tuple[str, ...]
+    """Values to set, such as `optim.lr=1e-4`, without run_dir."""
+    run_dir: Path
+
+    @property
+    def words(self) -> list[str]:
+        """The recipe and every value to set, as words of a `ptft` command."""
+        return [self.recipe, *self.overrides, f"run_dir={json.dumps(str(self.run_dir))}"]
+
+    def load(self) -> Loaded:
+        """The recipe of this run. Raises RecipeError."""
+        recipe, *overrides = self.words
+        return load_recipe(recipe, overrides)
+
+
+Executor = Callable[[Run, Sequence[str]], int]
+"""Trains one run with these options of `ptft train` and returns its exit code: see local.py."""
+
+
+def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, skip_finished: bool = True) -> int:
+    """Train the runs in order and return the exit code.
+
+    A run that does not finish, because it failed or was stopped, ends the list with its exit code. The same call
+    continues with that run.
+
+    Args:
+        options: of `ptft train`, for every run.
+        skip_finished: do not start a run that `is_finished`.
+
+    Raises:
+        RecipeError, DataError: a run's recipe or its inputs cannot be read.
+    """
+    for run in runs:
+        if skip_finished and is_finished(run):
+            say(f"{run.name}: already finished in {run.run_dir}")
+            continue
+        code = executor(run, options)
+        if code != EXIT_FINISHED:
+            say(f"{run.name} ended with exit code {code}. The same command continues with it.")
+            return code
+    return EXIT_FINISHED
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the run directory holds a finished run of this very recipe on these very data.
+
+    Every value of the recipe and the contents of the data and tokenizer files are compared, not the weights of a
+    pretrained model. A run that does not count as finished is started again, and resumes from its last checkpoint or
+    is refused by it.
+
+    Raises:
+        RecipeError, DataError: the recipe or its inputs cannot be read.
+    """
+    if _read_json(run.run_dir / "result.json").get("status") != "finished":
+        return False
+    loaded = run.load()
+    try:
+        resolved = (run.run_dir / "resolved.yaml").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    if resolved != dump_resolved(loaded):
+        return False
+    return _read_json(run.run_dir / "environment.json").get("inputs") == input_fingerprint(loaded)
+
+
+def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """The contents of each run's result.json, in order.
+
+    Raises:
+        PtftError: a run has not finished.
+    """
+    results = [(run, _read_json(run.run_dir / "result.json")) for run in runs]
+    unfinished = [run.name for run, result in results if result.get("status") != "finished"]
+    if unfinished:
+        raise PtftError(f"{', '.join(unfinished)}: no finished result in the run directory. Train it first.")
+    return [result for _, result in results]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The contents of a file that a run writes; empty if it is not there or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
