@@ -1,4 +1,4 @@
-"""One start of a run on this process's rank: from the checkpoint it goes on from, to its result."""
+"""One start of a run on this process's rank: choose a checkpoint, train, export, write the result."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Result:
     """How a run ended."""
 
     status: str
-    """`finished`, or `stopped`: the same call goes on from the last checkpoint."""
+    """`finished` or `stopped`. After `stopped`, the same call resumes from the last checkpoint."""
     reason: str
     steps: int
     run_dir: Path
     model: Path | None
     """The directory of the final model; None if the run was stopped."""
     metrics: dict[str, float]
-    """Of the last evaluation; of the best one where `save.export: best` exported it."""
+    """Metrics of the last evaluation, or of the best one if `save.export: best` exported it."""
     metrics_step: int
-    """The update after which they were measured; -1 without an evaluation."""
+    """The update at which `metrics` were measured; -1 without an evaluation."""
     best: dict[str, Any] | None
-    """metric, value and step of the best evaluation; None without one."""
+    """metric, value and step of the best evaluation; None without an evaluation."""
     history: list[dict[str, Any]] = field(repr=False)
     """The rows of metrics.jsonl."""
 
@@ -67,8 +67,10 @@ class Result:
 
 
 def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> Result:
-    """Train as this rank. A failure is reported once, and once the run has begun, written to its logs and result.json;
-    then it is raised."""
+    """Train as this rank.
+
+    A failure is reported once and raised. If training had begun, it is also written to logs/ and result.json.
+    """
     run_dir, started = Path(loaded.recipe.run_dir), time.monotonic()
     report, lock = FailureReport(run_dir, place), None
     try:
@@ -98,7 +100,7 @@ def _train(
     resume = Resume(checkpoints, how, accept, session.identity, loadable, free)
     resume.after_requeue(restarted_job())
     resume.look()
-    session.plan  # noqa: B018  # its mistakes are found before a process group exists
+    session.plan  # noqa: B018  # raises its errors before a process group exists
     session.start()
     engine = session.engine
     checkpoint = resume.choose(engine, warn if main else _nobody)
@@ -109,7 +111,7 @@ def _train(
         trainer.restore(checkpoint)
     trainer.rehearse()
     session.warm_up()
-    # Nothing can refuse this start any more: from here on the run directory is written.
+    # All checks have passed: the run directory is changed only from here on.
     try:
         if main:
             resume.begin(checkpoint, warn, job_id())
@@ -133,21 +135,21 @@ def _train(
 
 
 def _tokenizer_of(loaded: Loaded, how: str, checkpoints: Checkpoints) -> Path | None:
-    """The tokenizer that was learned by the run that this start goes on from, if it goes on from one."""
+    """The tokenizer that was trained by the run that this start resumes; None if it resumes none."""
     if how not in ("auto", "never"):
         return kept_tokenizer(_learned_by(loaded), Path(how).parent.parent)
     return kept_tokenizer(_learned_by(loaded), Path(loaded.recipe.run_dir)) if checkpoints.paths() else None
 
 
 def _learned_by(loaded: Loaded) -> dict[str, Any]:
-    """What decides, with the training texts, which tokenizer is learned."""
+    """The settings that decide, together with the training texts, which tokenizer is trained."""
     recipe = loaded.recipe
     special = [*recipe.settings.special_tokens, *recipe.settings.extra_special_tokens]
     return {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "special": special}
 
 
 def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
-    """Write what a run's directory says from its start, and open its logs; on rank 0."""
+    """Write the first files of the run directory and open the writers of metrics; on rank 0 only."""
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
@@ -177,10 +179,10 @@ def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_step
 
 
 def _export(session: Session, trainer: Trainer, target: Path) -> None:
-    """Write the final model: the last weights, or the best ones if the recipe wants them and a checkpoint has them."""
+    """Export the last weights; with `save.export: best` those of the best checkpoint, if there is one."""
     best, engine = trainer.progress.best_checkpoint, session.engine
     if session.recipe.save.export == "best" and best is None and engine.is_main:
-        warn("save.export: best: no checkpoint of this run holds a best evaluation, so the last weights are exported")
+        warn("save.export: best: no checkpoint of this run has the best weights; the last weights are exported")
     if session.recipe.save.export == "best" and best is not None and best.step != trainer.progress.step:
         path = trainer.checkpoints.folder / f"step-{best.step:08d}"
         try:
@@ -218,7 +220,7 @@ def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:
 
 
 def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool) -> None:
-    """Write result.json, and say how the run ended."""
+    """Write result.json and print how the run ended."""
     progress = trainer.progress
     values = {
         "status": result.status,
@@ -236,17 +238,19 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     write_result(result.run_dir, values)
     run_dir = result.run_dir
     if result.status == "stopped":
-        say(f"stopped by {result.reason} after update {result.steps}; saved. The same command goes on from there")
+        folder = trainer.checkpoints.folder / f"step-{trainer.saved_step:08d}"
+        saved = f"saved to {folder}" if trainer.saved_step else "nothing to save yet"
+        say(f"stopped by {result.reason} after update {result.steps}; {saved}; continue with the same command")
     else:
         say(f"finished after update {result.steps}: {result.reason}")
     for name, last in result.metrics.items():
-        first = progress.first_metrics.get(name)  # None where a resume evaluates something new
+        first = progress.first_metrics.get(name)  # None for a metric that is new since a resume
         change = "" if first is None else f"{plain(first)} -> "
         share = f"  ({last / first - 1:+.0%})" if first and first > 0 and last >= 0 else ""
         say(f"  {name:<16} {change}{plain(last)}{share}")
     if result.model is not None:
         hint = f"   (ptft generate {run_dir} --prompt ...)" if generates else ""
-        best = f"   (the best, of update {result.metrics_step})" if trainer.recipe.save.export == "best" else ""
+        best = f"   (best, update {result.metrics_step})" if trainer.recipe.save.export == "best" else ""
         say(f"  {'model':<16} {result.model}{best}{hint}")
     if trainer.samples is not None:
         say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
@@ -255,9 +259,9 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
 
 @contextlib.contextmanager
 def libraries_restored(deterministic: bool = False) -> Iterator[None]:
-    """Keep libraries quiet and leave PyTorch, transformers and Accelerate as they were: a notebook goes on after us.
+    """Silence libraries during a run, and restore the state of PyTorch, transformers and Accelerate afterwards.
 
-    Their progress bars and deprecation notes, repeated by every rank, would bury our messages.
+    Progress bars and deprecation warnings of libraries, repeated by every rank, would hide our messages.
     """
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     was_deterministic = torch.are_deterministic_algorithms_enabled()
@@ -277,9 +281,9 @@ def libraries_restored(deterministic: bool = False) -> Iterator[None]:
 
 
 def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
-    """The metrics of a model on the recipe's validation rows; see api.evaluate."""
+    """Evaluate a model on the recipe's validation rows; see api.evaluate."""
     if not loaded.recipe.validated:
-        raise RecipeError("data.validation: there is nothing to evaluate on; give a share, or sources")
+        raise RecipeError("data.validation: not set, so there are no rows to evaluate; give a fraction, or sources")
     section = loaded.recipe.model.model_copy(update={"config": None, "path": model, "revision": None})
     with libraries_restored():
         session = Session(replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section})), place)

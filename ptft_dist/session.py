@@ -1,7 +1,7 @@
-"""A run's parts, put together: recipe -> data -> tokenizer -> networks -> engine; a Trainer only when one is asked for.
+"""Build the parts of a run from a recipe: data, tokenizer, networks, engine, and on request a Trainer.
 
-`Session(...)` does everything that needs no other process: whatever is wrong with the recipe, the data or the launch
-config is found here, before a process group exists. `Session.start` forms the group and builds the networks.
+`Session(...)` does everything that needs no other process. It finds mistakes in the recipe, the data and the launch
+config before a process group exists. `Session.start` forms the group and builds the networks.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ MOST_EPOCHS = 1_000_000
 
 
 class Session:
-    """One recipe on this process's rank."""
+    """The parts of one run on this process's rank."""
 
     engine: Engine
     task: Task
@@ -58,13 +58,13 @@ class Session:
     network: NetworkFacts
 
     def __init__(self, loaded: Loaded, place: Place, *, tokenizer_from: Path | None = None) -> None:
-        """Prepare the data and compare recipe, data, model and launch config with each other.
+        """Prepare the data, and check recipe, data, model and launch config against each other.
 
         Args:
-            tokenizer_from: a directory with the tokenizer that this run learned when it was first started.
+            tokenizer_from: a directory with the tokenizer that was trained when this run first started.
 
         Raises:
-            RecipeError, DataError: what is wrong, and the remedy.
+            RecipeError, DataError: the recipe, the launch config or the data are wrong.
         """
         self.loaded, self.place, self.recipe = loaded, place, loaded.recipe
         recipe = loaded.recipe
@@ -107,11 +107,11 @@ class Session:
         check_weights(self.section)
         check_positions(preview_network(self.section, self.config, self.task_class.auto_class), recipe.data.max_length)
 
-    # --- what makes two runs the same run ----------------------------------------------------------------------------
+    # --- identity of the run ----------------------------------------------------------------------------
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run."""
+        """What a checkpoint must have in common with this run; see `run_identity`."""
         files = {}
         if self.teacher is not None:
             files["distillation.teacher's files"] = self.teacher.identity(self._digests)
@@ -124,12 +124,12 @@ class Session:
         ).digests
 
     def base_identity(self) -> str | None:
-        """Identifies the files of the pretrained network; None for one that starts from random weights."""
+        """A hash of the files of the pretrained network; None for a network with random weights."""
         return None if self.section.path is None else files_identity(self.section, self._digests)
 
     @cached_property
     def plan(self) -> Plan:
-        """All updates of the run. Raises DataError if the data do not fill one."""
+        """The rows of all updates. Raises DataError if the data have too few rows for one update."""
         train, rows, tokens = self.recipe.train, len(self.prepared.train), self.prepared.train.tokens
         if (self.shape.global_tokens or 0) > tokens:
             raise DataError(
@@ -143,7 +143,7 @@ class Session:
             )
         if self.shape.global_size is not None and rows < self.shape.global_size:
             raise DataError(
-                f"batch: one update needs {self.shape.global_size} rows, the training data have {rows}: lower "
+                f"batch: one update needs {self.shape.global_size} rows, the training data have {rows}. Lower "
                 "batch.global_size (or global_tokens) or data.max_length, or add data"
             )
         plan = make_plan(
@@ -159,16 +159,16 @@ class Session:
         )
         warmup = warmup_steps(self.recipe.optim, plan.total_steps)
         if warmup >= plan.total_steps:
-            say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}: optim.lr is never reached")
+            say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}; optim.lr is never reached")
         return plan
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
     def start(self, *, training: bool = True) -> None:
-        """Form the process group, build network and task, and wrap them: for training with an optimizer, else without.
+        """Form the process group, build network and task, and wrap the network; the optimizer only for training.
 
         Raises:
-            RecipeError: the network cannot learn the task.
+            RecipeError: the network does not fit the task.
             DataError: the ranks hold different data.
         """
         recipe = self.recipe
@@ -191,7 +191,7 @@ class Session:
         ask_network(self.engine, self.task)
 
     def agree_on_data(self) -> None:
-        """Raises DataError, naming the ranks, unless all of them hold the same tokenizer, rows and plan."""
+        """Raises DataError, with the ranks, unless all of them hold the same tokenizer, rows and plan."""
         prepared = self.prepared
         mine = {
             "tokenizer": _directory_hash(prepared.tokenizer_path),
@@ -207,8 +207,8 @@ class Session:
             ranks = {i for i, each in enumerate(all_ranks) if each != all_ranks[0]}
             raise DataError(
                 f"data: rank {', '.join(map(str, sorted(ranks)))} and rank 0 do not hold the same data; what differs: "
-                f"{', '.join(different)}. Most likely each machine has a cache of its own, with a tokenizer learned "
-                "there, or other files. Set PTFT_CACHE (or data.cache_dir) to a directory that all machines share, or "
+                f"{', '.join(different)}. Probably each machine has its own cache, with its own tokenizer or with "
+                "other files. Set PTFT_CACHE (or data.cache_dir) to a directory that all machines share, or "
                 "run `ptft prepare` once and set tokenizer.path to its tokenizer"
             )
 
@@ -227,8 +227,7 @@ class Session:
         return cast(Task, task)
 
     def _place_teacher(self) -> None:
-        """Load the network that the student learns from, if there is one. The student is placed first: sizes in its
-        DeepSpeed config are then known."""
+        """Load the teacher and place it, if there is one; after the student, whose DeepSpeed config gives the sizes."""
         if self.teacher is None:
             return
         assert isinstance(self.task, Distillation)
@@ -238,10 +237,10 @@ class Session:
         network = read_facts(teacher)
         self.task.adopt(self.engine.prepare_frozen(teacher), network)
 
-    # --- the loop ----------------------------------------------------------------------------------------------------
+    # --- training ----------------------------------------------------------------------------------------------------
 
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
-        """The loop with everything that it loops over; sinks are added when the run begins."""
+        """The Trainer. Writers of metrics are added when the run begins."""
         recipe, engine, store = self.recipe, self.engine, self.prepared.train
         workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
         dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
@@ -268,7 +267,7 @@ class Session:
 
     @property
     def layout(self) -> Shape:
-        """How training rows are laid out over data-parallel ranks and forward passes."""
+        """How training rows are distributed over data-parallel ranks and micro-batches."""
         engine, shape = self.engine, self.shape
         by_length = self.recipe.batch.group_by_length
         return Shape(engine.dp_rank, engine.dp_size, shape.micro_size, shape.micro_tokens, by_length)
@@ -284,13 +283,13 @@ class Session:
         return Validation(store, shape, self.task.collate, recipe.eval.max_rows, self.prepared.fingerprint)
 
     def warm_up(self) -> None:
-        """One forward and backward pass of the largest micro-batch, which changes nothing: see Engine.warm_up."""
+        """Run forward and backward on the largest micro-batch without an update; see Engine.warm_up."""
         rows = self.prepared.train.largest(self.shape.largest_micro_batch(self.recipe.data.max_length))
         batch = self.task.collate(rows, [(0, i) for i in range(len(rows))])
         self.engine.warm_up(self.task.loss, batch.inputs)
 
     def samples(self, last_evaluation: int) -> JsonLines | None:
-        """Where generated texts go, if the task generates any."""
+        """The writer of generated texts; None if the task generates none."""
         if getattr(self.recipe.settings, "generation", None) is None or not self.recipe.validated:
             return None
         return JsonLines(Path(self.recipe.run_dir) / "samples.jsonl", last_evaluation, last_evaluation)
@@ -302,10 +301,10 @@ class Session:
 
 
 def ask_network(engine: Engine, task: Task) -> None:
-    """Put the task's question to the wrapped network, such as: does it keep packed documents apart?
+    """Run the task's probe on the wrapped network, for example: does attention stay within packed documents?
 
     Raises:
-        RecipeError: the answer is bad.
+        RecipeError: the network failed the probe.
     """
     probe = task.probe()
     if probe is not None:

@@ -98,7 +98,7 @@ def test_an_evaluation_needs_no_optimizer_and_writes_nothing(recipe: dict[str, A
     scores = ptft_dist.evaluate(recipe)
     assert scores == pytest.approx(trained.metrics, rel=1e-6)
     assert sorted((tmp_path / "run").rglob("*")) == before
-    with pytest.raises(RecipeError, match=r"data\.validation: there is nothing to evaluate on"):
+    with pytest.raises(RecipeError, match=r"data\.validation: not set, so there are no rows to evaluate"):
         ptft_dist.evaluate(recipe | {"eval": {}}, {"data.validation": None})
 
 

@@ -253,7 +253,7 @@ DATA: dict[str, Case] = {
     ),
     "too few rows for an update": Case(
         3,
-        ["batch: one update needs 12 rows, the training data have 3", "lower batch.global_size"],
+        ["batch: one update needs 12 rows, the training data have 3", "Lower batch.global_size"],
         source("few.txt", document="line"),
         edit=lines("few.txt", "a b c", "d e f", "g h i"),
     ),

@@ -274,7 +274,7 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
     bart.model.config.clear()
     bart.model.config.update({"model_type": "bart", "d_model": 16, "encoder_layers": 1, "decoder_layers": 1})
     bart.model.config.update({"encoder_attention_heads": 2, "decoder_attention_heads": 2, "eos_token_id": 5})
-    with pytest.raises(RecipeError, match="reads a text's meaning at its EOS token"):
+    with pytest.raises(RecipeError, match="classifies a text at its EOS token"):
         made(bart, tokenizer())
 
 

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -69,12 +70,19 @@ class Fsdp2:
     def load(self, folder: Path) -> None:
         path = folder / WEIGHTS
         require_stored(tensor_shapes(path), self.model, path)
+        self._reshard()
         first = first_names(self.model)
         weights: dict[str, Any] = {first.get(name, name): tensor for name, tensor in load_file(path).items()}
         # Not strict: frozen parameters and the other names of tied ones are not in the file.
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
         state, _ = read_optimizer(folder, "cpu")
         set_optimizer_state_dict(self.module, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+    def _reshard(self) -> None:
+        """After a forward pass without a backward, such as the task's question, the outermost parts are still whole."""
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
     def full_state_dict(self) -> dict[str, Any]:
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -1,7 +1,7 @@
-"""The one place where lines for people come from: the standard library's logger `ptft`, written to stderr.
+"""Messages for users: the logger `ptft`, written to stderr.
 
-Rank 0 shows everything; other ranks show warnings, with their number. Whoever has something to say calls `say` or
-`warn`, or `logging.getLogger("ptft")`. Work that lasts reports through `Progress`.
+Rank 0 shows all messages; other ranks show warnings, with their rank. Use `say`, `warn` or
+`logging.getLogger("ptft")`; use `Progress` for long work.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ptft_dist.config.secrets import hide
 
 LOGGER = logging.getLogger("ptft")
 PLAIN_EVERY_S = 10.0
-"""Without a terminal, progress is a line this often, so that logs stay short."""
+"""Seconds between progress lines without a terminal, so that logs stay short."""
 
 
 class _Format(logging.Formatter):
-    """Plain lines for information, `warning: ...` for warnings, and the rank where it is not 0."""
+    """Plain lines for information, `warning: ...` for warnings, with the rank if it is not 0."""
 
     def __init__(self, rank: int) -> None:
         super().__init__("%(message)s")
@@ -35,7 +35,7 @@ class _Format(logging.Formatter):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is at the time, also where a test or a notebook replaces it."""
+    """Writes to the current sys.stderr, which a test or a notebook may replace."""
 
     def __init__(self) -> None:
         super().__init__(sys.stderr)
@@ -64,23 +64,23 @@ def hide_messages() -> None:
 
 
 def say(text: str) -> None:
-    """A line for the person who watches."""
+    """Show a line of information."""
     LOGGER.info("%s", text)
 
 
 def warn(text: str) -> None:
-    """A line about something that is probably not meant, or that was lost."""
+    """Show a warning: something is probably a mistake, or was lost."""
     LOGGER.warning("%s", text)
 
 
 def fail(text: str) -> None:
-    """The failure that ends this process: shown as it is, from every rank."""
+    """Show the failure that ends this process, unchanged and on every rank."""
     LOGGER.critical("%s", text)
 
 
 @contextlib.contextmanager
 def messages(rank: int = 0, *, quiet: bool = False) -> Iterator[None]:
-    """Show messages for a while, unless they are shown already."""
+    """Show messages within the block, unless they are shown already."""
     if any(isinstance(handler, _Stderr) for handler in LOGGER.handlers):
         yield
         return
@@ -92,13 +92,13 @@ def messages(rank: int = 0, *, quiet: bool = False) -> Iterator[None]:
 
 
 class Progress:
-    """How far a long piece of work is: a live line on a terminal, else a plain line every ten seconds.
+    """Progress of long work: a live line on a terminal, otherwise a plain line every ten seconds.
 
-    Short work shows nothing. On ranks other than 0, and where messages are hidden, there is no line.
+    Short work shows nothing. Ranks other than 0, and processes that hide messages, show nothing.
     """
 
     def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
-        """what: such as "evaluating"; total: of `unit`, if it is known."""
+        """what: for example "evaluating"; total: number of `unit`, if known."""
         self.what, self.total, self.unit = what, total, unit
         self.done = 0
         self.started = self.shown = time.monotonic()
@@ -129,7 +129,7 @@ class Progress:
 
 @contextlib.contextmanager
 def progress(what: str, total: int | None = None, unit: str = "") -> Iterator[Progress]:
-    """A Progress that is closed at the end."""
+    """A Progress that is closed at the end of the block."""
     shown = Progress(what, total, unit)
     try:
         yield shown
@@ -145,5 +145,5 @@ def clock(seconds: float) -> str:
 
 
 def plain(value: Any) -> str:
-    """A number as the terminal shows it."""
+    """Format a number for the terminal."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl always, TensorBoard, and a line on the terminal."""
+"""Writers of metrics: metrics.jsonl, TensorBoard and the terminal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ptft_dist.reporting.messages import clock, warn
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-# Keys of metrics.jsonl that depend on the clock or the machine; all others are the same in a repeated run.
+# Keys of metrics.jsonl that depend on time or machine; all others are equal in a repeated run.
 TIMING_KEYS = frozenset({"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s"})
 
 
@@ -27,15 +27,14 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """metrics.jsonl: one object per line. On resume, rows that the checkpoint does not know are removed first.
+    """Writes metrics.jsonl: one object per line. A resume first removes the rows after the checkpoint.
 
-    A full disk does not end a run, for its checkpoints may be elsewhere: rows that could not be written are kept in
-    memory and written with the next ones.
+    A full disk does not end the run. Rows that cannot be written are kept in memory and written with later ones.
     """
 
     def __init__(self, path: Path, last_step: int, last_evaluation: int) -> None:
-        """last_step: the checkpoint's update, 0 at a start from zero; last_evaluation: the last update that had been
-        evaluated by then."""
+        """last_step: the checkpoint's update, 0 without a checkpoint. last_evaluation: the last update that was
+        evaluated before it."""
         self.path = path
         self.pending: list[str] = []
         if path.exists():
@@ -46,28 +45,28 @@ class JsonLines:
         return self.path.open("a", encoding="utf-8", errors="backslashreplace")
 
     def write(self, row: Mapping[str, Any]) -> None:
-        self.pending.append(json.dumps(row, ensure_ascii=False) + "\n")  # texts of every script are to be read
+        self.pending.append(json.dumps(row, ensure_ascii=False) + "\n")  # keep texts of all scripts readable
         position = self.file.tell()
         try:
             self.file.write("".join(self.pending))
             self.file.flush()
         except OSError as error:
             if len(self.pending) == 1:
-                warn(f"{self.path}: {error.strerror}; {self.path.name} goes on when it can be written again")
+                warn(f"{self.path}: {error.strerror}; its rows are kept in memory until it can be written again")
             self._drop_torn_bytes(position)
         else:
             self.pending.clear()
 
     def _drop_torn_bytes(self, position: int) -> None:
         descriptor = os.dup(self.file.fileno())
-        with contextlib.suppress(OSError):  # the buffer that cannot be flushed is what `pending` still holds
+        with contextlib.suppress(OSError):  # `pending` still holds what cannot be flushed
             self.file.close()
         os.ftruncate(descriptor, position)
         os.close(descriptor)
         self.file = self._open()
 
     def flush(self) -> None:
-        """Put every row on the disk: called before a checkpoint says that they are there."""
+        """Flush all rows to the disk. Called before a checkpoint is committed."""
         try:
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -81,9 +80,10 @@ class JsonLines:
 
 
 def _cut_after(path: Path, last_step: int, last_evaluation: int) -> None:
-    """Keep the rows that a checkpoint knows; a torn last line, left by a kill, goes too. The file is replaced whole.
+    """Remove the rows after a checkpoint, and an incomplete last line. The file is replaced atomically.
 
-    A start from zero keeps none. An evaluation follows the save of the same update, so its row may be newer.
+    A start from update 0 removes all rows. The evaluation of an update follows its save, so its row may be newer than
+    the checkpoint.
     """
     kept = []
     for line in path.read_bytes().split(b"\n")[:-1]:
@@ -100,16 +100,16 @@ def _cut_after(path: Path, last_step: int, last_evaluation: int) -> None:
 
 
 class TensorBoard:
-    """Scalars by step. On resume the curves go on at the checkpoint; points after it are purged.
+    """Writes TensorBoard scalars by step. A resume purges the points after the checkpoint.
 
-    On a full disk its writer dies for good: the run goes on without it, for metrics.jsonl has the same numbers.
+    After an error of the disk the run continues without TensorBoard; metrics.jsonl has the same numbers.
     """
 
     def __init__(self, folder: Path, last_step: int, recipe_text: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.folder = folder
-        # A start from zero purges too: there may be points of one that was killed before its first checkpoint.
+        # A start from update 0 purges too: a run killed before its first checkpoint may have left points.
         self.writer: SummaryWriter | None = SummaryWriter(str(folder), purge_step=last_step + 1 if last_step else 0)
         if not last_step:
             fenced = "\n".join("    " + line for line in recipe_text.splitlines())
@@ -140,7 +140,7 @@ class TensorBoard:
 
 
 class Terminal:
-    """A live line on a terminal; elsewhere a plain line now and then, so that logs stay short."""
+    """Shows a live line on a terminal, otherwise a plain line every few seconds, so that logs stay short."""
 
     PLAIN_EVERY_S = 10.0
 

@@ -1,4 +1,4 @@
-"""The files of a run beside its checkpoints and metrics: recipe, environment, result, and what is told of a failure."""
+"""Files of a run: recipe, environment, data report, tokenizer, result; and reports of failures."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 def lock_run_dir(run_dir: Path) -> FileLock:
-    """Hold the directory against a second start. The lock goes with the process, however it ends."""
+    """Lock the directory against a second start. The lock ends with the process."""
     lock = FileLock(run_dir / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -58,8 +58,8 @@ def lock_run_dir(run_dir: Path) -> FileLock:
 
 
 def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """recipe.yaml as it was given, resolved.yaml with every value, data_report.json with what became of the data,
-    environment.json with versions and machine. Removes the result of an earlier start."""
+    """Write recipe.yaml as given, resolved.yaml with every value, data_report.json, and environment.json with versions
+    and host. Remove the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
     (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
     (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
@@ -77,8 +77,8 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
 
 
 def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) -> None:
-    """Copy a tokenizer that was learned for this run to run_dir/tokenizer: a resume on a machine with another cache
-    must not learn it anew. settings: what it was learned by."""
+    """Copy the tokenizer that was trained for this run to run_dir/tokenizer, so that a resume with another cache uses
+    it too. settings: the settings it was trained with."""
     target, partial = run_dir / TOKENIZER, run_dir / ".tokenizer.partial"
     if tokenizer.resolve() == target.resolve():
         return
@@ -90,7 +90,7 @@ def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) 
 
 
 def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
-    """The tokenizer that `keep_tokenizer` kept, if it was learned by these settings."""
+    """The tokenizer that `keep_tokenizer` copied, if it was trained with these settings; otherwise None."""
     try:
         same = json.loads((run_dir / _LEARNED_BY).read_text()) == settings
     except (OSError, ValueError):
@@ -99,7 +99,7 @@ def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
 
 
 def write_result(run_dir: Path, result: dict[str, Any]) -> None:
-    """result.json, replaced whole."""
+    """Replace result.json atomically."""
     partial = run_dir / f".result-{os.getpid()}.json"
     try:
         partial.write_text(json.dumps(result, indent=1))
@@ -109,10 +109,10 @@ def write_result(run_dir: Path, result: dict[str, Any]) -> None:
 
 
 class FailureReport:
-    """Reports the first failure on this machine's ranks, once, and its exit code to the launcher.
+    """Reports the first failure among the ranks of this machine once, and its exit code to the launcher.
 
-    Until the run begins, nothing in the run directory is changed: a command that is refused must not overwrite the
-    result of an earlier run. Afterwards every rank's failure goes to its log, and the first one's to result.json.
+    Before the run begins, nothing in the run directory changes: a refused command must not overwrite the result of an
+    earlier run. Afterwards each rank's traceback goes to its log, and the first failure to result.json.
     """
 
     def __init__(self, run_dir: Path, place: Place) -> None:
@@ -121,36 +121,36 @@ class FailureReport:
         self.claim = _scratch() / f"failed-{_this_start()}"
 
     def write(self, error: Exception, exit_code: int, wall_s: float, first: str | None = None) -> None:
-        """first: the failure that the rank which failed first has announced."""
+        """first: the failure that was announced by the rank that failed first, if any."""
         trace = hide(traceback.format_exc())
         if self.begun:
-            with _told(self.log), self.log.open("a") as file:
+            with _reporting(self.log), self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.place.rank} failed\n{trace}\n")
-        with _told(self.claim):
+        with _reporting(self.claim):
             try:
                 self.claim.touch(exist_ok=self.place.world_size == 1)
             except FileExistsError:
-                return  # another rank failed first; this failure most likely follows from that one
+                return  # another rank failed first; this failure probably follows from it
         who = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
         what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
         if first is not None and not isinstance(error, PtftError) and not first.startswith(f"rank {self.place.rank}:"):
             what += f"\nThis follows from an earlier failure: {hide(first)}"
         elif "closed by peer" in what or "reset by peer" in what:
-            what += "\nAnother rank is gone, killed from outside (out of memory?): the launcher's summary names it."
+            what += "\nAnother rank was killed (out of memory?); the launcher's summary names it."
         if not isinstance(error, PtftError):
             fail(trace)
         where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
         fail(f"error: {who}{what}{where}")
-        with _told(self.claim):
+        with _reporting(self.claim):
             tell_launcher(exit_code)
         if self.begun:
             result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
-            with _told(self.run_dir / "result.json"):
+            with _reporting(self.run_dir / "result.json"):
                 write_result(self.run_dir, result)
 
 
 def _scratch() -> Path:
-    """A directory of this user that all ranks on this machine share."""
+    """A directory of this user that all ranks of this machine share."""
     folder = Path(tempfile.gettempdir()) / f"ptft-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -161,8 +161,8 @@ def _scratch() -> Path:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """A file that cannot be written, on a full disk say, must not hide the failure that is being reported."""
+def _reporting(path: Path) -> Iterator[None]:
+    """Report an OSError instead of raising it: a full disk must not hide the failure that is being reported."""
     try:
         yield
     except OSError as error:
@@ -170,12 +170,12 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _this_start() -> str:
-    """A name that all ranks of this start on this machine share, and no other start: their launcher is their parent.
+    """A name that is common to the ranks of this start on this machine, and unique to this start.
 
-    Its number alone would come back, in a container at every start.
+    It contains the start time of their parent, the launcher, because process ids are reused.
     """
     launcher = os.getppid()
     began = 0.0
-    with contextlib.suppress(psutil.Error):  # process 0 is the parent where this one is the first in its container
+    with contextlib.suppress(psutil.Error):  # the parent is process 0 if this is the first process of a container
         began = psutil.Process(launcher).create_time()
     return f"{launcher}-{began:.2f}-{os.environ.get('MASTER_PORT', '')}"

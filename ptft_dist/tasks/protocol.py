@@ -1,4 +1,4 @@
-"""What a task is: the interface between the training loop and everything that is special to one task.
+"""The interface between the training loop and a task.
 
 When each hook of a task is called, and on which ranks:
 
@@ -9,14 +9,14 @@ When each hook of a task is called, and on which ranks:
         Task(setup, network, device)
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
     once, after the network was wrapped, on every rank
-        probe()                     a question put to the network, such as: are packed documents kept apart?
+        probe()                     a check on made-up input, such as: does attention stay within packed documents?
     every update, on every rank (collate also in data-loader workers)
         collate(rows, keys)         rows of one micro-batch -> Batch
         loss(model, inputs)         forward pass -> summed loss
     every evaluation, on every rank
         collate, evaluate(model, inputs), predictions(output)
         eval_metrics(totals)        from averages over all ranks
-        scores(predictions, row)    rank 0 only: metrics that are no averages, and samples
+        scores(predictions, row)    rank 0 only: metrics that are not averages, and samples
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 
 IGNORE = -100
-"""A target that counts nothing."""
+"""The target id of positions without a label."""
 EVALUATION_EPOCH = 2**32 - 1
-"""The epoch of validation rows: what is drawn for them is the same at every evaluation."""
+"""The epoch of validation rows, so that random masks are the same at every evaluation."""
 
 
 @dataclass(frozen=True)
 class TaskSetup:
-    """What a task is made from, all of it known before there is a network."""
+    """The arguments of a task that are known before the network is built."""
 
     name: str
-    """The task, which is also the name of its section in the recipe: for messages."""
+    """The task's name and section in the recipe, for messages."""
     settings: Any
     """The recipe's section: the task's own settings."""
     tokenizer: PreTrainedTokenizerBase
     survey: Mapping[str, Any]
     """What the encoder found in the training rows, such as the labels."""
     max_length: int
-    """Tokens of a row at most."""
+    """Maximum number of tokens in a row."""
     seed: int
     precision: str
     """fp32, bf16 or fp16."""
@@ -83,11 +83,11 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     """Tensors [B, ...] for the task's loss."""
     count: float
-    """What the loss is averaged over: for language models, the tokens that carry a label."""
+    """The denominator of the mean loss: for language models, the number of tokens with a label."""
     tokens: int
-    """Tokens read, padding left out."""
+    """Number of tokens without padding."""
     more_counts: tuple[float, ...] = ()
-    """What further losses of the same task are averaged over."""
+    """The denominators of further losses of the same task."""
     rows: tuple[int, ...] = ()
     """Which rows of the store these are; empty for the dummy batch of a rank without rows."""
 
@@ -97,17 +97,17 @@ class Batch:
         return (self.count, *self.more_counts)
 
     def pin_memory(self) -> Batch:
-        """Called by PyTorch's DataLoader where pin_memory is set: copies to the device then need not wait."""
+        """Called by PyTorch's DataLoader with pin_memory, so that copies to the device are asynchronous."""
         return replace(self, inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()})
 
 
 Collate = Callable[[Sequence[Row], Sequence[tuple[int, int]]], Batch]
-"""Rows, and for each the key (epoch, row) that everything drawn at random for it follows from."""
+"""(rows, keys) -> Batch. Everything random about a row is a function of its key (epoch, row) and the seed."""
 
 
 class LossOut(NamedTuple):
     """loss_sum: the loss summed, not averaged, over what Batch.count counts ([K] for a task with K losses and
-    counts); metrics: name -> (total, count); predictions: [B, ...], for scores that are no averages."""
+    counts); metrics: name -> (total, count); predictions: [B, ...], for metrics that are not averages."""
 
     loss_sum: torch.Tensor
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
@@ -115,7 +115,7 @@ class LossOut(NamedTuple):
 
 
 class Task(Protocol):
-    """What is special to a task. It owns no optimizer and no loop. `BaseTask` has what most tasks have in common."""
+    """The hooks of a task. It owns no optimizer and no loop. `BaseTask` implements the hooks that most tasks share."""
 
     auto_class: Any
     """The transformers class that builds the network."""
@@ -139,13 +139,13 @@ class Task(Protocol):
         """The summed loss of one micro-batch, whose inputs are on the device. It must not wait for the device."""
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """As `loss`, in evaluation mode and with predictions, if the task scores them."""
+        """As `loss`, in evaluation mode, with predictions if the task scores them."""
 
     def probe(self) -> Probe | None:
-        """A question to the wrapped network, asked before training."""
+        """A check of the wrapped network before training; None: no check."""
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """From `loss` and the averages of LossOut.metrics, to what is logged."""
+        """The logged metrics, from `loss` and the averages of LossOut.metrics."""
 
     def predictions(self, output: torch.Tensor) -> Sequence[Any]:
         """LossOut.predictions as one plain object per row, to be gathered from all ranks."""
@@ -153,11 +153,11 @@ class Task(Protocol):
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics over all predictions, by row number in order, and samples to show."""
+        """Metrics over all predictions (row number -> prediction, in order), and samples to show."""
 
 
 class Probe(Protocol):
-    """A question put to the network before training, on made-up input; `check` raises RecipeError at a bad answer."""
+    """A check of the network before training, on made-up input; `check` raises RecipeError if it fails."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]: ...
@@ -167,7 +167,7 @@ class Probe(Protocol):
 
 
 class BaseTask:
-    """The hooks that most tasks do not need."""
+    """Default implementations of the hooks."""
 
     adds_router_loss = False
     """The loss includes the load balancing loss of a mixture of experts."""

@@ -1,4 +1,4 @@
-"""Every task in one table: its settings, its encoder and its class. Nothing here imports torch.
+"""The table of all tasks: settings, encoder and class. Nothing here imports torch.
 
 A task is a folder `tasks/<name>/` and a line in TASKS. The recipe's schema, `ptft config`, `prepare` and the trainer
 follow from the table; no module outside of `tasks/` names a task.

@@ -1,4 +1,4 @@
-"""Where groups of micro-batches come from. A group is what one rank contributes to one optimizer update."""
+"""Sources of micro-batches. A group is the list of micro-batches of one rank for one optimizer update."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PhaseContext:
-    """What a source of groups may need for the next phase. step: updates done so far."""
+    """What `Batches.next_phase` receives. step: the number of updates done so far."""
 
     step: int
     engine: Engine
@@ -38,7 +38,7 @@ class Batches(Protocol):
         """The groups of the next phase, one for each optimizer update."""
 
     def observe(self, report: UpdateReport) -> None:
-        """Called after each update, on every rank with the same report: a phase may end early or adapt."""
+        """Called after each update with the same report on every rank, so that a phase can adapt or end early."""
 
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -46,7 +46,7 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class Shape:
-    """How rows are laid out over ranks and forward passes."""
+    """How rows are distributed over data-parallel ranks and micro-batches."""
 
     rank: int
     world_size: int
@@ -65,7 +65,7 @@ class Shape:
 
 
 class UpdateDataset(Dataset):
-    """Item k is this rank's list of micro-batches for update k: a pure function of k, so any worker can make it."""
+    """Item k is the list of this rank's micro-batches for update k: a pure function of k, computed by any worker."""
 
     def __init__(self, store: Store, plan: Plan, shape: Shape, collate: Collate) -> None:
         self.store, self.plan, self.shape, self.collate = store, plan, shape, collate
@@ -81,10 +81,10 @@ class UpdateDataset(Dataset):
 
 
 def micro_batch(store: Store, keys: np.ndarray, spare: np.ndarray, collate: Collate) -> Batch:
-    """The collated rows of keys [N, 2], (epoch, row) each.
+    """Collate the rows of keys [N, 2]; each key is (epoch, row).
 
-    A rank without rows gets the `spare` row as a dummy batch that counts nothing: it must take part in every forward
-    and backward pass, or the others would wait for it.
+    A rank without rows gets a dummy batch: the `spare` row without any label. It must take part in every forward and
+    backward pass, because the other ranks would wait for it.
     """
     taken = [(int(epoch), int(row)) for epoch, row in (keys if len(keys) else [spare])]
     batch = collate([store.row(row) for _, row in taken], taken)
@@ -94,8 +94,8 @@ def micro_batch(store: Store, keys: np.ndarray, spare: np.ndarray, collate: Coll
 
 
 def mask_all(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same batch with no label left: targets are the inputs whose names begin with `targets`. Ids of labels become
-    -100, which every loss ignores, and numbers become NaN, which every loss must leave out."""
+    """Remove all labels from a batch. Targets are the inputs whose names begin with `targets`: ids become -100 and
+    numbers become NaN; every loss ignores both."""
     return {key: _no_target(x) if key.startswith("targets") else x for key, x in inputs.items()}
 
 
@@ -104,12 +104,12 @@ def _no_target(targets: torch.Tensor) -> torch.Tensor:
 
 
 def ignore_sigterm(_worker: int) -> None:
-    """Slurm and systemd may signal every process of a job; it is for the rank, which ends its workers itself."""
+    """Ignore SIGTERM in data-loader workers: Slurm may signal every process of a job, but the rank ends its workers."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class SupervisedBatches:
-    """Groups for training on rows that are known beforehand; a phase is one update."""
+    """Batches for training on prepared rows; a phase is one update."""
 
     def __init__(self, dataset: UpdateDataset, workers: int, pin_memory: bool) -> None:
         self.dataset, self.workers, self.pin_memory = dataset, workers, pin_memory
@@ -126,7 +126,7 @@ class SupervisedBatches:
                 prefetch_factor=2 if self.workers else None,
                 pin_memory=self.pin_memory,
                 worker_init_fn=ignore_sigterm,
-                # Seeds of workers come from this generator, so that the global one is left alone.
+                # Worker seeds come from this generator, so that the global one does not change.
                 generator=torch.Generator(),
             )
             self._updates = iter(loader)

@@ -1,4 +1,4 @@
-"""How far a run is: everything that a checkpoint must know beside weights, optimizer and batches."""
+"""The progress of a run: what a checkpoint stores in addition to weights, optimizer and batches."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Judge:
-    """What makes evaluations comparable: the metric, whether a larger one is better, and the validation rows."""
+    """The metric, its goal and the validation rows. Evaluations with equal judges are comparable."""
 
     metric: str
     larger_is_better: bool
     rows: str
-    """Identifies the validation rows that are scored."""
+    """Identifies the validation rows."""
 
     def is_better(self, value: float, than: float) -> bool:
         return value > than if self.larger_is_better else value < than
@@ -22,7 +22,7 @@ class Judge:
 
 @dataclass(frozen=True)
 class Best:
-    """The best evaluation so far, as judged by `judge`."""
+    """The best evaluation so far, according to `judge`."""
 
     judge: Judge
     step: int
@@ -38,21 +38,21 @@ class RunProgress:
     step: int = 0
     tokens: int = 0
     evaluated_step: int = -1
-    """The last update after which there was an evaluation; -1: none yet."""
+    """The last update that was evaluated; -1: none yet."""
     first_metrics: dict[str, float] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last evaluation."""
+    """Metrics of the last evaluation."""
     best: Best | None = None
-    """The best evaluation, for early stopping and the report."""
+    """The best evaluation; used by early stopping and the report."""
     best_checkpoint: Best | None = None
-    """The best evaluation whose weights are in a committed checkpoint: what is kept and exported."""
+    """The best evaluation whose weights are in a committed checkpoint; used by retention and export."""
     worse_evaluations: int = 0
-    """Evaluations in a row without a new best."""
+    """Number of consecutive evaluations without a new best."""
 
     def judge(self, judge: Judge, metrics: Mapping[str, float], value: float) -> bool:
-        """Take note of an evaluation after update `step`; True if it is the best.
+        """Record an evaluation after update `step`; return whether it is the best so far.
 
-        Weights before the first update are no candidate: no checkpoint holds them.
+        An evaluation before the first update is never the best, because no checkpoint contains its weights.
         """
         if self.step == 0:
             return False
@@ -64,7 +64,7 @@ class RunProgress:
         return True
 
     def forget_incomparable(self, judge: Judge) -> Best | None:
-        """Drop a best evaluation that was judged by another metric, goal or validation rows; the one dropped."""
+        """Drop the best evaluation if it has another metric, goal or validation rows, and return it."""
         dropped = next((best for best in (self.best, self.best_checkpoint) if best and best.judge != judge), None)
         if dropped is not None:
             self.best = self.best_checkpoint = None
@@ -76,7 +76,7 @@ class RunProgress:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunProgress:
-        """From a manifest. One of format 1 does not say what its best evaluation was judged by, so it has none here."""
+        """Read from a manifest. The best evaluation of an old manifest without a judge is dropped."""
         known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
         for name in ("best", "best_checkpoint"):
             best = known.get(name)

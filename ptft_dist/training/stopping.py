@@ -1,8 +1,8 @@
-"""Stopping in order to go on later: SIGTERM, SIGINT, or a file named `stop` in the run directory.
+"""Stop requests: SIGTERM, SIGINT, or a file named `stop` in the run directory.
 
-During training a signal only sets a flag. The ranks sum their flags with the counts of every update, so that all stop
-after the same one; nothing is saved inside a handler. Before training begins there is nothing to save: the process ends
-at once, even while it waits in C code for other processes.
+During training a signal handler only sets a flag. The ranks sum their flags together with the counts of each update,
+so that all of them stop after the same update. Before training there is nothing to save: the process exits at once,
+even while it waits in C code for other processes.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
-LOOK_EVERY_S = 1.0  # the stop file may lie on a slow shared disk
+LOOK_EVERY_S = 1.0  # the stop file may be on a slow shared disk
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """Whether somebody has asked this run to stop, and how."""
+    """Whether this run was asked to stop, and by what."""
 
     def __init__(self, stop_file: Path | None) -> None:
-        """stop_file: read by the rank that has it; the others learn of it with the next sum."""
+        """stop_file: checked by this rank; None on all ranks but one, which learn of it from the next sum."""
         self.stop_file = stop_file
         self.reason: str | None = None
         self._looked = -LOOK_EVERY_S
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGINT; afterwards they do what they did before. A second SIGINT interrupts as usual.
+        """Handle SIGTERM and SIGINT, and restore the previous handlers afterwards. A second SIGINT interrupts as usual.
 
-        In a thread other than the main one signals cannot be taken, and only the stop file works.
+        Only the main thread can handle signals; in another thread only the stop file works.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -63,17 +63,17 @@ class StopRequest:
         return self.reason is not None
 
     def fulfilled(self) -> None:
-        """The run has stopped: remove the file, so that the next start goes on."""
+        """Remove the stop file after the run has stopped, so that the next start can train."""
         if self.stop_file is not None:
             self.stop_file.unlink(missing_ok=True)
 
 
 _ending_at_once = False
-_listening = False  # a StopRequest takes the signals now
+_listening = False  # True while a StopRequest handles the signals
 
 
 def _in_forked_child() -> None:
-    """A forked worker shares the socket below: a signal to it must not reach its parent through there."""
+    """Detach a forked worker from the signal socket: a signal to the worker must not reach its parent."""
     if _ending_at_once:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
@@ -85,9 +85,11 @@ os.register_at_fork(after_in_child=_in_forked_child)
 
 @contextlib.contextmanager
 def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
-    """Let SIGTERM and SIGINT end the process while nothing is lost by it, that is while no StopRequest listens:
-    `end(name of the signal)` is called at once by a thread of its own, even while the main thread waits in C code.
-    Does nothing outside of the main thread."""
+    """Call `end(signal name)` at SIGTERM and SIGINT while no StopRequest handles them and nothing would be lost.
+
+    A separate thread calls it, so that it works while the main thread waits in C code. Without effect outside of the
+    main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -95,7 +97,7 @@ def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    # A handler of our own keeps Python from raising KeyboardInterrupt; the thread does the work.
+    # The handler only prevents KeyboardInterrupt; the thread does the work.
     before = {number: signal.signal(number, lambda _number, _frame: None) for number in SIGNALS}
     _ending_at_once = True
 

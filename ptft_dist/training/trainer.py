@@ -1,4 +1,4 @@
-"""The loop. Every task runs through it; logging, evaluating, saving and stopping are written out where they happen."""
+"""The training loop of all tasks. Logging, evaluation, saving and stopping are called directly from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ptft_dist.training.validation import Validation
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """What one optimizer update did, the same on every rank. loss is the mean over `count`, in nats."""
+    """The result of one optimizer update, the same on every rank. loss: mean over `count` labels, in nats."""
 
     step: int
     loss: float
@@ -47,7 +47,7 @@ class Outcome:
 
 @dataclass
 class Trainer:
-    """Updates, evaluations and checkpoints of one run."""
+    """Runs the updates, evaluations and saves of one run."""
 
     recipe: Recipe
     engine: Engine
@@ -57,12 +57,12 @@ class Trainer:
     validation: Validation | None
     checkpoints: Checkpoints
     manifest: dict[str, Any]
-    """What every checkpoint's manifest says of the run."""
+    """Entries of every checkpoint's manifest that do not change during the run."""
     stop: StopRequest
     sinks: Sequence[Sink] = ()
-    """Where rows of metrics go; empty on all ranks but rank 0."""
+    """Writers of metrics; empty on all ranks but rank 0."""
     samples: JsonLines | None = None
-    """Where generated texts go."""
+    """Writer of generated texts; None if the task generates none."""
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     progress: RunProgress = field(default_factory=RunProgress)
@@ -71,16 +71,16 @@ class Trainer:
     """The last update after which a save was due: one that fails is not tried again before the next is due."""
     stop_agreed: bool = False
     """All ranks know that one of them was asked to stop."""
-    tokens_here: int = 0  # of this start, not of the whole run
+    tokens_here: int = 0  # since this start, not of the whole run
     seconds_here: float = 0.0
 
     def fit(self) -> Outcome:
-        """Train to the end, or until all ranks have agreed to stop."""
+        """Train until the last update, or until all ranks have agreed to stop."""
         self.stop_agreed = self.anyone_asked_to_stop()
         if self.recipe.eval.at_start and self.progress.evaluated_step < 0 and not self.stop_agreed:
             self.evaluate()
         while not self.ended():
-            # A phase boundary: only here weights, optimizer, batches and progress are consistent.
+            # Phase boundary: state is consistent only here.
             if self.stop_agreed:
                 self.save(must=True)
                 return Outcome(False, self.stop_reason())
@@ -100,7 +100,7 @@ class Trainer:
         return Outcome(True, "stopped early: out of patience" if self.out_of_patience() else "all updates done")
 
     def run_phase(self) -> None:
-        """The updates of one phase; it ends early with the last update of the run."""
+        """Do the updates of one phase. The last update of the run ends it early."""
         started = time.perf_counter()
         for group in self.batches.next_phase(PhaseContext(self.progress.step, self.engine)):
             with self.engine.updating():
@@ -116,11 +116,11 @@ class Trainer:
                 return
 
     def update(self, group: Sequence[Batch]) -> UpdateReport:
-        """One optimizer update from this rank's micro-batches; each loss is averaged over all ranks' counts."""
+        """Do one optimizer update with this rank's micro-batches; each loss is averaged over all ranks."""
         engine, step = self.engine, self.progress.step
         counts = [float(sum(each)) for each in zip(*(b.counts for b in group), strict=True)]
         totals = engine.all_sum(*counts, float(sum(b.tokens for b in group)), float(self.stop.requested()))
-        # Data parallelism averages gradients over ranks; this makes it the mean over everything that counts.
+        # Data parallelism averages gradients over ranks; this factor makes it the mean over all labels.
         scale = engine.world_size / totals[: len(counts)].where(totals[: len(counts)] > 0, 1.0)
         averages = Averages()
         for i, batch in enumerate(group):
@@ -132,15 +132,15 @@ class Trainer:
         reduced = engine.all_sum(*averages.sums())
         norm = engine.clip_gradients()
         parts = [totals, reduced] if norm is None else [totals, reduced, norm.double().reshape(1)]
-        # The update's one wait for the device: nothing moves before every rank knows that the loss is finite.
+        # The only wait for the device in an update. All ranks learn here whether the loss is finite.
         numbers = torch.cat(parts).tolist()
         counts, (tokens, stop, *rest) = numbers[: len(counts)], numbers[len(counts) :]
         grad_norm = None if norm is None else rest.pop()
         loss_mean, metrics = averages.read(rest, counts)
         self.require_finite("loss", loss_mean)
-        if engine.precision != "fp16":  # the fp16 loss scaler skips such a step, and lowers its scale
+        if engine.precision != "fp16":  # the fp16 loss scaler skips such a step and lowers its scale
             self.require_finite("gradient norm", grad_norm)
-        # Without anything to learn from, weight decay must not move the weights either.
+        # An update without labels must not change the weights, not even by weight decay.
         lr = lr_at(step, self.recipe.optim, self.total_steps) if any(counts) else 0.0
         stepped_norm = engine.step(lr)
         if engine.precision != "fp16":
@@ -151,12 +151,12 @@ class Trainer:
     def require_finite(self, what: str, value: float | None) -> None:
         if value is not None and not math.isfinite(value):
             raise NonFiniteLossError(
-                f"the {what} at update {self.progress.step + 1} is {value}: nothing was saved after it. Go on from "
+                f"the {what} at update {self.progress.step + 1} is {value}; nothing was saved after it. Resume from "
                 "the last checkpoint with a lower optim.lr, more warmup, a smaller max_grad_norm or cleaner data"
             )
 
     def due(self, every: int | None, *, since: int) -> bool:
-        """Whether a multiple of `every` was crossed after update `since`: a phase may have many updates."""
+        """Whether a multiple of `every` was crossed after update `since`; a phase may have many updates."""
         return every is not None and self.progress.step // every > max(since, 0) // every
 
     def ended(self) -> bool:
@@ -167,21 +167,21 @@ class Trainer:
         return patience is not None and self.progress.worse_evaluations >= patience
 
     def anyone_asked_to_stop(self) -> bool:
-        """The same answer on every rank."""
+        """Whether any rank was asked to stop; the same on every rank."""
         return self.engine.all_sum(float(self.stop.requested())).item() > 0
 
     def stop_reason(self) -> str:
-        """What the first rank that was asked to stop was asked by."""
+        """What asked the run to stop, from the first rank that knows."""
         return next((reason for reason in self.engine.gather_objects(self.stop.reason) if reason), "a stop request")
 
     @property
     def judge(self) -> Judge:
-        """What the best evaluation is judged by."""
+        """What makes this run's evaluations comparable."""
         rows = "" if self.validation is None else self.validation.identity
         return Judge(self.recipe.eval.metric, self.recipe.eval.larger_is_better, rows)
 
     def evaluate(self) -> None:
-        """Score the validation rows, each once. Abandoned, to be done again at a resume, if a stop is asked for."""
+        """Evaluate the validation rows. A stop request abandons it; it is repeated at the resume."""
         if self.validation is None:
             return
         started, progress = time.perf_counter(), self.progress
@@ -203,7 +203,7 @@ class Trainer:
             self.save_best()
 
     def save_best(self) -> None:
-        """Bring the weights of the best evaluation into a checkpoint. Only a committed one counts as the best."""
+        """Save the weights of the best evaluation. It counts as the best checkpoint only when committed."""
         best = self.progress.best
         if self.saved_step != self.progress.step:
             self.save(must=False, best=best)
@@ -213,7 +213,7 @@ class Trainer:
     def save(self, *, must: bool, best: Best | None = None) -> None:
         """Commit a checkpoint. A failure does not end the run, unless the save `must` succeed.
 
-        best: the evaluation that makes this checkpoint the best one.
+        best: the evaluation, if this checkpoint is the best one.
         """
         step = self.progress.step
         if step == self.saved_step:
@@ -238,22 +238,24 @@ class Trainer:
         self.engine.barrier()
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a verified checkpoint."""
+        """Load a verified checkpoint."""
         self.engine.load_state(checkpoint.path)
         self.batches.load_state_dict(checkpoint.fact("batches", dict))
         self.progress = RunProgress.from_dict(checkpoint.fact("progress", dict))
         self.saved_step = self.tried_step = checkpoint.step
         if self.progress.step != checkpoint.step:
-            raise CheckpointError(f"{checkpoint.path}: its manifest is of update {self.progress.step}")
+            raise CheckpointError(
+                f"{checkpoint.path}: its manifest belongs to update {self.progress.step}; restore the checkpoint"
+            )
         dropped = self.progress.forget_incomparable(self.judge)
         if dropped is not None and self.engine.is_main:
             say(
-                f"the best evaluation so far ({dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}) does "
-                "not count any more: eval.metric, eval.goal, eval.max_rows or the validation rows have changed"
+                f"the best evaluation so far ({dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}) no "
+                "longer counts: eval.metric, eval.goal, eval.max_rows or the validation rows have changed"
             )
 
     def rehearse(self) -> None:
-        """Evaluate one micro-batch, generation included: what fails does so before training, and nothing is lost."""
+        """Evaluate one micro-batch, generation included, so that a failing evaluation fails before training."""
         if self.validation is not None:
             self.validation.rehearse(self.engine, self.task, self.recipe.eval.metric)
 

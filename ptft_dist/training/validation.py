@@ -1,4 +1,4 @@
-"""One pass over the validation rows: every row counted exactly once, over any number of ranks."""
+"""Evaluation on the validation rows. Every row counts exactly once, with any number of ranks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ptft_dist.training.averages import Averages
 from ptft_dist.training.batches import Shape, micro_batch
 
 STOP_EVERY = 8
-"""Micro-batches between two looks at whether a rank was asked to stop: each look is a sum over ranks."""
+"""Micro-batches between two checks for a stop request; each check is a collective sum."""
 
 Scores = tuple[dict[str, float], list[dict[str, Any]]]
-"""Metrics, `loss` among them, and samples of what was predicted."""
+"""Metrics (including `loss`) and samples of predictions."""
 
 
 @dataclass
 class Validation:
-    """This rank's share of the validation rows, in as many micro-batches as every other rank has."""
+    """This rank's share of the validation rows. All ranks have the same number of micro-batches."""
 
     store: Store
     shape: Shape
@@ -45,19 +45,21 @@ class Validation:
             yield micro_batch(self.store, self.keys[part[self.shape.rank]], self.keys[0], self.collate)
 
     def score(self, engine: Engine, task: Task, stop: Callable[[], bool] = lambda: False) -> Scores | None:
-        """The task's scores, the same on every rank; None if a rank was asked to stop before the end.
+        """Evaluate all rows. The result is the same on every rank; None if a rank was asked to stop before the end.
 
-        Averages come from sums over ranks; scores that are no averages (F1, correlations, BLEU) from all predictions,
-        gathered on rank 0.
+        Averages are computed from sums over ranks. Other metrics (F1, correlations, BLEU) are computed from all
+        predictions, gathered on rank 0.
         """
         return self._score(engine, task, self.parts, stop)
 
     def rehearse(self, engine: Engine, task: Task, metric: str) -> None:
-        """Score the smallest micro-batch, generation included. Raises RecipeError if the task has no such metric."""
+        """Evaluate the smallest micro-batch, generation included. Raises RecipeError if the task has no such metric."""
         found = self._score(engine, task, self.parts[-1:], lambda: False)
         assert found is not None
         if metric not in found[0]:
-            raise RecipeError(f"eval.metric: {metric!r} is none of: {', '.join(found[0])}")
+            raise RecipeError(
+                f"eval.metric: {metric!r} is not a metric of this task; choose one of: {', '.join(found[0])}"
+            )
 
     def _score(
         self, engine: Engine, task: Task, parts: Sequence[list[np.ndarray]], stop: Callable[[], bool]

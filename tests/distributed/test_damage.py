@@ -204,7 +204,10 @@ def test_rows_that_found_no_room_are_written_later(tmp_path: Path, documents: Pa
     assert whole.wait() == 0, whole.stderr
     run = start(*long, "run_dir=disk/run", patches=["fill_disk_before_save:50:0"], **place)
     assert run.wait() == 0, run.stderr
-    assert "metrics.jsonl: No space left on device; metrics.jsonl goes on when it can be written again" in run.stderr
+    assert (
+        "metrics.jsonl: No space left on device; its rows are kept in memory until it can be written again"
+        in run.stderr
+    )
     assert run.stderr.count("tensorboard: No space left on device; TensorBoard gets no more points") == 1
     assert outcome(disk / "run") == outcome(tmp_path / "whole")
 

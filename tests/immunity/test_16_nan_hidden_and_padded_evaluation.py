@@ -42,7 +42,7 @@ def test_it_stops_before_the_weights_move(tmp_path: Path, where: str, bad: float
             save(**kwargs)
 
         trainer.save = remember  # type: ignore[method-assign]
-        with pytest.raises(NonFiniteLossError, match=r"update 3 is (nan|inf): nothing was saved after it"):
+        with pytest.raises(NonFiniteLossError, match=r"update 3 is (nan|inf); nothing was saved after it"):
             trainer.fit()
         assert [row["step"] for row in kept.rows] == [1, 2]
         assert all(torch.equal(value, at_two[name]) for name, value in trainer.engine.model.state_dict().items())

@@ -66,7 +66,7 @@ def test_best_that_is_switched_on_at_a_resume_exports_the_last(tmp_path: Path, d
     again = ["train", "recipe.yaml", "save.best=true", "save.export=best"]
     run = start(*again, cwd=tmp_path, cache=cache, patches=[losses])
     assert run.wait() == 0, run.stderr
-    assert "warning: save.export: best: no checkpoint of this run holds a best evaluation" in run.stderr
+    assert "warning: save.export: best: no checkpoint of this run has the best weights" in run.stderr
     last = load_file(tmp_path / "run/checkpoints/step-00000008/model.safetensors")
     assert all(
         (tensor == last[name]).all() for name, tensor in load_file(tmp_path / "run/model/model.safetensors").items()
@@ -86,7 +86,7 @@ def test_best_is_not_compared_across_metrics_goals_or_rows(
     run = start("train", "recipe.yaml", changed, cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr
     assert "(loss " in run.stderr
-    assert "does not count any more" in run.stderr
+    assert "no longer counts" in run.stderr
     best = json.loads((tmp_path / "run/result.json").read_text())["best"]
     scores = {row["step"]: row[f"eval/{best['metric']}"] for row in eval_rows(tmp_path / "run") if row["step"] > 2}
     choose = max if changed == "eval.goal=max" else min

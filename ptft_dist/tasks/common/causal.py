@@ -1,4 +1,4 @@
-"""Next-token prediction: what causal language modelling and supervised fine-tuning share."""
+"""Next-token prediction, shared by causal language modelling and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 
 
 class NextTokenTask(BaseTask):
-    """Rows of token ids in, the summed cross-entropy of next tokens out."""
+    """The summed cross-entropy of next tokens."""
 
     auto_class = AutoModelForCausalLM
     adds_router_loss = True
@@ -49,7 +49,7 @@ class NextTokenTask(BaseTask):
         self.pad_multiple = pad_multiple(device)
 
     def prepare_network(self, model: PreTrainedModel) -> None:
-        """Add the fused head, if it is wanted; the network's ordinary forward, and generation, stay as they are."""
+        """Add the fused head if the recipe wants it. The network's ordinary forward and generation do not change."""
         if self.fused:
             from trl.trainer.utils import add_fused_lm_head
 
@@ -57,9 +57,9 @@ class NextTokenTask(BaseTask):
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad on the right: input_ids, targets (targets[t] is the token after input_ids[t]) and, for packed rows
-        whose documents must not see each other, position_ids that restart at every document; all [B, T].
+        with attention within documents, position_ids that restart at every document; all [B, T].
 
-        Right padding needs no attention mask: in a causal network no token sees what stands after it.
+        Right padding needs no attention mask, because in a causal network no token sees later ones.
         """
         width = padded_width((len(row.input_ids) for row in rows), self.pad_multiple)
         input_ids = np.full((len(rows), width), self.pad_id, np.int64)
@@ -82,12 +82,11 @@ class NextTokenTask(BaseTask):
         return Batch(inputs, int((targets != IGNORE).sum()), tokens, more_counts)
 
     def next_tokens(self, row: Row) -> np.ndarray:
-        """What each token but the last predicts: int64 [T - 1], -100 for nothing."""
+        """The target of each token but the last: int64 [T - 1], -100 without a label."""
         return row.input_ids[1:]
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """loss_sum: the cross-entropy over tokens; for a mixture of experts [2], the second is the weighted router
-        loss over rows."""
+        """loss_sum: the cross-entropy over tokens; [2] for a mixture of experts, with the weighted router loss."""
         if not self.balances_experts:
             return LossOut(-self.logprobs(model, inputs, self.fused).sum(), {})
         output = model(**network_inputs(inputs), use_cache=False, output_router_logits=True)
@@ -102,13 +101,13 @@ class NextTokenTask(BaseTask):
         )
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed cross-entropy, and the number of targets: for distillation."""
+        """The summed cross-entropy and the number of targets; used by distillation."""
         flat = logits.reshape(-1, logits.size(-1)).float()
         loss_sum = F.cross_entropy(flat, targets.reshape(-1), ignore_index=IGNORE, reduction="sum")
         return loss_sum, (targets != IGNORE).sum()
 
     def logprobs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], fused: bool) -> torch.Tensor:
-        """log p(targets[t] | tokens up to t), 0 where there is no target: fp32 [B, T]."""
+        """log p(targets[t] | tokens up to t): fp32 [B, T], 0 without a target."""
         targets = inputs["targets"]
         if fused:
             output = model(**network_inputs(inputs), shift_labels=targets, fused_lm_head=True)
@@ -125,8 +124,8 @@ class NextTokenTask(BaseTask):
         return everywhere
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target; on an accelerator, where
-        finding them would wait for the device, at all T positions."""
+        """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target; on an accelerator at all T
+        positions, because finding the positions would wait for the device."""
         targets, plain = inputs["targets"], network_inputs(inputs)
         if self.on_cpu and self.takes_positions:
             places = (targets != IGNORE).any(0).nonzero()[:, 0]
@@ -138,16 +137,16 @@ class NextTokenTask(BaseTask):
         return CausalProbe(self)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: mean negative log-likelihood in nats; perplexity: its exponential. With a mixture of experts the loss
-        holds the weighted router loss too, which is taken out of the perplexity."""
+        """loss: mean negative log-likelihood in nats; perplexity: its exponential. The loss of a mixture of experts
+        includes the weighted router loss; its perplexity does not."""
         likelihood = totals["loss"] - self.network.router_loss_weight * totals.get("router_loss", 0.0)
         return {**totals, "perplexity": perplexity(likelihood)}
 
 
 @dataclass(frozen=True)
 class CausalProbe:
-    """Asks whether a token sees later ones, whether documents of a row are kept apart, and whether the fused head
-    reproduces the logits. Architectures differ in all three, in silence."""
+    """Checks that no token sees later ones, that attention stays within documents, and that the fused head reproduces
+    the logits. Some architectures fail one of these without an error."""
 
     task: NextTokenTask
 
@@ -157,7 +156,7 @@ class CausalProbe:
         return NextTokenTask.collate(self.task, [Row(row.input_ids, row.document_starts) for row in rows]).inputs
 
     def outputs(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Log-probabilities [4 rows, T, 2 heads]; the second head is the first one again where none is fused."""
+        """Log-probabilities [4 rows, T, 2 heads]; without a fused head, both are the same."""
         plain = self.task.logprobs(model, inputs, fused=False)
         fused = self.task.logprobs(model, inputs, fused=True) if self.task.fused else plain
         return torch.stack([plain.float(), fused.float()], dim=-1)

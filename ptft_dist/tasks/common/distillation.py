@@ -1,4 +1,4 @@
-"""Learning from a teacher: the task's own loss, and the divergence from the teacher's probabilities."""
+"""Knowledge distillation: the task's loss and the divergence from a teacher's probabilities (Hinton et al. 2015)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, Probe, Task, TaskSe
 
 
 class Teacher(Protocol):
-    """A network that is read and not trained, placed by the engine; it may be sharded over ranks."""
+    """A frozen network, placed by the engine; it may be sharded over ranks."""
 
     def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
         """call(network, inputs), without gradients."""
 
 
 class Distillable(Task, Protocol):
-    """A task that chooses from a fixed list: tokens, or labels."""
+    """A task whose predictions are choices from a fixed list: tokens or labels."""
 
     setup: TaskSetup
     network: NetworkFacts
@@ -45,14 +45,14 @@ class Distillable(Task, Protocol):
 
 
 class Distillation:
-    """A task with a teacher. Each of the two losses is averaged over its own count: as the task does, and over all
-    choices made. Everything else is the task's own."""
+    """A task with a teacher. The task's loss and the divergence are averaged over separate counts; the count of the
+    divergence is the number of predictions. All other hooks are those of the task."""
 
     def __init__(self, task: Distillable, settings: DistillationSettings, order: Sequence[int]) -> None:
         """order: which of the teacher's logits belongs to each of the student's choices, from `teacher_order`.
 
         Raises:
-            RecipeError: the load balancing loss of the student's experts would be lost.
+            RecipeError: the student is a mixture of experts, whose router loss is not added here.
         """
         self.task, self.settings, self.auto_class = task, settings, task.auto_class
         self.order = torch.tensor(list(order))
@@ -66,16 +66,16 @@ class Distillation:
         self.teacher_has_types = False
 
     def adopt(self, teacher: Teacher, network: NetworkFacts) -> None:
-        """Take the teacher, after the engine has placed it. network: the facts of the teacher."""
+        """Set the teacher after the engine has placed it. network: the facts of the teacher."""
         self.teacher, self.teacher_has_types = teacher, network.has_token_types
         self.student_has_types = self.task.network.has_token_types
         if self.teacher_has_types:
-            self.task.has_types = True  # what the student does not know is kept from it below
+            self.task.has_types = True  # `loss` removes them for a student without token types
         if not network.takes("logits_to_keep"):
             self.task.takes_positions = False  # both must give logits at the same positions
 
     def prepare_teacher(self, model: PreTrainedModel) -> None:
-        """The teacher reads the same rows, so it must know their padding."""
+        """Set the padding token of the rows in the teacher's config."""
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = self.task.pad_id
 
@@ -84,7 +84,7 @@ class Distillation:
         return replace(batch, more_counts=(float(has_choice(batch.inputs["targets"]).sum()),))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """loss_sum [2]: the shares of the task's loss and of the divergence included."""
+        """loss_sum [2]: the task's loss and the divergence, both weighted."""
         assert self.teacher is not None
         logits, targets = self.task.choices(model, self._inputs_of_student(inputs))
         theirs, _ = self.teacher.forward(self.task.choices, _without_types(inputs, self.teacher_has_types))
@@ -104,7 +104,7 @@ class Distillation:
         return LossOut(with_teacher.loss_sum, {**own.metrics, **with_teacher.metrics}, own.predictions)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """What the task makes of its own loss, and both losses."""
+        """The task's metrics from its own loss, and both losses."""
         names = self.settings.metric_names
         own = {key: value for key, value in totals.items() if key not in names}
         shown = self.task.eval_metrics({**own, "loss": totals["hard_loss"]})
@@ -134,7 +134,7 @@ def _without_types(inputs: dict[str, torch.Tensor], has_types: bool) -> dict[str
 
 
 def has_choice(targets: torch.Tensor) -> torch.Tensor:
-    """Where a choice is made: bool, the shape of `targets`."""
+    """Mask of positions with a label: bool, the shape of `targets`."""
     return ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
 
 

@@ -19,18 +19,18 @@ from ptft_dist.tasks.common.scores.text import text_scores
 def generate(
     model: Any, inputs: Mapping[str, torch.Tensor], settings: GenerationSettings, *, pad_id: int, eos_ids: Sequence[int]
 ) -> torch.Tensor:
-    """What the network writes for each row, likeliest token by likeliest token or by beam search.
+    """Generate a text for each row by greedy decoding or beam search.
 
-    Nothing is drawn at random, and nothing of the network is changed. What its own generation config says beside
-    (forced tokens, penalties) holds. Every process must call this equally often: where the weights are sharded, each
-    step needs all of them, so all go on until the last has ended.
+    The network does not change. Other settings of its own generation config (forced tokens, penalties) apply. Every
+    process must call this equally often: with sharded weights each step needs all processes, so all of them continue
+    until the last one has finished.
 
     Args:
         model: the network itself, inside the engine's forward, in evaluation mode.
         inputs: input_ids and attention_mask [B, T]: for the encoder; or, without one, prompts padded on the left.
 
     Returns:
-        int64 [B, max_new_tokens]: the ids without prompt or decoder start, filled up with `pad_id` behind EOS.
+        int64 [B, max_new_tokens]: the ids without prompt or decoder start, padded with `pad_id` after EOS.
     """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -46,7 +46,7 @@ def generate(
     ids: torch.Tensor = model.generate(**inputs, generation_config=config, synced_gpus=together)
     ids = ids[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].size(1) :]
     ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
-    ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search may go on with EOS for longer texts beside it
+    ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search pads shorter texts with EOS
     return F.pad(ids, (0, settings.max_new_tokens - ids.size(1)), value=pad_id)
 
 
@@ -67,8 +67,8 @@ def generation_scores(
     predictions: Mapping[int, list[int]],
     row: Callable[[int], Row],
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores of all written ids, by row number, and the first `show` as texts. A row's meta has its `source` and
-    `reference`, as the data spell them."""
+    """Scores of all generated ids (row number -> ids), and the first `show` texts as samples. A row's meta has `source`
+    and `reference`, the texts of the data."""
     metas = [row(number).meta for number in predictions]
     ids = list(predictions.values())
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

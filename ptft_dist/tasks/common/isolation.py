@@ -1,4 +1,4 @@
-"""Documents that share a row and must not see each other: how they are told apart, and whether a network obeys."""
+"""Attention within the documents of a packed row: masks, positions, and a check that the network respects them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 
 # As shares of the outputs' standard deviation, which is small while the weights are fresh.
-LEAK_TOLERANCE = 1e-4  # a network that keeps documents apart shows exactly 0
+LEAK_TOLERANCE = 1e-4  # a network with attention within documents gives exactly 0
 ROUNDING_TOLERANCE = 0.05  # the same sums in another order, or in bf16, differ by about 0.01
 PROBE_LENGTH = 8
 
 
 def document_numbers(rows: Sequence[Row], width: int) -> np.ndarray:
-    """Which document of its row a token belongs to, from 0; -1 where there is only padding: int64 [B, width]."""
+    """The index of each token's document within its row; -1 for padding: int64 [B, width]."""
     numbers = np.full((len(rows), width), -1, np.int64)
     for i, row in enumerate(rows):
         lengths = np.diff(row.document_starts, append=len(row.input_ids))
@@ -27,7 +27,7 @@ def document_numbers(rows: Sequence[Row], width: int) -> np.ndarray:
 
 
 def restarting_positions(rows: Sequence[Row], width: int) -> np.ndarray:
-    """Positions that restart at every document; the padding counts as one: int64 [B, width]."""
+    """Positions that restart at every document; padding counts as a document: int64 [B, width]."""
     positions = np.zeros((len(rows), width), np.int64)
     for i, row in enumerate(rows):
         n, starts = len(row.input_ids), row.document_starts
@@ -38,10 +38,12 @@ def restarting_positions(rows: Sequence[Row], width: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class IsolationProbe:
-    """A document packed behind another one, behind a third, and at the start of a row.
+    """Checks that attention stays within each document of a packed row.
 
-    If the network keeps documents apart, its outputs for that document are the same each time. Architectures differ in
-    this, in silence, so every run asks. outputs_of(network, inputs): [B, T, ...]; collate: rows -> inputs.
+    A document is packed after another one, after a third one, and at the start of a row; the network's outputs for it
+    must be equal. Some architectures ignore the mask without an error, so every run checks.
+
+    outputs_of(network, inputs): [B, T, ...]; collate: rows -> inputs.
     """
 
     outputs_of: Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
@@ -58,7 +60,7 @@ class IsolationProbe:
             return self.outputs_of(model, inputs).float()
         except TypeError as error:
             raise RecipeError(
-                f"{self.section}.attention: this architecture does not take what keeps documents apart ({error}): set "
+                f"{self.section}.attention: this architecture does not support such attention masks ({error}): set "
                 f"{self.section}.packing: false, or accept it with {self.section}.attention: across"
             ) from None
 
@@ -76,14 +78,15 @@ def probe_rows(vocab_size: int, *, isolated: bool) -> list[Row]:
 
 
 def check_isolation(outputs: torch.Tensor, spread: float, section: str) -> None:
-    """outputs [4, T, ...] for probe_rows; spread: their standard deviation. Raises RecipeError if a document leaks."""
+    """outputs [4, T, ...] for probe_rows; spread: their standard deviation. Raises RecipeError if they depend
+    on other documents of the row."""
     n = PROBE_LENGTH
     behind_first, behind_third, alone = outputs[0, n:], outputs[1, n:], outputs[2, :n]
     leak = (behind_first - behind_third).abs().max().item()
     moved = (behind_first - alone).abs().max().item()
     if not (leak <= LEAK_TOLERANCE * spread and moved <= ROUNDING_TOLERANCE * spread):
         raise RecipeError(
-            f"{section}.attention: in this architecture the documents of a packed row see each other (one moved the "
+            f"{section}.attention: in this architecture the documents of a packed row see each other (one changed the "
             f"next one's outputs by {max(leak, moved):.2g}): set {section}.packing: false, or accept it with "
             f"{section}.attention: across"
         )

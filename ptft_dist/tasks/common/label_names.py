@@ -1,4 +1,4 @@
-"""The names of labels or tags that stand in the data."""
+"""The names of the labels or tags in the data."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from ptft_dist.errors import DataError
 
 @dataclass
 class LabelNames:
-    """Collects names, and refuses those that nobody can tell apart."""
+    """Collects names, and refuses names that look equal."""
 
     role: str
-    """What they are, for messages: `label` or `tag`."""
+    """`label` or `tag`, for messages."""
     setting: str
-    """The key of the recipe that can list them."""
+    """The recipe's key that can list the names."""
     first: dict[str, str] = field(default_factory=dict)
-    """Name -> where it stands first."""
+    """Name -> its first place in the data."""
 
     def add(self, names: Iterable[str], where: str) -> None:
         for name in names:

@@ -1,4 +1,4 @@
-"""What tasks with labelled texts share: how texts become batches, and whether a network ignores padding."""
+"""Shared by tasks with labelled texts: collating texts, and the check that the network ignores padding."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from ptft_dist.tasks.protocol import BaseTask, TaskSetup
 
 
 class LabelledTextTask(BaseTask):
-    """Token ids, attention mask and token types of a text or a pair of texts."""
+    """Base class of tasks with one or two texts per row."""
 
     auto_class: Any = AutoModelForSequenceClassification
-    texts = 1  # of a row, for the probe
+    texts = 1  # texts per row, for the probe
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
-        """Raises RecipeError if the network does not go with the tokenizer."""
+        """Raises RecipeError if network and tokenizer have different padding tokens."""
         super().__init__(setup, network, device)
         tokenizer = self.tokenizer
         if tokenizer.pad_token_id is None:  # the encoder has checked that there is an EOS; the export pads so too
@@ -50,17 +50,17 @@ class LabelledTextTask(BaseTask):
 
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
-        """Raises RecipeError for a network that reads padding, or an encoder-decoder whose texts do not end in EOS."""
+        """Raises RecipeError for a network that reads padding, or an encoder-decoder whose tokenizer adds no EOS."""
         refuse_known(config)
         if config.is_encoder_decoder and setup.tokenizer("a").input_ids[-1] != config.eos_token_id:
             raise RecipeError(
-                f"tokenizer: {config.model_type} reads a text's meaning at its EOS token, and this tokenizer puts none "
+                f"tokenizer: {config.model_type} classifies a text at its EOS token, and this tokenizer adds none "
                 "at the end. Use the tokenizer that belongs to the network, or another network"
             )
 
     def prepare_network(self, model: PreTrainedModel) -> None:
-        """Decoders read the last token that is not padding, so they must know the padding token. The exported tokenizer
-        gives token types to networks that tell them apart."""
+        """Set the padding token in the config, because decoders classify at the last token that is not padding. The
+        exported tokenizer returns token types if the network uses them."""
         config = model.config
         if self.has_types and "token_type_ids" not in self.tokenizer.model_input_names:
             names = ["input_ids", "token_type_ids", "attention_mask"]
@@ -99,7 +99,7 @@ class LabelledTextTask(BaseTask):
         )
 
     def probe_row(self, number: int, length: int) -> Row:
-        """A made-up text between the tokenizer's special tokens, which some networks look for."""
+        """A made-up text between the tokenizer's special tokens, which some networks need."""
         encoding = self.tokenizer(*["a"] * self.texts)
         frame, types = np.array(encoding.input_ids), np.array(encoding.get("token_type_ids", encoding.attention_mask))
         text = sorted(set(self.tokenizer.get_vocab().values()) - {*self.tokenizer.all_special_ids, self.pad_id})

@@ -1,6 +1,6 @@
-"""Losses that several tasks share. They are summed over targets; a target of -100 counts nothing.
+"""Losses that several tasks share, summed over targets; -100 means no target.
 
-None of them waits for the device: where targets stand is known on the CPU, when a batch is collated.
+None of them waits for the device: the positions of targets are known on the CPU when a batch is collated.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from ptft_dist.tasks.protocol import IGNORE
 
 POSITIONS = "target_positions"
-"""The batch input that says where targets stand: int64 [P], indices into the flattened targets."""
+"""The batch input with the positions of targets: int64 [P], indices into the flattened targets."""
 
 
 def network_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs that the network itself takes: all but targets and where they stand."""
+    """The inputs of the network: all but targets and their positions."""
     return {name: x for name, x in inputs.items() if not name.startswith("targets") and name != POSITIONS}
 
 
@@ -30,11 +30,11 @@ def target_positions(targets: np.ndarray) -> torch.Tensor:
 def loss_at_positions(
     logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cross-entropy summed over the targets, how many are predicted, and how many there are: three scalars.
+    """Summed cross-entropy, number of correct predictions, and number of targets: three scalars.
 
     Args:
         logits: [..., V]; only those at `positions` are copied to fp32.
-        targets: [...], -100 where there is none.
+        targets: [...], -100 without a target.
         positions: int64 [P], indices into the flattened targets; None: all of them.
     """
     flat, labels = logits.flatten(0, -2), targets.flatten()
@@ -47,5 +47,5 @@ def loss_at_positions(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), with the exponent limited to what a float holds."""
+    """exp(loss); the exponent is limited so that the result is finite."""
     return math.exp(min(loss, 700.0))

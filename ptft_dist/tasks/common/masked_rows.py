@@ -17,21 +17,21 @@ from ptft_dist.tasks.protocol import IGNORE, Batch, TaskSetup
 
 
 class MaskedRows:
-    """Masks and pads rows, with the attention mask and positions that this network takes."""
+    """Masks and pads rows, with the attention mask and positions that this network needs."""
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
-        """Raises RecipeError if the tokenizer cannot mask."""
+        """Raises RecipeError if the tokenizer has no mask token."""
         self.seed, self.masker = setup.seed, Masker(setup)
         self.isolate, self.pad_id = setup.settings.isolated, pad_id(setup.tokenizer.pad_token_id)
         self.pad_multiple, self.position_offset = pad_multiple(device), network.position_offset
         self.has_mask = self.isolate or network.takes("attention_mask")
-        # FNet takes no mask and mixes the padding in: pad all rows alike, so that none depends on the others.
+        # FNet has no attention mask and reads padding: pad all rows to one width, so that none depends on the others.
         self.least_width = 0 if self.has_mask else setup.max_length
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
-        """input_ids with masks and targets (the original ids where chosen, else -100), both [B, T]; attention_mask,
-        [B, T] (True: a token), or [B, 1, T, T] and position_ids where documents share a row and must not see each
-        other; target_positions. What is masked is a pure function of (seed, epoch, row)."""
+        """Masked input_ids and targets (the original ids where masked, else -100), both [B, T]; target_positions;
+        attention_mask [B, T] (True: a token), or for packed rows [B, 1, T, T] (True: same document) with position_ids.
+        The mask is a pure function of (seed, epoch, row)."""
         width = padded_width((self.least_width, *(len(row.input_ids) for row in rows)), self.pad_multiple)
         input_ids = np.full((len(rows), width), self.pad_id, np.int64)
         targets = np.full((len(rows), width), IGNORE, np.int64)
@@ -53,7 +53,7 @@ class MaskedRows:
         return Batch(inputs, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
     def unmasked(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """The rows as the network gets them, but with nothing masked."""
+        """The inputs of `collate` without masked tokens."""
         inputs = self.collate(rows, [(0, i) for i in range(len(rows))]).inputs
         original = torch.where(inputs["targets"] != IGNORE, inputs["targets"], inputs["input_ids"])
         return {**inputs, "input_ids": original}

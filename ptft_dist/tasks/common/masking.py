@@ -1,4 +1,4 @@
-"""Which tokens of a row are masked, and by what: shared by masked language modelling with and without sentence pairs.
+"""Masking of tokens, shared by masked language modelling with and without sentence pairs.
 
 Devlin et al. 2019 (BERT); Joshi et al. 2020 (SpanBERT).
 """
@@ -18,10 +18,10 @@ SPAN_LENGTH, LONGEST_SPAN = 5.0, 10  # SpanBERT's p = 0.2 and its clip
 
 
 class Masker:
-    """Masks rows: a pure function of the row and a random generator."""
+    """Masks rows as a pure function of the row and a random generator."""
 
     def __init__(self, setup: TaskSetup) -> None:
-        """Raises RecipeError if the tokenizer has no mask token, or it is not known where its words begin."""
+        """Raises RecipeError if the tokenizer has no mask token, or if the beginnings of words are unknown."""
         tokenizer = setup.tokenizer
         if tokenizer.mask_token_id is None:
             raise RecipeError(f"tokenizer: it has no mask token, and task {setup.name} needs one (mask_token)")
@@ -32,9 +32,9 @@ class Masker:
         self.begins_word = word_beginnings(tokenizer, setup.name) if self.settings.unit == "word" else None
 
     def mask(self, ids: np.ndarray, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """What the network sees, and what it predicts (-100: nothing): both int64 [T].
+        """The network's input and the targets (-100: none): both int64 [T].
 
-        Each chosen token is masked, replaced or kept by itself, as in the papers; in a span, all tokens together.
+        Each chosen token is masked, replaced or kept independently; the tokens of a span together, as in the papers.
         """
         settings = self.settings
         chosen = choose(ids, self.special[ids], self.begins_word, settings, random)
@@ -56,7 +56,7 @@ def choose(
     settings: Masking,
     random: np.random.Generator,
 ) -> np.ndarray:
-    """Which tokens of a row are to be predicted: bool [T], never a special one."""
+    """Mask of the tokens to predict: bool [T]; never special tokens."""
     if settings.unit == "span":
         return _choose_spans(special, settings, random)
     if begins_word is None:
@@ -66,7 +66,7 @@ def choose(
 
 
 def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Generator) -> np.ndarray:
-    """Spans of geometric length until the share is reached; no span crosses a special token."""
+    """Draw spans of geometric length until the fraction is reached; no span contains a special token."""
     chosen = np.zeros(len(special), bool)
     budget = round(settings.probability * int((~special).sum()))
     mean = settings.span_length or SPAN_LENGTH
@@ -82,7 +82,7 @@ def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Gene
 
 
 def word_beginnings(tokenizer: PreTrainedTokenizerBase, section: str) -> np.ndarray:
-    """For each token id, whether a word begins with it: bool [V]. Raises RecipeError where that cannot be known."""
+    """For each token id, whether a word begins with it: bool [V]. Raises RecipeError for an unknown tokenizer type."""
     kind, tokens = None, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -93,4 +93,6 @@ def word_beginnings(tokenizer: PreTrainedTokenizerBase, section: str) -> np.ndar
         return np.array([token.startswith(("\u0120", "\u010a", "\u0109")) for token in tokens])
     if kind is not None and kind[0] == "Unigram":
         return np.array([token.startswith("\u2581") for token in tokens])
-    raise RecipeError(f"{section}.unit: where words begin is not known for this tokenizer; use unit: token or span")
+    raise RecipeError(
+        f"{section}.unit: the beginnings of words are not known for this tokenizer; use unit: token or span"
+    )

@@ -23,10 +23,10 @@ def padded_width(lengths: Iterable[int], multiple: int) -> int:
 
 
 def pad_multiple(device: torch.device) -> int:
-    """Tensor cores want multiples of 8."""
+    """1 on a CPU; 8 on an accelerator, for tensor cores."""
     return 1 if device.type == "cpu" else 8
 
 
 def pad_id(pad_token_id: int | None) -> int:
-    """The token that fills rows in tasks where nothing sees the padding and it carries no label: any id will do."""
+    """The padding id for tasks whose networks never read padding; without a PAD token, any id works."""
     return 0 if pad_token_id is None else int(pad_token_id)

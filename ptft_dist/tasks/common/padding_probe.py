@@ -1,4 +1,4 @@
-"""Whether a network leaves padding out of account: a row's outputs must not depend on the rows that share its batch."""
+"""A check that a network ignores padding: a row's outputs must not depend on the other rows of its batch."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from transformers import PretrainedConfig
 
 from ptft_dist.errors import RecipeError
 
-# As shares of the largest output: the same sums in another order, or in 16 bits, differ by less.
+# Relative to the largest output; rounding in another order, or in 16 bits, gives smaller differences.
 TOLERANCE = 3e-4
 TOLERANCE_16_BITS = 0.05
 ROWS, SHORT, LONG = 4, 8, 16
 
-# They read padding in spite of its mask, but with fresh weights in 16 bits too little of it for a probe to tell.
+# They read padding in spite of the mask, but with random weights in 16 bits too little for the probe to detect.
 _LEAKY = ("convbert", "nystromformer", "yoso")
 
 
 def refuse_known(config: PretrainedConfig) -> None:
-    """Raises RecipeError for networks whose outputs depend on padding, where the probe cannot always see it. BigBird's
+    """Raises RecipeError for networks that read padding but may pass the probe. BigBird's
     sparse attention is for long rows only: which blocks see each other follows from the padded width."""
     if config.model_type in _LEAKY:
         raise RecipeError(
@@ -36,13 +36,13 @@ def refuse_known(config: PretrainedConfig) -> None:
 
 @dataclass(frozen=True)
 class PaddingProbe:
-    """Short rows alone, and the same rows padded to the width of a longer one.
+    """Compares short rows alone with the same rows padded to the width of a longer one.
 
-    If the network leaves padding out of account, its outputs for them are the same. Architectures differ in this, in
-    silence: FNet mixes all positions, XLNet reads a text's meaning at the last one. So every run asks.
+    The outputs must be equal. Some architectures read padding without an error: FNet mixes all positions, XLNet
+    classifies at the last one. So every run checks.
 
     outputs_of(network, inputs): [B, labels] or [B, T, labels]; inputs: ROWS short rows and a longer one; width: of the
-    short rows alone; tolerance: as a share of the largest output.
+    short rows alone; tolerance: relative to the largest output.
     """
 
     outputs_of: Callable[[torch.nn.Module, dict[str, torch.Tensor]], torch.Tensor]
@@ -64,7 +64,7 @@ class PaddingProbe:
         return torch.stack([padded[:, : plain.shape[1]], plain])
 
     def check(self, outputs: torch.Tensor) -> None:
-        """Raises RecipeError if padding has changed anything."""
+        """Raises RecipeError if padding changed the outputs."""
         padded, alone = outputs
         moved = (padded - alone).abs().max().item()
         if not moved <= self.tolerance * alone.abs().max().item():
