@@ -24,6 +24,7 @@ from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
 
 VOCAB, MAX_LENGTH = 48, 32
+NO_CONTEXT: Any = None  # rows that are known beforehand follow from their own step
 
 
 def make_store(folder: Path, lengths: Sequence[int]) -> TokenStore:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from in_process import make_dataset, make_recipe, make_store, make_task, ragged
+from in_process import NO_CONTEXT, make_dataset, make_recipe, make_store, make_task, ragged
 
 from ptft_dist.training.batches import SupervisedBatches
 
@@ -21,7 +21,7 @@ def test_from_any_update_on_the_rest_is_the_same(tmp_path: Path, workers: int) -
     def rest(step: int) -> list[torch.Tensor]:
         batches = SupervisedBatches(dataset, workers, pin_memory=False)
         batches.load_state_dict({"step": step})
-        groups = [group for _ in range(step, 16) for group in batches.next_phase()]
+        groups = [group for _ in range(step, 16) for group in batches.next_phase(NO_CONTEXT)]
         assert batches.state_dict() == {"step": 16}
         return [batch.inputs["input_ids"] for group in groups for batch in group]
 

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from in_process import make_dataset, make_recipe, make_store, make_task, ragged
+from in_process import NO_CONTEXT, make_dataset, make_recipe, make_store, make_task, ragged
 
 from ptft_dist.training.batches import SupervisedBatches
 
@@ -25,7 +25,7 @@ def test_each_row_once_an_epoch_through_two_resumes(tmp_path: Path, ranks: int, 
             batches = SupervisedBatches(dataset, workers, pin_memory=False)
             batches.load_state_dict(state)
             while done < stop:
-                for group in batches.next_phase():
+                for group in batches.next_phase(NO_CONTEXT):
                     for batch in group:
                         if batch.count:  # not the stand-in of a rank without rows
                             seen.update(batch.inputs["input_ids"][:, 0].tolist())

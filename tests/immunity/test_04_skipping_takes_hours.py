@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 import numpy as np
-from in_process import make_recipe, make_task
+from in_process import NO_CONTEXT, make_recipe, make_task
 
 from ptft_dist.data.order import make_plan
 from ptft_dist.data.store import Row
@@ -32,7 +32,7 @@ def test_at_ninety_percent_of_two_billion_rows() -> None:
     dataset = UpdateDataset(store, plan, Shape(1, 4, 16, None, True), make_task(make_recipe()).collate)
     batches = SupervisedBatches(dataset, workers=0, pin_memory=False)
     batches.load_state_dict({"step": plan.total_steps * 9 // 10})
-    (group,) = batches.next_phase()
+    (group,) = batches.next_phase(NO_CONTEXT)
     assert time.perf_counter() - started < 1
     assert plan.total_steps == 3_906_250
     assert len(group) == 8

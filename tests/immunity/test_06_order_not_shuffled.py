@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from in_process import NO_CONTEXT
 
 from ptft_dist.data.order import make_plan
 from ptft_dist.data.store import Row, StoreWriter, TokenStore
@@ -41,7 +42,7 @@ def epochs(
     stream = [
         int(row[0])
         for _ in range(plan.total_steps)
-        for group in batches.next_phase()
+        for group in batches.next_phase(NO_CONTEXT)
         for batch in group
         for row in batch.inputs["input_ids"]
     ]

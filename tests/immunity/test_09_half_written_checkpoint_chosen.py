@@ -24,6 +24,7 @@ def choose(checkpoints: Checkpoints) -> tuple[int | None, str]:
     resume = Resume(checkpoints, "auto", (), {"seed": 0}, lambda _kind, _ranks: None)
     resume.look()
     chosen = resume.choose(OneProcess(), said.append)
+    resume.begin(chosen, said.append, None)
     return (None if chosen is None else chosen.step), "\n".join(said)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from in_process import make_recipe, make_store, make_trainer
+from in_process import NO_CONTEXT, make_recipe, make_store, make_trainer
 
 # Updates of 6 rows: very unequal ones, and at the end an update of one row.
 LENGTHS = [32, 2, 2, 3, 30, 2, 2, 25, 2, 31, 2, 2, 9]
@@ -44,7 +44,7 @@ def test_loss_and_gradient_are_means_over_all_tokens_of_the_update(tmp_path: Pat
             squares = [float((p.grad**2).sum()) for p in model.parameters() if p.grad is not None]
             model.zero_grad()
             expected.append((loss.item(), math.sqrt(sum(squares)), tokens))
-            (group,) = trainer.batches.next_phase()
+            (group,) = trainer.batches.next_phase(NO_CONTEXT)
             trainer.log(trainer.train_row(trainer.update(group), 1.0))
             trainer.progress.step += 1
     assert [row["loss"] for row in kept.rows] == pytest.approx([loss for loss, _, _ in expected], rel=1e-5)
