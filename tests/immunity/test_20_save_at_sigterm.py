@@ -29,8 +29,8 @@ def test_the_handler_saves_nothing_and_the_loop_does(tmp_path: Path) -> None:
     """The signal comes in the middle of the second of three micro-batches of update 2."""
     recipe = make_recipe(batch={"micro_size": 2}, train={"max_steps": 9})
     stop = StopRequest(None)
-    stop.listen()
-    with make_trainer(tmp_path, make_store(tmp_path / "store", ragged(30)), recipe, stop) as (trainer, kept):
+    store = make_store(tmp_path / "store", ragged(30))
+    with stop.listening(), make_trainer(tmp_path, store, recipe, stop) as (trainer, kept):
         healthy, calls = trainer.task.loss, 0
 
         def signalled(*args: object) -> object:
