@@ -18,6 +18,7 @@ from support import environment, make_recipe
 
 import ptft_dist
 from ptft_dist.errors import CheckpointError, DataError, RecipeError
+from ptft_dist.reporting.messages import hide_messages
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def recipe(tmp_path: Path, documents: Path, cache: Path, monkeypatch: pytest.Mon
     """A recipe as nested dictionaries."""
     monkeypatch.setenv("PTFT_CACHE", str(cache))
     monkeypatch.chdir(tmp_path)
+    hide_messages()  # another test of this process may have run the command line
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield make_recipe(documents, train={"max_steps": 4}, eval={"every": 2}, save={"every": 2})
