@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -12,7 +13,6 @@ import typer
 from ptft_dist import __version__
 from ptft_dist.config.secrets import hide, hide_in_libraries
 from ptft_dist.errors import PtftError
-from ptft_dist.launch.environment import place
 from ptft_dist.reporting.messages import show_messages
 
 # name, module, function (or a Typer with verbs of its own)
@@ -62,7 +62,7 @@ def main() -> None:
     All else keeps its traceback. (Typer's own runner would end quietly on an EOFError or a broken pipe, which a
     training run meets for reasons that have nothing to do with a terminal.)
     """
-    show_messages(place().rank)
+    show_messages(int(os.environ.get("RANK", "0")))  # the launch package would import the schema of recipes
     hide_in_libraries()
     try:
         with typer.main.get_command(app).make_context("ptft", sys.argv[1:]) as context:
@@ -78,5 +78,5 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception:  # as the interpreter would end, but for secrets in the traceback
-        print(hide(traceback.format_exc()), file=sys.stderr)
+        print(hide(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
