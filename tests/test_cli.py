@@ -84,9 +84,9 @@ def test_check(folder: Path) -> None:
     done = ptft(folder, "config", "check", "recipe.yaml", "optim.lr=1e-4")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "recipe.yaml: valid (task clm, 3,000 updates, 1,024 rows an update)\n"
-    overrides = ("batch.global_size=", "batch.global_tokens=5120", "train.max_steps=", "train.epochs=0.5")
+    overrides = ("batch.global_size=", "batch.global_tokens=8192", "train.max_steps=", "train.epochs=0.5")
     done = ptft(folder, "config", "check", "recipe.yaml", *overrides)
-    assert done.stdout == "recipe.yaml: valid (task clm, 0.5 epochs, 5,120 tokens an update)\n"
+    assert done.stdout == "recipe.yaml: valid (task clm, 0.5 epochs, 8,192 tokens an update)\n"
 
 
 def test_show(folder: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from support import ROOT, eval_rows, start, train_rows
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-NEEDS = re.compile(r"^# Needs: ptft train (\w+)$", re.MULTILINE)  # a recipe that must have run before
+NEEDS = re.compile(r"^# First run: ptft train (\w+)$", re.MULTILINE)  # a recipe that must have run before
 SMOKE = ["train.max_steps=3", "eval.every=3", "eval.max_rows=8", "save.every=3", "data.train.0.limit=40"]
 
 

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptft_dist.tasks.registry import recipe_class
-
 if TYPE_CHECKING:
     from ptft_dist.config.recipe import Recipe
 
@@ -43,6 +41,8 @@ def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 def schema() -> None:
     """Print the JSON Schema of a recipe: each key, its type, default and meaning."""
     import json
+
+    from ptft_dist.tasks.registry import recipe_class
 
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     print(json.dumps(head | recipe_class().model_json_schema(), indent=2))
