@@ -171,8 +171,8 @@ def test_what_cannot_work_is_refused(tokenizer: PreTrainedTokenizerFast) -> None
         SpanCorruption.fit_config(TaskSetup.of(recipe(1000), tokenizer, {}), t5)
     with pytest.raises(RecipeError, match=r"tokenizer\.add"):
         SpanCorruption.fit_config(TaskSetup.of(recipe(1000, {"path": "somewhere"}), tokenizer, {}), t5)
-    with pytest.raises(RecipeError, match="sentinels has no effect"):
-        SpanCorruption.fit_config(TaskSetup.of(recipe(64, {"path": "somewhere"}, sentinels=40), tokenizer, {}), t5)
+    with pytest.raises(ValueError, match=r"span_corruption\.sentinels: has no effect here"):
+        recipe(64, {"path": "somewhere"}, sentinels=40)
     with pytest.raises(RecipeError, match=r"llama .*task: clm"):
         SpanCorruption.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     assert sentinel_ids(train_tokenizer(TokenizerTraining(vocab_size=300), TEXTS)) == []
