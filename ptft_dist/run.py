@@ -238,8 +238,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     write_result(result.run_dir, values)
     run_dir = result.run_dir
     if result.status == "stopped":
-        folder = trainer.checkpoints.folder / f"step-{trainer.saved_step:08d}"
-        saved = f"saved to {folder}" if trainer.saved_step else "nothing to save yet"
+        saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
         say(f"stopped by {result.reason} after update {result.steps}; {saved}; continue with the same command")
     else:
         say(f"finished after update {result.steps}: {result.reason}")

@@ -16,7 +16,15 @@ from typing import Any, NamedTuple
 import pytest
 
 from ptft_dist.checkpoint import checkpoint as module
-from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, OneProcess, SaveError, read_checkpoint, verify
+from ptft_dist.checkpoint.checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    OneProcess,
+    SaveError,
+    read_checkpoint,
+    record,
+    verify,
+)
 from ptft_dist.errors import CheckpointError
 
 FACTS = {"world_size": 1, "progress": {"step": 7}}
@@ -169,7 +177,7 @@ def test_a_disk_that_fills_up_in_the_middle(tmp_path: Path) -> None:
     assert newest(checkpoints) == (2, [])
 
 
-@pytest.mark.parametrize("function", ["_seal", "_write_durably", "_fsync"])
+@pytest.mark.parametrize("function", ["_seal", "_write_manifest", "_fsync"])
 def test_a_failure_at_any_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     checkpoints = committed(tmp_path, 1)
 
@@ -271,6 +279,41 @@ def test_killed_before_any_operation_a_good_one_is_found(tmp_path: Path) -> None
     assert operation > 20
     assert seen == {1, 2}
     assert names(folder) == ["step-00000002"]
+
+
+def test_killed_before_any_operation_a_recorded_fact_is_the_old_or_the_new(tmp_path: Path) -> None:
+    seen = set()
+    operation = 1
+    while True:
+        folder = tmp_path / str(operation)
+        checkpoints = committed(folder, 1)
+        checkpoint = read_checkpoint(folder / "step-00000001")
+        killed = killed_at(operation, folder, lambda found=checkpoint: record(found, progress={"step": 8}))
+        assert newest(checkpoints) == (1, [])
+        seen.add(read_checkpoint(checkpoint.path).manifest["progress"]["step"])
+        record(checkpoint, progress={"step": 9})  # what the kill left is in nobody's way
+        assert names(checkpoint.path) == ["manifest.json", "shards", "weights.bin"]
+        assert read_checkpoint(checkpoint.path).manifest == checkpoint.manifest | {"progress": {"step": 9}}
+        if not killed:
+            break
+        operation += 1
+    assert operation > 3
+    assert seen == {7, 8}
+
+
+def test_a_fact_that_cannot_be_recorded_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    committed(tmp_path, 1)
+    checkpoint = read_checkpoint(tmp_path / "step-00000001")
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        record(checkpoint, progress={"step": 8})
+    monkeypatch.undo()
+    assert read_checkpoint(checkpoint.path) == checkpoint
+    assert names(checkpoint.path) == ["manifest.json", "shards", "weights.bin"]
 
 
 # --- several ranks ----------------------------------------------------------------------------------------------------

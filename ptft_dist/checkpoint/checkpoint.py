@@ -6,6 +6,7 @@ at any moment every directory with that name is either whole or was damaged from
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -112,6 +113,23 @@ def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
     return sorted(problem for part in ranks.gather_objects(problems) for problem in part)
 
 
+def record(checkpoint: Checkpoint, **facts: Any) -> None:
+    """Replace `facts` in the manifest of a checkpoint, atomically, and leave its files alone; called on one rank.
+
+    For what becomes known only after the commit, such as the evaluation of its update.
+
+    Raises OSError if that fails; the checkpoint is then as it was.
+    """
+    replacement = checkpoint.path / f"{MANIFEST}.new"
+    try:
+        _write_manifest(replacement, checkpoint.manifest | facts)
+        replacement.replace(checkpoint.path / MANIFEST)
+    finally:
+        with contextlib.suppress(OSError):
+            replacement.unlink(missing_ok=True)
+    _fsync(checkpoint.path)
+
+
 class Checkpoints:
     """The checkpoints of one run, in `folder`."""
 
@@ -179,9 +197,7 @@ class Checkpoints:
             return {name: _seal(partial / name) for name in left[ranks.rank :: ranks.world_size]}
 
         def finish() -> None:
-            manifest = {"format": FORMAT, "step": step, **facts, "files": files}
-            manifest["sha256"] = _manifest_hash(manifest)
-            _write_durably(partial / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+            _write_manifest(partial / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
             for folder in {partial, *(p for p in partial.rglob("*") if p.is_dir())}:
                 _fsync(folder)
             partial.rename(final)
@@ -270,9 +286,11 @@ def _manifest_hash(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _write_durably(path: Path, text: str) -> None:
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its own hash, flushed to the disk."""
+    sealed = manifest | {"sha256": _manifest_hash(manifest)}
     with path.open("w") as file:
-        file.write(text)
+        file.write(json.dumps(sealed, indent=1, sort_keys=True))
         file.flush()
         os.fsync(file.fileno())
 

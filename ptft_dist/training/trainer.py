@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, SaveError
+from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, SaveError, record
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.engine import Engine
 from ptft_dist.errors import CheckpointError, NonFiniteLossError
@@ -66,7 +66,8 @@ class Trainer:
     flops_per_token: float = 0.0
     peak_flops: float = 0.0
     progress: RunProgress = field(default_factory=RunProgress)
-    saved_step: int = 0
+    saved: Checkpoint | None = None
+    """The last checkpoint: committed, or resumed from."""
     tried_step: int = 0
     """The last update after which a save was due: one that fails is not tried again before the next is due."""
     stop_agreed: bool = False
@@ -175,6 +176,11 @@ class Trainer:
         return next((reason for reason in self.engine.gather_objects(self.stop.reason) if reason), "a stop request")
 
     @property
+    def saved_step(self) -> int:
+        """The update of the last checkpoint; 0: none yet."""
+        return 0 if self.saved is None else self.saved.step
+
+    @property
     def judge(self) -> Judge:
         """What makes this run's evaluations comparable."""
         rows = "" if self.validation is None else self.validation.identity
@@ -199,16 +205,26 @@ class Trainer:
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
         progress.metrics, progress.first_metrics = row, progress.first_metrics or row
         progress.evaluated_step = progress.step
-        if progress.judge(self.judge, row, metrics[self.recipe.eval.metric]) and self.recipe.save.best:
-            self.save_best()
+        best = progress.judge(self.judge, row, metrics[self.recipe.eval.metric]) and self.recipe.save.best
+        if self.saved_step != progress.step:
+            if best:  # it counts as the best checkpoint only when committed
+                self.save(must=False, best=progress.best)
+            return
+        if best:
+            progress.best_checkpoint = progress.best
+        self.record_evaluation()
 
-    def save_best(self) -> None:
-        """Save the weights of the best evaluation. It counts as the best checkpoint only when committed."""
-        best = self.progress.best
-        if self.saved_step != self.progress.step:
-            self.save(must=False, best=best)
-        elif best is not None:
-            self.progress.best_checkpoint = best
+    def record_evaluation(self) -> None:
+        """Let the checkpoint of this update know its evaluation, so that a resume does not repeat it."""
+        if self.saved is None or not self.engine.is_main:
+            return
+        if self.saved.path.parent.resolve() != self.checkpoints.folder.resolve():  # the checkpoint of another run
+            return
+        self.flush_rows()  # a resume keeps the rows of an evaluation that its checkpoint knows
+        try:
+            record(self.saved, progress=self.progress.to_dict())
+        except OSError as error:
+            warn(f"the checkpoint does not know its evaluation, and a resume from it repeats it: {error}")
 
     def save(self, *, must: bool, best: Best | None = None) -> None:
         """Commit a checkpoint. A failure does not end the run, unless the save `must` succeed.
@@ -218,20 +234,20 @@ class Trainer:
         step = self.progress.step
         if step == self.saved_step:
             return
-        for sink in (*self.sinks, self.samples):
-            if sink is not None:
-                sink.flush()
+        self.flush_rows()
         progress = self.progress if best is None else replace(self.progress, best_checkpoint=best)
         manifest = {**self.manifest, "progress": progress.to_dict(), "batches": self.batches.state_dict()}
         try:
-            self.checkpoints.commit(step, self.engine.save_state, manifest, self.engine, self.engine.state_bytes())
+            saved = self.checkpoints.commit(
+                step, self.engine.save_state, manifest, self.engine, self.engine.state_bytes()
+            )
         except SaveError as error:
             if must:
                 raise
             if self.engine.is_main:
                 warn(f"SAVE FAILED at update {step}, training goes on: {error}")
             return
-        self.progress, self.saved_step = progress, step
+        self.progress, self.saved = progress, saved
         if self.engine.is_main:
             kept = progress.best_checkpoint if self.recipe.save.best else None
             self.checkpoints.retain(self.recipe.save.keep, None if kept is None else kept.step)
@@ -242,7 +258,7 @@ class Trainer:
         self.engine.load_state(checkpoint.path)
         self.batches.load_state_dict(checkpoint.fact("batches", dict))
         self.progress = RunProgress.from_dict(checkpoint.fact("progress", dict))
-        self.saved_step = self.tried_step = checkpoint.step
+        self.saved, self.tried_step = checkpoint, checkpoint.step
         if self.progress.step != checkpoint.step:
             raise CheckpointError(
                 f"{checkpoint.path}: its manifest belongs to update {self.progress.step}; restore the checkpoint"
@@ -262,6 +278,11 @@ class Trainer:
     def log(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:
             sink.write(row)
+
+    def flush_rows(self) -> None:
+        for sink in (*self.sinks, self.samples):
+            if sink is not None:
+                sink.flush()
 
     def train_row(self, report: UpdateReport, seconds: float) -> dict[str, Any]:
         row: dict[str, Any] = {"step": report.step, "loss": report.loss, "lr": report.lr}
