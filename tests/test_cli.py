@@ -89,6 +89,20 @@ def test_check(folder: Path) -> None:
     assert done.stdout == "recipe.yaml: valid (task clm, 0.5 epochs, 8,192 tokens an update)\n"
 
 
+@pytest.mark.parametrize("arguments", [("config", "schema"), ("config", "show", "recipe.yaml")])
+def test_a_reader_that_has_seen_enough(folder: Path, arguments: tuple[str, ...]) -> None:
+    """As in `ptft config schema | head`; the exit code is the shell's for a process that SIGPIPE ended."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ptft_dist", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_show(folder: Path) -> None:
     done = ptft(folder, "config", "show", "recipe.yaml", "optim.lr=1e-4")
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 from importlib import import_module
@@ -56,6 +57,9 @@ def _root(
         raise typer.Exit
 
 
+_EXIT_READER_GONE = 128 + 13  # what a shell reports for a process that SIGPIPE ended
+
+
 def main() -> None:
     """Run the command line, and turn what a user can cause into one plain message and an exit code.
 
@@ -67,7 +71,9 @@ def main() -> None:
     try:
         with typer.main.get_command(app).make_context("ptft", sys.argv[1:]) as context:
             context.command.invoke(context)
+        sys.stdout.flush()
     except typer.Exit as end:
+        _reader_is_gone()  # a verb that says how it ended has done its work
         sys.exit(end.exit_code)
     except PtftError as error:
         print(hide(f"error: {error}"), file=sys.stderr)
@@ -77,6 +83,18 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception:  # as the interpreter would end, but for secrets in the traceback
+    except Exception as error:  # as the interpreter would end, but for secrets in the traceback
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            sys.exit(_EXIT_READER_GONE)
         print(hide(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(1)
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads what this process prints, as after `| head`. The rest of it is then dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in output.poll(0))
+    if gone:  # the interpreter flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
