@@ -64,11 +64,15 @@ class RunProgress:
         return True
 
     def forget_incomparable(self, judge: Judge) -> Best | None:
-        """Drop the best evaluation if it has another metric, goal or validation rows, and return it."""
+        """Drop the best evaluation if it has another metric, goal or validation rows, and return it.
+
+        This update then counts as not evaluated yet, so that it can be the best by the new judge.
+        """
         dropped = next((best for best in (self.best, self.best_checkpoint) if best and best.judge != judge), None)
         if dropped is not None:
             self.best = self.best_checkpoint = None
             self.worse_evaluations = 0
+            self.evaluated_step = min(self.evaluated_step, self.step - 1)
         return dropped
 
     def to_dict(self) -> dict[str, Any]:

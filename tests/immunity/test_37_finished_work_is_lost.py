@@ -82,11 +82,12 @@ def test_best_is_not_compared_across_metrics_goals_or_rows(
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["die_in_rank:0:6"])
     first.wait()
     manifest = json.loads((tmp_path / "run/checkpoints/step-00000004/manifest.json").read_text())
-    assert manifest["progress"]["best"]["step"] == 2  # saved before update 4 was evaluated
+    assert manifest["progress"]["evaluated_step"] == 4
     run = start("train", "recipe.yaml", changed, cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr
     assert "(loss " in run.stderr
     assert "no longer counts" in run.stderr
+    assert [row["step"] for row in eval_rows(tmp_path / "run")] == [2, 4, 6, 8]
     best = json.loads((tmp_path / "run/result.json").read_text())["best"]
     scores = {row["step"]: row[f"eval/{best['metric']}"] for row in eval_rows(tmp_path / "run") if row["step"] > 2}
     choose = max if changed == "eval.goal=max" else min
