@@ -23,15 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(group))
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Groups that pytest-xdist does not see would make two Slurm clusters compete for one port."""
-    if getattr(session.config.option, "loadgroup", False):
-        lost = [i.nodeid for i in session.items if i.get_closest_marker("xdist_group") and "@" not in i.nodeid]
-        if lost:
-            raise pytest.UsageError(f"pytest-xdist does not group tests: {lost[0]}. Install what constraints.txt pins.")
-
-
 def xdist_group(item: pytest.Function) -> str | None:
     """Tests of a group run in one worker, in order: those that share a module's fixture, so that it is made once, and
     those of the Slurm cluster, since two clusters would compete for the cores."""
