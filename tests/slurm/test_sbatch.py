@@ -16,7 +16,7 @@ NASTY = """it's "my" $(touch pwned) $$ run"""
 
 
 def test_tests_of_the_cluster_stay_in_one_process(cluster: Cluster, request: pytest.FixtureRequest) -> None:
-    """Otherwise two clusters compete for a port. pytest 9.2 ignores the groups of pytest-xdist 3.8, and says nothing."""
+    """Otherwise two clusters compete for a port. pytest 9.2 silently ignores the groups of pytest-xdist 3.8."""
     assert cluster
     if getattr(request.config.option, "loadgroup", False):
         assert request.node.nodeid.endswith("@slurm"), "groups have no effect: install what constraints.txt pins"
