@@ -87,8 +87,7 @@ BROKEN = [
     (
         "task: clm",
         "task: clmm",
-        "recipe.yaml:1: task: expected one of clm, mlm, mlm_nsp, plm, span_corruption, seq2seq, sft, classification, "
-        "regression, token_classification, question_answering, got 'clmm'; did you mean clm?",
+        f"recipe.yaml:1: task: expected one of {', '.join(TASKS)}, got 'clmm'; did you mean clm?",
     ),
     (
         "lr: 1e-3",
