@@ -57,14 +57,14 @@ def hang_in_save(step: str) -> None:
     """Never finish the checkpoint of this step: its files are there, its manifest is not."""
     from ptft_dist.checkpoint import checkpoint
 
-    write = checkpoint._write_durably
+    write = checkpoint._write_manifest
 
-    def hang(path: Path, text: str) -> None:
+    def hang(path: Path, manifest: dict[str, Any]) -> None:
         if f"step-{int(step):08d}" in str(path):
             time.sleep(600)
-        write(path, text)
+        write(path, manifest)
 
-    checkpoint._write_durably = hang
+    checkpoint._write_manifest = hang
 
 
 def record_rows() -> None:
