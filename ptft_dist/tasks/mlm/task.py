@@ -42,7 +42,7 @@ class MaskedLM(BaseTask):
     def probe(self) -> IsolationProbe | None:
         if not self.settings.isolated:
             return None
-        return IsolationProbe(self._logits, self.rows.unmasked, len(self.tokenizer), self.setup.name)
+        return IsolationProbe(self._logits, self.rows.padded.inputs, len(self.tokenizer), self.setup.name)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """loss: mean over the chosen tokens, in nats; perplexity: its exponential; accuracy: the share predicted."""
