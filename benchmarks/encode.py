@@ -90,7 +90,7 @@ def recipe(cache: Path) -> Recipe:
 
 def ours(folder: Path, cache: Path, processes: int) -> tuple[Store, float]:
     started = time.perf_counter()
-    prepared = prepare(recipe(cache), folder, encoder_class("sft"), progress=False, workers=processes)
+    prepared = prepare(recipe(cache), folder, encoder_class("sft"), workers=processes)
     return prepared.train, time.perf_counter() - started
 
 

@@ -119,7 +119,7 @@ def make_job(case: str, folder: Path, rows: str | None, updates: int, group: int
             **special,
         }
     )
-    prepared = prepare(recipe, folder, encoder_class(recipe.task), progress=False)
+    prepared = prepare(recipe, folder, encoder_class(recipe.task))
     store, tokenizer, shape = prepared.train, load_tokenizer(prepared.tokenizer_path), batch_shape(recipe, 1)
     plan = make_plan(len(store), store.lengths, 0, global_size=shape.global_size, max_steps=updates)
     config = build_config(recipe.model, tokenizer, recipe.data.max_length)

@@ -133,7 +133,7 @@ def make_job(case: str, folder: Path, updates: int, seed: int) -> Job:
             **CASES[case],
         }
     )
-    prepared = prepare(recipe, folder, encoder_class(recipe.task), progress=False)
+    prepared = prepare(recipe, folder, encoder_class(recipe.task))
     store, tokenizer, shape = prepared.train, load_tokenizer(prepared.tokenizer_path), batch_shape(recipe, 1)
     plan = make_plan(len(store), store.lengths, seed, global_size=shape.global_size, max_steps=updates)
     config = build_config(recipe.model, tokenizer, recipe.data.max_length)

@@ -124,7 +124,7 @@ def token_frequencies(_train: Path, _validation: Path, run: Path) -> float:
     from ptft_dist.tasks.registry import encoder_class
 
     loaded = load_recipe(str(run.parent / "recipe.yaml"))
-    prepared = prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task), progress=False)
+    prepared = prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
     assert prepared.validation is not None
     counts = np.ones(prepared.report.vocabulary)
     for store, learn in ((prepared.train, True), (prepared.validation, False)):

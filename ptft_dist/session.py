@@ -77,8 +77,6 @@ class Session:
             recipe,
             loaded.base,
             encoder_class(recipe.task),
-            progress=place.is_main,
-            tell=say,
             tokenizer_from=tokenizer_from if tokenizer_from is not None and tokenizer_from.is_dir() else None,
         )
         say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
@@ -119,9 +117,7 @@ class Session:
 
     @property
     def _digests(self) -> Any:
-        return HashMemo(
-            cache_root(self.recipe.data.cache_dir, self.loaded.base.absolute()) / "hashes.json", say
-        ).digests
+        return HashMemo(cache_root(self.recipe.data.cache_dir, self.loaded.base.absolute()) / "hashes.json").digests
 
     def base_identity(self) -> str | None:
         """A hash of the files of the pretrained network; None for a network with random weights."""

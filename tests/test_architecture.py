@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "engine": {"config", "errors"},
     "checkpoint": {"config", "errors"},
     "networks": {"config", "errors"},
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "reporting"},
     "tasks": {"config", "data", "errors", "networks"},
     "training": {"checkpoint", "config", "data", "engine", "errors", "reporting", "tasks"},
     "session": {

@@ -20,6 +20,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.reporting import messages as reporting
 from ptft_dist.reporting.messages import messages
 from ptft_dist.tasks.registry import recipe_class
 
@@ -204,8 +205,8 @@ def texts_of(store: Any, prepared: Prepared) -> list[str]:
 
 
 def test_prepare_counts_and_leaves_validation_alone(folder: Path) -> None:
-    plain = prepare(recipe(), folder, progress=False)
-    prepared = prepare(recipe({"method": "swap", "copies": 2}), folder, progress=False)
+    plain = prepare(recipe(), folder)
+    prepared = prepare(recipe({"method": "swap", "copies": 2}), folder)
     assert prepared.report.read == len(TEXTS) + 2
     assert prepared.report.validation == plain.report.validation
     assert isinstance(prepared.validation, ExampleStore)
@@ -225,7 +226,7 @@ def test_prepare_counts_and_leaves_validation_alone(folder: Path) -> None:
 
 def test_the_cache_follows_settings_and_files(folder: Path) -> None:
     def name(base: Path = folder, seed: int = 0, **changes: Any) -> str:
-        return prepare(recipe(METHODS["synonym"] | changes, seed=seed), base, progress=False).fingerprint
+        return prepare(recipe(METHODS["synonym"] | changes, seed=seed), base).fingerprint
 
     first = name()
     different = {first, name(copies=1), name(share=0.5), name(seed=1), prepare(recipe(), folder).fingerprint}
@@ -254,16 +255,19 @@ def translators(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def test_back_translation_is_that_of_the_models(translators: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_back_translation_is_that_of_the_models(
+    translators: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each text as transformers' own generate has it, one by one: batches and padding change nothing."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     method = {"method": "back_translation", "forward": "there", "backward": "back"}
     augmenter = Augmentations(recipe(method), translators)
     records = rows([*TEXTS[:5], "short"])
+    monkeypatch.setattr(reporting, "PLAIN_EVERY_S", -1.0)
     with messages():
         copies = augmenter.copies_of(records)
-    assert "back-translation: 6 texts done" in capsys.readouterr().err
+    assert "back-translation: 6 texts, 0:0" in capsys.readouterr().err
     for record, made in zip(records, copies, strict=True):
         text = record.values["text"]
         for name in ("there", "back"):
@@ -296,13 +300,13 @@ def test_the_cache_follows_the_translators(translators: Path, tmp_path: Path) ->
         "\n".join(json.dumps({"text": text, "label": f"l{i % 2}"}) for i, text in enumerate(TEXTS[:8]))
     )
     ours = recipe({"method": "back_translation", "forward": "there", "backward": "back"})
-    first = prepare(ours, tmp_path, progress=False)
+    first = prepare(ours, tmp_path)
     assert first.report.validation is not None
     assert first.report.train.examples > first.report.read - first.report.validation.examples
-    assert prepare(ours, tmp_path, progress=False).from_cache
+    assert prepare(ours, tmp_path).from_cache
     config = json.loads((tmp_path / "back/config.json").read_text())
     (tmp_path / "back/config.json").write_text(json.dumps(config | {"dropout_rate": 0.2}))
-    assert prepare(ours, tmp_path, progress=False).fingerprint != first.fingerprint
+    assert prepare(ours, tmp_path).fingerprint != first.fingerprint
 
 
 def test_load_recipe_takes_it(folder: Path) -> None:

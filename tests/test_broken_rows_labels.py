@@ -124,14 +124,14 @@ def test_a_broken_row_stops_or_is_counted(tmp_path: Path, name: str) -> None:
     path = broken(tmp_path, case, data={"cache_dir": "cache"})
     loaded = load_recipe(str(path))
     with pytest.raises(DataError) as failure:
-        prepare(loaded.recipe, loaded.base, progress=False)
+        prepare(loaded.recipe, loaded.base)
     message = str(failure.value)
     assert f"{tmp_path}/rows.jsonl:31: " in message
     assert REMEDY in message
     for text in case.says:
         assert text in message
     skipping = load_recipe(str(path), ["data.bad_rows=skip"])
-    report = prepare(skipping.recipe, skipping.base, progress=False).report
+    report = prepare(skipping.recipe, skipping.base).report
     assert report.bad_rows.count == 1
     assert report.read == 31
     assert report.validation is not None
@@ -163,7 +163,7 @@ def told(folder: Path, **changes: Any) -> str:
     """The message with which the data of a recipe are refused."""
     loaded = load_recipe(str(write_tiny(folder, "classification", **changes)))
     with pytest.raises(DataError) as failure:
-        prepare(loaded.recipe, loaded.base, progress=False)
+        prepare(loaded.recipe, loaded.base)
     return str(failure.value)
 
 
@@ -183,7 +183,7 @@ def test_one_label_alone(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", *({"text": f"row {i}", "label": "same"} for i in range(20)))
     loaded = load_recipe(str(path))
     with pytest.raises(DataError, match=r"the labels same; a classifier needs two or more\. Correct the label column"):
-        prepare(loaded.recipe, loaded.base, progress=False)
+        prepare(loaded.recipe, loaded.base)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_many_bad_rows_are_told_of_together(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", *({"text": f"row {i}", "label": labels[i % 5]} for i in range(40)))
     loaded = load_recipe(str(path))
     with pytest.raises(DataError) as failure:
-        prepare(loaded.recipe, loaded.base, progress=False)
+        prepare(loaded.recipe, loaded.base)
     message = str(failure.value).splitlines()
     numbers = [int(line.split(": ")[0].rpartition(":")[2]) for line in message[:10]]
     assert numbers == [1, 2, 5, 6, 7, 10, 11, 12, 15, 16]
@@ -226,4 +226,4 @@ def test_all_rows_are_bad(tmp_path: Path) -> None:
     lines(tmp_path / "rows.jsonl", *({"text": "a", "text_pair": "b", "label": "x"} for _ in range(5)))
     loaded = load_recipe(str(path))
     with pytest.raises(DataError, match="nothing is left for train"):
-        prepare(loaded.recipe, loaded.base, progress=False)
+        prepare(loaded.recipe, loaded.base)

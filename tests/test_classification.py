@@ -329,7 +329,7 @@ def _prepared(path: Path) -> tuple[Any, PreTrainedTokenizerFast]:
     from ptft_dist.api import load_recipe
 
     loaded = load_recipe(str(path))
-    prepared = prepare(loaded.recipe, loaded.base, progress=False)
+    prepared = prepare(loaded.recipe, loaded.base)
     assert isinstance(prepared.train, ExampleStore)
     return prepared, load_tokenizer(prepared.tokenizer_path)  # type: ignore[return-value]
 

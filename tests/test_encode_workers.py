@@ -74,7 +74,7 @@ def test_the_same_bytes_and_report_on_any_number_of_workers(tmp_path: Path, task
     found = {}
     for count in (1, 2, 3):
         loaded = load_recipe(str(path), [f"data.cache_dir=cache{count}"])
-        prepared = prepare(loaded.recipe, tmp_path, progress=False, workers=count)
+        prepared = prepare(loaded.recipe, tmp_path, workers=count)
         report = prepared.report.to_dict() | {"seconds": None}
         found[count] = (prepared.fingerprint, files(prepared.train.path.parent), report)
     assert len(forks) == 2 + 3
@@ -94,7 +94,7 @@ def test_the_same_bytes_and_report_on_any_number_of_workers(tmp_path: Path, task
 def test_validation_examples_are_numbered_by_their_row(tmp_path: Path, task: str) -> None:
     """Pieces of one row share a number; numbers rise in reading order, over both sides."""
     loaded = load_recipe(str(write_tiny(tmp_path, task)), [f"data.cache_dir={tmp_path}/cache"])
-    store = prepare(loaded.recipe, tmp_path, progress=False, workers=2).validation
+    store = prepare(loaded.recipe, tmp_path, workers=2).validation
     assert store is not None
     key = {"token_classification": "sentence", "question_answering": "question"}[task]
     numbers = [store.row(i).meta[key] for i in range(len(store))]
@@ -114,7 +114,7 @@ def test_a_bad_row_is_named_as_without_workers(tmp_path: Path) -> None:
     messages = []
     for count in (1, 3):
         with pytest.raises(DataError) as refused:
-            prepare(loaded.recipe, tmp_path, progress=False, workers=count)
+            prepare(loaded.recipe, tmp_path, workers=count)
         messages.append(str(refused.value))
     assert messages[0] == messages[1]
     assert messages[0].splitlines()[0].startswith(f"{tmp_path}/rows.jsonl:100: ")

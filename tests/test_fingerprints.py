@@ -20,7 +20,7 @@ from ptft_dist.tasks.registry import recipe_class
 
 def test_the_fingerprint_follows_contents_and_settings(tmp_path: Path) -> None:
     def of(path: str = "a.txt", base: Path = tmp_path, **settings: Any) -> str:
-        memo = HashMemo(tmp_path / "hashes.json", print)
+        memo = HashMemo(tmp_path / "hashes.json")
         return fingerprint_source(Source(path=path, **settings), base, memo)
 
     (tmp_path / "a.txt").write_text("one\n")
@@ -40,40 +40,40 @@ def test_the_fingerprint_follows_contents_and_settings(tmp_path: Path) -> None:
 
 def test_unchanged_files_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed = []
-    digest = cache.hashlib.file_digest
-    monkeypatch.setattr(cache.hashlib, "file_digest", lambda *a: hashed.append(a[0].name) or digest(*a))
+    digest = cache._digest
+    monkeypatch.setattr(cache, "_digest", lambda *a: hashed.append(a[0].name) or digest(*a))
     monkeypatch.setattr(cache, "SETTLED_AFTER_NS", 0)
     files = [tmp_path / "a.txt", tmp_path / "b.txt"]
     for file in files:
         file.write_text(file.name)
     memo_file = tmp_path / "hashes.json"
 
-    first = HashMemo(memo_file, print).digests(files)
+    first = HashMemo(memo_file).digests(files)
     assert hashed == [str(file) for file in files]
-    assert HashMemo(memo_file, print).digests(files) == first
+    assert HashMemo(memo_file).digests(files) == first
     assert len(hashed) == 2
 
     files[1].write_text("changed")
-    second = HashMemo(memo_file, print).digests(files)
+    second = HashMemo(memo_file).digests(files)
     assert hashed[2:] == [str(files[1])]
     assert (second[0] == first[0], second[1] == first[1]) == (True, False)
 
     memo_file.write_text("damaged")
-    assert HashMemo(memo_file, print).digests(files) == second
+    assert HashMemo(memo_file).digests(files) == second
 
 
 def test_a_file_written_a_moment_ago_is_not_trusted_by_its_time_stamp(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one")
-    HashMemo(tmp_path / "hashes.json", print).digests([tmp_path / "a.txt"])
+    HashMemo(tmp_path / "hashes.json").digests([tmp_path / "a.txt"])
     assert json.loads((tmp_path / "hashes.json").read_text()) == {}
 
 
 def test_a_file_that_grows_while_it_is_hashed_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file, digest = tmp_path / "a.txt", cache.hashlib.file_digest
+    file, digest = tmp_path / "a.txt", cache._digest
     file.write_text("one")
-    monkeypatch.setattr(cache.hashlib, "file_digest", lambda *a: (file.write_text("one more"), digest(*a))[1])
+    monkeypatch.setattr(cache, "_digest", lambda *a: (file.write_text("one more"), digest(*a))[1])
     with pytest.raises(DataError, match=f"{file}: the file changes while it is read"):
-        HashMemo(tmp_path / "hashes.json", print).digests([file])
+        HashMemo(tmp_path / "hashes.json").digests([file])
 
 
 def test_settings_that_decide_which_rows_are_usable_learn_their_own_tokenizer(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_settings_that_decide_which_rows_are_usable_learn_their_own_tokenizer(tm
     for scheme in ("iob2", "plain"):
         changes = {"token_classification": {"scheme": scheme}, "data": {"bad_rows": "skip", "cache_dir": "cache"}}
         values = json.loads(write_tiny(tmp_path, "token_classification", **changes).read_text())
-        found[scheme] = prepare(recipe_class().model_validate(values), tmp_path, progress=False)
+        found[scheme] = prepare(recipe_class().model_validate(values), tmp_path)
     assert found["iob2"].tokenizer_path != found["plain"].tokenizer_path
 
 
@@ -92,9 +92,9 @@ def test_a_time_stamp_that_was_set_back_proves_nothing(tmp_path: Path, monkeypat
     file = tmp_path / "a.txt"
     file.write_text("one")
     before = file.stat()
-    first = HashMemo(tmp_path / "hashes.json", print).digests([file])
+    first = HashMemo(tmp_path / "hashes.json").digests([file])
     file.write_text("two")
     os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     after = file.stat()
     assert (after.st_size, after.st_ino, after.st_mtime_ns) == (before.st_size, before.st_ino, before.st_mtime_ns)
-    assert HashMemo(tmp_path / "hashes.json", print).digests([file]) != first
+    assert HashMemo(tmp_path / "hashes.json").digests([file]) != first

@@ -47,7 +47,7 @@ def test_each_row_of_a_prepared_classification_is_validated_once(tmp_path: Path,
     seen: list[str] = []
     for fold in range(3):
         loaded = load_recipe(str(path), [f"data.fold={fold}"])
-        prepared = prepare(loaded.recipe, loaded.base, progress=False)
+        prepared = prepare(loaded.recipe, loaded.base)
         assert prepared.validation is not None
         assert len(prepared.train) + len(prepared.validation) == 160
         seen += [prepared.validation.row(i).meta["text"] for i in range(len(prepared.validation))]
@@ -59,21 +59,21 @@ def test_each_document_of_clm_is_validated_once(tmp_path: Path) -> None:
     folder, tokenizer = write_text(tmp_path), save_tokenizer(tmp_path / "tokenizer")
     tokens = validated = 0
     for fold in range(4):
-        prepared = prepare(clm_recipe(tokenizer, folds=4, fold=fold), folder, progress=False)
+        prepared = prepare(clm_recipe(tokenizer, folds=4, fold=fold), folder)
         assert isinstance(prepared.validation, TokenStore)
         assert isinstance(prepared.train, TokenStore)
         assert prepared.train.documents + prepared.validation.documents == len(DOCUMENTS)
         validated += prepared.validation.documents
         tokens += len(all_ids(prepared.validation))
     assert validated == len(DOCUMENTS)
-    whole = prepare(clm_recipe(tokenizer), folder, progress=False)
+    whole = prepare(clm_recipe(tokenizer), folder)
     assert tokens == len(all_ids(whole.train))  # type: ignore[arg-type]
 
 
 def test_prepare_wants_to_know_which_fold(tmp_path: Path) -> None:
     ours = clm_recipe({"vocab_size": 300}, folds=2)
     with pytest.raises(RecipeError, match=r"data\.fold.*ptft train"):
-        prepare(ours, write_text(tmp_path), progress=False)
+        prepare(ours, write_text(tmp_path))
 
 
 @pytest.mark.parametrize(

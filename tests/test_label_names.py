@@ -29,7 +29,7 @@ def prepared(folder: Path, task: str, names: list[str], **section: Any) -> Prepa
     else:
         rows = [{"tokens": ["red", "cat"], "tags": [names[i % len(names)], "O"]} for i in range(30)]
     write_rows(folder / "rows.jsonl", rows)
-    return prepare(recipe_class().model_validate(raw), folder, progress=False)
+    return prepare(recipe_class().model_validate(raw), folder)
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def recipe(tokenizer_dir: Path, max_length: int = 400, seed: int = 0, validation
 def prepared(base: Path, tokenizer_dir: Path, documents: Documents, **settings: Any) -> Prepared:
     base.mkdir(exist_ok=True)
     (base / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(d)}) + "\n" for d in documents))
-    return prepare(recipe(tokenizer_dir, **settings), base, progress=False)
+    return prepare(recipe(tokenizer_dir, **settings), base)
 
 
 def segments(store: Store, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str, bool]]:

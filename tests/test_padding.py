@@ -92,7 +92,7 @@ def test_outputs_of_every_token(tmp_path: Path, kind: str, network: str) -> None
         del raw["model"]["config"]["num_attention_heads"]
     path.write_text(json.dumps(raw))
     loaded = load_recipe(str(path))
-    ours, prepared = loaded.recipe, prepare(loaded.recipe, loaded.base, progress=False)
+    ours, prepared = loaded.recipe, prepare(loaded.recipe, loaded.base)
     words = load_tokenizer(prepared.tokenizer_path)
     task = make_task(ours, words, prepared.survey)
     config = build_config(ours.model, words, 32, type(task).config_settings(TaskSetup.of(ours, words, prepared.survey)))

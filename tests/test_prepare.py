@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from ptft_dist.data.prepare import describe
 from ptft_dist.data.report import SideReport
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.reporting import messages as reporting
 from ptft_dist.reporting.messages import messages
 from ptft_dist.tasks.registry import recipe_class
 
@@ -40,7 +40,7 @@ def ends_with_eos(tokenizer_path: Path, texts: list[str]) -> list[list[int]]:
 
 
 def test_packed_rows_hold_every_document_in_order(base: Path, tokenizer_dir: Path) -> None:
-    prepared = prepare(recipe(tokenizer_dir), base, progress=False)
+    prepared = prepare(recipe(tokenizer_dir), base)
     expected = [token for ids in ends_with_eos(tokenizer_dir, DOCUMENTS) for token in ids]
     expected = expected[: -1 if len(expected) % 16 == 1 else None]
     assert all_ids(prepared.train) == expected
@@ -50,7 +50,7 @@ def test_packed_rows_hold_every_document_in_order(base: Path, tokenizer_dir: Pat
 
 
 def test_unpacked_rows_and_bos(base: Path, tokenizer_dir: Path) -> None:
-    prepared = prepare(recipe(tokenizer_dir, clm={"packing": False, "bos": True}), base, progress=False)
+    prepared = prepare(recipe(tokenizer_dir, clm={"packing": False, "bos": True}), base)
     bos = load_tokenizer(tokenizer_dir).bos_token_id
     expected: list[list[int]] = []
     for ids in ends_with_eos(tokenizer_dir, DOCUMENTS):
@@ -301,19 +301,20 @@ def test_every_mistake_in_the_sources_is_listed(base: Path, tokenizer_dir: Path)
     assert keys == ["data.train[0].path", "data.train[1].path", "data.validation[0].path"]
 
 
-def test_progress_tells_and_silence_is_silent(
+def test_progress_of_long_work_and_none_of_short_work(
     base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prepare(recipe({"vocab_size": 300}), base, progress=False)
-    assert capsys.readouterr() == ("", "")
+    prepare(recipe({"vocab_size": 300}), base)
+    assert capsys.readouterr() == ("", "")  # messages are not shown here
     with messages():
         prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert ["learning" in err, "encoding ..." in err, " MB in " in err] == [True] * 3
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    prepare(recipe({"vocab_size": 300}, cache_dir="third"), base)
-    assert "encoding" in capsys.readouterr().err
+    what = "learning a tokenizer of 300 tokens from the training texts"
+    assert capsys.readouterr() == ("", f"{what} ...\n")
+    monkeypatch.setattr(reporting, "PLAIN_EVERY_S", -1.0)
+    with messages():
+        prepare(recipe({"vocab_size": 300}, cache_dir="third"), base)
+    shown = {line.split(":")[0] for line in capsys.readouterr().err.splitlines() if " MB, 0:00" in line}
+    assert shown == {"hashing 1 new or changed files", what, "encoding"}
 
 
 def test_a_tokenizer_of_the_hub_is_kept_as_a_copy(

@@ -143,17 +143,17 @@ def test_killed_at_any_moment_the_cache_stays_whole(base: Path, moment: str) -> 
     if child == 0:
         setattr(owner, name, deadly)
         try:
-            prepare(wanted, base, progress=False)
+            prepare(wanted, base)
         finally:
             os._exit(1)  # not reached if the child was killed
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
 
-    again = prepare(wanted, base, progress=False)
-    expected = prepare(recipe({"vocab_size": 300}, validation=0.3, cache_dir="fresh"), base, progress=False)
+    again = prepare(wanted, base)
+    expected = prepare(recipe({"vocab_size": 300}, validation=0.3, cache_dir="fresh"), base)
     assert all_ids(again.train) == all_ids(expected.train)
     assert list((base / "cache").rglob("*.building-*")) == []
-    assert prepare(wanted, base, progress=False).from_cache
+    assert prepare(wanted, base).from_cache
 
 
 def test_what_a_killed_build_of_something_else_left_is_removed(base: Path, tokenizer_dir: Path) -> None:
@@ -210,9 +210,9 @@ def test_an_error_of_a_source_is_not_blamed_on_the_cache(
     monkeypatch.setattr(sources, "_read_hub", lost)
     monkeypatch.setattr(sources, "_hub", lambda _: SimpleNamespace(_fingerprint="0123"))
     with pytest.raises(DataError, match=r"hub: org/name: the source cannot be read \(Connection reset by peer\)"):
-        prepare(recipe(tokenizer_dir, train=[{"hub": "org/name"}]), base, progress=False)
+        prepare(recipe(tokenizer_dir, train=[{"hub": "org/name"}]), base)
     with pytest.raises(DataError, match=r"hub: org/name: the source cannot be read"):
-        prepare(recipe({"vocab_size": 300}, train=[{"hub": "org/name"}]), base, progress=False)
+        prepare(recipe({"vocab_size": 300}, train=[{"hub": "org/name"}]), base)
     assert [path for path in (base / "cache/stores").iterdir() if path.suffix != ".lock"] == []
 
 
@@ -224,7 +224,7 @@ def test_an_error_of_the_encoder_is_not_blamed_on_the_cache(
 
     monkeypatch.setattr(DocumentEncoder, "encode", broken)
     with pytest.raises(BlockingIOError):
-        prepare(recipe(tokenizer_dir), base, progress=False)
+        prepare(recipe(tokenizer_dir), base)
 
 
 @pytest.mark.parametrize("tokenizer", [None, {"vocab_size": 300}], ids=["rows", "a learned tokenizer"])
@@ -240,7 +240,7 @@ def test_a_file_that_cannot_grow_is_explained(
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(PtftError, match=r"the cache cannot be written \(.*File too large.*PTFT_CACHE"):
-            prepare(wanted, base, progress=False)
+            prepare(wanted, base)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)

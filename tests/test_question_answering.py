@@ -71,7 +71,7 @@ def make_recipe(folder: Path, train: list[dict[str, Any]], validation: list[dict
 def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], **changes: Any) -> Any:
     """(what was prepared, its tokenizer, the task)."""
     recipe = make_recipe(folder, train, validation, **changes)
-    prepared = prepare(recipe, folder, progress=False)
+    prepared = prepare(recipe, folder)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
     return prepared, tokenizer, make_task(recipe, tokenizer, prepared.survey)
 

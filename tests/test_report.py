@@ -120,14 +120,14 @@ def test_reports_of_an_earlier_version_are_read() -> None:
 def test_a_store_of_an_earlier_version_is_used(tmp_path: Path) -> None:
     base = write_text(tmp_path)
     wanted = recipe(save_tokenizer(base / "tokenizer"))
-    directory = prepare(wanted, base, progress=False).train.path.parent
+    directory = prepare(wanted, base).train.path.parent
     (directory / "report.json").write_text(json.dumps(OF_DOCUMENTS))
-    found = prepare(wanted, base, progress=False)
+    found = prepare(wanted, base)
     assert found.from_cache
     assert found.report == Report.from_dict(OF_DOCUMENTS)
     (directory / "report.json").write_text('{"reads": "row"}')
     with pytest.raises(DataError, match="damaged"):
-        prepare(wanted, base, progress=False)
+        prepare(wanted, base)
 
 
 def test_the_command_says_it_once(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_run_shows_the_report_of_cached_data(tmp_path: Path, caplog: pytest.Lo
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write(json.dumps({"text": "red cat " * 40, "label": "animal"}) + "\n")
     loaded = load_recipe(str(path), [f"data.cache_dir={tmp_path}/cache"])
-    assert not prepare(loaded.recipe, loaded.base, progress=False).from_cache
+    assert not prepare(loaded.recipe, loaded.base).from_cache
     caplog.set_level("INFO", logger="ptft")
     Session(loaded, place())
     (report,) = [message for message in caplog.messages if message.startswith("train:")]

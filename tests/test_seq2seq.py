@@ -191,10 +191,10 @@ def test_broken_rows_are_named(tmp_path: Path, row: dict[str, Any], says: str) -
     good = {"source": "the quick brown fox", "target": "a dog"}
     path = write_rows(tmp_path / "rows.jsonl", [good, good, row, good])
     with pytest.raises(DataError) as error:
-        prepare(recipe(tmp_path), tmp_path, progress=False)
+        prepare(recipe(tmp_path), tmp_path)
     assert f"{path}:3: {says}" in str(error.value)
     assert "bad_rows: skip" in str(error.value)
-    skipped = prepare(recipe(tmp_path, data={"bad_rows": "skip"}), tmp_path, progress=False)
+    skipped = prepare(recipe(tmp_path, data={"bad_rows": "skip"}), tmp_path)
     assert len(skipped.train) == 3
     assert skipped.report.bad_rows.count == 1
 
@@ -204,7 +204,7 @@ def test_prepared_rows(tmp_path: Path) -> None:
     rows = [{"en": f"word{i} " * (1 + i % 9), "de": f"wort{i}"} for i in range(30)]
     write_rows(tmp_path / "rows.jsonl", rows)
     source = [{"path": "rows.jsonl", "fields": {"source": "en", "target": "de"}}]
-    prepared = prepare(recipe(tmp_path, data={"train": source, "validation": 0.2}), tmp_path, progress=False)
+    prepared = prepare(recipe(tmp_path, data={"train": source, "validation": 0.2}), tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
     cut = sum(len(tokenizer(row["en"]).input_ids) + 1 > 16 for row in rows)
     for store in (prepared.train, prepared.validation):
@@ -227,7 +227,7 @@ def test_unknown_tokens_of_targets_are_counted_too(tmp_path: Path) -> None:
         {"train": {"algorithm": "wordpiece", "vocab_size": 300}},
         data={"validation": [{"path": "more.jsonl"}]},
     )
-    assert prepare(given, tmp_path, progress=False).report.unknown_tokens == 3
+    assert prepare(given, tmp_path).report.unknown_tokens == 3
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------

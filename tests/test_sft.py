@@ -728,7 +728,7 @@ def prepared_rows(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> A
     write_rows(folder / "rows.jsonl", rows)
     values = json.loads(path.read_text()) | {"run_dir": "run"}
     values["data"] |= {"cache_dir": str(folder / "cache")}
-    return prepare(recipe_class().model_validate(values), folder, progress=False)
+    return prepare(recipe_class().model_validate(values), folder)
 
 
 def test_bad_rows_are_named_by_file_and_line_or_skipped_and_counted(tmp_path: Path) -> None:

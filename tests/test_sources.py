@@ -364,7 +364,7 @@ def test_hub_data_set_from_a_local_directory(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(DataError, match=r"split nonsense.*cannot be loaded"):
         list(read_documents(Source(hub=name, split="nonsense"), tmp_path))
 
-    memo = HashMemo(tmp_path / "hashes.json", print)
+    memo = HashMemo(tmp_path / "hashes.json")
     assert fingerprint_source(source, tmp_path, memo) == fingerprint_source(source, tmp_path, memo)
     assert fingerprint_source(source, tmp_path, memo) != fingerprint_source(
         Source(hub=name, field="body", split="train[:1]"), tmp_path, memo

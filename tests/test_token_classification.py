@@ -71,7 +71,7 @@ def make_recipe(folder: Path, train: list[dict[str, Any]], validation: list[dict
 def made(folder: Path, train: list[dict[str, Any]], validation: list[dict[str, Any]], **changes: Any) -> Any:
     """(what was prepared, its tokenizer, the task)."""
     recipe = make_recipe(folder, train, validation, **changes)
-    prepared = prepare(recipe, folder, progress=False)
+    prepared = prepare(recipe, folder)
     tokenizer = AutoTokenizer.from_pretrained(prepared.tokenizer_path)
     return prepared, tokenizer, make_task(recipe, tokenizer, prepared.survey)
 
@@ -491,7 +491,7 @@ def test_real_sentences(tmp_path: Path, name: str, bad: int) -> None:
     recipe = make_recipe(tmp_path, [], []).model_dump(mode="json")
     sources = {"train": [{"path": str(folder / "train.conll")}], "validation": [{"path": str(folder / "dev.conll")}]}
     recipe = merge(recipe, {"data": {**sources, "bad_rows": "skip"}})
-    prepared = prepare(recipe_class().model_validate(json.loads(json.dumps(recipe))), tmp_path, progress=False)
+    prepared = prepare(recipe_class().model_validate(json.loads(json.dumps(recipe))), tmp_path)
     assert prepared.report.bad_rows.count == bad
     store = prepared.validation
     assert store is not None

@@ -20,7 +20,6 @@ from ptft_dist.config.recipe import Augmentation, Recipe
 from ptft_dist.data.back_translation import BackTranslation, model_contents
 from ptft_dist.data.cache import HashMemo, fingerprint
 from ptft_dist.data.formats import Record
-from ptft_dist.data.progress import Progress
 from ptft_dist.data.report import Notes
 from ptft_dist.data.stream import SidedRecord
 from ptft_dist.errors import DataError
@@ -44,7 +43,6 @@ class Augmentations:
         recipe: Recipe,
         base: Path,
         usable: Callable[[Record], bool] = lambda _record: True,
-        progress: Progress | None = None,
     ) -> None:
         """usable: whether a row passes the task's check.
 
@@ -57,8 +55,7 @@ class Augmentations:
         self.synonyms = [read_synonyms(_path(base, m.synonyms)) if m.synonyms else {} for m in self.methods]
         self._usable = usable
         self.translations = [
-            BackTranslation(m.forward, m.backward, base, progress) if m.forward and m.backward else None
-            for m in self.methods
+            BackTranslation(m.forward, m.backward, base) if m.forward and m.backward else None for m in self.methods
         ]
 
     def fingerprint(self, memo: HashMemo) -> list[Any]:

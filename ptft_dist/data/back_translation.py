@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.data.cache import HashMemo
-from ptft_dist.data.progress import Progress, to_stderr
 from ptft_dist.errors import RecipeError
+from ptft_dist.reporting.messages import Progress
 
 BATCH = 32  # texts that are translated at once
-_TELL_EVERY_S = 30.0
 _LONGEST = 512  # tokens, for models that do not say how many positions they have, such as T5
 
 
 class BackTranslation:
     """Two models, loaded at the first text. Each text's translation is the greedy one, so it is always the same."""
 
-    def __init__(self, forward: str, backward: str, base: Path, progress: Progress | None = None) -> None:
+    def __init__(self, forward: str, backward: str, base: Path) -> None:
         """
         Raises:
             RecipeError: a name can only be a directory, and there is none.
         """
-        self._progress = progress or Progress(to_stderr)
         self.names = {"forward": _place(forward, base), "backward": _place(backward, base)}
         self.models: list[tuple[Any, Any]] = []
-        self.done = 0
-        self._told = time.monotonic()
+        self.progress = Progress("back-translation", unit="texts")
 
     def there_and_back(self, texts: Sequence[str]) -> dict[str, str]:
         """Text -> what it became; itself, if it is too long for a model.
@@ -48,14 +44,9 @@ class BackTranslation:
             back = _translate(*self.models[1], [text or "" for text in away])
             for text, there, again in zip(batch, away, back, strict=True):
                 found[text] = text if there is None or again is None else again
-            self._tell(len(batch))
+            self.progress.advance(len(batch))
+        self.progress.close()
         return found
-
-    def _tell(self, count: int) -> None:
-        self.done += count
-        if time.monotonic() - self._told > _TELL_EVERY_S or self.done == count:
-            self._told = time.monotonic()
-            self._progress.tell(f"back-translation: {self.done:,} texts done")
 
 
 def _load(key: str, name: str) -> tuple[Any, Any]:

@@ -16,16 +16,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
-from ptft_dist.data.progress import Progress, Tell, silence
 from ptft_dist.errors import DataError, PtftError, RecipeError
+from ptft_dist.reporting.messages import Progress, progress, say
 
 # Two writes closer than this may carry the same time stamp, so a younger file's stamp does not prove its contents.
 SETTLED_AFTER_NS = 2_000_000_000
-_SHOWN_BYTES = 2_000_000_000  # hashing more than this takes seconds, so progress is shown
+_HASHED_AT_ONCE = 1 << 24  # bytes
 _RUST_IO_ERROR = re.compile(r"\(os error \d+\)")
 
 
@@ -54,13 +54,12 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def build_once(directory: Path, build: Callable[[Path], object], *, tell: Tell) -> bool:
+def build_once(directory: Path, build: Callable[[Path], object]) -> bool:
     """Make sure that `directory` exists and is whole; return True if it did before.
 
     Args:
         build: fills the empty directory that it is given, and writes inside of `writing`. What it raises goes through
             unchanged, because sources can fail with an OSError too; nothing is left behind.
-        tell: takes a line when another process is waited for.
 
     Raises:
         PtftError: the cache cannot be written.
@@ -70,7 +69,7 @@ def build_once(directory: Path, build: Callable[[Path], object], *, tell: Tell) 
     unfinished = directory.with_name(f"{directory.name}.building-{os.getpid()}@{platform.node()}")
 
     def wait() -> None:
-        tell(f"waiting for {_builder(directory)}, which prepares the same data")
+        say(f"waiting for {_builder(directory)}, which prepares the same data")
 
     with _locked(_lock_path(directory), wait):
         if directory.exists():
@@ -175,9 +174,8 @@ def _fsync(path: Path) -> None:
 class HashMemo:
     """Hashes of files' contents, remembered by path, size, inode and time stamps: an unchanged file is read once."""
 
-    def __init__(self, path: Path, tell: Tell) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._tell = tell
         self._known = self._load()
         self._unsettled: set[str] = set()
 
@@ -191,7 +189,7 @@ class HashMemo:
         keys = [str(file.absolute()) for file in files]
         if not all(self._is_known(key) for key in keys):
             waiting = "waiting for another process, which looks for changes in the sources"
-            with _locked(self._path.with_suffix(".lock"), lambda: self._tell(waiting)):
+            with _locked(self._path.with_suffix(".lock"), lambda: say(waiting)):
                 self._known = self._load() | {key: self._known[key] for key in self._unsettled}
                 self._hash_all([key for key in keys if not self._is_known(key)])
                 with writing(self._path):
@@ -203,17 +201,15 @@ class HashMemo:
 
     def _hash_all(self, keys: list[str]) -> None:
         size_bytes = sum(_identity(key)[0] for key in keys)
-        progress = Progress(self._tell if size_bytes > _SHOWN_BYTES else silence)
-        with progress.measure(f"hashing {len(keys):,} new or changed files", size_bytes) as advance:
+        with progress(f"hashing {len(keys):,} new or changed files", size_bytes, "bytes") as shown:
             for key in keys:
-                self._hash(key)
-                advance(self._known[key][0])
+                self._hash(key, shown)
 
-    def _hash(self, key: str) -> None:
+    def _hash(self, key: str, shown: Progress) -> None:
         before = _identity(key)
         try:
             with Path(key).open("rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").hexdigest()
+                digest = _digest(file, shown)
         except OSError as error:
             raise DataError(f"{key}: cannot be read ({error.strerror}). Check the file and its permissions.") from error
         if _identity(key) != before:
@@ -235,6 +231,14 @@ class HashMemo:
         new = self._path.with_suffix(".new")  # one name is enough: the lock is held
         new.write_text(json.dumps({k: v for k, v in self._known.items() if k not in self._unsettled}), encoding="utf-8")
         new.rename(self._path)
+
+
+def _digest(file: BinaryIO, shown: Progress) -> str:
+    digest = hashlib.blake2b()
+    while block := file.read(_HASHED_AT_ONCE):
+        digest.update(block)
+        shown.advance(len(block))
+    return digest.hexdigest()
 
 
 def _identity(path: str) -> list[int]:

@@ -27,13 +27,13 @@ from ptft_dist.data.augment import Augmentations
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
 from ptft_dist.data.encoder import Encoder, EncoderContext, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.progress import Progress, Tell, silence, to_stderr
 from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import adds_bos, load_tokenizer, train_tokenizer
 from ptft_dist.data.tokenizer_files import TokenizerFiles
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.reporting.messages import progress, say
 
 __all__ = ["PREPARE_VERSION", "Prepared", "describe", "prepare"]
 
@@ -70,8 +70,6 @@ def prepare(
     base: Path,
     encoder: type[Encoder],
     *,
-    progress: bool = True,
-    tell: Tell = to_stderr,
     tokenizer_from: Path | None = None,
     workers: int | None = None,
 ) -> Prepared:
@@ -82,7 +80,6 @@ def prepare(
     Args:
         base: the recipe's directory, where its relative paths start.
         encoder: the task's encoder class.
-        progress: tell what is going on, through `tell`.
         tokenizer_from: a directory with the tokenizer that an earlier `prepare` learned for this recipe, for example in
             another cache; used instead of learning one. No effect if the recipe loads its tokenizer.
         workers: processes that encode; None: the environment variable PTFT_ENCODE_WORKERS, otherwise one per core.
@@ -101,7 +98,7 @@ def prepare(
     base = base.absolute()  # paths in the result stay good when the process changes its directory
     cache = cache_root(recipe.data.cache_dir, base)
     try:
-        job = _Job(recipe, base, cache, encoder, Progress(tell if progress else silence))
+        job = _Job(recipe, base, cache, encoder)
     except DataError:
         check_sources(recipe, base)  # lists every such mistake in the recipe, with its key
         raise
@@ -117,7 +114,7 @@ def prepare(
         with writing(directory):
             (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    from_cache = build_once(directory, build, tell=job.progress.tell)
+    from_cache = build_once(directory, build)
     try:
         return Prepared(
             tokenizer_path=tokenizer_path,
@@ -143,21 +140,21 @@ def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str
         DataError: a source is missing.
         RecipeError: there is no such tokenizer.
     """
-    return _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder, Progress(silence)).inputs()
+    return _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).inputs()
 
 
 class _Job:
     """One recipe's fingerprints, its tokenizer, and its steps."""
 
-    def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder], progress: Progress) -> None:
-        self.recipe, self.base, self.encoder, self.progress = recipe, base, encoder, progress
-        self._memo = HashMemo(cache / "hashes.json", progress.tell)
-        self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo, progress.tell)
+    def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder]) -> None:
+        self.recipe, self.base, self.encoder = recipe, base, encoder
+        self._memo = HashMemo(cache / "hashes.json")
+        self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo)
         # Fingerprint and encoder may need the same tokenizer, and neither changes it.
         self._load = functools.cache(partial(load_tokenizer, trust_remote_code=recipe.tokenizer.trust_remote_code))
         self._contents = self._fingerprint_contents()
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
-        self._augment = Augmentations(recipe, base, self._usable, progress) if recipe.data.augment else None
+        self._augment = Augmentations(recipe, base, self._usable) if recipe.data.augment else None
         self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
 
     def _usable(self, record: Record) -> bool:
@@ -172,7 +169,7 @@ class _Job:
         survey = stream.take_survey(self.recipe, self.base, self.encoder)
         encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
         steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
-        return stream.write(self.recipe, self.base, directory, encoder, steps, progress=self.progress, workers=workers)
+        return stream.write(self.recipe, self.base, directory, encoder, steps, workers=workers)
 
     # --- fingerprints ------------------------------------------------------------------------------------------------
 
@@ -297,10 +294,11 @@ class _Job:
         assert settings is not None
         texts = stream.training_texts(self.recipe, self.base, self.encoder)
         what = f"learning a tokenizer of {settings.vocab_size:,} tokens from the training texts"
-        with self.progress.measure(what) as advance:
+        say(f"{what} ...")
+        with progress(what, unit="bytes") as shown:
 
             def measured(text: str) -> str:
-                advance(len(text.encode()))
+                shown.advance(len(text.encode()))
                 return text
 
             tokenizer = train_tokenizer(settings, map(measured, texts), rows.special_tokens, rows.extra_special_tokens)

@@ -19,12 +19,12 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.cache import HashMemo, writing
 from ptft_dist.data.encoder import Encoder, Example, Outcome, RowError, Side, Writer
 from ptft_dist.data.formats import Record
-from ptft_dist.data.progress import Progress
 from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
+from ptft_dist.reporting.messages import progress
 
 CHUNK_CHARACTERS = 2_000_000  # in one call of the tokenizer, which takes about 100 bytes for each
 _GIANT_CHARACTERS = 20_000_000
@@ -110,7 +110,6 @@ def write(
     encoder: Encoder,
     steps: Sequence[tuple[Step, str]] = (),
     *,
-    progress: Progress,
     workers: int | None = None,
 ) -> Report:
     """Encode every record into the stores `directory`/train and, if the recipe has it, `directory`/validation.
@@ -131,10 +130,10 @@ def write(
     chunks: Iterator[list[SidedRecord]] = _chunks(read, encoder.chunk_records)
     for step, _ in steps:
         chunks = map(step.apply, chunks)
-    with progress.measure("encoding") as advance, closing(_encoded(chunks, encoder, workers)) as results:
+    with progress("encoding", unit="bytes") as shown, closing(_encoded(chunks, encoder, workers)) as results:
         for chunk, encoded in results:
             for item, outcome in zip(chunk, encoded.outcomes, strict=True):
-                advance(written.add(item, outcome))
+                shown.advance(written.add(item, outcome))
             encoder.survey |= encoded.discovered
     stop_if_any(recipe, written.bad)
     reports = written.close()

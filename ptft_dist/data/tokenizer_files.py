@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptft_dist.data.cache import HashMemo, build_once, fingerprint, writing
-from ptft_dist.data.progress import Tell
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ptft_dist.errors import RecipeError
 
@@ -26,9 +25,9 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 class TokenizerFiles:
     """Finds and builds directories of tokenizers."""
 
-    def __init__(self, cache: Path, memo: HashMemo, tell: Tell) -> None:
+    def __init__(self, cache: Path, memo: HashMemo) -> None:
         """cache: where built tokenizers are kept."""
-        self._cache, self._memo, self._tell = cache, memo, tell
+        self._cache, self._memo = cache, memo
 
     def load(self, path: str, base: Path, revision: str | None, trust_remote_code: bool) -> tuple[str, Path]:
         """The fingerprint and the directory of a local tokenizer, or of a copy of one from the Hub.
@@ -47,7 +46,7 @@ class TokenizerFiles:
         The fingerprint is that of the files: learned again from the same texts, wordpiece and unigram give other ids.
         """
         directory = self._cache / name
-        build_once(directory, lambda unfinished: _save(make(), unfinished, directory), tell=self._tell)
+        build_once(directory, lambda unfinished: _save(make(), unfinished, directory))
         return _contents(directory), directory
 
     def build_changed(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> Path:
@@ -60,7 +59,7 @@ class TokenizerFiles:
             with writing(directory):
                 (unfinished / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
 
-        build_once(directory, build, tell=self._tell)
+        build_once(directory, build)
         return directory
 
     def fingerprint_of_copy(self, directory: Path) -> str:

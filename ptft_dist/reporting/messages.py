@@ -98,7 +98,7 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int | None = None, unit: str = "") -> None:
-        """what: for example "evaluating"; total: number of `unit`, if known."""
+        """what: for example "evaluating"; total: number of `unit`, if known. Bytes are shown as MB."""
         self.what, self.total, self.unit = what, total, unit
         self.done = 0
         self.started = self.shown = time.monotonic()
@@ -123,8 +123,12 @@ class Progress:
             self._line_is_open = False
 
     def _text(self, now: float) -> str:
-        share = f" of {self.total:,} ({self.done / self.total:.0%})" if self.total else ""
-        return f"{self.what}: {self.done:,}{share} {self.unit}".rstrip() + f", {clock(now - self.started)}"
+        share = f" of {self._amount(self.total)} ({self.done / self.total:.0%})" if self.total else ""
+        unit = "MB" if self.unit == "bytes" else self.unit
+        return f"{self.what}: {self._amount(self.done)}{share} {unit}".rstrip() + f", {clock(now - self.started)}"
+
+    def _amount(self, count: int) -> str:
+        return f"{count / 1e6:,.1f}" if self.unit == "bytes" else f"{count:,}"
 
 
 @contextlib.contextmanager

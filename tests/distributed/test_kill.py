@@ -157,7 +157,7 @@ def test_evaluation_drops_nothing(
     run_dir = whole(1, "cpu")
     monkeypatch.setenv("PTFT_CACHE", str(cache))
     recipe = load_recipe(str(run_dir / "recipe.yaml")).recipe
-    store = prepare(recipe, run_dir, progress=False).validation
+    store = prepare(recipe, run_dir).validation
     assert store is not None
     model = AutoModelForCausalLM.from_pretrained(run_dir / "model").eval()
     assert model.config.attention_dropout == 0.1

@@ -59,7 +59,7 @@ def recipe(tmp_path: Path, packing: bool) -> Recipe:
 
 
 def load(recipe: Recipe, base: Path) -> tuple[Prepared, CausalLM, Any]:
-    prepared = prepare(recipe, base, progress=False)
+    prepared = prepare(recipe, base)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
     task = make_task(recipe, tokenizer)
     assert task.pad_id == tokenizer.eos_token_id

@@ -52,7 +52,7 @@ def write_rows(base: Path, text: str) -> None:
 
 
 def run(base: Path, raw: dict[str, Any]) -> Prepared:
-    return prepare(recipe_class().model_validate(raw), base, progress=False)
+    return prepare(recipe_class().model_validate(raw), base)
 
 
 def edit(section: str, key: str, value: Any) -> Change:

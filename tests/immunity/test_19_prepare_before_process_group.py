@@ -106,7 +106,7 @@ def test_when_the_first_is_killed_a_waiting_one_takes_over(tmp_path: Path) -> No
 
     assert answer.split()[:2] == ["working", "False"]
     assert list((tmp_path / "cache").rglob("*.building-*")) == []
-    assert prepare(make_recipe(), tmp_path, progress=False).from_cache
+    assert prepare(make_recipe(), tmp_path).from_cache
 
 
 def test_preparing_knows_no_process_group() -> None:
