@@ -113,7 +113,6 @@ def _place(name: str, path: Path, line: int) -> str:
 
 
 def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Recipe:
-    schema = Schema(recipe_class)
     try:
         # As JSON: pydantic's strict mode then takes lists for tuples, and still no text and no 8.0 for a whole number.
         text = json.dumps(document.values, ensure_ascii=False).encode(
@@ -122,7 +121,7 @@ def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Rec
         recipe = recipe_class.model_validate_json(text, strict=True)
     except ValidationError as error:
         # Without the cause, which quotes values: they may be secret.
-        raise _refusal([*document.mistakes, *explain(error, document, schema)], path) from None
+        raise _refusal([*document.mistakes, *explain(error, document, Schema(recipe_class))], path) from None
     if document.mistakes:
         raise _refusal(document.mistakes, path)
     return recipe

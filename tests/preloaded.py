@@ -1,0 +1,10 @@
+"""Imported once by the server that forks the tests' processes: what each process would otherwise build for itself."""
+
+from __future__ import annotations
+
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from ptft_dist.tasks.registry import recipe_class
+
+recipe_class()
+get_checkpoint_conversion_mapping("llama")  # compiles hundreds of regular expressions, needed by every export
