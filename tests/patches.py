@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -388,3 +390,33 @@ if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ran
 
     apply(sys.argv.pop(1))
     main()
+
+
+def fork_local_runs() -> None:
+    """Each `ptft train` process of a list of runs is forked from this one, which has imported everything."""
+    import multiprocessing
+
+    from ptft_dist.cli import main
+    from ptft_dist.runs import local
+
+    class Forked:
+        def __init__(self, words: list[str], start_new_session: bool) -> None:
+            self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(words, start_new_session))
+            self.process.start()
+
+        @staticmethod
+        def run(words: list[str], start_new_session: bool) -> None:
+            if start_new_session:
+                os.setsid()
+            for number in local.SIGNALS:
+                signal.signal(number, signal.SIG_DFL)
+            assert words[1:3] == ["-m", "ptft_dist"]
+            sys.argv = ["ptft", *words[3:]]
+            main()
+
+        def wait(self) -> int:
+            self.process.join()
+            assert self.process.exitcode is not None
+            return self.process.exitcode
+
+    local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]

@@ -104,7 +104,8 @@ def result(run: Path, fold: int) -> dict[str, Any]:
 
 def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS | {"folds": 2}, train={"max_steps": 2}, eval={"every": 1})
-    first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    forked: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "patches": ["fork_local_runs"]}
+    first = start("train", "recipe.yaml", **forked)
     assert first.wait() == 0, first.stderr
     run = tmp_path / "run"
     results = [result(run, i) for i in range(2)]
@@ -126,14 +127,14 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     shutil.rmtree(run / "fold-1")
     (run / "folds.json").unlink()
     stamp = (run / "fold-0/result.json").stat().st_mtime_ns
-    again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    again = start("train", "recipe.yaml", **forked)
     assert again.wait() == 0, again.stderr
     assert "fold 0 of 2: already finished in run/fold-0" in again.stderr
     assert (run / "fold-0/result.json").stat().st_mtime_ns == stamp
     assert json.loads((run / "folds.json").read_text()) == summary
 
     # With other settings a finished fold is not taken for one of this recipe: its checkpoint refuses.
-    other = start("train", "recipe.yaml", "optim.lr=0.5", cwd=tmp_path, cache=cache)
+    other = start("train", "recipe.yaml", "optim.lr=0.5", **forked)
     assert other.wait() == 4
     assert "optim.lr" in other.stderr
     assert "fold 0 of 2 ended with exit code 4" in other.stderr
@@ -141,7 +142,7 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     # With other data neither: the same recipe no longer means the same rows.
     rows = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "rows.jsonl").write_text("\n".join(rows[:-1]) + "\n")
-    other = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    other = start("train", "recipe.yaml", **forked)
     assert other.wait() == 4
     assert "already finished" not in other.stderr
     assert "other contents in data.train[0]" in other.stderr

