@@ -11,13 +11,15 @@ can stop it.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ptft_dist.config.load import Loaded, read_recipe
-from ptft_dist.errors import CheckpointError
+from ptft_dist.config.secrets import hide
+from ptft_dist.errors import CheckpointError, PtftError
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
@@ -29,8 +31,33 @@ Source = str | Path | Mapping[str, Any]
 """A recipe: a file, the name of a shipped one, or its contents as nested dictionaries."""
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values to set: {"optim.lr": 1e-4}, or ["optim.lr=1e-4"] as on the command line."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
+def _hiding_secrets(call: Callable[P, R]) -> Callable[P, R]:
+    """`call`, whose errors show no value that came from the environment: a notebook saves their tracebacks."""
+
+    @functools.wraps(call)
+    def hiding(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return call(*args, **kwargs)
+        except PtftError as error:
+            error.args = (hide(str(error)),)
+            if any(hide(str(cause)) != str(cause) for cause in _causes(error)):
+                raise error from None
+            raise
+
+    return hiding
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield cause
+        error = cause
+
+
+@_hiding_secrets
 def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
     """Read, override and validate a recipe. Raises RecipeError, which names every mistake."""
     if isinstance(overrides, Mapping):
@@ -38,6 +65,7 @@ def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
     return read_recipe(source if isinstance(source, Mapping) else str(source), overrides, recipe_class())
 
 
+@_hiding_secrets
 def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     """Bring a recipe's data into the cache, or find them there. Raises RecipeError and DataError."""
     from ptft_dist.data.prepare import prepare as run
@@ -49,6 +77,7 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
 
 
+@_hiding_secrets
 def input_fingerprint(loaded: Loaded) -> str:
     """Fingerprint of the files that a recipe's data and tokenizer come from; nothing is prepared.
 
@@ -60,6 +89,7 @@ def input_fingerprint(loaded: Loaded) -> str:
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
 
 
+@_hiding_secrets
 def train(
     source: Source, overrides: Overrides = (), *, resume: str = "auto", accept: Sequence[str] = (), quiet: bool = False
 ) -> Result:
@@ -83,6 +113,7 @@ def train(
         return run(loaded, here, resume=resume, accept=accept)
 
 
+@_hiding_secrets
 def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | None = None) -> dict[str, float]:
     """Score the validation rows of a recipe, each once: metrics by name. Nothing is trained, and nothing is written.
 
@@ -102,6 +133,7 @@ def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | N
         return score(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model"))
 
 
+@_hiding_secrets
 def checkpoints(run_dir: str | Path) -> list[CheckpointInfo]:
     """The checkpoints of a run by step, every byte verified. Raises CheckpointError if there is none."""
     from ptft_dist.checkpoint.listing import list_checkpoints
@@ -109,6 +141,7 @@ def checkpoints(run_dir: str | Path) -> list[CheckpointInfo]:
     return list_checkpoints(Path(run_dir))
 
 
+@_hiding_secrets
 def generate(
     model_dir: str | Path,
     prompt: str,

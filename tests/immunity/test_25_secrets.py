@@ -9,14 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import start, write_documents, write_recipe
+from support import make_recipe, start, write_documents, write_recipe
 
-from ptft_dist.api import load_recipe
+from ptft_dist.api import evaluate, load_recipe, prepare, train
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.cli import main
 from ptft_dist.config import secrets
 from ptft_dist.config.load import describe, dump_resolved
-from ptft_dist.errors import RecipeError
+from ptft_dist.errors import PtftError, RecipeError
 
 SECRET = "hf_5ecretT0ken\\'(x"  # what repr and regular expressions write differently has to stay hidden too
 
@@ -218,3 +218,28 @@ def test_a_traceback_of_the_command_is_hidden(
     assert "Traceback" in output.err
     assert "Input/output error" in output.err
     assert hidden(output.out + output.err)
+
+
+VERBS = {"train": train, "prepare": prepare, "evaluate": evaluate}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_error_in_a_notebook_does_not_show_it(file: str, verb: str, tmp_path: Path) -> None:
+    """The traceback as well: a cause may quote a path."""
+    here = {"run_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "cache")}
+    missing = {"data.train": [{"path": str(tmp_path / "${env:PTFT_TEST_SECRET}.txt")}]}
+    with pytest.raises(PtftError, match=r"data.train\[0\].path") as caught:
+        VERBS[verb](file, here | missing | {"data.validation": 0.1})
+    assert hidden("".join(traceback.format_exception(caught.value)))
+
+
+def test_a_cause_that_shows_it_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTFT_TEST_SECRET", SECRET)
+    blocked = tmp_path / SECRET
+    blocked.write_text("a file where the cache should be")
+    with pytest.raises(PtftError, match="cache") as caught:
+        prepare(
+            make_recipe(write_documents(tmp_path / "text.txt")),
+            {"data.cache_dir": str(tmp_path / "${env:PTFT_TEST_SECRET}/cache")},
+        )
+    assert hidden("".join(traceback.format_exception(caught.value)))
