@@ -1,4 +1,4 @@
-"""Scores of predicted entities, by the definition of CoNLL's conlleval, which is seqeval's default."""
+"""Entity-level precision, recall and F1, as conlleval (CoNLL-2000) and seqeval's default mode compute them."""
 
 from __future__ import annotations
 
@@ -9,48 +9,51 @@ AVERAGES = ("micro", "macro", "weighted")
 
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, last word) of each entity in a sentence; tags in IOB1, IOB2 or BIOES.
+    """Extract the entities of a sentence as (type, first word, last word).
 
-    All three are read by one lenient rule, for what a network predicts may break its scheme: a tag goes on with the
-    entity before it if it is I- or E- of the same type, and the tag before it is B- or I-. Any other tag but O begins
-    an entity.
+    Predicted tags may violate their scheme, so one lenient rule reads IOB1, IOB2 and BIOES: I- or E- continues the
+    previous entity if the previous tag is B- or I- of the same type. Every other tag except O begins an entity.
     """
-    found: list[tuple[str, int, int]] = []
-    before, kind_before = "O", ""
+    spans: list[tuple[str, int, int]] = []
+    previous_prefix, previous_type = "O", ""
     for i, tag in enumerate(tags):
-        letter, _, kind = tag.partition("-")
-        if letter in ("I", "E") and before in ("B", "I") and kind == kind_before:
-            found[-1] = (kind, found[-1][1], i)
-        elif letter != "O":
-            found.append((kind, i, i))
-        before, kind_before = letter, kind
-    return set(found)
+        prefix, _, entity_type = tag.partition("-")
+        if prefix in ("I", "E") and previous_prefix in ("B", "I") and entity_type == previous_type:
+            spans[-1] = (entity_type, spans[-1][1], i)
+        elif prefix != "O":
+            spans.append((entity_type, i, i))
+        previous_prefix, previous_type = prefix, entity_type
+    return set(spans)
 
 
 def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> dict[str, float]:
-    """Tags of sentences, as long as each other. accuracy: the share of words with the right tag. precision, recall and
-    f1: of entities whose type, beginning and end are all right; over all of them (micro), averaged over types (macro)
-    and weighted by the types' frequency (weighted). What cannot be divided, for there is nothing, is 0."""
-    right: Counter[str] = Counter()
-    there: Counter[str] = Counter()
+    """Word accuracy and entity-level precision, recall and F1.
+
+    An entity is correct if its type, start and end are correct. The averages are `micro` (over all entities), `macro`
+    (over types) and `weighted` (over types, weighted by their frequency in `gold`). A score with a zero denominator is 0.
+
+    Args:
+        gold, predicted: the tags of each sentence. Corresponding sentences have the same length.
+    """
+    correct: Counter[str] = Counter()
+    expected: Counter[str] = Counter()
     claimed: Counter[str] = Counter()
-    words = right_words = 0
-    for theirs, ours in zip(gold, predicted, strict=True):
-        expected, found = entities(theirs), entities(ours)
-        right.update(kind for kind, _, _ in expected & found)
-        there.update(kind for kind, _, _ in expected)
-        claimed.update(kind for kind, _, _ in found)
-        words += len(theirs)
-        right_words += sum(a == b for a, b in zip(theirs, ours, strict=True))
-    kinds = sorted(there | claimed)
-    each = [_scores(right[kind], claimed[kind], there[kind]) for kind in kinds]
-    weights = [there[kind] for kind in kinds]
+    words = correct_words = 0
+    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
+        gold_entities, predicted_entities = entities(gold_tags), entities(predicted_tags)
+        correct.update(entity_type for entity_type, _, _ in gold_entities & predicted_entities)
+        expected.update(entity_type for entity_type, _, _ in gold_entities)
+        claimed.update(entity_type for entity_type, _, _ in predicted_entities)
+        words += len(gold_tags)
+        correct_words += sum(a == b for a, b in zip(gold_tags, predicted_tags, strict=True))
+    types = sorted(expected | claimed)
+    by_type = [_scores(correct[name], claimed[name], expected[name]) for name in types]
     averages = {
-        "micro": _scores(right.total(), claimed.total(), there.total()),
-        "macro": _mean(each, [1] * len(each)),
-        "weighted": _mean(each, weights),
+        "micro": _scores(correct.total(), claimed.total(), expected.total()),
+        "macro": _mean(by_type, [1] * len(by_type)),
+        "weighted": _mean(by_type, [expected[name] for name in types]),
     }
-    scores = {"accuracy": right_words / words if words else 0.0}
+    scores = {"accuracy": correct_words / words if words else 0.0}
     for average in AVERAGES:
         scores |= dict(zip(score_names(average), averages[average], strict=True))
     return scores
@@ -60,13 +63,14 @@ def score_names(average: str) -> tuple[str, str, str]:
     return f"precision_{average}", f"recall_{average}", f"f1_{average}"
 
 
-def _scores(right: int, claimed: int, there: int) -> tuple[float, float, float]:
-    """Precision, recall and f1 of so many right ones among those claimed and those that are there."""
-    precision, recall = right / (claimed or 1), right / (there or 1)
-    return precision, recall, 2 * precision * recall / (precision + recall) if right else 0.0
+def _scores(correct: int, claimed: int, expected: int) -> tuple[float, float, float]:
+    """Precision, recall and F1 from the numbers of correct, predicted and gold entities."""
+    precision, recall = correct / (claimed or 1), correct / (expected or 1)
+    return precision, recall, 2 * precision * recall / (precision + recall) if correct else 0.0
 
 
-def _mean(each: Sequence[tuple[float, float, float]], weights: Sequence[int]) -> tuple[float, float, float]:
+def _mean(by_type: Sequence[tuple[float, float, float]], weights: Sequence[int]) -> tuple[float, float, float]:
+    """Weighted mean of (precision, recall, F1) over types."""
     total = sum(weights) or 1
-    a, b, c = (sum(scores[i] * w for scores, w in zip(each, weights, strict=True)) / total for i in range(3))
+    a, b, c = (sum(scores[i] * w for scores, w in zip(by_type, weights, strict=True)) / total for i in range(3))
     return a, b, c

@@ -1,4 +1,4 @@
-"""Scores of predicted labels and numbers: scikit-learn's and SciPy's."""
+"""Scores of predicted labels and numbers, computed by scikit-learn and SciPy."""
 
 from __future__ import annotations
 
@@ -10,8 +10,14 @@ import numpy as np
 
 
 def classification_scores(gold: Sequence[int], predicted: Sequence[int], labels: int) -> dict[str, float]:
-    """accuracy; precision, recall and f1, averaged over labels (macro) and weighted by their frequency (weighted); mcc,
-    Matthews' correlation. A label that is never predicted, or never stands there, has precision or recall 0."""
+    """Accuracy, precision, recall and F1 (macro and weighted averages), and Matthews' correlation coefficient (mcc).
+
+    A label that is never predicted has precision 0. A label that never occurs in `gold` has recall 0.
+
+    Args:
+        gold, predicted: label ids [N].
+        labels: number of labels.
+    """
     from sklearn import metrics
 
     ids = list(range(labels))
@@ -23,13 +29,18 @@ def classification_scores(gold: Sequence[int], predicted: Sequence[int], labels:
         scores |= {f"precision_{average}": float(precision), f"recall_{average}": float(recall)}
         scores[f"f1_{average}"] = float(f1)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # a single label everywhere has the correlation 0
+        warnings.simplefilter("ignore", UserWarning)  # raised if only one label occurs; the coefficient is then 0
         return scores | {"mcc": float(metrics.matthews_corrcoef(gold, predicted))}
 
 
 def multi_label_scores(gold: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """Both [N, labels], 0 or 1. accuracy: the share of rows whose labels are all right; precision, recall and f1 over
-    all labels together (micro), averaged over labels (macro) and weighted by their frequency (weighted)."""
+    """Multi-label scores: subset accuracy, and precision, recall and F1 (micro, macro and weighted averages).
+
+    Subset accuracy is the fraction of rows whose labels are all correct.
+
+    Args:
+        gold, predicted: 0 or 1 [N, labels].
+    """
     from sklearn import metrics
 
     scores = {"accuracy": float(metrics.accuracy_score(gold, predicted))}
@@ -43,7 +54,13 @@ def multi_label_scores(gold: np.ndarray, predicted: np.ndarray) -> dict[str, flo
 
 
 def regression_scores(gold: Sequence[float], predicted: Sequence[float]) -> dict[str, float]:
-    """pearson, spearman, mse, mae. A correlation with what is constant does not exist, and is shown as 0."""
+    """Pearson and Spearman correlation, mean squared error and mean absolute error.
+
+    A correlation with constant values is undefined and reported as 0.
+
+    Args:
+        gold, predicted: numbers [N].
+    """
     from scipy import stats
     from sklearn import metrics
 
