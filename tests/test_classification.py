@@ -246,7 +246,7 @@ def test_a_config_with_another_padding_is_made_right() -> None:
     other = recipe("roberta")
     assert other.model.config is not None
     other.model.config["pad_token_id"] = 7
-    with pytest.raises(RecipeError, match="counts positions by it"):
+    with pytest.raises(RecipeError, match="computes positions with the PAD id"):
         made(other, tokenizer())
 
 
@@ -255,7 +255,7 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
     bare.eos_token = None
     with pytest.raises(RecipeError, match="neither a PAD nor an EOS"):
         ClassificationRows(EncoderContext.of(recipe(), bare, survey()))
-    with pytest.raises(RecipeError, match="leaves no room beside 2 special tokens"):
+    with pytest.raises(RecipeError, match="leaves no room for a text beside 2 special tokens"):
         ClassificationRows(EncoderContext.of(recipe(max_length=2), tokenizer(), survey()))
     ours = recipe("roberta", 32)
     words = tokenizer()

@@ -280,7 +280,7 @@ def test_networks_that_keep_documents_apart_are_accepted(model_type: str) -> Non
 
 def test_a_network_without_attention_lets_documents_see_each_other() -> None:
     with pytest.raises(
-        RecipeError, match=r"clm\.attention: .*see each other.*clm\.packing: false.*clm\.attention: across"
+        RecipeError, match=r"clm\.attention: .*attend to other documents.*clm\.packing: false.*clm\.attention: across"
     ):
         ask(clm(), network("mamba").eval())
 
@@ -289,7 +289,7 @@ def test_a_network_that_ignores_positions_is_refused() -> None:
     def drop(inputs: dict[str, Any]) -> dict[str, Any]:
         return {key: value for key, value in inputs.items() if key != "position_ids"}
 
-    with pytest.raises(RecipeError, match="see each other"):
+    with pytest.raises(RecipeError, match="attend to other documents"):
         ask(clm(), Changed(network("llama").eval(), drop))
 
 
@@ -306,7 +306,7 @@ def test_a_network_that_counts_positions_on_through_the_row_is_refused() -> None
         "marian",
     ]:  # marian leaves position_ids unread, and so lightly that fresh weights hide it
         model = fresh_network(model_type).eval()
-        with pytest.raises(RecipeError, match="see each other"):
+        with pytest.raises(RecipeError, match="attend to other documents"):
             ask(clm(), Changed(model, count_on) if model_type == "gpt2" else model)
 
 

@@ -424,7 +424,8 @@ def test_everything_that_follows_from_the_recipe_alone_is_reported_at_once(tmp_p
         ),
         (
             ["task=clm", "distillation={teacher: x}", "clm.head=fused"],
-            "command line: clm.head: fused makes no logits, which distillation needs; leave it out, or set logits",
+            "command line: clm.head: the fused head computes no logits, and distillation needs them; remove the key, "
+            "or set logits",
         ),
         (
             ["task=mlm", "distillation={teacher: x}", "eval.metric=divergence"],

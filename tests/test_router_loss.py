@@ -193,7 +193,7 @@ def ask(task: Any, model: PreTrainedModel) -> None:
 @pytest.mark.parametrize("name", ["clm", "sft"])
 def test_a_network_that_sees_later_tokens_is_refused(name: str, dtype: torch.dtype) -> None:
     model = build(BERT).to(dtype)
-    with pytest.raises(RecipeError, match=r"in this bert network a token sees the tokens after it"):
+    with pytest.raises(RecipeError, match=r"this bert network is not causal: a token attends to later tokens"):
         ask(task_for(name, model), model)
 
 
@@ -213,5 +213,5 @@ def test_a_fresh_network_that_sees_later_tokens_is_refused_too() -> None:
     """Weights of a new network are small, and so is what it sees."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**BERT, vocab_size=VOCAB)).eval()
-    with pytest.raises(RecipeError, match="sees the tokens after it"):
+    with pytest.raises(RecipeError, match="a token attends to later tokens"):
         ask(task_for("clm", model), model)

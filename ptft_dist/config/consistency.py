@@ -40,7 +40,7 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
         able = ", ".join(name for name, section in sections.items() if section.distillable)
         yield Problem(("distillation",), f"{_NO_EFFECT} it needs one of the tasks {able}")
     elif recipe.distillation is not None and getattr(settings, "head", None) == "fused":
-        text = "fused makes no logits, which distillation needs; leave it out, or set logits"
+        text = "the fused head computes no logits, and distillation needs them; remove the key, or set logits"
         yield Problem((task, "head"), text)
     if recipe.data.augment and not settings.augmentable:
         able = ", ".join(name for name, section in sections.items() if section.augmentable)

@@ -28,7 +28,7 @@ from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 
 
 class NextTokenTask(BaseTask):
-    """The summed cross-entropy of next tokens."""
+    """Base class of next-token prediction: rows of token ids -> summed cross-entropy."""
 
     auto_class = AutoModelForCausalLM
     adds_router_loss = True
@@ -49,17 +49,17 @@ class NextTokenTask(BaseTask):
         self.pad_multiple = pad_multiple(device)
 
     def prepare_network(self, model: PreTrainedModel) -> None:
-        """Add the fused head if the recipe wants it. The network's ordinary forward and generation do not change."""
+        """Add the fused head if the recipe selects it. The ordinary forward pass and generation do not change."""
         if self.fused:
             from trl.trainer.utils import add_fused_lm_head
 
             add_fused_lm_head(model)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
-        """Pad on the right: input_ids, targets (targets[t] is the token after input_ids[t]) and, for packed rows
-        with attention within documents, position_ids that restart at every document; all [B, T].
+        """Pad rows on the right: input_ids and targets [B, T], where targets[t] is the token after input_ids[t].
 
-        Right padding needs no attention mask, because in a causal network no token sees later ones.
+        Packed rows with attention within documents also get position_ids [B, T] that restart at every document. Right
+        padding needs no attention mask, because a token of a causal network does not attend to later tokens.
         """
         width = padded_width((len(row.input_ids) for row in rows), self.pad_multiple)
         input_ids = np.full((len(rows), width), self.pad_id, np.int64)
@@ -82,11 +82,11 @@ class NextTokenTask(BaseTask):
         return Batch(inputs, int((targets != IGNORE).sum()), tokens, more_counts)
 
     def next_tokens(self, row: Row) -> np.ndarray:
-        """The target of each token but the last: int64 [T - 1], -100 without a label."""
+        """The targets of all tokens except the last: int64 [T - 1], -100 without a label."""
         return row.input_ids[1:]
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """loss_sum: the cross-entropy over tokens; [2] for a mixture of experts, with the weighted router loss."""
+        """The summed cross-entropy: a scalar; for a mixture of experts [2], with the weighted router loss."""
         if not self.balances_experts:
             return LossOut(-self.logprobs(model, inputs, self.fused).sum(), {})
         output = model(**network_inputs(inputs), use_cache=False, output_router_logits=True)
@@ -94,8 +94,8 @@ class NextTokenTask(BaseTask):
             output.logits.flatten(0, 1).float(), inputs["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
         )
         lengths = inputs["targets_lengths"]
-        each = router_loss(output.router_logits or (), lengths, self.network.experts_per_token)
-        balance, count = each.sum(), (lengths > 0).sum()
+        row_losses = router_loss(output.router_logits or (), lengths, self.network.experts_per_token)
+        balance, count = row_losses.sum(), (lengths > 0).sum()
         return LossOut(
             torch.stack([tokens, self.network.router_loss_weight * balance]), {"router_loss": (balance.detach(), count)}
         )
@@ -119,13 +119,15 @@ class NextTokenTask(BaseTask):
         )
         if kept.shape == targets.shape:
             return -flat.view(targets.shape)
-        everywhere = flat.new_zeros(targets.shape)
-        everywhere[:, (targets != IGNORE).any(0)] = -flat.view(kept.shape)
-        return everywhere
+        logprobs = flat.new_zeros(targets.shape)
+        logprobs[:, (targets != IGNORE).any(0)] = -flat.view(kept.shape)
+        return logprobs
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target; on an accelerator at all T
-        positions, because finding the positions would wait for the device."""
+        """Logits [B, P, V] and targets [B, P] at the P positions where any row has a target.
+
+        On an accelerator, P is T: finding the positions would wait for the device.
+        """
         targets, plain = inputs["targets"], network_inputs(inputs)
         if self.on_cpu and self.takes_positions:
             places = (targets != IGNORE).any(0).nonzero()[:, 0]
@@ -137,16 +139,21 @@ class NextTokenTask(BaseTask):
         return CausalProbe(self)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: mean negative log-likelihood in nats; perplexity: its exponential. The loss of a mixture of experts
-        includes the weighted router loss; its perplexity does not."""
+        """Add the perplexity. loss: mean negative log-likelihood in nats; perplexity: its exponential.
+
+        The loss of a mixture of experts includes the weighted router loss. Its perplexity does not.
+        """
         likelihood = totals["loss"] - self.network.router_loss_weight * totals.get("router_loss", 0.0)
         return {**totals, "perplexity": perplexity(likelihood)}
 
 
 @dataclass(frozen=True)
 class CausalProbe:
-    """Checks that no token sees later ones, that attention stays within documents, and that the fused head reproduces
-    the logits. Some architectures fail one of these without an error."""
+    """Checks the network before training, because some architectures fail these checks without an error.
+
+    No token may attend to later tokens. Attention must stay within the documents of a packed row. The fused head must
+    reproduce the logits.
+    """
 
     task: NextTokenTask
 
@@ -164,19 +171,19 @@ class CausalProbe:
     def check(self, outputs: torch.Tensor) -> None:
         name, spread = self.task.setup.name, outputs[outputs != 0].std().item()
         # Rows 2 and 3 begin with the same tokens; the last of these has another target.
-        ahead = (outputs[2, : PROBE_LENGTH - 1] - outputs[3, : PROBE_LENGTH - 1]).abs().max().item()
-        # Both rows are computed alike, so the difference is exactly 0 in a causal network, in bf16 too.
-        if not ahead <= LEAK_TOLERANCE * spread:
+        leak = (outputs[2, : PROBE_LENGTH - 1] - outputs[3, : PROBE_LENGTH - 1]).abs().max().item()
+        # Both rows use the same operations, so the difference is exactly 0 in a causal network, also in bf16.
+        if not leak <= LEAK_TOLERANCE * spread:
             raise RecipeError(
-                f"model: in this {self.task.network.model_type} network a token sees the tokens after it (they moved "
-                f"its log-probability by {ahead:.2g}), so task {name} would teach it to copy them. Use a decoder such "
-                "as llama, qwen3 or gpt2; or train this network with task: mlm"
+                f"model: this {self.task.network.model_type} network is not causal: a token attends to later tokens "
+                f"(they changed its log-probability by {leak:.2g}), so task {name} would teach it to copy them. Use a "
+                "decoder such as llama, qwen3 or gpt2; or train this network with task: mlm"
             )
         if self.task.isolate:
             check_isolation(outputs, spread, name)
-        apart = (outputs[..., 0] - outputs[..., 1]).abs().max().item()
-        if not apart <= ROUNDING_TOLERANCE * spread:
+        difference = (outputs[..., 0] - outputs[..., 1]).abs().max().item()
+        if not difference <= ROUNDING_TOLERANCE * spread:
             raise RecipeError(
                 f"{name}.head: the fused head does not reproduce this architecture's logits (log-probabilities differ "
-                f"by {apart:.2g}): set {name}.head: logits"
+                f"by {difference:.2g}): set {name}.head: logits"
             )

@@ -28,7 +28,7 @@ class Teacher(Protocol):
 
 
 class Distillable(Task, Protocol):
-    """A task whose predictions are choices from a fixed list: tokens or labels."""
+    """A task that predicts a class from a fixed list: a token or a label."""
 
     setup: TaskSetup
     network: NetworkFacts
@@ -38,18 +38,21 @@ class Distillable(Task, Protocol):
     takes_positions: bool
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [..., C] and targets: ids [...], -100 where there is none, or a yes or no for each choice [..., C]."""
+        """Logits [..., C] and targets: class ids [...], -100 without a target; or multi-label 0/1 [..., C]."""
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The task's loss, summed, and its count."""
+        """The task's summed loss, and the denominator of its mean."""
 
 
 class Distillation:
-    """A task with a teacher. The task's loss and the divergence are averaged over separate counts; the count of the
-    divergence is the number of predictions. All other hooks are those of the task."""
+    """Wraps a task and adds the divergence from a teacher to its loss.
+
+    The task's loss and the divergence are averaged separately; the divergence is averaged over predictions. All other
+    hooks call those of the task.
+    """
 
     def __init__(self, task: Distillable, settings: DistillationSettings, order: Sequence[int]) -> None:
-        """order: which of the teacher's logits belongs to each of the student's choices, from `teacher_order`.
+        """order: the index of the teacher's logit for each class of the student, from `teacher_order`.
 
         Raises:
             RecipeError: the student is a mixture of experts, whose router loss is not added here.
@@ -84,17 +87,18 @@ class Distillation:
         return replace(batch, more_counts=(float(has_choice(batch.inputs["targets"]).sum()),))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """loss_sum [2]: the task's loss and the divergence, both weighted."""
+        """The summed task loss and the summed divergence, both weighted: loss_sum [2] (Hinton et al. 2015)."""
         assert self.teacher is not None
         logits, targets = self.task.choices(model, self._inputs_of_student(inputs))
-        theirs, _ = self.teacher.forward(self.task.choices, _without_types(inputs, self.teacher_has_types))
+        teacher_logits, _ = self.teacher.forward(self.task.choices, _without_types(inputs, self.teacher_has_types))
         hard_sum, hard_count = self.task.loss_of(logits, targets)
         order = self.order.to(logits.device)
-        ours, theirs = logits[..., : len(order)].float(), theirs.float().index_select(-1, order)
+        student = logits[..., : len(order)].float()
+        teacher = teacher_logits.float().index_select(-1, order)
         counted = has_choice(targets)
-        if targets.is_floating_point():  # each label is a choice of its own, between no (0) and yes (its logit)
-            ours, theirs = (torch.stack([torch.zeros_like(x), x], -1) for x in (ours, theirs))
-        distance = divergence(ours, theirs, self.settings).masked_fill(~counted, 0.0).sum()
+        if targets.is_floating_point():  # multi-label: each label is a binary choice with the logits [0, logit]
+            student, teacher = (torch.stack([torch.zeros_like(x), x], -1) for x in (student, teacher))
+        distance = divergence(student, teacher, self.settings).masked_fill(~counted, 0.0).sum()
         share, square = self.settings.hard, self.settings.temperature**2
         metrics = {"hard_loss": (hard_sum.detach(), hard_count), "divergence": (distance.detach(), counted.sum())}
         return LossOut(torch.stack([share * hard_sum, (1 - share) * square * distance]), metrics)
@@ -104,7 +108,7 @@ class Distillation:
         return LossOut(with_teacher.loss_sum, {**own.metrics, **with_teacher.metrics}, own.predictions)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """The task's metrics from its own loss, and both losses."""
+        """The task's metrics, computed from its own loss, with the total loss, hard_loss and divergence."""
         names = self.settings.metric_names
         own = {key: value for key, value in totals.items() if key not in names}
         shown = self.task.eval_metrics({**own, "loss": totals["hard_loss"]})
@@ -129,7 +133,7 @@ class Distillation:
 
 
 def _without_types(inputs: dict[str, torch.Tensor], has_types: bool) -> dict[str, torch.Tensor]:
-    """Student and teacher may differ in token types."""
+    """Remove token_type_ids if the network has none; student and teacher may differ in this."""
     return {key: x for key, x in inputs.items() if key != "token_type_ids" or has_types}
 
 
@@ -138,14 +142,16 @@ def has_choice(targets: torch.Tensor) -> torch.Tensor:
     return ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
 
 
-def divergence(ours: torch.Tensor, theirs: torch.Tensor, settings: DistillationSettings) -> torch.Tensor:
-    """The divergence of the student's probabilities from the teacher's, both given as logits [..., C]: nats [...].
+def divergence(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, settings: DistillationSettings
+) -> torch.Tensor:
+    """The divergence between student and teacher, from logits [..., C]: nats [...].
 
     The generalised Jensen-Shannon divergence (Agarwal et al. 2024, "GKD", equation 1) is beta KL(teacher || m) +
     (1 - beta) KL(student || m), where m = beta teacher + (1 - beta) student.
     """
-    student = F.log_softmax(ours / settings.temperature, -1)
-    teacher = F.log_softmax(theirs / settings.temperature, -1)
+    student = F.log_softmax(student_logits / settings.temperature, -1)
+    teacher = F.log_softmax(teacher_logits / settings.temperature, -1)
     if settings.divergence == "forward_kl":
         return _kl(teacher, student)
     if settings.divergence == "reverse_kl":
@@ -156,54 +162,56 @@ def divergence(ours: torch.Tensor, theirs: torch.Tensor, settings: DistillationS
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """KL(p || q) of log-probabilities [..., C]: [...]."""
+    """KL(p || q) in nats, from log-probabilities [..., C]: [...]."""
     return (p.exp() * (p - q)).sum(-1)
 
 
 def teacher_order(setup: TaskSetup, source: FrozenSource) -> list[int]:
-    """Which of the teacher's logits belongs to each token of the tokenizer, or to each label of the data.
+    """The index of the teacher's logit for each token of the tokenizer, or for each label of the data.
 
     Raises:
-        RecipeError: the student gives no logits, or the teacher has another vocabulary, other labels or too few
-            positions.
+        RecipeError: the student computes no logits, or the teacher has another vocabulary, lacks a label, or has too
+            few positions.
     """
     if getattr(setup.settings, "head", None) == "fused":
         raise RecipeError(
-            f"{setup.name}.head: fused makes no logits, which distillation needs; leave it out, or set logits"
+            f"{setup.name}.head: the fused head computes no logits, and distillation needs them; remove the key, or "
+            "set logits"
         )
     _check_vocabulary(setup, source)
     check_positions(setup, source)
     if "labels" in setup.survey:
-        theirs = source.config().label2id or {}
-        absent = [label for label in setup.survey["labels"] if label not in theirs]
-        if absent:
+        teacher_ids = source.config().label2id or {}
+        missing = [label for label in setup.survey["labels"] if label not in teacher_ids]
+        if missing:
             raise RecipeError(
-                f"{source.key}: {source.path} has the labels {', '.join(theirs)}, but not {', '.join(absent)}. A "
-                "teacher must know the labels of the data."
+                f"{source.key}: {source.path} has the labels {', '.join(teacher_ids)}, but not {', '.join(missing)}. "
+                "Use a teacher that was trained on all labels of the data."
             )
-        return [int(theirs[label]) for label in setup.survey["labels"]]
+        return [int(teacher_ids[label]) for label in setup.survey["labels"]]
     return list(range(max(setup.tokenizer.get_vocab().values()) + 1))
 
 
 def check_positions(setup: TaskSetup, source: FrozenSource) -> None:
-    """Raises RecipeError if the rows are longer than the teacher's positions."""
+    """Raises RecipeError if data.max_length exceeds the teacher's number of positions."""
     positions = getattr(source.config().get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < setup.max_length:
         raise RecipeError(
-            f"{source.key}: {source.path} has {positions} positions, and rows have up to {setup.max_length} tokens "
-            "(data.max_length). Lower data.max_length, or use another teacher"
+            f"{source.key}: {source.path} has {positions} positions (max_position_embeddings), fewer than "
+            f"data.max_length ({setup.max_length}). Lower data.max_length, or use another teacher"
         )
 
 
 def _check_vocabulary(setup: TaskSetup, source: FrozenSource) -> None:
-    """The teacher reads the student's token ids. Raises RecipeError if they mean something else to it."""
+    """Raises RecipeError if a token of the student has another id in the teacher's tokenizer, or is missing there."""
     try:
-        theirs = load_tokenizer(source.path, revision=source.section.revision).get_vocab()
+        teacher_vocab = load_tokenizer(source.path, revision=source.section.revision).get_vocab()
     except RecipeError as error:
         raise RecipeError(str(error).replace("tokenizer.path", source.key, 1)) from None
-    ours = setup.tokenizer.get_vocab()
-    if different := {token for token, i in ours.items() if theirs.get(token) != i}:
+    vocab = setup.tokenizer.get_vocab()
+    if different := {token for token, i in vocab.items() if teacher_vocab.get(token) != i}:
         raise RecipeError(
-            f"{source.key}: {source.path} has another vocabulary ({len(different):,} of {len(ours):,} tokens have "
-            "another id or none there). Teacher and student must share their tokenizer: set tokenizer.path to it."
+            f"{source.key}: {source.path} has another vocabulary: {len(different):,} of {len(vocab):,} tokens are "
+            "missing or have another id. Teacher and student must use the same tokenizer: set tokenizer.path to "
+            "the teacher's."
         )

@@ -1,4 +1,4 @@
-"""Documents of pretraining tasks: plain texts, laid end to end or each in rows of its own."""
+"""Encoders of documents for pretraining tasks: plain texts, packed or one document per row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EMPTY = "without text"
 
 
 class Documents(Encoder):
-    """Reads documents: records with the one column `text`."""
+    """Base class of encoders that read documents: records with one column, `text`."""
 
     reads = "document"
     chunk_records = 100_000
@@ -42,16 +42,16 @@ class Documents(Encoder):
 
     def outcomes(self, records: Sequence[Record]) -> list[Outcome]:
         documents = [Document(record.values["text"], record.where) for record in records]
-        found = iter(self.encode([document for document in documents if document.text.strip()]))
-        return [next(found) if document.text.strip() else Outcome(dropped=EMPTY) for document in documents]
+        encoded = iter(self.encode([document for document in documents if document.text.strip()]))
+        return [next(encoded) if document.text.strip() else Outcome(dropped=EMPTY) for document in documents]
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
-        """The outcome of each document; none is empty."""
+        """The outcome of each document. The documents contain more than white space."""
         raise NotImplementedError
 
 
 class DocumentRows(Documents):
-    """Token ids of each document between the task's boundary tokens -> a token store."""
+    """Encodes each document with the task's boundary tokens (such as BOS and EOS) into a token store."""
 
     store = TokenStore
     settings: DocumentSettings
@@ -68,15 +68,15 @@ class DocumentRows(Documents):
         common: Mapping[str, Any],  # noqa: ARG003
         adds_bos: Callable[[], bool],
     ) -> dict[str, Any]:
-        """Tasks that lay out documents in the same way share a store."""
+        """The settings that identify a store. Tasks with equal packing and boundary tokens share one."""
         boundaries = settings.boundaries(adds_bos=False)
         if boundaries != settings.boundaries(adds_bos=True):
             boundaries = settings.boundaries(adds_bos=adds_bos())
         return {"packing": settings.packing, "boundaries": boundaries}
 
     def warnings(self) -> list[str]:
-        differs = self.encoder.disagreement() if self.settings.like_inputs else None
-        return [] if differs is None else [differs]
+        warning = self.encoder.disagreement() if self.settings.like_inputs else None
+        return [] if warning is None else [warning]
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
         return [self._outcome(ids) for ids in self.encoder.encode(documents)]
@@ -99,7 +99,7 @@ class DocumentRows(Documents):
 
 
 class DocumentWriter:
-    """A token store."""
+    """Writes the token ids of documents to a token store."""
 
     def __init__(self, store: StoreWriter) -> None:
         self.notes: dict[str, Entry] = {}

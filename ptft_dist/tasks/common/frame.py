@@ -1,4 +1,4 @@
-"""The special tokens that a tokenizer puts around a text, or around and between two of them."""
+"""The special tokens that a tokenizer adds around one text, or around and between two texts."""
 
 from __future__ import annotations
 
@@ -15,23 +15,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Frame:
-    """[CLS] text [SEP], or [CLS] text [SEP] text [SEP], as this tokenizer has it: for texts that are split into several
-    examples after tokenization.
+    """A tokenizer's format of one or two texts, such as [CLS] text [SEP] or [CLS] text [SEP] text [SEP].
 
-    ids, types: the special tokens before the first text, (between the two,) and after the last; and their
-    token_type_ids. text_types: the texts' own.
+    Used for texts that are split into several examples after tokenization.
     """
 
     ids: tuple[list[int], ...]
+    """The special tokens before the first text, between two texts, and after the last text."""
     types: tuple[list[int], ...]
+    """The token_type_ids of `ids`."""
     text_types: tuple[int, ...]
+    """The token_type_id of each text's tokens."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, backend: Any, texts: int) -> Frame:
-        """backend: the tokenizer's own, in Rust. texts: 1 or 2.
+        """The frame of a tokenizer.
+
+        Args:
+            backend: the `tokenizers.Tokenizer` of the tokenizer.
+            texts: number of texts, 1 or 2.
 
         Raises:
-            RecipeError: nothing can be learned with this tokenizer.
+            RecipeError: the tokenizer has neither PAD nor EOS, or no token for the letter a.
         """
         check_can_pad(tokenizer)
         probe = backend.encode(*["a"] * texts, add_special_tokens=True)
@@ -41,12 +46,12 @@ class Frame:
             tuple(probe.type_ids[probe.sequence_ids.index(i)] if i in probe.sequence_ids else -1 for i in range(texts)),
         )
         if -1 in frame.text_types:
-            raise RecipeError("tokenizer: it has no token for the letter a. Use another one.")
+            raise RecipeError("tokenizer: it has no token for the letter a. Use another tokenizer.")
         part = 0
-        for token, kind, text in zip(probe.ids, probe.type_ids, probe.sequence_ids, strict=True):
+        for token, token_type, text in zip(probe.ids, probe.type_ids, probe.sequence_ids, strict=True):
             if text is None:
                 frame.ids[part].append(token)
-                frame.types[part].append(kind)
+                frame.types[part].append(token_type)
             else:
                 part = text + 1
         return frame
@@ -56,7 +61,7 @@ class Frame:
         return sum(map(len, self.ids))
 
     def fill(self, *texts: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Token ids and token_type_ids of an example with these texts."""
+        """Token ids and token_type_ids of an example: the texts with the special tokens around them."""
         ids, types = list(self.ids[0]), list(self.types[0])
         for i, text in enumerate(texts):
             ids += [*text, *self.ids[i + 1]]

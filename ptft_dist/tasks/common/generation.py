@@ -1,4 +1,4 @@
-"""Texts that a network writes at evaluations: for tasks with a `generation` section."""
+"""Text generation at evaluations, for tasks with a `generation` section."""
 
 from __future__ import annotations
 
@@ -19,25 +19,23 @@ from ptft_dist.tasks.common.scores.text import text_scores
 def generate(
     model: Any, inputs: Mapping[str, torch.Tensor], settings: GenerationSettings, *, pad_id: int, eos_ids: Sequence[int]
 ) -> torch.Tensor:
-    """Generate a text for each row by greedy decoding or beam search.
+    """Generate a text for each row by greedy decoding or beam search: token ids, int64 [B, max_new_tokens].
 
-    The network does not change. Other settings of its own generation config (forced tokens, penalties) apply. Every
-    process must call this equally often: with sharded weights each step needs all processes, so all of them continue
-    until the last one has finished.
+    The ids contain neither the prompt nor the decoder's start token, and are padded with `pad_id` after EOS. Other
+    settings of the network's generation config (forced tokens, penalties) apply. Every process must make the same
+    number of calls: with sharded weights each decoding step needs all processes, so all of them continue until the
+    last one has finished.
 
     Args:
-        model: the network itself, inside the engine's forward, in evaluation mode.
-        inputs: input_ids and attention_mask [B, T]: for the encoder; or, without one, prompts padded on the left.
-
-    Returns:
-        int64 [B, max_new_tokens]: the ids without prompt or decoder start, padded with `pad_id` after EOS.
+        model: the unwrapped network, called within the engine's forward pass, in evaluation mode.
+        inputs: input_ids and attention_mask [B, T]: the encoder's inputs; for a decoder, prompts padded on the left.
     """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
         num_beams=settings.num_beams,
         num_return_sequences=1,
         do_sample=False,
-        use_cache=True,  # whatever model.config says for training
+        use_cache=True,  # model.config may disable it for training
         return_dict_in_generate=False,
         pad_token_id=pad_id,
         eos_token_id=list(eos_ids),
@@ -51,7 +49,7 @@ def generate(
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask (1: a token), int64 [B, T], T a multiple of `multiple`: prompts for `generate`."""
+    """Pad prompts on the left: input_ids and attention_mask (1: a token), int64 [B, T], T a multiple of `multiple`."""
     width = -(-max(map(len, prompts)) // multiple) * multiple
     ids = np.full((len(prompts), width), pad_id, np.int64)
     mask = np.zeros((len(prompts), width), np.int64)
@@ -67,8 +65,12 @@ def generation_scores(
     predictions: Mapping[int, list[int]],
     row: Callable[[int], Row],
 ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores of all generated ids (row number -> ids), and the first `show` texts as samples. A row's meta has `source`
-    and `reference`, the texts of the data."""
+    """Scores of all generated texts, and the first `show` texts as samples.
+
+    Args:
+        predictions: row number -> generated token ids.
+        row: returns the row of a number. Its meta contains the texts `source` and `reference`.
+    """
     metas = [row(number).meta for number in predictions]
     ids = list(predictions.values())
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)

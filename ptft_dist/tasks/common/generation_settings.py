@@ -29,7 +29,7 @@ class GenerationSettings(Section):
     def _check(self) -> Self:
         only_with(self, ("bleu_tokenize",), "bleu" in self.metrics, "bleu among the metrics")
         if not self.metrics and not self.show:
-            raise ValueError("generation has no effect here: no metrics, and nothing to show")
+            raise ValueError("generation has no effect here: there are no metrics, and show is 0")
         return self
 
     @property

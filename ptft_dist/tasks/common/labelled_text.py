@@ -1,4 +1,4 @@
-"""Shared by tasks with labelled texts: collating texts, and the check that the network ignores padding."""
+"""Base class of tasks with labelled texts: collates texts, and checks that the network ignores padding."""
 
 from __future__ import annotations
 
@@ -30,22 +30,23 @@ class LabelledTextTask(BaseTask):
     """Base class of tasks with one or two texts per row."""
 
     auto_class: Any = AutoModelForSequenceClassification
-    texts = 1  # texts per row, for the probe
+    texts = 1
+    """Number of texts in a row of the probe."""
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         """Raises RecipeError if network and tokenizer have different padding tokens."""
         super().__init__(setup, network, device)
         tokenizer = self.tokenizer
-        if tokenizer.pad_token_id is None:  # the encoder has checked that there is an EOS; the export pads so too
+        if tokenizer.pad_token_id is None:  # the encoder has checked that EOS exists
             tokenizer.pad_token = tokenizer.eos_token
         self.pad_id = int(tokenizer.pad_token_id)
         self.pad_multiple = pad_multiple(device)
         self.has_types = network.has_token_types
         if network.position_padding_id not in (None, self.pad_id):
             raise RecipeError(
-                f"tokenizer: its PAD token is {self.pad_id}, the network's {network.position_padding_id}, and this "
-                "network counts positions by it. Use the tokenizer that belongs to the network, or leave "
-                "model.config.pad_token_id out"
+                f"tokenizer: its PAD token has the id {self.pad_id}, but the network computes positions with the PAD "
+                f"id {network.position_padding_id}. Use the network's own tokenizer, or remove "
+                "model.config.pad_token_id"
             )
 
     @classmethod
@@ -54,23 +55,26 @@ class LabelledTextTask(BaseTask):
         refuse_known(config)
         if config.is_encoder_decoder and setup.tokenizer("a").input_ids[-1] != config.eos_token_id:
             raise RecipeError(
-                f"tokenizer: {config.model_type} classifies a text at its EOS token, and this tokenizer adds none "
-                "at the end. Use the tokenizer that belongs to the network, or another network"
+                f"tokenizer: {config.model_type} classifies a text at its EOS token, and this tokenizer does not add "
+                "EOS. Use the network's own tokenizer, or another network"
             )
 
     def prepare_network(self, model: PreTrainedModel) -> None:
-        """Set the padding token in the config, because decoders classify at the last token that is not padding. The
-        exported tokenizer returns token types if the network uses them."""
+        """Set the padding token in the config, because decoders classify at the last token that is not padding.
+
+        Also make the exported tokenizer return token_type_ids if the network uses them.
+        """
         config = model.config
         if self.has_types and "token_type_ids" not in self.tokenizer.model_input_names:
             names = ["input_ids", "token_type_ids", "attention_mask"]
             self.tokenizer.model_input_names = self.tokenizer.init_kwargs["model_input_names"] = names
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = self.pad_id  # as T5's own
+            config.decoder_start_token_id = self.pad_id  # as in T5
         config.get_text_config().pad_token_id = config.pad_token_id = self.pad_id
 
     def text_inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        """input_ids and attention_mask (1: a token) [B, T]; token_type_ids, where the network has them."""
+        """Pad on the right: input_ids and attention_mask (1: a token) [B, T]; also token_type_ids if the network has
+        token types."""
         inputs = {
             "input_ids": pad([row.input_ids for row in rows], self.pad_id, self.pad_multiple),
             "attention_mask": pad([np.ones(len(row.input_ids), np.int64) for row in rows], 0, self.pad_multiple),
@@ -81,7 +85,7 @@ class LabelledTextTask(BaseTask):
 
     @staticmethod
     def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """fp32 [B, labels]."""
+        """The logits of the labels: fp32 [B, labels]."""
         logits: torch.Tensor = model(**network_inputs(inputs)).logits
         return logits.float()
 
@@ -90,6 +94,7 @@ class LabelledTextTask(BaseTask):
         return self.logits(model, inputs)
 
     def probe(self) -> PaddingProbe:
+        """The check that a row's outputs do not depend on its padding."""
         rows = [self.probe_row(i, SHORT) for i in range(ROWS)]
         return PaddingProbe(
             self.probed,
@@ -99,12 +104,12 @@ class LabelledTextTask(BaseTask):
         )
 
     def probe_row(self, number: int, length: int) -> Row:
-        """A made-up text between the tokenizer's special tokens, which some networks need."""
+        """A row of random tokens between the tokenizer's special tokens, which some networks need."""
         encoding = self.tokenizer(*["a"] * self.texts)
         frame, types = np.array(encoding.input_ids), np.array(encoding.get("token_type_ids", encoding.attention_mask))
         text = sorted(set(self.tokenizer.get_vocab().values()) - {*self.tokenizer.all_special_ids, self.pad_id})
-        place = int(np.flatnonzero(np.isin(frame, text))[-1])
+        position = int(np.flatnonzero(np.isin(frame, text))[-1])
         count = max(0, min(length, self.setup.max_length) - len(frame))
-        ids = np.insert(frame, place, np.random.default_rng(number).choice(text, count))
-        types = np.insert(types, place, np.full(count, types[place])) * self.has_types
+        ids = np.insert(frame, position, np.random.default_rng(number).choice(text, count))
+        types = np.insert(types, position, np.full(count, types[position])) * self.has_types
         return Row(ids, np.zeros(1, np.int64), {"token_type_ids": types})

@@ -1,4 +1,4 @@
-"""A text or a pair of texts between the tokenizer's special tokens: what classification and regression share."""
+"""Base encoder of classification and regression: one text or a pair of texts with the tokenizer's special tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CUT = "truncated to data.max_length"
 
 
 class LabelledTextRows(RowEncoder):
-    """Columns: input_ids and token_type_ids (which of the two texts a token belongs to), [T]."""
+    """Encodes a text or a pair of texts. Columns: input_ids and token_type_ids (0: first text, 1: second), both [T]."""
 
     columns = {"token_type_ids": "u1"}
     add_special_tokens = True
@@ -28,10 +28,11 @@ class LabelledTextRows(RowEncoder):
 
     def __init__(self, context: EncoderContext) -> None:
         super().__init__(context)
-        around = self.tokenizer.num_special_tokens_to_add(pair=self.settings.pair)
-        if self.max_length <= around:
+        special_tokens = self.tokenizer.num_special_tokens_to_add(pair=self.settings.pair)
+        if self.max_length <= special_tokens:
             raise RecipeError(
-                f"data.max_length: {self.max_length} leaves no room beside {around} special tokens. Raise it."
+                f"data.max_length: {self.max_length} leaves no room for a text beside {special_tokens} special tokens. "
+                "Raise it."
             )
         check_can_pad(self.tokenizer)
         self.backend.enable_truncation(self.max_length, strategy="longest_first")
@@ -53,7 +54,7 @@ class LabelledTextRows(RowEncoder):
         return [(values["text"], values["text_pair"]) if self.settings.pair else values["text"]]
 
     def text_columns(self, encoding: Encoding) -> tuple[dict[str, Any], tuple[str, ...]]:
-        """The columns of the text, and the note that it was truncated.
+        """The columns of the text, and a note for the data report if it was truncated.
 
         Raises:
             LeftOut: the text has no token.

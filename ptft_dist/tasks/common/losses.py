@@ -1,6 +1,6 @@
-"""Losses that several tasks share, summed over targets; -100 means no target.
+"""Losses shared by several tasks, summed over targets. The target -100 means no target.
 
-None of them waits for the device: the positions of targets are known on the CPU when a batch is collated.
+They do not synchronize with the device: the positions of targets are computed on the CPU when a batch is collated.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from ptft_dist.tasks.protocol import IGNORE
 
 POSITIONS = "target_positions"
-"""The batch input with the positions of targets: int64 [P], indices into the flattened targets."""
+"""Name of the batch input with the positions of targets: int64 [P], indices into the flattened targets."""
 
 
 def network_inputs(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs of the network: all but targets and their positions."""
+    """The inputs of the network: all batch inputs except targets and their positions."""
     return {name: x for name, x in inputs.items() if not name.startswith("targets") and name != POSITIONS}
 
 
 def target_positions(targets: np.ndarray) -> torch.Tensor:
-    """int64 [P]: where targets [...] are not -100, as indices into the flattened array."""
+    """The positions of targets [...] that are not -100: int64 [P], indices into the flattened array."""
     return torch.from_numpy(np.flatnonzero(targets != IGNORE))
 
 
@@ -35,7 +35,7 @@ def loss_at_positions(
     Args:
         logits: [..., V]; only those at `positions` are copied to fp32.
         targets: [...], -100 without a target.
-        positions: int64 [P], indices into the flattened targets; None: all of them.
+        positions: int64 [P], indices into the flattened targets; None: all positions.
     """
     flat, labels = logits.flatten(0, -2), targets.flatten()
     if positions is not None:
@@ -47,5 +47,5 @@ def loss_at_positions(
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); the exponent is limited so that the result is finite."""
+    """exp(loss), with the exponent limited so that the result is finite."""
     return math.exp(min(loss, 700.0))

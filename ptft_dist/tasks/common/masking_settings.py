@@ -14,7 +14,7 @@ class Masking(DocumentSettings):
     """Settings of masking (Devlin et al. 2019)."""
 
     probability: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
-    """The fraction of tokens to predict; special tokens are never among them."""
+    """The fraction of tokens to predict. Special tokens are never predicted."""
     mask_share: Fraction = 0.8
     """Of those, the fraction replaced by [MASK]."""
     random_share: Fraction = 0.1

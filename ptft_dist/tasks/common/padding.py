@@ -1,4 +1,4 @@
-"""Rows of different lengths, padded to one tensor."""
+"""Padding of rows of different lengths to one tensor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def pad(rows: Sequence[np.ndarray], value: float, multiple: int = 1) -> torch.Tensor:
-    """Arrays of different lengths, padded on the right: [B, T], T a multiple of `multiple`."""
+    """Pad arrays of different lengths on the right: [B, T], T a multiple of `multiple`."""
     width = padded_width(map(len, rows), multiple)
     padded = np.full((len(rows), width), value, rows[0].dtype)
     for i, row in enumerate(rows):
@@ -23,7 +23,7 @@ def padded_width(lengths: Iterable[int], multiple: int) -> int:
 
 
 def pad_multiple(device: torch.device) -> int:
-    """1 on a CPU; 8 on an accelerator, for tensor cores."""
+    """The multiple that row lengths are padded to: 1 on a CPU; 8 on an accelerator, for tensor cores."""
     return 1 if device.type == "cpu" else 8
 
 

@@ -11,13 +11,13 @@ def router_loss(router_logits: Sequence[torch.Tensor], lengths: torch.Tensor, ex
     """The load balancing loss of each row: fp32 [B]; it equals experts_per_token if all experts are used evenly.
 
     For one row it is E x (sum over experts e of f_e x P_e), where f_e is how often e is chosen per token, and P_e is
-    the router's mean probability of e; both are means over the row's tokens and the layers. transformers'
-    `load_balancing_loss_func` takes these means over a whole micro-batch, so its value depends on which rows share
-    one. Taken for each row, as in DeepSeek-V3 (Liu et al. 2024, equations 17 to 20), it does not.
+    the router's mean probability of e. Both are means over the row's tokens and the layers. transformers'
+    `load_balancing_loss_func` averages over a whole micro-batch, so its value depends on the split into micro-batches.
+    The mean over each row, as in DeepSeek-V3 (Liu et al. 2024, equations 17 to 20), does not.
 
     Args:
-        router_logits: one [B x T, E] for each layer with experts, before the softmax, padding included; empty for a
-            network whose layers have none: the loss is then 0.
+        router_logits: one [B x T, E] for each layer with experts, before the softmax, padding included. Without such
+            layers it is empty, and the loss is 0.
         lengths: int64 [B]: tokens of each row; 0 or -100 for a dummy row, whose loss is 0.
         experts_per_token: number of experts chosen for each token (top-k).
     """

@@ -30,7 +30,8 @@ def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     """Word accuracy and entity-level precision, recall and F1.
 
     An entity is correct if its type, start and end are correct. The averages are `micro` (over all entities), `macro`
-    (over types) and `weighted` (over types, weighted by their frequency in `gold`). A score with a zero denominator is 0.
+    (over types) and `weighted` (over types, weighted by their frequency in `gold`). A score with a zero denominator
+    is 0.
 
     Args:
         gold, predicted: the tags of each sentence. Corresponding sentences have the same length.
