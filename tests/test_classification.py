@@ -185,7 +185,7 @@ def test_weights_that_cannot_be() -> None:
     def weights(found: dict[str, Any], **section: Any) -> torch.Tensor | None:
         return label_weights(TaskSetup.of(recipe(**section), tokenizer(), found))
 
-    with pytest.raises(RecipeError, match=r"class_weights.*what differs: plant, stone, thing"):
+    with pytest.raises(RecipeError, match=r"class_weights.*only one of them has: plant, stone, thing"):
         weights(survey(), class_weights={"animal": 1.0, "stone": 2.0})
     with pytest.raises(RecipeError, match="no training row has the label 'plant'"):
         weights(survey(frequencies=(6, 0, 6)), class_weights="balanced")

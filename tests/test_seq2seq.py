@@ -346,7 +346,7 @@ def test_which_token_a_new_decoder_begins_with() -> None:
 
 def test_networks_that_cannot_are_refused() -> None:
     tokenizer = tokenizer_that()
-    with pytest.raises(RecipeError, match="llama network has no encoder and decoder"):
+    with pytest.raises(RecipeError, match="needs an encoder-decoder network, and llama is not one"):
         Seq2Seq.fit_config(TaskSetup.of(recipe(), tokenizer, {}), LlamaConfig())
     with pytest.raises(RecipeError, match=r"seq2seq\.max_target_length: 129 .* max_position_embeddings \(128\)"):
         network(BART, tokenizer, max_target_length=129)

@@ -369,7 +369,7 @@ def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: P
     write_tiny(tmp_path, "sft", sft={"generation": {"max_new_tokens": 33}})  # 32 + 33 > 64 positions
     refused = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert refused.wait() == 2
-    assert "sft.generation.max_new_tokens: with data.max_length it makes 65" in refused.stderr
+    assert "max_new_tokens: with data.max_length, prompt and generated text have up to 65 tokens" in refused.stderr
 
 
 def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:

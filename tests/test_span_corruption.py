@@ -167,7 +167,7 @@ def test_a_row_of_one_token_hides_nothing(tokenizer: PreTrainedTokenizerFast) ->
 
 def test_what_cannot_work_is_refused(tokenizer: PreTrainedTokenizerFast) -> None:
     t5 = T5Config(**T5)
-    with pytest.raises(RecipeError, match=r"1000 tokens gets up to 50 .* has 40 .*span_corruption\.sentinels"):
+    with pytest.raises(RecipeError, match=r"1000 tokens has up to 50 .* has 40 .*span_corruption\.sentinels"):
         SpanCorruption.fit_config(TaskSetup.of(recipe(1000), tokenizer, {}), t5)
     with pytest.raises(RecipeError, match=r"tokenizer\.add"):
         SpanCorruption.fit_config(TaskSetup.of(recipe(1000, {"path": "somewhere"}), tokenizer, {}), t5)
@@ -189,7 +189,7 @@ def test_rows_that_grow_beyond_the_positions_are_refused(
     longest = max(len(ids) for pair in made for ids in pair)
     bart = BartConfig(**BART | {"max_position_embeddings": longest - 1})
     if longest - 1 >= 64:  # otherwise, data.max_length itself is refused elsewhere
-        with pytest.raises(RecipeError, match=rf"of {longest}, .* has {longest - 1} positions"):
+        with pytest.raises(RecipeError, match=rf"of {longest} tokens, .* has {longest - 1} positions"):
             SpanCorruption.fit_config(TaskSetup.of(ours, tokenizer, {}), bart)
     bart.max_position_embeddings = longest
     SpanCorruption.fit_config(TaskSetup.of(ours, tokenizer, {}), bart)

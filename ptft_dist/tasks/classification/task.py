@@ -1,4 +1,4 @@
-"""Classification of texts, pairs of texts and relations: one label a row, or any number of them."""
+"""Classification of texts, pairs of texts and relations, with one label per row or multi-label."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
 
 
 class Classification(LabelledTextTask):
-    """Rows of token ids in; the summed cross-entropy of labels out, or of each label's yes or no (multi_label)."""
+    """Rows of token ids -> summed cross-entropy of the labels; with multi_label, summed binary cross-entropy."""
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
@@ -27,19 +27,21 @@ class Classification(LabelledTextTask):
 
     @classmethod
     def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:
-        label_weights(setup)  # raises RecipeError for weights that cannot be
+        label_weights(setup)  # raises RecipeError for invalid weights before the network is built
         labels = setup.survey["labels"]
-        kind = "multi_label_classification" if setup.settings.multi_label else "single_label_classification"
+        multi_label = setup.settings.multi_label
         return {
             "num_labels": len(labels),
             "id2label": dict(enumerate(labels)),
             "label2id": {label: i for i, label in enumerate(labels)},
-            "problem_type": kind,
+            "problem_type": "multi_label_classification" if multi_label else "single_label_classification",
         }
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
-        """targets: label ids [B]; or, multi_label, fp32 [B, labels], 1 for the row's labels. The count is the number of
-        rows, of their label weights, or of yes-or-no decisions."""
+        """Pad texts and add targets: label ids [B]; with multi_label fp32 [B, labels], 1 for the row's labels.
+
+        The count is the number of rows, the sum of their label weights, or with multi_label B x labels.
+        """
         inputs = self.text_inputs(rows)
         tokens = sum(len(row.input_ids) for row in rows)
         if self.settings.multi_label:
@@ -54,30 +56,30 @@ class Classification(LabelledTextTask):
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         logits, targets = self.choices(model, inputs)
         if self.settings.multi_label:
-            there = ~targets.isnan().any(1)
-            right = ((logits > 0) == (targets > 0)).all(1) & there
+            mask = ~targets.isnan().any(1)  # NaN: a row of a dummy batch
+            correct = ((logits > 0) == (targets > 0)).all(1) & mask
         else:
-            there = targets != IGNORE
-            right = (logits.argmax(-1) == targets) & there
+            mask = targets != IGNORE
+            correct = (logits.argmax(-1) == targets) & mask
         loss_sum, _ = self.loss_of(logits, targets)
-        return LossOut(loss_sum, {"accuracy": (right.sum(), there.sum())}, logits.detach())
+        return LossOut(loss_sum, {"accuracy": (correct.sum(), mask.sum())}, logits.detach())
 
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits [B, labels] and targets: ids [B], or a yes or no for each label [B, labels]."""
+        """Logits [B, labels] and targets: label ids [B]; with multi_label 0 or 1 [B, labels]."""
         return self.logits(model, inputs), inputs["targets"]
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The summed loss, and what it is averaged over."""
+        """The summed loss, and the denominator of its mean."""
         weights = None if self.weights is None else self.weights.to(logits.device)
         if self.settings.multi_label:
-            there = ~targets.isnan()
-            each = F.binary_cross_entropy_with_logits(
+            mask = ~targets.isnan()
+            losses = F.binary_cross_entropy_with_logits(
                 logits, targets.nan_to_num(), pos_weight=weights, reduction="none"
             )
-            return (each * there).sum(), there.sum()
+            return (losses * mask).sum(), mask.sum()
         loss_sum = weighted_cross_entropy(logits, targets, weights, self.settings.label_smoothing)
-        there = targets != IGNORE
-        return loss_sum, there.sum() if weights is None else (weights[targets.clamp(min=0)] * there).sum()
+        mask = targets != IGNORE
+        return loss_sum, mask.sum() if weights is None else (weights[targets.clamp(min=0)] * mask).sum()
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         return {"loss": totals["loss"]}
@@ -85,48 +87,51 @@ class Classification(LabelledTextTask):
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """predictions: each row's logits."""
+        """Scores over all validation rows. predictions: row number -> logits [labels]."""
         logits = np.array(list(predictions.values()))
         if self.settings.multi_label:
             gold = np.zeros(logits.shape, np.int64)
             for i, number in enumerate(predictions):
                 gold[i, row(number).columns["labels"]] = 1
             return multi_label_scores(gold, (logits > 0).astype(np.int64)), []
-        answers = [int(row(number).columns["labels"][0]) for number in predictions]
-        return classification_scores(answers, logits.argmax(-1).tolist(), len(self.labels)), []
+        gold_ids = [int(row(number).columns["labels"][0]) for number in predictions]
+        return classification_scores(gold_ids, logits.argmax(-1).tolist(), len(self.labels)), []
 
 
 def weighted_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, smoothing: float
 ) -> torch.Tensor:
-    """Summed over rows: PyTorch's cross_entropy before it divides by the weights of the targets."""
+    """PyTorch's weighted cross_entropy summed over rows, before the division by the sum of the targets' weights."""
     return F.cross_entropy(logits, targets, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
 
 
 def label_weights(setup: TaskSetup) -> torch.Tensor | None:
-    """fp32 [labels]. Balanced, as scikit-learn has it: rows / (labels x rows of the label); for yes-or-no decisions
-    the weight of a yes: rows without the label / rows with it.
+    """The label weights of classification.class_weights: fp32 [labels]; None without weights.
+
+    `balanced` is computed as in scikit-learn: rows / (labels x rows with the label). With multi_label it is the weight
+    of positive labels: rows without the label / rows with the label.
 
     Raises:
-        RecipeError: the weights are not those of the data's labels, or a label cannot be balanced.
+        RecipeError: the named labels differ from those of the data, or no or every training row has a label.
     """
     settings, survey = setup.settings, setup.survey
     labels = survey["labels"]
     if settings.class_weights is None:
         return None
     if settings.class_weights != "balanced":
-        if strange := sorted(set(settings.class_weights) ^ set(labels)):
+        if different := sorted(set(settings.class_weights) ^ set(labels)):
             raise RecipeError(
-                f"classification.class_weights: the labels of the data are {', '.join(labels)}, each of which needs a "
-                f"weight, and no other; what differs: {', '.join(strange)}"
+                "classification.class_weights: the weights and the data do not have the same labels; only one of them "
+                f"has: {', '.join(different)}. Give one weight for each label of the data: {', '.join(labels)}"
             )
         return torch.tensor([settings.class_weights[label] for label in labels], dtype=torch.float32)
     for label, frequency in zip(labels, survey["frequencies"], strict=True):
-        everywhere = settings.multi_label and frequency == survey["rows"]
-        if not frequency or everywhere:
+        in_every_row = settings.multi_label and frequency == survey["rows"]
+        if not frequency or in_every_row:
             raise RecipeError(
-                f"classification.class_weights: balanced; {'every' if everywhere else 'no'} training row has the label "
-                f"{label!r}. Give the weights by name, or leave the label out."
+                f"classification.class_weights: balanced weights are undefined, because "
+                f"{'every' if in_every_row else 'no'} training row has the label {label!r}. Give the weights by name, "
+                "or remove the label."
             )
     frequencies = torch.tensor(survey["frequencies"], dtype=torch.float64)
     if settings.multi_label:

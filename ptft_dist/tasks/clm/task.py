@@ -1,4 +1,4 @@
-"""Causal language modelling: predict each token from those before it."""
+"""Causal language modelling: predict each token from the previous tokens."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from ptft_dist.tasks.common.causal import NextTokenTask
 
 
 class CausalLM(NextTokenTask):
-    """Every token of a document but its first is predicted."""
+    """Predicts all tokens of a document except its first."""

@@ -1,4 +1,4 @@
-"""BERT's pretraining: masked tokens, and whether the second segment of a row follows the first (Devlin et al. 2019)."""
+"""BERT's pretraining: masked language modelling and next-sentence prediction (Devlin et al. 2019)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ptft_dist.tasks.protocol import BaseTask, Batch, LossOut, TaskSetup
 
 
 class MaskedLMWithPairs(BaseTask):
-    """Rows [CLS] A [SEP] B [SEP] in; two sums out: the cross-entropy of the chosen tokens, and that of the pairs."""
+    """Rows [CLS] A [SEP] B [SEP] -> two summed cross-entropies: of masked tokens and of next-sentence prediction."""
 
     auto_class = AutoModelForPreTraining
 
@@ -34,14 +34,14 @@ class MaskedLMWithPairs(BaseTask):
         networks: Any = AutoModelForPreTraining._model_mapping
         if type(config) not in networks or not _has_pair_head(networks[type(config)]):
             raise RecipeError(
-                f"model: task mlm_nsp needs a network with a head for pairs of segments (bert, ernie, megatron-bert, "
-                f"mobilebert, fnet); a {config.model_type} has none: train it with task: mlm"
+                f"model: task mlm_nsp needs a network with a next-sentence head (bert, ernie, megatron-bert, "
+                f"mobilebert, fnet), and {config.model_type} has none: train it with task: mlm"
             )
         refuse_known(config)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
-        """As MaskedRows.collate, with token_type_ids [B, T] (1: the second segment) and targets_next [B] (0: it
-        follows the first, 1: it is from elsewhere)."""
+        """MaskedRows.collate, with token_type_ids [B, T] (1: second segment) and targets_next [B] (0: the second
+        segment follows the first, 1: it is a random one)."""
         batch = self.rows.collate(rows, keys)
         types, width = pad([row.columns["token_type_ids"] for row in rows], 0), batch.inputs["input_ids"].shape[1]
         inputs = {
@@ -52,7 +52,7 @@ class MaskedLMWithPairs(BaseTask):
         return replace(batch, inputs=inputs, more_counts=(len(rows),))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """loss_sum [2]: over the chosen tokens, and over the pairs."""
+        """The two losses, summed over the masked tokens and over the pairs: loss_sum [2]."""
         output = model(**network_inputs(inputs))
         tokens, right_tokens, token_count = loss_at_positions(
             output.prediction_logits, inputs["targets"], inputs[POSITIONS]
@@ -67,7 +67,7 @@ class MaskedLMWithPairs(BaseTask):
         return LossOut(torch.stack([tokens, pairs]), metrics)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: the sum of both means, in nats; perplexity: of the masked tokens."""
+        """Add the perplexity of the masked tokens. loss: the sum of both mean losses, in nats."""
         return {**totals, "perplexity": perplexity(totals["mlm_loss"])}
 
 

@@ -1,4 +1,4 @@
-"""Permuted language modelling: predict some tokens of a row in a random order (Yang et al. 2019, XLNet)."""
+"""Permuted language modelling: predict some tokens of a row in random order (Yang et al. 2019, XLNet)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 
 
 class PermutedLM(BaseTask):
-    """Rows of token ids in, the summed cross-entropy of the chosen tokens out."""
+    """Rows of token ids -> summed cross-entropy of the predicted tokens."""
 
     auto_class = AutoModelForCausalLM
 
@@ -31,25 +31,32 @@ class PermutedLM(BaseTask):
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:  # noqa: ARG003
         if not isinstance(config, XLNetConfig):
             raise RecipeError(
-                f"model: task plm needs the two streams of attention that XLNet has (model_type: xlnet), and a "
-                f"{config.model_type} has one: train it with task: clm or mlm"
+                f"model: task plm needs XLNet's two-stream attention (model_type: xlnet), and {config.model_type} does "
+                "not have it: train it with task: clm or mlm"
             )
         if config.attn_type != "bi" or config.bi_data:
-            raise RecipeError("model: task plm needs attn_type: bi and bi_data: false in the network's config")
+            raise RecipeError("model: task plm needs a network config with attn_type: bi and bi_data: false")
 
     def prepare_network(self, model: PreTrainedModel) -> None:
-        """Freeze the weights for segments. Documents have one segment, so these weights add the same number to all
-        scores of a query, which moves no probability: they get no gradient, and DDP would wait for one."""
+        """Freeze the segment weights, which get no gradient; DDP would wait for one.
+
+        Documents have one segment. The segment weights then add the same constant to all attention scores of a query,
+        and the softmax ignores it.
+        """
         for name, parameter in model.named_parameters():
             if name.endswith(("seg_embed", "r_s_bias")):
                 parameter.requires_grad_(False)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
-        """input_ids [B, T], none of them masked: perm_mask says which token sees which.
+        """Pad rows, and draw the predicted tokens and their order as a pure function of (seed, epoch, row).
 
-        attention_mask [B, T]: 1 for a token; perm_mask [B, T, T]: 1 where i must not see j; target_mapping [B, P, T]:
-        1 where prediction p is that of token j; targets [B, P]: its id, else -100; target_positions. Masks and mapping
-        are fp32. The choice and the order are a pure function of (seed, epoch, row).
+        Inputs:
+            input_ids: [B, T], without mask tokens.
+            attention_mask: fp32 [B, T], 1 for a token.
+            perm_mask: fp32 [B, T, T], 1 where token i must not attend to token j.
+            target_mapping: fp32 [B, P, T], 1 where prediction p is token j.
+            targets: [B, P], the ids of the predicted tokens, -100 for padding.
+            target_positions: see losses.target_positions.
         """
         drawn = [self.draw(row, key) for row, key in zip(rows, keys, strict=True)]
         width = padded_width((len(row.input_ids) for row in rows), self.pad_multiple)
@@ -60,11 +67,11 @@ class PermutedLM(BaseTask):
         target_mapping = np.zeros((len(rows), predictions, width), np.float32)
         targets = np.full((len(rows), predictions), IGNORE, np.int64)
         for i, (row, (chosen, order)) in enumerate(zip(rows, drawn, strict=True)):
-            n, places = len(row.input_ids), np.flatnonzero(chosen)
+            n, positions = len(row.input_ids), np.flatnonzero(chosen)
             input_ids[i, :n], attention_mask[i, :n] = row.input_ids, 1
             perm_mask[i, :n, :n] = hidden(chosen, order)
-            target_mapping[i, np.arange(len(places)), places] = 1
-            targets[i, : len(places)] = row.input_ids[places]
+            target_mapping[i, np.arange(len(positions)), positions] = 1
+            targets[i, : len(positions)] = row.input_ids[positions]
         inputs = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -77,7 +84,7 @@ class PermutedLM(BaseTask):
         return Batch(tensors, int((targets != IGNORE).sum()), sum(len(row.input_ids) for row in rows))
 
     def draw(self, row: Row, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens of a row are predicted, bool [T], and each token's place in the order, int64 [T]."""
+        """Draw the mask of predicted tokens, bool [T], and each token's rank in the prediction order, int64 [T]."""
         random = np.random.default_rng((self.setup.seed, *key))
         chosen = choose_spans(np.isin(row.input_ids, self.special_ids), self.settings, random)
         return chosen, random.permutation(len(row.input_ids))
@@ -88,21 +95,29 @@ class PermutedLM(BaseTask):
         return LossOut(loss_sum, {"accuracy": (right, count)})
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: mean over the predicted tokens, in nats; perplexity: its exponential; accuracy: the share predicted."""
+        """Add the perplexity. loss: mean over the predicted tokens, in nats; accuracy: the fraction of them predicted
+        correctly."""
         return {**totals, "perplexity": perplexity(totals["loss"])}
 
 
 def choose_spans(special: np.ndarray, settings: PlmSettings, random: np.random.Generator) -> np.ndarray:
-    """Which tokens are predicted: bool [T]. One span somewhere in each stretch of a row; a stretch is as long as makes
-    the span its mask_share. Never special tokens, and never all tokens: the first in the order would see nothing."""
+    """Draw the mask of predicted tokens: bool [T].
+
+    The row is divided into windows with one span each, at a random position. A window has span / mask_share tokens.
+    Special tokens are not predicted. At least one token is not predicted, because otherwise the first prediction would
+    have no context.
+
+    Args:
+        special: mask of special tokens, bool [T].
+    """
     chosen = np.zeros(len(special), bool)
-    start = 0
-    while start < len(special):
+    window_start = 0
+    while window_start < len(special):
         span = int(random.integers(1, settings.longest_span + 1))
-        stretch = round(span / settings.mask_share)
-        at = start + int(random.integers(stretch - span + 1))
-        chosen[at : at + span] = True
-        start += stretch
+        window = round(span / settings.mask_share)
+        span_start = window_start + int(random.integers(window - span + 1))
+        chosen[span_start : span_start + span] = True
+        window_start += window
     chosen &= ~special
     if chosen.all():
         chosen[random.integers(len(chosen))] = False
@@ -110,10 +125,10 @@ def choose_spans(special: np.ndarray, settings: PlmSettings, random: np.random.G
 
 
 def hidden(chosen: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Whether token j is hidden from token i: bool [T, T].
+    """The mask of pairs (i, j) where token i must not attend to token j: bool [T, T].
 
-    All tokens see the tokens that are not chosen. A chosen token is seen by the chosen tokens later in the order, and
-    not by itself; the network adds a token's own content in its content stream.
+    All tokens attend to the tokens that are not predicted. Only predicted tokens later in the order attend to a
+    predicted token. A predicted token does not attend to itself; the network adds it in its content stream.
     """
     rank = np.where(chosen, order, -1)
     return (rank[:, None] <= rank[None, :]) & chosen[None, :]

@@ -19,10 +19,10 @@ from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
 
 
 class QuestionAnswering(LabelledTextTask):
-    """Windows of token ids in; the mean of the cross-entropies of the answer's two ends, summed over windows, out.
+    """Windows of token ids -> the mean of the cross-entropies of the answer's start and end, summed over windows.
 
-    A window without the answer has the [CLS] token for both ends (the first token, if the tokenizer has no [CLS]).
-    Tokens that pad a row cannot be chosen, or the loss would depend on how far it is padded.
+    In a window without the complete answer, start and end are the [CLS] token (the first token if the tokenizer has no
+    [CLS]). Padding gets the logit -inf, so that the loss does not depend on it.
     """
 
     auto_class = AutoModelForQuestionAnswering
@@ -39,11 +39,14 @@ class QuestionAnswering(LabelledTextTask):
 
     @classmethod
     def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:  # noqa: ARG003
-        return {"num_labels": 2}  # the score of a beginning, and that of an end
+        return {"num_labels": 2}  # start logit and end logit
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
-        """targets_start, targets_end: positions [B]; context: where it begins and ends [B, 2]; nowhere: the position
-        that stands for no answer [B]. The count is the number of windows."""
+        """Pad windows and add positions; the count is the number of windows.
+
+        targets_start and targets_end [B]: the answer's first and last token. context [B, 2]: [start, end) of the
+        context. nowhere [B]: the position that means "no answer".
+        """
         columns = {name: np.stack([row.columns[name] for row in rows]) for name in ("context", "start", "end")}
         inputs = {
             **self.text_inputs(rows),
@@ -55,6 +58,7 @@ class QuestionAnswering(LabelledTextTask):
         return Batch(inputs, len(rows), sum(len(row.input_ids) for row in rows))
 
     def nowhere(self, ids: np.ndarray) -> int:
+        """The position that means "no answer": [CLS], else 0."""
         return int(np.argmax(ids == self.cls_id))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
@@ -65,47 +69,50 @@ class QuestionAnswering(LabelledTextTask):
         return self.scored(inputs, start, end)._replace(predictions=self.best_spans(inputs, start, end))
 
     def end_logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of beginnings and of ends, fp32 [B, T], -inf where a row is padded."""
+        """Start logits and end logits, both fp32 [B, T], -inf for padding."""
         padding = inputs["attention_mask"] == 0
         start, end = (x.masked_fill(padding, -torch.inf) for x in self.probed(model, inputs).unbind(-1))
         return start, end
 
     def probed(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """fp32 [B, T, 2]: of beginnings and of ends, before padding is left out."""
-        read = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
-        output = model(**read)
+        """Start logits and end logits, without masking of padding: fp32 [B, T, 2]."""
+        arguments = {k: inputs[k] for k in ("input_ids", "attention_mask", "token_type_ids") if k in inputs}
+        output = model(**arguments)
         return torch.stack([output.start_logits, output.end_logits], -1).float()
 
     @staticmethod
     def scored(inputs: dict[str, torch.Tensor], start: torch.Tensor, end: torch.Tensor) -> LossOut:
-        """The metric `accuracy`: windows with both ends right."""
+        """The summed loss from the logits. The metric `accuracy` counts windows whose start and end are correct."""
         starts, ends = inputs["targets_start"], inputs["targets_end"]
         loss_sum = sum(
             F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum") / 2
             for logits, targets in ((start, starts), (end, ends))
         )
         assert isinstance(loss_sum, torch.Tensor)
-        there = starts != IGNORE
-        right = (start.argmax(-1) == starts) & (end.argmax(-1) == ends) & there
-        return LossOut(loss_sum, {"accuracy": (right.sum(), there.sum())})
+        mask = starts != IGNORE
+        correct = (start.argmax(-1) == starts) & (end.argmax(-1) == ends) & mask
+        return LossOut(loss_sum, {"accuracy": (correct.sum(), mask.sum())})
 
     def best_spans(self, inputs: dict[str, torch.Tensor], start: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
-        """fp32 [B, 4]: the best span of the context, its first and last token and its score (-inf: there is none); and
-        the score of no answer. Made of the n_best beginnings and ends, and not longer than max_answer_length."""
-        places = torch.arange(start.shape[1], device=start.device)
+        """The best span of each window: first token, last token, score, and the score of no answer: fp32 [B, 4].
+
+        Candidates combine the n_best starts and ends within the context, up to max_answer_length tokens. The score is
+        -inf if there is no candidate.
+        """
+        positions = torch.arange(start.shape[1], device=start.device)
         context = inputs["context"]
-        outside = (places < context[:, :1]) | (places >= context[:, 1:])
+        outside = (positions < context[:, :1]) | (positions >= context[:, 1:])
         k = min(self.settings.n_best, start.shape[1])
         start_scores, firsts = start.masked_fill(outside, -torch.inf).topk(k)
         end_scores, lasts = end.masked_fill(outside, -torch.inf).topk(k)
         lengths = lasts[:, None, :] - firsts[:, :, None] + 1
         scores = start_scores[:, :, None] + end_scores[:, None, :]
         scores = scores.masked_fill((lengths < 1) | (lengths > self.settings.max_answer_length), -torch.inf)
-        best, place = scores.flatten(1).max(1)
-        first, last = firsts.gather(1, place[:, None] // k)[:, 0], lasts.gather(1, place[:, None] % k)[:, 0]
+        best, index = scores.flatten(1).max(1)
+        first, last = firsts.gather(1, index[:, None] // k)[:, 0], lasts.gather(1, index[:, None] % k)[:, 0]
         nowhere = inputs["nowhere"][:, None]
-        none = (start.gather(1, nowhere) + end.gather(1, nowhere))[:, 0]
-        return torch.stack([first.float(), last.float(), best, none], 1)
+        no_answer = (start.gather(1, nowhere) + end.gather(1, nowhere))[:, 0]
+        return torch.stack([first.float(), last.float(), best, no_answer], 1)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         return {"loss": totals["loss"]}
@@ -113,25 +120,29 @@ class QuestionAnswering(LabelledTextTask):
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Over questions: of each, the best span of all its windows; or no answer, whose score is the lowest of them,
-        for one window that knows the answer is enough."""
+        """Exact match and F1 over questions.
+
+        The prediction of a question is the best span of all its windows. The score of no answer is the minimum over
+        the windows, because most windows do not contain the answer.
+        """
         best: dict[int, tuple[float, str]] = {}
-        declined: dict[int, float] = {}
+        no_answer_scores: dict[int, float] = {}
         answers: dict[int, list[str]] = {}
-        for number, (first, last, score, none) in predictions.items():
+        for number, (first, last, score, no_answer) in predictions.items():
             window = row(number)
             meta = window.meta
             question = meta["question"]
             answers[question] = meta["answers"]
-            declined[question] = min(none, declined.get(question, np.inf))
-            found = best.setdefault(question, (-np.inf, ""))
-            if score > found[0]:
-                begins = int(window.columns["context"][0])
-                begin, end = meta["offsets"][int(first) - begins][0], meta["offsets"][int(last) - begins][1]
-                best[question] = score, meta["text"][begin:end].strip()
+            no_answer_scores[question] = min(no_answer, no_answer_scores.get(question, np.inf))
+            best_score, _ = best.setdefault(question, (-np.inf, ""))
+            if score > best_score:
+                context_start = int(window.columns["context"][0])
+                start = meta["offsets"][int(first) - context_start][0]
+                end = meta["offsets"][int(last) - context_start][1]
+                best[question] = score, meta["text"][start:end].strip()
         margin = self.settings.no_answer_margin
         texts = [
-            "" if self.may_decline and declined[question] - score > margin else text
+            "" if self.may_decline and no_answer_scores[question] - score > margin else text
             for question, (score, text) in best.items()
         ]
         return span_scores(texts, list(answers.values())), []

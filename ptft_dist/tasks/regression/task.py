@@ -1,4 +1,4 @@
-"""Regression: a number from a text or a pair of texts."""
+"""Regression: predict a number from a text or a pair of texts."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ ERRORS: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "mae": F.l1
 
 
 class Regression(LabelledTextTask):
-    """Rows of token ids in, the summed error of the predicted numbers out."""
+    """Rows of token ids -> summed error of the predicted numbers."""
 
     @classmethod
     def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:  # noqa: ARG003
         return {"num_labels": 1, "problem_type": "regression"}
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
-        """targets: fp32 [B]."""
+        """Pad texts and add targets, fp32 [B]."""
         targets = torch.tensor([float(row.columns["labels"][0]) for row in rows])
         inputs = {**self.text_inputs(rows), "targets": targets}
         return Batch(inputs, len(rows), sum(len(row.input_ids) for row in rows))
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         predicted, targets = self.logits(model, inputs)[:, 0], inputs["targets"]
-        there = ~targets.isnan()
-        each = ERRORS[self.settings.loss](predicted, targets.nan_to_num(), reduction="none")
-        return LossOut((each * there).sum(), {}, predicted.detach())
+        mask = ~targets.isnan()  # NaN: a row of a dummy batch
+        losses = ERRORS[self.settings.loss](predicted, targets.nan_to_num(), reduction="none")
+        return LossOut((losses * mask).sum(), {}, predicted.detach())
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]

@@ -1,4 +1,4 @@
-"""Text to text, with an encoder and a decoder: translation, summaries, rewriting."""
+"""Sequence-to-sequence learning with an encoder-decoder network: translation, summarization, rewriting."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 
 
 class Seq2Seq(BaseTask):
-    """Sources and targets in; the summed cross-entropy of the targets' tokens out, EOS among them."""
+    """Sources and targets -> summed cross-entropy of the target tokens, EOS included."""
 
     auto_class = AutoModelForSeq2SeqLM
 
@@ -30,20 +30,25 @@ class Seq2Seq(BaseTask):
         self.pad_multiple = pad_multiple(device)
         if network.decoder_start_id is None:
             raise RecipeError(
-                f"model.path: the config of this {network.model_type} has no decoder_start_token_id, with which its "
-                "decoder begins. Set it in its config.json."
+                f"model.path: the config of this {network.model_type} network has no decoder_start_token_id, and the "
+                "decoder needs one. Set it in its config.json."
             )
         self.start_id = network.decoder_start_id
 
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
-        """Set the decoder's ids of a new network: it starts with the pad token, as T5's, unless the recipe has another
-        one, since the defaults of a model type belong to another vocabulary. How sources are written goes into
-        task_specific_params, and so into the exported config."""
+        """Set the decoder's special token ids of a new network, and record the source format in the config.
+
+        A model type's default ids belong to another vocabulary. The decoder starts with the padding token, as in T5,
+        unless the recipe sets another one. `ptft generate` reads the source format from task_specific_params.
+
+        Raises:
+            RecipeError: the network is not an encoder-decoder, or has too few positions.
+        """
         if not config.is_encoder_decoder:
             raise RecipeError(
-                f"model: a {config.model_type} network has no encoder and decoder, as task seq2seq needs: use t5, mt5, "
-                "bart, marian, ..., or task sft"
+                f"model: task seq2seq needs an encoder-decoder network, and {config.model_type} is not one: use t5, "
+                "mt5, bart, marian, ..., or task: sft"
             )
         if (given := setup.config_keys) is not None:
             if "decoder_start_token_id" not in given:
@@ -60,14 +65,16 @@ class Seq2Seq(BaseTask):
         for name, length in lengths.items():
             if isinstance(positions, int) and 0 < positions < length:
                 raise RecipeError(
-                    f"{name}: {length} is more than the model's max_position_embeddings ({positions}): lower the one "
-                    "or raise the other"
+                    f"{name}: {length} exceeds the model's max_position_embeddings ({positions}): lower {name}, or "
+                    "raise max_position_embeddings"
                 )
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
-        """Pad on the right: input_ids and attention_mask (1: a token) [B, S]; targets and decoder_input_ids, which are
-        the targets one place later behind the decoder's first token, [B, T]. A decoder needs no mask: no token sees
-        what stands after it."""
+        """Pad on the right: input_ids and attention_mask (1: a token) [B, S]; targets and decoder_input_ids [B, T].
+
+        decoder_input_ids are the targets shifted right by one, after the decoder's start token. The decoder needs no
+        mask, because its tokens do not attend to later tokens.
+        """
         labels = [row.columns["labels"] for row in rows]
         shifted = [np.concatenate(([self.start_id], ids[:-1])) for ids in labels]
         inputs = {
@@ -83,7 +90,7 @@ class Seq2Seq(BaseTask):
         return self._loss(model, inputs, self.settings.label_smoothing)
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        """The loss without label smoothing, so that its exponential is the perplexity; and what the network writes."""
+        """The loss without label smoothing, so that its exponential is the perplexity, and the generated token ids."""
         out = self._loss(model, inputs, 0.0)
         if self.settings.generation is None:
             return out
@@ -98,19 +105,19 @@ class Seq2Seq(BaseTask):
         loss_sum = F.cross_entropy(
             logits, targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
         )
-        there = targets.flatten() != IGNORE
-        right = (logits.argmax(-1) == targets.flatten()) & there
-        return LossOut(loss_sum, {"accuracy": (right.sum(), there.sum())})
+        mask = targets.flatten() != IGNORE
+        correct = (logits.argmax(-1) == targets.flatten()) & mask
+        return LossOut(loss_sum, {"accuracy": (correct.sum(), mask.sum())})
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: mean over the targets' tokens, in nats; perplexity: its exponential; accuracy: the share of tokens that
-        are the likeliest, given those before."""
+        """Add the perplexity. loss: mean over the target tokens, in nats; accuracy: the fraction of target tokens
+        predicted correctly, with teacher forcing."""
         return {**totals, "perplexity": perplexity(totals["loss"])}
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """predictions: each row's written ids."""
+        """Scores of the generated texts. predictions: row number -> generated token ids."""
         if self.settings.generation is None:
             return {}, []
         return generation_scores(self.tokenizer, self.settings.generation, predictions, row)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: a causal network learns the assistant's messages."""
+"""Supervised fine-tuning: a causal network learns to predict the assistant's messages."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ PROMPT = "prompt/"
 
 
 class SupervisedFineTuning(NextTokenTask):
-    """As causal language modelling, but only the tokens that the row marks as learned are predicted."""
+    """Next-token prediction of the tokens that a row's label mask (`learned`) selects."""
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
-        end_of_turn = setup.survey.get("end_of_turn")  # the template's own, where that is not EOS
+        end_of_turn = setup.survey.get("end_of_turn")  # the chat template's end of turn, if it is not EOS
         own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
-        self.eos_ids = list(dict.fromkeys([*own, *network.eos_ids]))  # models that chat have several
-        # Generated texts are filled with a special token behind their end: only special ones are left out in decoding.
+        self.eos_ids = list(dict.fromkeys([*own, *network.eos_ids]))  # chat models have several
+        # Pad generated texts with a special token, because decoding with skip_special_tokens removes only these.
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
         self.noise = None if self.settings.neftune_alpha is None else EmbeddingNoise(self.settings.neftune_alpha)
 
@@ -43,8 +43,9 @@ class SupervisedFineTuning(NextTokenTask):
             return
         if (longest := setup.max_length + generation.max_new_tokens) > positions:
             raise RecipeError(
-                f"sft.generation.max_new_tokens: with data.max_length it makes {longest} tokens, more than the model's "
-                f"max_position_embeddings ({positions}): lower one of them, or raise max_position_embeddings"
+                f"sft.generation.max_new_tokens: with data.max_length, prompt and generated text have up to {longest} "
+                f"tokens, more than the model's max_position_embeddings ({positions}): lower one of them, or raise "
+                "max_position_embeddings"
             )
 
     def prepare_network(self, model: PreTrainedModel) -> None:
@@ -56,12 +57,15 @@ class SupervisedFineTuning(NextTokenTask):
 
     def next_tokens(self, row: Row) -> np.ndarray:
         ids = row.input_ids[1:]
-        learned = row.columns.get("learned")  # the probe's rows have none: there, everything is learned
+        learned = row.columns.get("learned")  # None in the rows of the probe: all tokens are targets
         return ids if learned is None else np.where(learned[1:] == 1, ids, IGNORE)
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:
-        """As NextTokenTask's. With noise also lengths [B, T]: tokens of the conversation that a token belongs to. At
-        evaluations with generation, also the prompts: prompt/input_ids and prompt/attention_mask [B, P]."""
+        """NextTokenTask.collate, with the inputs of NEFTune and generation.
+
+        NEFTune adds lengths [B, T]: the number of tokens in each token's conversation. At evaluations, generation adds
+        prompt/input_ids and prompt/attention_mask [B, P].
+        """
         batch = super().collate(rows, keys)
         inputs = dict(batch.inputs)
         if self.noise is not None:
@@ -78,7 +82,7 @@ class SupervisedFineTuning(NextTokenTask):
         return super().choices(model, self._set_noise(inputs))
 
     def _set_noise(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give the lengths to the noise of the forward pass that follows; the inputs without them and prompts."""
+        """Set the lengths for the noise of the next forward pass; return the inputs without lengths and prompts."""
         if self.noise is not None and "lengths" in inputs:
             self.noise.lengths = inputs["lengths"]
         return {key: x for key, x in inputs.items() if key != "lengths" and not key.startswith(PROMPT)}
@@ -94,29 +98,32 @@ class SupervisedFineTuning(NextTokenTask):
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """predictions: the token ids that were generated after each prompt."""
+        """Scores of the generated answers. predictions: row number -> token ids generated after the prompt."""
         if self.settings.generation is None:
             return {}, []
         return generation_scores(self.tokenizer, self.settings.generation, predictions, row)
 
 
 def conversation_lengths(row: Row) -> np.ndarray:
-    """For each token, the number of tokens in its conversation: int64 [T]."""
+    """The number of tokens in each token's conversation: int64 [T]."""
     lengths = np.diff(row.document_starts, append=len(row.input_ids))
     return np.repeat(lengths, lengths)
 
 
 class EmbeddingNoise:
-    """Uniform noise on the embeddings in training: alpha / sqrt(L d) for conversations of L tokens and embeddings of d
-    numbers (Jain et al. 2023, equation in section 3). L is the conversation's own length, not that of its padding."""
+    """Forward hook that adds uniform noise to the embeddings in training (NEFTune, Jain et al. 2023, section 3).
+
+    The noise is uniform in [-1, 1], scaled by alpha / sqrt(L d), where L is the number of tokens in the conversation
+    without padding, and d is the embedding dimension.
+    """
 
     def __init__(self, alpha: float) -> None:
         self.alpha = alpha
-        self.lengths = torch.ones(1, 1)  # [B, T], of the forward pass that follows
+        self.lengths = torch.ones(1, 1)  # [B, T], set before each forward pass
 
     def __call__(self, module: torch.nn.Module, _inputs: Any, embeddings: torch.Tensor) -> torch.Tensor:
         if not module.training:
             return embeddings
-        size = self.alpha / (self.lengths * embeddings.size(-1)).sqrt().unsqueeze(-1)
+        scale = self.alpha / (self.lengths * embeddings.size(-1)).sqrt().unsqueeze(-1)
         noise = torch.empty_like(embeddings).uniform_(-1, 1)
-        return embeddings + noise * size.to(embeddings.dtype)
+        return embeddings + noise * scale.to(embeddings.dtype)
