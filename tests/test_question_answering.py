@@ -183,27 +183,27 @@ BAD_ROWS = {
     "no answers": ({"question": "q", "context": "c"}, "no field 'answers'"),
     "no question": ({"question": " ", "context": "c", "answers": NO_ANSWER}, "the field 'question' is empty"),
     "a context that is none": ({"question": "q", "context": 7, "answers": NO_ANSWER}, "'context' holds a number"),
-    "a list of answers": ({"question": "q", "context": "c", "answers": ["c"]}, "'answers' holds a list and not {text"),
+    "a list of answers": ({"question": "q", "context": "c", "answers": ["c"]}, "'answers' is a list and not {text"),
     "no places": ({"question": "q", "context": "c", "answers": {"text": ["c"]}}, "'answer_start' is not a list"),
     "a place too few": (
         {"question": "q", "context": "c", "answers": {"text": ["c", "c"], "answer_start": [0]}},
-        "2 texts and 1 places",
+        "text has 2 items, answer_start has 1",
     ),
     "an empty answer": (
         {"question": "q", "context": "c", "answers": {"text": [""], "answer_start": [0]}},
-        "an answer is empty. Where there is none, both lists are empty",
+        "an answer is empty. If there is no answer, leave both lists empty",
     ),
     "a place as text": (
         {"question": "q", "context": "c", "answers": {"text": ["c"], "answer_start": ["0"]}},
-        "answer_start of 'c' is '0' and not a place",
+        "answer_start of 'c' is '0' and not a whole number",
     ),
     "an answer elsewhere": (
         {"question": "q", "context": "Ärzte in Bonn", "answers": {"text": ["Bonn"], "answer_start": [10]}},
-        "'Bonn' does not stand at answer_start 10, where the context has 'onn'; it stands at 9",
+        "'Bonn' is not at answer_start 10, where the context has 'onn'; it is at 9",
     ),
     "an answer nowhere": (
         {"question": "q", "context": "abc", "answers": {"text": ["abc", "d"], "answer_start": [0, 1]}},
-        "'d' does not stand at answer_start 1, where the context has 'b'; it stands nowhere",
+        "'d' is not at answer_start 1, where the context has 'b'; the context does not contain it",
     ),
 }
 

@@ -160,7 +160,7 @@ def test_a_tokenizer_that_can_only_read_it_as_the_end() -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
-    with pytest.raises(RowError, match="'target' spells the tokenizer's EOS"):
+    with pytest.raises(RowError, match="'target' contains the text of the EOS token"):
         encoded(tokenizer, ("a", "a </s> a"))
 
 

@@ -1,4 +1,4 @@
-"""Rows with a text (or two, or a text with two marked spans) and a label, or a list of labels."""
+"""Encodes rows with a text, a pair of texts or a text with two entity spans, and a label or a list of labels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 
 class ClassificationRows(LabelledTextRows):
-    """Columns: input_ids, token_type_ids, and labels: ids, one or (multi_label) any number."""
+    """Encodes labelled texts. Columns: input_ids, token_type_ids, and labels: one id; with multi_label any number."""
 
     surveys = True
     columns = {**LabelledTextRows.columns, "labels": "<i4"}
@@ -46,8 +46,11 @@ class ClassificationRows(LabelledTextRows):
 
     @classmethod
     def survey_of(cls, settings: ClassificationSettings, records: Iterable[Record]) -> dict[str, Any]:
-        """labels: their names in the order of their ids. `count` adds frequencies: of each label in the training
-        examples, with copies and without dropped rows; and rows: the number of training examples."""
+        """The names of the labels in the order of their ids, as `labels`.
+
+        `count` later adds `rows`, the number of training examples, and `frequencies`, the number of them with each
+        label. Both include augmented copies and exclude dropped rows.
+        """
         seen = LabelNames("label", "classification.labels")
         for record in records:
             seen.add(label_names(settings, record), record.where)
@@ -80,16 +83,16 @@ class ClassificationRows(LabelledTextRows):
 
 
 def label_names(settings: ClassificationSettings, record: Record) -> list[str]:
-    """The row's labels as texts: a number's digits, `true` or `false`.
+    """The names of a row's labels. Numbers and booleans are converted to text, such as `3` or `true`.
 
     Raises:
-        RowError: there is none, or it is no label.
+        RowError: the label is missing, invalid or listed twice.
     """
     if not settings.multi_label:
         return [_name(require(record.values, "label"))]
     names = [_name(label) for label in require_list(record.values, "label")]
     if len(set(names)) != len(names):
-        raise RowError(f"a label stands twice in {names}. Remove one.")
+        raise RowError(f"a label is listed twice: {names}. Remove one.")
     return names
 
 
@@ -114,40 +117,40 @@ def _name(label: Any) -> str:
     if isinstance(label, int):
         return str(label)
     raise RowError(
-        f"the label is {json_type(label) if not isinstance(label, str) else 'an empty string'}; a label is a word or a "
-        "whole number (with several to a row: multi_label: true)."
+        f"the label is {json_type(label) if not isinstance(label, str) else 'an empty string'}; a label is a text or a "
+        "whole number. For lists of labels, set multi_label: true."
     )
 
 
 def _numbers_first(label: str) -> tuple[int, float, str]:
-    """Numbers in their order, then words in theirs."""
+    """Sort key: numbers by value, then texts alphabetically."""
     number = _NUMBER.fullmatch(label)
     return (0, float(label), label) if number else (1, 0.0, label)
 
 
 def _marked(record: Record) -> str:
-    """The text with markers around the spans `head` and `tail`.
+    """The text with entity markers around the spans `head` and `tail` (Baldini Soares et al. 2019).
 
     Raises:
-        RowError: a span is no span of the text, the two overlap, or the text holds a marker itself.
+        RowError: a span lies outside of the text, the spans overlap, or the text already contains a marker.
     """
     text = require_text(record.values, "text")
-    if found := [marker for marker in ENTITY_MARKERS if marker in text]:
-        raise RowError(f"the text spells the marker {found[0]!r}. Remove it.")
+    if present := [marker for marker in ENTITY_MARKERS if marker in text]:
+        raise RowError(f"the text contains the entity marker {present[0]!r}. Remove it.")
     spans = []
     for role in ("head", "tail"):
         span = require_list(record.values, role)
         if len(span) != 2 or not all(isinstance(x, int) and not isinstance(x, bool) for x in span):
             raise RowError(f"the field {role!r} is not [start, end) in characters, two whole numbers: {span}")
         if not 0 <= span[0] < span[1] <= len(text):
-            raise RowError(f"{role}: {span} is no span of a text of {len(text)} characters")
+            raise RowError(f"{role}: {span} is not a span of the text, which has {len(text)} characters")
         spans.append(span)
     (a, b), (c, d) = spans
     if max(a, c) < min(b, d):
         raise RowError(f"head {spans[0]} and tail {spans[1]} overlap")
-    # At one place an ending marker comes before a beginning one.
+    # If one span ends where the other starts, the end marker comes first.
     first, first_end, second, second_end = ENTITY_MARKERS
     inserts = [(a, 1, first), (b, 0, first_end), (c, 1, second), (d, 0, second_end)]
-    for place, _, marker in sorted(inserts, reverse=True):
-        text = text[:place] + marker + text[place:]
+    for position, _, marker in sorted(inserts, reverse=True):
+        text = text[:position] + marker + text[position:]
     return text

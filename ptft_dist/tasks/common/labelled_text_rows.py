@@ -60,6 +60,6 @@ class LabelledTextRows(RowEncoder):
             LeftOut: the text has no token.
         """
         if not encoding.ids:
-            raise LeftOut("whose text has no token in this tokenizer")
+            raise LeftOut("with a text for which the tokenizer returns no token")
         notes = (CUT,) if encoding.overflowing else ()
         return {"input_ids": encoding.ids, "token_type_ids": encoding.type_ids}, notes

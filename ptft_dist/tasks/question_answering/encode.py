@@ -1,4 +1,4 @@
-"""Rows with a question, a context and the answers that stand in it; a long context becomes several windows."""
+"""Encodes rows with a question, a context and its answers. A long context is split into overlapping windows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,23 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 WINDOWS = "longer than data.max_length: split into several windows"
-BROKEN = "with an answer that every window splits, so it is not learned; raise question_answering.stride"
-NO_ROOM = "whose question leaves no room for windows that overlap by question_answering.stride tokens"
+BROKEN = "with an answer split by every window, so it is not learned; raise question_answering.stride"
+NO_ROOM = "with a question too long for windows that overlap by question_answering.stride tokens"
 
 
 class QuestionRows(RowEncoder):
-    """One example a window. Columns: input_ids and token_type_ids; context: where its tokens begin and end; start, end:
-    the answer's first and last token, both the [CLS] token if the window does not hold the whole answer.
+    """Encodes one example per window.
 
-    meta of an example: question: the number of the question; text: what the window shows of the context; offsets:
-    beginning and end of each of its tokens there, in characters; answers: the texts that are right, none if there is
-    no answer.
+    Columns:
+        input_ids, token_type_ids: [T].
+        context: [start, end) of the context's tokens.
+        start, end: the answer's first and last token; both [CLS] if the window does not contain the whole answer.
+
+    Meta of an example:
+        question: number of the question.
+        text: the window's part of the context.
+        offsets: [start, end) of each of its tokens in `text`, in characters.
+        answers: the gold answers; empty if there is no answer.
     """
 
     surveys = True
@@ -52,7 +58,7 @@ class QuestionRows(RowEncoder):
         context = require_text(record.values, "context")
         for text, start in answers_of(record):
             if context[start : start + len(text)] != text:
-                raise RowError(_elsewhere(context, text, start))
+                raise RowError(_misplaced_answer(context, text, start))
 
     @classmethod
     def texts(cls, settings: QuestionAnsweringSettings, record: Record) -> Iterator[str]:  # noqa: ARG003
@@ -65,7 +71,7 @@ class QuestionRows(RowEncoder):
         settings: QuestionAnsweringSettings,  # noqa: ARG003
         records: Iterable[Record],
     ) -> dict[str, Any]:
-        """unanswerable: how many training rows have no answer."""
+        """The number of training rows without an answer, as `unanswerable`."""
         return {"unanswerable": sum(not answers_of(record) for record in records)}
 
     def pieces(self, record: Record) -> Sequence[Any]:
@@ -74,20 +80,20 @@ class QuestionRows(RowEncoder):
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         question, context = encodings
         if not context.ids:
-            raise RowError("the context has no token in this tokenizer. Correct or remove the row.")
+            raise RowError("the tokenizer returns no token for the context. Correct or remove the row.")
         room = self.max_length - len(self.frame) - len(question.ids)
         if room < 1 or (len(context.ids) > room and room <= self.stride):
             raise LeftOut(NO_ROOM)
         answers = answers_of(record)
         target = _tokens_of(*answers[0], context.offsets) if answers else None
         windows = _windows(len(context.ids), room, self.stride)
-        whole = target is None or any(target[0] in window and target[1] in window for window in windows)
-        notes = ((WINDOWS,) if len(windows) > 1 else ()) + (() if whole else (BROKEN,))
-        known = {"answers": [text for text, _ in answers]}
+        learned = target is None or any(target[0] in window and target[1] in window for window in windows)
+        notes = ((WINDOWS,) if len(windows) > 1 else ()) + (() if learned else (BROKEN,))
+        gold = {"answers": [text for text, _ in answers]}
         return [
             Example(
                 self.window_columns(question.ids, context.ids, window, target),
-                {**known, **_shown(record.values["context"], context.offsets[window.start : window.stop])},
+                {**gold, **_window_text(record.values["context"], context.offsets[window.start : window.stop])},
                 notes,
             )
             for window in windows
@@ -96,7 +102,7 @@ class QuestionRows(RowEncoder):
     def window_columns(
         self, question: Sequence[int], context: Sequence[int], window: range, target: tuple[int, int] | None
     ) -> dict[str, Any]:
-        """target: the answer's first and last token in the whole context."""
+        """The columns of one window. target: the answer's first and last token in the whole context."""
         ids, types = self.frame.fill(question, context[window.start : window.stop])
         first = len(self.frame.ids[0]) + len(question) + len(self.frame.ids[1])
         nowhere = ids.index(self.cls) if self.cls in ids else 0
@@ -113,59 +119,61 @@ class QuestionRows(RowEncoder):
 
 
 def answers_of(record: Record) -> list[tuple[str, int]]:
-    """Each answer's text and where it begins in the context, in characters.
+    """The answers of a row: (text, start in the context in characters).
 
     Raises:
-        RowError: the column does not have SQuAD's form.
+        RowError: the column does not have SQuAD's format.
     """
     answers = require(record.values, "answers")
-    form = "{text: [...], answer_start: [...]}, with empty lists where there is no answer"
+    expected = "{text: [...], answer_start: [...]}, with empty lists if there is no answer"
     if not isinstance(answers, dict):
-        raise RowError(f"the field 'answers' holds {json_type(answers)} and not {form}.")
+        raise RowError(f"the field 'answers' is {json_type(answers)} and not {expected}.")
     for key in ("text", "answer_start"):
         if not isinstance(answers.get(key), list):
-            raise RowError(f"answers: {key!r} is not a list; the field has the form {form}.")
+            raise RowError(f"answers: {key!r} is not a list; the field has the form {expected}.")
     texts, starts = answers["text"], answers["answer_start"]
     if len(texts) != len(starts):
-        raise RowError(f"answers: there are {len(texts)} texts and {len(starts)} places (answer_start).")
+        raise RowError(
+            f"answers: text has {len(texts)} items, answer_start has {len(starts)}. Give one start for each text."
+        )
     for text, start in zip(texts, starts, strict=True):
         if not isinstance(text, str) or not text.strip():
-            found = "empty" if isinstance(text, str) else json_type(text)
-            raise RowError(f"answers: an answer is {found}. Where there is none, both lists are empty.")
+            got = "empty" if isinstance(text, str) else json_type(text)
+            raise RowError(f"answers: an answer is {got}. If there is no answer, leave both lists empty.")
         if not isinstance(start, int) or isinstance(start, bool) or start < 0:
-            raise RowError(f"answers: answer_start of {text!r} is {start!r} and not a place: a whole number from 0.")
+            raise RowError(f"answers: answer_start of {text!r} is {start!r} and not a whole number from 0.")
     return list(zip(texts, starts, strict=True))
 
 
-def _elsewhere(context: str, text: str, start: int) -> str:
-    found = context.find(text)
-    there = f"it stands at {found}" if found >= 0 else "it stands nowhere in the context"
+def _misplaced_answer(context: str, text: str, start: int) -> str:
+    position = context.find(text)
+    hint = f"it is at {position}" if position >= 0 else "the context does not contain it"
     return (
-        f"answers: the answer {text!r} does not stand at answer_start {start}, where the context has "
-        f"{context[start : start + len(text)]!r}; {there}. Places count characters (not bytes) from 0."
+        f"answers: the answer {text!r} is not at answer_start {start}, where the context has "
+        f"{context[start : start + len(text)]!r}; {hint}. Positions count characters (not bytes) from 0."
     )
 
 
 def _tokens_of(text: str, start: int, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The first and the last token that have a part of the answer.
+    """The first and the last token that overlap the answer.
 
     Raises:
-        RowError: no token has.
+        RowError: no token overlaps it.
     """
-    touched = [i for i, (begin, end) in enumerate(offsets) if begin < start + len(text) and end > start]
-    if not touched:
-        raise RowError(f"answers: the answer {text!r} has no token in this tokenizer. Correct or remove the row.")
-    return touched[0], touched[-1]
+    overlapping = [i for i, (begin, end) in enumerate(offsets) if begin < start + len(text) and end > start]
+    if not overlapping:
+        raise RowError(f"answers: the tokenizer returns no token for the answer {text!r}. Correct or remove the row.")
+    return overlapping[0], overlapping[-1]
 
 
 def _windows(tokens: int, room: int, stride: int) -> list[range]:
-    """Windows of `room` tokens that share `stride` tokens with the one before; the last one ends with the context."""
+    """Windows of `room` tokens that overlap by `stride` tokens. The last window ends with the context."""
     step = max(room - stride, 1)
     starts = range(0, max(tokens - room, 0) + step, step)
     return [range(start, min(start + room, tokens)) for start in starts]
 
 
-def _shown(context: str, offsets: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """The part of the context that a window shows, and where its tokens stand in it."""
+def _window_text(context: str, offsets: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """A window's part of the context, and the character offsets of its tokens in this part."""
     begin, end = offsets[0][0], offsets[-1][1]
     return {"text": context[begin:end], "offsets": [[a - begin, b - begin] for a, b in offsets]}

@@ -1,4 +1,4 @@
-"""Rows with a text or a pair of texts, and a number."""
+"""Encodes rows with a text or a pair of texts, and a number."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ptft_dist.tasks.common.labelled_text_settings import LabelledText
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-_LARGEST = 3.4e38
+_LARGEST = 3.4e38  # of fp32, rounded down
 
 
 class RegressionRows(LabelledTextRows):
-    """Columns: input_ids, token_type_ids, and labels: one number."""
+    """Encodes texts with a number. Columns: input_ids, token_type_ids, and labels: one fp32 number."""
 
     columns = {**LabelledTextRows.columns, "labels": "<f4"}
 
@@ -35,10 +35,10 @@ class RegressionRows(LabelledTextRows):
 
 
 def number(record: Record) -> float:
-    """The label, which fp32 can hold.
+    """The label of a row as a number.
 
     Raises:
-        RowError: it is no such number.
+        RowError: it is missing, not a number, not finite or too large for fp32.
     """
     label = require(record.values, "label")
     if isinstance(label, bool) or not isinstance(label, int | float | str):
@@ -52,5 +52,5 @@ def number(record: Record) -> float:
     if not math.isfinite(value):
         raise RowError(f"the label is {value}, which is not a finite number. Correct or remove the row.")
     if abs(value) > _LARGEST:
-        raise RowError(f"the label is {value}, more than 32 bits can hold. Scale the labels, or correct the row.")
+        raise RowError(f"the label {value} is too large for fp32. Scale the labels, or correct the row.")
     return value

@@ -1,4 +1,4 @@
-"""Rows with a source and a target text."""
+"""Encodes rows with a source text and a target text."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ TARGET_CUT = "with a target truncated to seq2seq.max_target_length"
 
 
 class Seq2SeqRows(RowEncoder):
-    """Columns: input_ids, the source behind the prefix, and labels, the target. Both have the tokenizer's own special
-    tokens around them and exactly one EOS."""
+    """Encodes source and target. Columns: input_ids (prefix and source) and labels (target).
+
+    Both include the tokenizer's special tokens, and exactly one EOS.
+    """
 
     columns = {"labels": "token"}
     length_columns = ("input_ids", "labels")
@@ -36,7 +38,7 @@ class Seq2SeqRows(RowEncoder):
             raise RecipeError(
                 f"tokenizer: {tokenizer.name_or_path} adds a language code to every text (as those of NLLB and mBART "
                 "do), and would mark targets with the source's language. Such tokenizers are not supported. Use "
-                "another one."
+                "another tokenizer."
             )
         for role, use in (("eos", "every source and target ends with it"), ("pad", "batches are padded with it")):
             if getattr(tokenizer, f"{role}_token_id") is None:
@@ -73,36 +75,40 @@ class Seq2SeqRows(RowEncoder):
 
 
 class Side:
-    """How texts of one side become ids, and where they are truncated."""
+    """Tokenizes and truncates the texts of one side: sources or targets."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int, setting: str, prefix: str = "") -> None:
-        """longest: tokens, special ones included; setting: where the recipe says so.
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, setting: str, prefix: str = "") -> None:
+        """Set the truncation.
+
+        Args:
+            max_length: maximum number of tokens, special tokens included.
+            setting: the recipe's key of max_length, for messages.
 
         Raises:
-            RecipeError: nothing of a text would be left.
+            RecipeError: max_length leaves no room for a text.
         """
         self.backend, self.eos_id = text_only_backend(tokenizer), int(tokenizer.eos_token_id)
-        around = self.backend.encode(prefix)
-        self.added = [] if self.eos_id in around.ids else [self.eos_id]
-        taken = len(around.ids) + len(self.added)
-        if longest <= taken:
-            what = "the prefix and the special tokens" if prefix else "the special tokens"
+        overhead = self.backend.encode(prefix)
+        self.added = [] if self.eos_id in overhead.ids else [self.eos_id]
+        overhead_tokens = len(overhead.ids) + len(self.added)
+        if max_length <= overhead_tokens:
+            what = "prefix and special" if prefix else "special"
             raise RecipeError(
-                f"{setting}: {longest} leaves no room for a text beside {what}, {taken} tokens. Raise it."
+                f"{setting}: {max_length} leaves no room for a text beside {overhead_tokens} {what} tokens. Raise it."
             )
-        self.backend.enable_truncation(longest - len(self.added))
+        self.backend.enable_truncation(max_length - len(self.added))
 
     def encode(self, texts: Sequence[str]) -> list[Encoding]:
         return self.backend.encode_batch(list(texts), add_special_tokens=True)
 
     def ids(self, encoding: Encoding, role: str) -> list[int]:
-        """Raises RowError if the text has no token, or an EOS in its middle."""
+        """The token ids of a text. Raises RowError if it has no token, or contains EOS."""
         text = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True) if not special]
         if not text:
-            raise RowError(f"the field {role!r} has no token in this tokenizer. Correct or remove the row.")
+            raise RowError(f"the tokenizer returns no token for the field {role!r}. Correct or remove the row.")
         if self.eos_id in text:
             raise RowError(
-                f"the field {role!r} spells the tokenizer's EOS token, which this tokenizer can only read as the end. "
+                f"the field {role!r} contains the text of the EOS token, and this tokenizer always encodes it as EOS. "
                 "Remove it from the text."
             )
         return [*encoding.ids, *self.added]
