@@ -151,7 +151,7 @@ def test_half_of_the_pairs_are_random(
     unrelated = sum(pair[2] for pair in pairs)
     assert unrelated / len(pairs) == pytest.approx(0.5, abs=0.03)
     assert done.report.notes["with a random second segment"].times == unrelated
-    assert done.report.notes["with the segment that follows"].times == len(pairs) - unrelated
+    assert done.report.notes["with the next segment"].times == len(pairs) - unrelated
     assert f"{unrelated:,} documents with a random" in describe(done.report)
     firsts = {marks(first)[-1] for first, _, _ in pairs if marks(first)}
     assert {(150 + i, 0) for i in range(single)} <= firsts
@@ -232,7 +232,7 @@ def test_sides_do_not_mix_and_nothing_is_left_behind(
     [
         (made(1, 5), "one document"),
         ([["Red cat.", "Old dog."]] * 5, "one document"),
-        (made(20, 1, 1), "no document of two sentences"),
+        (made(20, 1, 1), "no document with two sentences"),
         ([], "empty"),
     ],
 )
@@ -321,5 +321,5 @@ def test_what_cannot_learn_pairs_is_refused(
     MaskedLMWithPairs.fit_config(
         TaskSetup.of(recipe(tokenizer_dir), tokenizer, {}), BigBirdConfig(attention_type="original_full")
     )
-    with pytest.raises(RecipeError, match="at least 5"):
+    with pytest.raises(RecipeError, match="raise it to 5 or more"):
         prepared(tmp_path, tokenizer_dir, made(10), max_length=4)

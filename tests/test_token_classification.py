@@ -346,8 +346,8 @@ def test_sentences_without_words_are_left_out_and_counted(tmp_path: Path) -> Non
     ("section", "says"),
     [
         ({"labels": ["O", "O"]}, "a tag is listed twice"),
-        ({"labels": ["O", "PER"]}, "'PER' is no tag of the scheme iob2"),
-        ({"labels": ["O", "B-A"], "pieces": "all"}, "needs I-A beside B-A"),
+        ({"labels": ["O", "PER"]}, "'PER' is not a tag of the scheme iob2"),
+        ({"labels": ["O", "B-A"], "pieces": "all"}, "needs the tag I-A, because of B-A"),
     ],
 )
 def test_labels_that_cannot_be(tmp_path: Path, section: dict[str, Any], says: str) -> None:

@@ -100,7 +100,7 @@ SPELT: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", SPELT)
 def test_a_special_token_in_any_text_of_a_row_is_refused_by_the_field_s_name(tokenizer: Any, name: str) -> None:
     values, place = SPELT[name]
-    with pytest.raises(RowError, match=rf"{place}.*spells the special token '<\|im_end\|>'"):
+    with pytest.raises(RowError, match=rf"{place}.*contains the special token '<\|im_end\|>'"):
         encode(tokenizer, values)
 
 

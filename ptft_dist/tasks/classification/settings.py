@@ -38,11 +38,13 @@ class ClassificationSettings(LabelledText):
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: a label is listed twice")
         if isinstance(self.class_weights, dict) and self.labels is not None:
-            strange = sorted(set(self.class_weights) ^ set(self.labels))
-            if strange:
-                raise ValueError(f"class_weights and labels do not name the same labels: {', '.join(strange)}")
+            different = sorted(set(self.class_weights) ^ set(self.labels))
+            if different:
+                raise ValueError(
+                    f"class_weights and labels must have the same labels; only one of them has: {', '.join(different)}"
+                )
         if self.entities and self.pair:
-            raise ValueError("entities and pair exclude each other")
+            raise ValueError("entities and pair cannot be used together")
         return self
 
     @property

@@ -1,7 +1,7 @@
-"""Documents into pairs of segments, for next-sentence prediction (Devlin et al. 2019).
+"""Encodes documents as pairs of segments for next-sentence prediction (Devlin et al. 2019).
 
-Two passes. The sentences become token ids, in files beside the store that is being built; then pairs are cut out of
-them through memory maps, so that memory does not grow with the corpus.
+Two passes: the first writes the token ids of all sentences to temporary files beside the store; the second reads them
+through memory maps and writes the pairs. So memory does not grow with the corpus.
 """
 
 from __future__ import annotations
@@ -27,17 +27,18 @@ from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.common.documents import EMPTY, Documents
 from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 
-FOLLOWS, UNRELATED = 0, 1  # as BERT's head counts
+FOLLOWS, UNRELATED = 0, 1  # BERT's next_sentence_label
 _SPECIAL = 3  # [CLS] A [SEP] B [SEP]
 _TRIES = 100
-# A full stop before a space, or a Chinese one anywhere, with the closing quotes and brackets after it; or a line's end.
+# A sentence ends after . ! ? before white space, after a Chinese full stop, question or exclamation mark, each with
+# closing quotes and brackets, or at a line end.
 _END = re.compile(
     "[.!?]+[\"')\\]\u00bb\u2019\u201d]*(?=\\s)|[\u3002\uff01\uff1f]+[\"')\\]\u2019\u201d\u300d\u300f\uff09]*|\n"
 )
 
 
 def split_sentences(text: str, kind: str) -> list[str]:
-    """The sentences of a text, without the space around them. kind: `line` or `punctuation`, as mlm_nsp.sentence."""
+    """The sentences of a text, stripped of white space. kind: `line` or `punctuation`, see mlm_nsp.sentence."""
     if kind == "line":
         pieces = text.splitlines()
     else:
@@ -47,7 +48,7 @@ def split_sentences(text: str, kind: str) -> list[str]:
 
 
 class PairRows(Documents):
-    """Each document becomes its sentences' token ids; the writer cuts pairs out of all of them."""
+    """Encodes each document as the token ids of its sentences. The writer builds the pairs from all documents."""
 
     store = ExampleStore
     settings: MlmNspSettings
@@ -56,13 +57,13 @@ class PairRows(Documents):
         super().__init__(context)
         if self.max_length < _SPECIAL + 2:
             raise RecipeError(
-                f"data.max_length: {self.max_length} is too short; a pair needs at least {_SPECIAL + 2} tokens."
+                f"data.max_length: {self.max_length} is too short for a pair; raise it to {_SPECIAL + 2} or more."
             )
         self.seed = context.seed
         self.encoder = DocumentEncoder(self.tokenizer, ("cls", "sep"))
 
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
-        """Sentences without a token are left out."""
+        """The outcome of each document. Sentences without a token are dropped."""
         sentences = [[Document(s, d.where) for s in split_sentences(d.text, self.settings.sentence)] for d in documents]
         ids = iter(self.encoder.encode([sentence for each in sentences for sentence in each]))
         return [
@@ -82,15 +83,15 @@ class PairRows(Documents):
 
 
 def text_hash(text: str) -> int:
-    """Equal for documents with the same text, white space around it apart; fits into int64."""
+    """Hash of a text without the white space at both ends; fits into int64."""
     return int.from_bytes(hashlib.blake2b(text.strip().encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class PairWriter:
-    """Gathers the sentences of one side in files, then writes every document's pairs.
+    """Collects the sentences of one side in files, then writes the pairs of all documents.
 
-    The store's columns: input_ids [CLS] A [SEP] B [SEP], token_type_ids (1: B [SEP]), next (0: B follows A, 1: it is
-    from another document). Pairs are drawn from (seed, side, duplicate, document).
+    Columns of the store: input_ids ([CLS] A [SEP] B [SEP]), token_type_ids (1 for B [SEP]), next (0: B follows A, 1: B
+    is from another document). Pairs are a pure function of (seed, side, duplicate, document).
     """
 
     def __init__(self, encoder: PairRows, path: Path, side: Side) -> None:
@@ -104,9 +105,10 @@ class PairWriter:
         self._sentences.add(example.columns["text"], example.columns["sentences"])
 
     def close(self) -> dict[str, Any]:
-        """
+        """Write the pairs and return the summary of the store.
+
         Raises:
-            DataError: there are fewer than two different documents, or none of two sentences.
+            DataError: there are fewer than two different documents, or no document has two sentences.
         """
         sentences = self._sentences.close()
         _check_documents(self._side, sentences)
@@ -130,7 +132,7 @@ class PairWriter:
         first, second = pair.fitted(self._encoder.max_length - _SPECIAL)
         if len(first) + len(second) < len(pair.first) + len(pair.second):
             self._counts.add("truncated at their outer ends", where)
-        self._counts.add("with a random second segment" if pair.unrelated else "with the segment that follows", where)
+        self._counts.add("with a random second segment" if pair.unrelated else "with the next segment", where)
         tokenizer = self._encoder.tokenizer
         cls, sep = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
         return {
@@ -141,25 +143,26 @@ class PairWriter:
 
 
 def _check_documents(side: Side, sentences: Sentences) -> None:
-    """Raises DataError if there is no other document to draw from, or no segment that follows another."""
-    remedy = "Give more documents" + ", or a larger share (data.validation)" * (side == "validation")
+    """Raises DataError if negative pairs or positive pairs are impossible."""
+    remedy = "Give more documents" + ", or a larger data.validation" * (side == "validation")
     if len(sentences) and bool((sentences.texts == sentences.texts[0]).all()):
         raise DataError(
-            f"data: {side} has one document (or several with the same text), and half of the pairs take their second "
-            f"segment from another one. {remedy}, or cut them smaller (document: paragraph)."
+            f"data: {side} has only one document, or several with the same text; half of the pairs take their second "
+            f"segment from another document. {remedy}, or split them (document: paragraph)."
         )
     if len(sentences) and bool((np.diff(sentences.firsts) == 1).all()):
         raise DataError(
-            f"data: {side} has no document of two sentences, so no segment follows another. {remedy}, larger ones, or "
-            "correct mlm_nsp.sentence; or take task: mlm."
+            f"data: {side} has no document with two sentences, so no segment follows another. {remedy}, longer "
+            "documents, correct mlm_nsp.sentence, or use task: mlm."
         )
 
 
 class SentenceWriter:
-    """The sentences of one side, as a stream.
+    """Writes the sentences of one side to files.
 
-    A token store whose documents are the sentences, and beside it firsts.npy, int64 [D + 1], each document's first
-    sentence and at the end their number, and texts.npy, int64 [D], a hash of each document's text.
+    A token store whose documents are the sentences, and beside it:
+        firsts.npy: int64 [D + 1], each document's first sentence, and at the end the number of sentences.
+        texts.npy: int64 [D], the hash of each document's text.
     """
 
     def __init__(self, path: Path, vocab_size: int) -> None:
@@ -168,7 +171,7 @@ class SentenceWriter:
         self._firsts, self._texts = Int64Stream(path / "firsts.npy"), Int64Stream(path / "texts.npy")
 
     def add(self, text: int, sentences: list[list[int]]) -> None:
-        """text: `text_hash` of the document."""
+        """Append a document. text: its `text_hash`; sentences: token ids of each sentence."""
         self._firsts.append(self._count)
         self._texts.append(text)
         for ids in sentences:
@@ -205,16 +208,16 @@ class Sentences:
         return len(self.texts)
 
     def ids(self, first: int, end: int) -> np.ndarray:
-        """The tokens of the sentences from `first` to before `end`."""
+        """The tokens of the sentences [first, end)."""
         return self.tokens[self.starts[first] : self.starts[end]]
 
     def reach(self, first: int, last: int, length: int) -> int:
-        """Where the fewest sentences from `first` on end that have `length` tokens together; at most at `last`."""
-        found = np.searchsorted(self.starts[first : last + 1], self.starts[first] + length)
-        return min(first + int(found), last)
+        """The smallest `end` for which the sentences [first, end) have at least `length` tokens; at most `last`."""
+        sentences = np.searchsorted(self.starts[first : last + 1], self.starts[first] + length)
+        return min(first + int(sentences), last)
 
     def near(self, first: int, last: int, length: int) -> int:
-        """As `reach`, or one sentence less if that comes closer to the length."""
+        """The `end` for which the number of tokens of the sentences [first, end) is closest to `length`."""
         end = self.reach(first, last, length)
         less, more = (int(self.starts[i] - self.starts[first]) for i in (end - 1, end))
         return end - 1 if less and length - less < more - length else end
@@ -222,29 +225,36 @@ class Sentences:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two segments; `unrelated`: the second does not follow the first."""
+    """Two segments of token ids."""
 
     first: np.ndarray
     second: np.ndarray
     unrelated: bool
+    """The second segment does not follow the first (a negative pair)."""
 
     def fitted(self, room: int) -> tuple[np.ndarray, np.ndarray]:
-        """Both, `room` tokens together at most: the longer one is cut until they are equal. The first loses its
-        beginning and the second its end, so that the seam between them stays."""
+        """Truncate both to at most `room` tokens together: the longer one first, then both equally.
+
+        The first segment loses its beginning and the second its end, so that the boundary between them is kept.
+        """
         second = self.second[: max(room - len(self.first), room // 2)]
         return self.first[-(room - len(second)) :], second
 
 
 class Cutter:
-    """Cuts documents into pairs, half of them with an unrelated second segment."""
+    """Splits documents into pairs, half of them negative pairs (with an unrelated second segment)."""
 
     def __init__(self, sentences: Sentences, room: int, short_probability: float) -> None:
         self.sentences, self.room, self.short_probability = sentences, room, short_probability
         self.owed = 0  # forced negatives so far; the same number of later pairs is forced positive
 
     def pairs(self, document: int, random: np.random.Generator) -> Iterator[Pair]:
-        """Sentences are gathered up to the room, or a random shorter length, and cut into two segments. Sentences that
-        a random segment displaces are used again; nothing follows the last sentence of a document."""
+        """The pairs of one document.
+
+        Sentences are collected up to `room` tokens or a random shorter length, and split into two segments at a random
+        sentence. In a negative pair, the replaced sentences are used again for the next pair. The last sentence of a
+        document has no successor, so its pair is a forced negative.
+        """
         at, last = (int(x) for x in self.sentences.firsts[document : document + 2])
         while at < last:
             short = random.random() < self.short_probability
@@ -252,7 +262,7 @@ class Cutter:
             end = max(self.sentences.reach(at, last, target), min(at + 2, last))
             middle = at + int(random.integers(1, max(end - at, 2)))
             first, follows = self.sentences.ids(at, middle), self.sentences.ids(middle, end)
-            unrelated = self._unrelated(len(follows) > 0, random)
+            unrelated = self._draw_unrelated(len(follows) > 0, random)
             if unrelated:
                 length = len(follows) or max(target - len(first), 1)
                 yield Pair(first, self._elsewhere(document, length, follows, random), True)
@@ -260,35 +270,39 @@ class Cutter:
                 yield Pair(first, follows, False)
             at = middle if unrelated else end
 
-    def _unrelated(self, free: bool, random: np.random.Generator) -> bool:
-        if free and not self.owed:
+    def _draw_unrelated(self, has_next: bool, random: np.random.Generator) -> bool:
+        """Whether the next pair is negative. Forced negatives and forced positives are balanced."""
+        if has_next and not self.owed:
             return bool(random.random() < 0.5)
-        self.owed += -1 if free else 1
-        return not free
+        self.owed += -1 if has_next else 1
+        return not has_next
 
-    def _elsewhere(self, document: int, length: int, displaced: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        """Sentences of another document, about `length` tokens if it has as many: neither their place in the document
-        nor their length tells that they are unrelated. They differ from what they displace."""
+    def _elsewhere(self, document: int, length: int, replaced: np.ndarray, random: np.random.Generator) -> np.ndarray:
+        """A segment of another document, with about `length` tokens if the document has as many.
+
+        Its position and length have the same distribution as those of following segments, so they do not reveal that
+        it is unrelated. It differs from the segment that it replaces.
+        """
         sentences = self.sentences
         for _ in range(_TRIES):
             other = self._other(document, random)
             first, last = (int(x) for x in sentences.firsts[other : other + 2])
             starts = sentences.starts[first : last + 1]
             choices = int(np.searchsorted(starts, starts[-1] - length, side="right"))
-            at = first + int(random.integers(max(choices, 1)))
-            found = sentences.ids(at, sentences.near(at, last, length))
-            both = min(len(found), len(displaced))
-            if not both or not np.array_equal(found[:both], displaced[:both]):
+            start = first + int(random.integers(max(choices, 1)))
+            segment = sentences.ids(start, sentences.near(start, last, length))
+            common = min(len(segment), len(replaced))
+            if not common or not np.array_equal(segment[:common], replaced[:common]):
                 break
-        return found
+        return segment
 
     def _other(self, document: int, random: np.random.Generator) -> int:
-        """A document with another text."""
+        """A random document with a different text."""
         texts = self.sentences.texts
         for _ in range(_TRIES):
             other = int(random.integers(len(texts)))
             if texts[other] != texts[document]:
                 return other
-        # Nearly all have the same text: take the next other one. `_check_documents` made sure that there is one.
-        after = itertools.chain(range(document, len(texts)), range(document))
-        return next(other for other in after if texts[other] != texts[document])
+        # Nearly all documents have the same text: take the next different one. `_check_documents` ensures it exists.
+        candidates = itertools.chain(range(document, len(texts)), range(document))
+        return next(other for other in candidates if texts[other] != texts[document])

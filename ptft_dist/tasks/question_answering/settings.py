@@ -19,7 +19,7 @@ class QuestionAnsweringSettings(TaskSettings):
     after_prepare = ("max_answer_length", "n_best", "no_answer_margin")
 
     stride: Annotated[int, Field(ge=0)] = 64
-    """A long context is split into windows that overlap by this many tokens. Answers that no window contains are not
+    """A long context is split into windows that overlap by this many tokens. Answers split by every window are not
     learned."""
     max_answer_length: PositiveInt = 30
     """Maximum number of tokens in a predicted answer."""

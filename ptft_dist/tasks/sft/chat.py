@@ -1,4 +1,4 @@
-"""Turns rows of the common shapes into conversations: lists of {role, content}, with tool calls as in transformers."""
+"""Converts rows of the common shapes to conversations: lists of {role, content}, with tool calls as in transformers."""
 
 from __future__ import annotations
 
@@ -39,48 +39,51 @@ SHAREGPT = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """One conversation.
-
-    messages: {role, content} as in transformers; tools: JSON schemas of functions; given: number of messages that
-    belong to the prompt, which are not learned; unanswered: number of messages dropped after the last assistant
-    message.
-    """
+    """One conversation."""
 
     messages: list[Message]
+    """{role, content}, as in transformers."""
     tools: list[Any] | None = None
+    """JSON schemas of functions."""
     given: int = 0
+    """Number of messages at the beginning that belong to the prompt and are not learned."""
     unanswered: int = 0
+    """Number of messages that were truncated after the last assistant message."""
 
 
 @dataclass(frozen=True)
 class Plain:
-    """A text without a chat template. prompt: the beginning of the text, which is not learned."""
+    """A text without a chat template."""
 
     prompt: str
+    """The beginning of the text, which is not learned; may be empty."""
     completion: str
 
 
 def shape_of(values: Mapping[str, Any]) -> str:
-    """The shape that fits a row's columns.
+    """The shape that a row's columns have.
 
     Raises:
-        RowError: no shape fits, or several do.
+        RowError: no shape fits the columns, or several do.
     """
-    found = [shape for shape, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
-    if len(found) == 1:
-        return found[0]
+    fitting = [shape for shape, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
+    if len(fitting) == 1:
+        return fitting[0]
     has = ", ".join(map(repr, values)) or "none"
-    if found:
-        raise RowError(f"the columns ({has}) fit several shapes: {', '.join(found)}. Choose one with sft.shape.")
+    if fitting:
+        raise RowError(f"the columns ({has}) fit several shapes: {', '.join(fitting)}. Choose one with sft.shape.")
     shapes = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
     raise RowError(f"the columns ({has}) fit no known shape ({shapes}). Map them with fields.")
 
 
 def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conversation | Plain:
-    """A row as messages or plain text. system: the system message of conversations that have none.
+    """A row as messages or plain text.
+
+    Args:
+        system: the system message for conversations without one.
 
     Raises:
-        RowError: the row does not have this shape, or there is nothing to learn in it.
+        RowError: the row does not have this shape, or contains nothing to learn.
     """
     if shape == "text":
         return Plain("", require_text(values, "text"))
@@ -107,10 +110,10 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
 
 
 def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> Conversation:
-    """The conversation up to its last assistant message.
+    """The conversation, truncated after its last assistant message.
 
     Raises:
-        RowError: there is none after the prompt.
+        RowError: there is no assistant message after the prompt.
     """
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i >= given]
     if not answers:
@@ -120,10 +123,10 @@ def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> C
 
 
 def _message(message: Any, number: int) -> Message:
-    """A message with a known role, a text as content, and checked tool calls. number: counted from 0.
+    """A validated message: a known role, text content, and checked tool calls. number: index of the message, from 0.
 
     Raises:
-        RowError: it is not a message.
+        RowError: the message is invalid.
     """
     where = f"message {number + 1}"
     if not isinstance(message, dict):
@@ -134,8 +137,8 @@ def _message(message: Any, number: int) -> Message:
     if role == "developer":
         role = "system"
     if role not in ROLES:
-        found = "has no role" if role is None else f"has the role {role!r}"
-        raise RowError(f"{where} {found}; known roles are {', '.join(ROLES)}. Correct or remove the row.")
+        role_problem = "has no role" if role is None else f"has the role {role!r}"
+        raise RowError(f"{where} {role_problem}; known roles are {', '.join(ROLES)}. Correct or remove the row.")
     content = _content(message.get("content"), where)
     calls = message.get("tool_calls") or []
     if not isinstance(calls, list):
@@ -155,7 +158,7 @@ def _message(message: Any, number: int) -> Message:
 
 
 def _content(content: Any, where: str) -> str:
-    """The text of a content, which is a text or a list of text parts."""
+    """The text of a message's content, which is a text or a list of text parts."""
     if content is None:
         return ""
     if isinstance(content, list):
@@ -199,15 +202,15 @@ def _from_sharegpt(turn: Any, number: int) -> Message:
 
 
 def _from_alpaca(values: Mapping[str, Any]) -> list[Message]:
-    asked = require_text(values, "instruction")
-    if values.get("input") is not None and (more := require_text(values, "input", empty=True)).strip():
-        asked = f"{asked}\n\n{more}"
+    instruction = require_text(values, "instruction")
+    if values.get("input") is not None and (extra := require_text(values, "input", empty=True)).strip():
+        instruction = f"{instruction}\n\n{extra}"
     answer = require(values, "output")
     if problem := text_problem("output", answer):
         raise RowError(problem)
     if not answer.strip():
         raise RowError("the field 'output' is empty, so there is nothing to learn. Fill it in, or remove the row.")
-    return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    return [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
 
 
 def _tools(values: Mapping[str, Any]) -> list[Any] | None:

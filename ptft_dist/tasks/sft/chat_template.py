@@ -1,4 +1,4 @@
-"""Chat templates: finding one, and rendering a conversation together with the spans of text that are learned."""
+"""Chat templates: selecting one, and rendering a conversation with the spans of text that are learned."""
 
 from __future__ import annotations
 
@@ -51,42 +51,46 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
-"""ChatML, with the assistant's turns marked: each is learned up to and including its <|im_end|>."""
+"""ChatML with {% generation %} markers around the assistant's turns, each including its <|im_end|>."""
 
 
 _LIBRARY_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
-"""What an expression in a template can raise, beside Jinja's own errors. Too large a range() is an OverflowError, an
-{% include %} a TypeError: no other file can be read."""
+"""Errors that an expression in a template can raise, besides Jinja's own. A too large range() raises OverflowError. An
+{% include %} raises TypeError, because no loader is set."""
 
 
 def missing_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """What is wrong and all that has to be set if the tokenizer has no chat template; empty if it has one."""
+    """The message for a tokenizer without a chat template, with the settings to add; empty if it has one."""
     if tokenizer.chat_template:
         return ""
     add = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
     steps = ["sft.template: chatml"] + ([f"tokenizer.add: {add}"] if add else [])
     return (
-        "sft.template: this tokenizer has no chat template, which rows with turns need. Set in the recipe:\n  "
+        "sft.template: this tokenizer has no chat template, and rows with turns need one. Set in the recipe:\n  "
         + "\n  ".join(steps)
-        + f"\nThe end of a turn is then {CHATML_TOKENS[1]}, which is learned and ends what is generated. Any other "
+        + f"\nThe end of a turn is then {CHATML_TOKENS[1]}, which is learned and ends generated texts. Any other "
         "template that TRL knows by name, or a .jinja file, needs its own special tokens in tokenizer.add."
     )
 
 
 def missing_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """How the end of a turn becomes a special token."""
+    """The remedy for a template whose turns do not end with a special token."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     add = [token for token in dict.fromkeys(re.findall(r"<\|\w+\|>", template)) if token not in special]
     if add:
         return f"Add the template's tokens to the tokenizer: tokenizer.add: {add}."
     return (
-        "Put the token that ends a turn inside of the template's {% generation %} markers; if it is not special in the "
-        "tokenizer, add it with tokenizer.add. Or use another template, such as sft.template: chatml."
+        "Put the token that ends a turn inside the template's {% generation %} markers; if it is not a special token "
+        "of the tokenizer, add it with tokenizer.add. Or use another template, such as sft.template: chatml."
     )
 
 
 def saved_template(settings: SftSettings, base: Path, *, learned: bool) -> str | None:
-    """The template that the tokenizer is saved with; None: its own. learned: the tokenizer is learned here.
+    """The template to save with the tokenizer; None: keep its own.
+
+    Args:
+        base: the directory where relative paths start.
+        learned: the tokenizer is trained in this run.
 
     Raises:
         RecipeError: there is no such template.
@@ -101,45 +105,51 @@ def saved_template(settings: SftSettings, base: Path, *, learned: bool) -> str |
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"sft.template: {path} cannot be read ({error}). A path starts at the recipe.") from None
+            raise RecipeError(
+                f"sft.template: {path} cannot be read ({error}). Paths are relative to the recipe."
+            ) from None
     known = trl_templates()
     if name not in known:
-        raise RecipeError(f"sft.template: {name!r} is none of chatml, {', '.join(known)}, and no .jinja file")
+        raise RecipeError(
+            f"sft.template: unknown template {name!r}. Use one of chatml, {', '.join(known)}, or a .jinja file"
+        )
     return known[name].read_text(encoding="utf-8")
 
 
 def trl_templates() -> dict[str, Path]:
-    """The chat templates that TRL carries, by name. TRL itself is not imported."""
-    found = importlib.util.find_spec("trl")
-    assert found is not None
-    assert found.submodule_search_locations
-    folder = Path(next(iter(found.submodule_search_locations))) / "chat_templates"
+    """The chat templates in the TRL package, by name. TRL is not imported, because that is slow."""
+    spec = importlib.util.find_spec("trl")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    folder = Path(next(iter(spec.submodule_search_locations))) / "chat_templates"
     names = sorted(path.name.removesuffix(".jinja") for path in folder.glob("*.jinja"))
     return {name: folder / f"{name}.jinja" for name in names if not name.endswith("_training")}
 
 
 class TemplateRefused(Exception):
-    """The template cannot show this conversation; the text says why."""
+    """The template cannot render this conversation; the text says why."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text, and the spans of the assistant's turns in it, the end of each turn included."""
+    """A conversation rendered as text."""
 
     text: str
     spans: list[Span]
+    """[start, end) of the assistant's turns, including the token that ends each turn."""
 
 
 class ChatTemplate:
     """Renders conversations with a tokenizer's template.
 
-    The assistant's text is found by {% generation %} markers: the template's own, or those of TRL's training variant of
-    it. A template without markers is rendered turn by turn, and must then render each beginning of a conversation the
-    same whatever follows.
+    {% generation %} markers give the assistant's spans: those of the template, or of TRL's training variant of it. A
+    template without markers is rendered turn by turn. It must then render each prefix of a conversation independently
+    of the messages that follow.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """
+        """Take the tokenizer's template.
+
         Raises:
             RecipeError: the tokenizer has no template.
         """
@@ -152,15 +162,16 @@ class ChatTemplate:
         self.template: str = template["default"] if isinstance(template, dict) else template
         self.marked = has_generation_markers(self.template)
         if not self.marked:
-            # TRL does not know the template (ValueError), or the template fails when TRL tries it: render() will tell.
+            # TRL does not know the template (ValueError), or the template fails in TRL's trial: render() reports it.
             with contextlib.suppress(TemplateError, *_LIBRARY_ERRORS):
                 self.template, self.marked = get_training_chat_template(tokenizer) or self.template, True
         self.special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
 
     def render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Rendered:
-        """
+        """Render a conversation as text with the assistant's spans.
+
         Raises:
-            TemplateRefused: the template does not take the conversation, or loses part of it.
+            TemplateRefused: the template raises an error, or drops a message, a tool or a call.
         """
         if self.marked:
             text, spans = self._text(messages, tools, marked=True)
@@ -169,14 +180,14 @@ class ChatTemplate:
             spans = self._turn_by_turn(messages, tools, text)
         _nothing_lost(messages, tools, text)
         if not spans:
-            raise TemplateRefused("the chat template shows nothing that the assistant says")
+            raise TemplateRefused("the chat template does not render the assistant's messages")
         return Rendered(text, spans)
 
     def text(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> str:
         """The conversation as text.
 
         Raises:
-            TemplateRefused: the template does not take the conversation.
+            TemplateRefused: the template raises an error.
         """
         return self._text(messages, tools)[0]
 
@@ -186,7 +197,7 @@ class ChatTemplate:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        render: Any = render_jinja_template  # its annotations speak of one text; it gives a list of each
+        render: Any = render_jinja_template  # its return annotation is wrong: it returns two lists
         try:
             texts, indices = render(
                 conversations=[list(messages)],
@@ -201,10 +212,11 @@ class ChatTemplate:
                 why = str(error)
             else:
                 why = f"{type(error).__name__} {error}".rstrip()
-            raise TemplateRefused(f"the chat template does not take this conversation: {why}") from None
+            raise TemplateRefused(f"the chat template refuses this conversation: {why}") from None
         return texts[0], [(start, end) for start, end in indices[0] if start < end] if marked else []
 
     def _turn_by_turn(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> list[Span]:
+        """The assistant's spans, by comparing renderings that end before and after each of its messages."""
         spans = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
@@ -212,27 +224,29 @@ class ChatTemplate:
                 after = self._text(messages[: i + 1], tools)[0]
                 if not (after.startswith(before) and text.startswith(after)):
                     raise TemplateRefused(
-                        "the chat template has no {% generation %} markers and shows the beginning of a conversation "
-                        "differently when it goes on, so the assistant's text cannot be found: set sft.template to a "
-                        "template with markers"
+                        "the chat template has no {% generation %} markers, and its rendering of a turn depends on the "
+                        "turns that follow, so the assistant's text cannot be located: set sft.template to a template "
+                        "with markers"
                     )
                 spans.append((len(before), len(after)))
         return spans
 
 
 def _nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
-    """
+    """Check that the template rendered every message, tool and call.
+
     Raises:
-        TemplateRefused: a message, a tool or a call does not stand in the text.
+        TemplateRefused: one is missing in the text.
     """
     for message in messages:
-        said = (message.get("content") or "").strip()
-        if said and message["role"] != "tool" and said not in text and "</think>" not in said:
-            raise TemplateRefused(f"the chat template loses this {message['role']} message: {said[:60]!r}")
+        content = (message.get("content") or "").strip()
+        # Templates remove earlier reasoning, and may change the format of tool results.
+        if content and message["role"] != "tool" and content not in text and "</think>" not in content:
+            raise TemplateRefused(f"the chat template drops this {message['role']} message: {content[:60]!r}")
         for call in message.get("tool_calls") or ():
             if call["function"]["name"] not in text:
-                raise TemplateRefused(f"the chat template loses the call of {call['function']['name']}")
+                raise TemplateRefused(f"the chat template drops the call of {call['function']['name']}")
     for tool in tools or ():
         name = tool.get("function", tool).get("name", "") if isinstance(tool, dict) else ""
         if name not in text:
-            raise TemplateRefused(f"the chat template does not show the tool {name}")
+            raise TemplateRefused(f"the chat template drops the tool {name}")

@@ -1,9 +1,9 @@
-"""Special tokens in a row come from the chat template alone: a text that spells one, or forms one together with the
-text next to it, would let the row's author end turns and begin others.
+"""Checks that the special tokens of a row come from the chat template only.
 
-Two checks. A text (a message, a key or value of a tool or of its arguments) that contains a special token is refused by
-name. Then the special tokens of the encoded row are compared with those of the same conversation with neutral texts in
-place of its own: whatever the template or the tokenizer makes of the texts, the special tokens must be the same.
+A text that contains a special token, or forms one together with the text next to it, could end turns and begin others.
+There are two checks. First, a text (a message, a key or value of a tool or its arguments) must not contain a special
+token. Second, the special tokens of the encoded row must equal those of the same conversation with its texts replaced
+by neutral ones.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ SCHEMA_KEYS = frozenset(
     | {"properties", "required", "items", "additionalProperties", "anyOf", "oneOf", "allOf", "$defs", "$ref"}
     | {"enum", "const", "default", "format", "nullable", "minimum", "maximum"}
 )
-"""Keys of a tool that templates read by name."""
+"""Keys of a tool's JSON schema that templates read by name."""
 SCHEMA_TYPES = frozenset({"function", "object", "array", "string", "number", "integer", "boolean", "null"})
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer, apart from UNK, which stands for unknown text."""
+    """The special tokens of a tokenizer, except UNK."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         special = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -52,25 +52,29 @@ class ControlTokens:
         return array[self._is_control[array]].tolist()
 
     def check_texts(self, said: Conversation | Plain) -> None:
-        """
+        """Check that no text of a row contains a special token.
+
         Raises:
             RowError: a text of the row contains a special token.
         """
         for field, text in fields(said):
-            if found := self.pattern.search(text):
-                raise RowError(f"{field}: the text spells the special token {found.group()!r}. Remove it from the row.")
+            if match := self.pattern.search(text):
+                raise RowError(
+                    f"{field}: the text contains the special token {match.group()!r}. Remove it from the row."
+                )
 
     def check_encoded(
         self, said: Conversation | Plain, ids: Sequence[int], encode: Callable[[Any], Sequence[int]], *, cut: bool
     ) -> None:
-        """
+        """Check that an encoded row has exactly the special tokens of the template.
+
         Args:
             ids: the encoded row.
-            encode: the ids of a row of the same kind with neutral texts.
-            cut: `ids` are the beginning of the row only.
+            encode: encodes a row of the same structure with neutral texts.
+            cut: `ids` are only the beginning of the row.
 
         Raises:
-            RowError: a special token stands in the row that is not the template's, or one of the template's is missing.
+            RowError: the row has an additional special token, or one is missing.
         """
         neutral = neutral_row(said)
         key = json.dumps([neutral.messages, neutral.tools] if isinstance(neutral, Conversation) else None)
@@ -78,11 +82,11 @@ class ControlTokens:
             if len(self._expected) >= _CACHED_SHAPES:
                 self._expected.clear()
             self._expected[key] = self.of(encode(neutral))
-        expected, found = self._expected[key], self.of(ids)
-        if found == (expected[: len(found)] if cut else expected):
+        expected, actual = self._expected[key], self.of(ids)
+        if actual == (expected[: len(actual)] if cut else expected):
             return
-        at = next(i for i, (one, other) in enumerate(zip_longest(found, expected)) if one != other)
-        token = self.names[(found[at:] or expected[at:])[0]]
+        first = next(i for i, (one, other) in enumerate(zip_longest(actual, expected)) if one != other)
+        token = self.names[(actual[first:] or expected[first:])[0]]
         raise RowError(
             f"{_sharing(said, token)}: together with the text next to it, this text changes the special tokens of the "
             f"row (at {token!r}). Change or remove the row."
@@ -90,8 +94,8 @@ class ControlTokens:
 
 
 def fields(said: Conversation | Plain) -> Iterator[tuple[str, str]]:
-    """Every text of a row, the keys of objects included, each with its place, such as
-    "tools[0].function.description"."""
+    """All texts of a row, including the keys of objects: (place, text). A place is, for example,
+    `tools[0].function.description`."""
     if isinstance(said, Plain):
         yield from (("prompt", said.prompt), ("completion" if said.prompt else "text", said.completion))
         return
@@ -155,7 +159,7 @@ def _neutral_message(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _neutral_text(text: str) -> str:
-    """Templates ask whether a text is empty or blank, and how long an id is."""
+    """A neutral text that keeps what templates test: whether a text is empty or blank, and the length of an id."""
     return "x" * min(len(text), 16) if text.strip() else text[:1]
 
 
@@ -170,7 +174,7 @@ def _neutral(value: Any) -> Any:
 
 
 def _neutral_tool(value: Any) -> Any:
-    """As _neutral, with the words of JSON schemas left in place: templates read them."""
+    """Like _neutral, but keeps the keywords of JSON schemas, because templates read them."""
     if isinstance(value, dict):
         return {
             key if key in SCHEMA_KEYS else f"x{i}": inner

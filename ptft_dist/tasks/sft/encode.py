@@ -1,4 +1,4 @@
-"""Rows for supervised fine-tuning: conversations through a chat template, prompts with completions, plain texts."""
+"""Encodes rows for supervised fine-tuning: conversations, prompts with completions, and plain texts."""
 
 from __future__ import annotations
 
@@ -37,49 +37,55 @@ NO_ANSWER_LEFT = "without an assistant message within data.max_length"
 ENCODED_IN_PART = "much longer than data.max_length: only their beginning was tokenized"
 
 CHARACTERS_PER_TOKEN = 200
-"""Longer texts than data.max_length times this are tokenized in part; GPT-2's and Llama's longest tokens have 128."""
+"""Only the first data.max_length times this many characters are tokenized, because tokenization of long texts is slow.
+The longest tokens of GPT-2 and Llama have 128 characters."""
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """A row as text. spans: what the assistant says, in characters. cut: only the beginning of it is tokenized."""
+    """A row rendered as text."""
 
     said: Conversation | Plain
     text: str
     spans: list[Span]
+    """[start, end) of the assistant's turns, in characters."""
     cut: bool
+    """Only the beginning of the text is tokenized."""
 
 
 class ConversationRows(RowEncoder):
-    """Columns: input_ids, and learned: 1 for the tokens that are to be predicted, [T]. The first token never is."""
+    """Encodes conversations and texts. Columns: input_ids, and the label mask `learned` (1: a target), both [T].
+
+    The first token is never a target.
+    """
 
     columns = {"learned": "u1"}
-    text_only = False  # the template's special tokens are control tokens; a text that spells one is refused
+    text_only = False  # the template's special tokens are control tokens; a text that contains one is refused
 
-    libraries = ("transformers", "trl")  # they decide which tokens are learned
+    libraries = ("transformers", "trl")  # their versions affect the label mask
     settings: SftSettings
 
     def __init__(self, context: EncoderContext) -> None:
         super().__init__(context)
         tokenizer = self.tokenizer
         if tokenizer.eos_token is None:
-            with_turns = "" if self.settings.shape == "text" else missing_template(tokenizer)
+            template_hint = "" if self.settings.shape == "text" else missing_template(tokenizer)
             raise RecipeError(
                 "tokenizer: it has no EOS token, so the end of an answer cannot be learned. Name one as eos_token in "
-                "its tokenizer_config.json." + (f"\n{with_turns}" if with_turns else "")
+                "its tokenizer_config.json." + (f"\n{template_hint}" if template_hint else "")
             )
         self._template: ChatTemplate | None = None
         self._shapes: dict[str, str] = {}
-        self._rendered: dict[int, Rendering] = {}  # between pieces and build
+        self._rendered: dict[int, Rendering] = {}  # passed from `pieces` to `build`
         self.control = ControlTokens(tokenizer)
         self.begin = tokenizer.bos_token or "" if adds_bos(tokenizer) else ""
 
     @property
     def template(self) -> ChatTemplate:
-        """The tokenizer's chat template, which rows with turns need.
+        """The tokenizer's chat template.
 
         Raises:
-            RecipeError: there is none, or the end of a turn could not be learned with it.
+            RecipeError: there is none, or it does not end the assistant's turns with a special token.
         """
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer)
@@ -91,15 +97,15 @@ class ConversationRows(RowEncoder):
         """The special token that ends the assistant's turn.
 
         Raises:
-            RecipeError: there is none among what the assistant says.
+            RecipeError: the assistant's turn contains no special token, or the template refuses a test conversation.
         """
         try:
             probe = template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None)
         except TemplateRefused as why:
-            raise RecipeError(f"sft.template: {why}. It must show a user and an assistant message.") from None
+            raise RecipeError(f"sft.template: {why}. It must render a user and an assistant message.") from None
         start, end = probe.spans[-1]
-        if found := self.control.pattern.findall(probe.text[start:end]):
-            return found[-1]
+        if special_tokens := self.control.pattern.findall(probe.text[start:end]):
+            return special_tokens[-1]
         raise RecipeError(
             f"sft.template: the assistant's turn ends without a special token ({probe.text[start:end]!r}), so the "
             "model would never learn to stop. " + missing_end_of_turn(self.tokenizer, template.template)
@@ -118,7 +124,7 @@ class ConversationRows(RowEncoder):
         super().check(settings, record)
         said = _read(settings, record)
         if isinstance(said, Plain) and settings.loss == "last" and not said.prompt:
-            raise RowError("plain text has no turns, so there is no last one to learn (sft.loss: last)")
+            raise RowError("plain text has no turns, and sft.loss: last needs a last turn. Set sft.loss: all.")
 
     @classmethod
     def texts(cls, settings: SftSettings, record: Record) -> Iterator[str]:
@@ -137,16 +143,16 @@ class ConversationRows(RowEncoder):
         return [text[:longest]]
 
     def admit(self, record: Record) -> None:
-        """All rows of a file have the shape of its first row."""
+        """With shape: auto, check that all rows of a file have the shape of its first row. Raises RowError."""
         if self.settings.shape != "auto":
             return
         file, shape = re.sub(r"[:#]\d+$", "", record.where), shape_of(record.values)
         first = self._shapes.setdefault(file, shape)
         if shape != first:
-            raise RowError(f"this row's shape is {shape}, but the file begins with {first}. Put them into two files.")
+            raise RowError(f"this row has the shape {shape}, but the first row of the file has {first}. Use two files.")
 
     def _render(self, said: Conversation | Plain) -> tuple[str, list[Span]]:
-        """The whole text, and the spans of it that the assistant says."""
+        """The whole text, and the spans of the assistant's turns to learn."""
         if isinstance(said, Plain):
             text = self._plain_text(said)
             return text, [(len(self.begin) + len(said.prompt), len(text))]
@@ -158,8 +164,8 @@ class ConversationRows(RowEncoder):
         given = sum(i < said.given for i in turns)
         if given and len(rendered.spans) != len(turns):
             raise RowError(
-                f"the chat template shows {len(rendered.spans)} of {len(turns)} assistant messages, so it is not known "
-                "which of them belong to the prompt. Use another template, or rows of messages."
+                f"the chat template renders only {len(rendered.spans)} of {len(turns)} assistant messages, so it is "
+                "unknown which of them belong to the prompt. Use another template, or the shape messages."
             )
         return rendered.text, rendered.spans[given:]
 
@@ -167,10 +173,10 @@ class ConversationRows(RowEncoder):
         return self.begin + said.prompt + said.completion + self.tokenizer.eos_token
 
     def _ids_of(self, said: Conversation | Plain) -> list[int]:
-        """The ids of a row whose texts are neutral.
+        """The token ids of a row whose texts were replaced by neutral ones, see `ControlTokens.check_encoded`.
 
         Raises:
-            RowError: the template does not take it.
+            RowError: the template refuses it.
         """
         if isinstance(said, Plain):
             text = self._plain_text(said)
@@ -178,13 +184,13 @@ class ConversationRows(RowEncoder):
             try:
                 text = self.template.text(said.messages, said.tools)
             except TemplateRefused as why:
-                raise RowError(f"{why} (with neutral texts, to check the row's special tokens).") from None
+                raise RowError(f"{why} (with placeholder texts, to check the row's special tokens).") from None
         return self.encode([text])[0].ids
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         row, encoding, notes = self._rendered.pop(id(record)), encodings[0], []
         in_part = row.cut
-        if in_part and len(encoding.ids) <= self.max_length:  # tokens longer than any that is known
+        if in_part and len(encoding.ids) <= self.max_length:  # tokens longer than CHARACTERS_PER_TOKEN
             (encoding,), in_part = self.encode([row.text]), False
         self.control.check_encoded(row.said, encoding.ids, self._ids_of, cut=in_part)
         if isinstance(row.said, Conversation) and row.said.unanswered:
@@ -195,47 +201,50 @@ class ConversationRows(RowEncoder):
             notes.append(TRUNCATED)
         if in_part:
             notes.append(ENCODED_IN_PART)
-        # Tokens behind max_length are of no use, and their offsets of a long text take long to look through.
+        # Tokens after max_length are not used, and searching their offsets is slow for long texts.
         ids, offsets = encoding.ids[: self.max_length], encoding.offsets[: self.max_length]
-        learned = learned_tokens(offsets, self._wanted(row.spans, len(row.text)))
+        learned = learned_tokens(offsets, self._learned_spans(row.spans, len(row.text)))
         learned[:1] = 0
         if not learned.any():
             raise LeftOut(NO_ANSWER_LEFT)
         return [Example({"input_ids": ids, "learned": learned}, self._meta(row, ids, offsets), tuple(notes))]
 
     def _meta(self, row: Rendering, ids: list[int], offsets: list[tuple[int, int]]) -> dict[str, Any]:
-        """For generation at an evaluation: the last answer that begins within data.max_length, and its prompt."""
+        """Meta for generation at evaluations: the last answer that begins within data.max_length, and its prompt."""
         said, spans = row.said, row.spans
-        begins = [int(learned.argmax()) if (learned := learned_tokens(offsets, [s])).any() else len(ids) for s in spans]
-        last = max((i for i, begin in enumerate(begins) if begin < len(ids)), default=0)
-        prompt = ids[: begins[last]]
+        starts = [int(learned.argmax()) if (learned := learned_tokens(offsets, [s])).any() else len(ids) for s in spans]
+        last = max((i for i, start in enumerate(starts) if start < len(ids)), default=0)
+        prompt = ids[: starts[last]]
         if isinstance(said, Plain):
             source = said.prompt
         else:
             answers = [i for i, message in enumerate(said.messages) if message["role"] == "assistant"]
-            before = answers[last + len(answers) - len(spans)] - 1
-            source = said.messages[before]["content"] if before >= 0 else ""
-        begin = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
+            previous = answers[last + len(answers) - len(spans)] - 1
+            source = said.messages[previous]["content"] if previous >= 0 else ""
+        bos = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
         reference = self.control.pattern.sub("", row.text[slice(*spans[last])]).strip()
-        return {"prompt": prompt or [begin], "source": source, "reference": reference}
+        return {"prompt": prompt or [bos], "source": source, "reference": reference}
 
-    def _wanted(self, spans: list[Span], end: int) -> list[Span]:
+    def _learned_spans(self, spans: list[Span], end: int) -> list[Span]:
+        """The spans to learn, by sft.loss. spans: the assistant's turns; end: length of the whole text."""
         if self.settings.loss == "all":
             return [(0, end)]
         return spans[-1:] if self.settings.loss == "last" else spans
 
 
 def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
-    """uint8 [T]: 1 from the first to the last token that shares a character with a span.
+    """The label mask: uint8 [T], 1 from the first to the last token that overlaps a span.
 
-    offsets: [start, end) of each token in the text.
+    Args:
+        offsets: [start, end) of each token in the text, in characters.
+        spans: [start, end) of the texts to learn, in characters.
     """
-    places = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    learned = np.zeros(len(places), np.uint8)
+    token_spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    learned = np.zeros(len(token_spans), np.uint8)
     for start, end in spans:
-        (inside,) = np.nonzero((places[:, 0] < end) & (places[:, 1] > start))
+        (inside,) = np.nonzero((token_spans[:, 0] < end) & (token_spans[:, 1] > start))
         if len(inside):
-            learned[inside[0] : inside[-1] + 1] = 1  # some tokenizers give blanks in between no width
+            learned[inside[0] : inside[-1] + 1] = 1  # some tokenizers return empty offsets for blanks in between
     return learned
 
 

@@ -42,7 +42,7 @@ class SftSettings(TaskSettings):
     neftune_alpha: Positive | None = None
     """NEFTune: noise on the embeddings in training (Jain et al. 2023); 5 is usual."""
     head: Literal["auto", "fused", "logits"] = "auto"
-    """As clm.head."""
+    """See clm.head."""
     generation: GenerationSettings | None = None
     """Generate the last answer of each conversation at evaluations, and score it."""
 
@@ -53,7 +53,7 @@ class SftSettings(TaskSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.generation is not None and self.packing:
-            raise ValueError("generation needs rows of one conversation each: packing: false")
+            raise ValueError("generation needs rows of one conversation each: set packing: false")
         if self.generation is not None and self.shape == "text":
             raise ValueError("generation has no effect here: it needs rows with answers, and shape: text has none")
         only_with(self, ("system", "template"), self.shape != "text", "a shape with turns")

@@ -1,4 +1,4 @@
-"""Rows with words and a tag for each; a sentence that is too long becomes several examples, split between words."""
+"""Encodes rows with words and their tags. A sentence longer than data.max_length is split between words."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ if TYPE_CHECKING:
 SPLIT = "longer than data.max_length: split between two words"
 CUT_WORD = "with one word longer than data.max_length: the word was truncated"
 NO_TOKEN = "with a word that has no token: nothing is predicted for it"
-_NO_LABEL = -100  # a token that counts nothing in the loss
+_NO_LABEL = -100  # ignored by the loss
 
 
 class TaggedRows(RowEncoder):
-    """Columns: input_ids, token_type_ids, and labels: a tag's id where a word begins, -100 elsewhere; with
-    pieces: all, ids on every token of a word.
+    """Encodes tagged words, one example per piece of a sentence.
 
-    meta of an example: sentence: the number of the sentence that it is a piece of; tags: of the piece's words; at: the
-    position of each word's first token, null for a word without a token.
+    Columns:
+        input_ids, token_type_ids: [T].
+        labels: tag ids [T] at the first token of each word, -100 elsewhere; with pieces: all, at all tokens of a word.
+
+    Meta of an example:
+        sentence: number of its sentence.
+        tags: the tags of its words.
+        at: position of each word's first token, null for a word without a token.
     """
 
     surveys = True
@@ -45,13 +50,14 @@ class TaggedRows(RowEncoder):
         self.room = self.max_length - len(self.frame)
         if self.room < 1:
             raise RecipeError(
-                f"data.max_length: {self.max_length} leaves no room beside {len(self.frame)} special tokens. Raise it."
+                f"data.max_length: {self.max_length} leaves no room for a word beside {len(self.frame)} special "
+                "tokens. Raise it."
             )
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
         self.filler = eos if pad is None else pad
         if not context.tokenizer_learned and _spaces_matter(self.backend):
             logging.getLogger("ptft").warning(
-                "tokenizer.path: this tokenizer gives a word after a space other tokens than the same word alone, and "
+                "tokenizer.path: this tokenizer encodes a word after a space differently than the same word alone, and "
                 "this task tokenizes words one by one. For a language with spaces, set add_prefix_space: true in its "
                 "tokenizer_config.json."
             )
@@ -68,25 +74,25 @@ class TaggedRows(RowEncoder):
             if not token:
                 raise RowError(f"word {i} is empty. Remove it with its tag.")
             if not isinstance(tag, str) or not tag:
-                held = "empty" if tag == "" else json_type(tag)
+                got = "empty" if tag == "" else json_type(tag)
                 raise RowError(
-                    f"the tag of word {i} ({token!r}) is {held}; a tag is a name such as O or B-PER. Write names for "
-                    "the numbers of a data set."
+                    f"the tag of word {i} ({token!r}) is {got}; a tag is a name such as O or B-PER. Replace tag ids by "
+                    "their names."
                 )
             if problem := text_problem("tags", tag):
                 raise RowError(f"the tag of word {i} ({token!r}): {problem}")
-        if found := misplaced(settings.scheme, tags):
-            i, why = found
+        if violation := misplaced(settings.scheme, tags):
+            i, why = violation
             raise RowError(f"word {i + 1} ({tokens[i]!r}): {why}")
 
     @classmethod
     def texts(cls, settings: TokenClassificationSettings, record: Record) -> Iterator[str]:  # noqa: ARG003
-        """Word by word, as the tokenizer will get them."""
+        """The words, which the tokenizer encodes one by one."""
         yield from record.values["tokens"]
 
     @classmethod
     def survey_of(cls, settings: TokenClassificationSettings, records: Iterable[Record]) -> dict[str, Any]:
-        """labels: the tags in the order of their ids."""
+        """The tags in the order of their ids, as `labels`."""
         names = LabelNames("tag", "token_classification.labels")
         for record in records:
             names.add(record.values["tags"], record.where)
@@ -98,8 +104,8 @@ class TaggedRows(RowEncoder):
         labels = list(settings.labels or sorted(seen))
         if len(labels) < 2:
             raise DataError(
-                f"data: the training rows have the tags {', '.join(labels) or '(none)'}; two or more are needed. Look "
-                "at the tags, or name their column with fields: {tags: ...}."
+                f"data: the training rows have the tags {', '.join(labels) or '(none)'}; two or more are needed. "
+                "Correct the tags, or name their column with fields: {tags: ...}."
             )
         return {"labels": labels}
 
@@ -121,16 +127,16 @@ class TaggedRows(RowEncoder):
             assert word is not None  # only special tokens belong to no word
             words[word].append(token)
         spans = self.spans([min(len(word), self.room) for word in words])
-        found = {
+        conditions = {
             SPLIT: len(spans) > 1,
             CUT_WORD: max(map(len, words)) > self.room,
             NO_TOKEN: not all(words),
         }
-        notes = tuple(note for note, holds in found.items() if holds)
+        notes = tuple(note for note, holds in conditions.items() if holds)
         return [self.example(words[span.start : span.stop], tags[span.start : span.stop], notes) for span in spans]
 
     def spans(self, sizes: Sequence[int]) -> list[range]:
-        """The words of each piece, as many as have room. sizes: of the words in tokens."""
+        """The words of each piece: as many as fit. sizes: number of tokens of each word."""
         starts, filled = [0], 0
         for word, size in enumerate(sizes):
             if filled + size > self.room:
@@ -140,6 +146,7 @@ class TaggedRows(RowEncoder):
         return [range(a, b) for a, b in zip(starts, [*starts[1:], len(sizes)], strict=True)]
 
     def example(self, words: Sequence[Sequence[int]], tags: Sequence[str], notes: tuple[str, ...]) -> Example:
+        """The example of one piece. words: token ids of each word."""
         settings = self.settings
         ids: list[int] = []
         labels: list[int] = []
@@ -153,7 +160,7 @@ class TaggedRows(RowEncoder):
             labels += [self.ids[tag], *[later] * (len(kept) - 1)] if kept else []
         input_ids, types = self.frame.fill(ids)
         columns = {
-            "input_ids": input_ids or [self.filler],  # no network takes an empty row
+            "input_ids": input_ids or [self.filler],  # networks reject empty rows
             "token_type_ids": types or [0],
             "labels": [*[_NO_LABEL] * before, *labels, *[_NO_LABEL] * after] or [_NO_LABEL],
         }
@@ -161,35 +168,41 @@ class TaggedRows(RowEncoder):
 
 
 def misplaced(scheme: str, tags: Sequence[str]) -> tuple[int, str] | None:
-    """The first word whose tag does not fit the scheme, and why; None if all do."""
+    """The first word whose tag violates the scheme, and why; None if all tags are valid."""
     if scheme == "plain":
         return None
-    letters = TAG_LETTERS[scheme]
-    before, kind_before = "O", ""
+    prefixes = TAG_LETTERS[scheme]
+    previous_prefix, previous_type = "O", ""
     for i, tag in enumerate([*tags, "O"]):
-        letter, dash, kind = tag.partition("-")
-        if tag != "O" and (letter not in letters or bool(dash) != bool(kind)):
-            spelt = ", ".join(f"{letter}-TYPE" for letter in letters)
-            return i, f"the tag {tag!r} is none of {spelt} and O. Look at token_classification.scheme ({scheme})."
-        inside = before in ("B", "I") and kind == kind_before  # an entity of this type may go on here
+        prefix, dash, entity_type = tag.partition("-")
+        if tag != "O" and (prefix not in prefixes or bool(dash) != bool(entity_type)):
+            valid = ", ".join(f"{prefix}-TYPE" for prefix in prefixes)
+            return (
+                i,
+                f"the tag {tag!r} is none of {valid} and O. Correct it, or token_classification.scheme ({scheme}).",
+            )
+        inside = previous_prefix in ("B", "I") and entity_type == previous_type  # continues an entity of this type
         hint = f"In {scheme} {{}}. Correct the tags, or token_classification.scheme."
-        if scheme == "iob2" and letter == "I" and not inside:
-            return i, f"{tag} without a B-{kind} or I-{kind} before it. " + hint.format("entities begin with B-")
-        if scheme == "iob1" and letter == "B" and not inside:
-            why = "B- stands only where an entity of the same type has just ended"
+        no_start = f"{tag} without a B-{entity_type} or I-{entity_type} before it. " + hint.format(
+            "entities begin with B-"
+        )
+        if scheme == "iob2" and prefix == "I" and not inside:
+            return i, no_start
+        if scheme == "iob1" and prefix == "B" and not inside:
+            why = "B- is used only directly after an entity of the same type"
             return i, f"{tag} without an entity of the same type before it. " + hint.format(why)
         if scheme == "bioes":
-            if before in ("B", "I") and not (inside and letter in ("I", "E")):
-                return i - 1, f"{tags[i - 1]} is not followed by I-{kind_before} or E-{kind_before}. " + hint.format(
-                    "entities end with E-, and those of one word are S-"
-                )
-            if letter in ("I", "E") and not inside:
-                return i, f"{tag} without a B-{kind} or I-{kind} before it. " + hint.format("entities begin with B-")
-        before, kind_before = letter, kind
+            if previous_prefix in ("B", "I") and not (inside and prefix in ("I", "E")):
+                expected = f"I-{previous_type} or E-{previous_type}"
+                why = "entities end with E-, and entities of one word are S-"
+                return i - 1, f"{tags[i - 1]} is not followed by {expected}. " + hint.format(why)
+            if prefix in ("I", "E") and not inside:
+                return i, no_start
+        previous_prefix, previous_type = prefix, entity_type
     return None
 
 
 def _spaces_matter(backend: Any) -> bool:
-    """Whether a word in a text becomes other tokens than the same word in a list of words."""
+    """Whether the tokenizer encodes a word of a text differently than the same word of a list."""
     listed = backend.encode(["and", "and"], is_pretokenized=True, add_special_tokens=False).ids
     return bool(listed != backend.encode("and and", add_special_tokens=False).ids)

@@ -15,15 +15,13 @@ TAG_LETTERS = {"iob2": "BI", "iob1": "BI", "bioes": "BIES"}
 
 
 def inner_tag(scheme: str, tag: str) -> str:
-    """The tag of a word's tokens after the first: inside the same entity."""
+    """The tag of a word's tokens after the first: the I- tag of the same entity type."""
     return tag if scheme == "plain" or tag == "O" else "I" + tag[1:]
 
 
 class TokenClassificationSettings(TaskSettings):
-    """Settings of a tag for each word. Rows have `tokens` and `tags`, lists of the same length, as .conll files give.
-
-    A sentence longer than data.max_length is split at a word, not cut.
-    """
+    """Settings of token classification. Rows have `tokens` and `tags`: lists of the same length, such as .conll files
+    contain. A sentence longer than data.max_length is split between words, not truncated."""
 
     scheme: Literal["iob2", "iob1", "bioes", "plain"] = "iob2"
     """The tagging scheme of entities: IOB2, IOB1, BIOES; or `plain`: independent tags, as for parts of speech."""
@@ -39,11 +37,11 @@ class TokenClassificationSettings(TaskSettings):
         if len(set(labels)) != len(labels):
             raise ValueError("labels: a tag is listed twice")
         for tag in labels if self.scheme != "plain" else ():
-            letter, dash, kind = tag.partition("-")
-            if tag != "O" and (letter not in TAG_LETTERS[self.scheme] or bool(dash) != bool(kind)):
-                raise ValueError(f"labels: {tag!r} is no tag of the scheme {self.scheme}")
+            prefix, dash, entity_type = tag.partition("-")
+            if tag != "O" and (prefix not in TAG_LETTERS[self.scheme] or bool(dash) != bool(entity_type)):
+                raise ValueError(f"labels: {tag!r} is not a tag of the scheme {self.scheme}")
             if self.pieces == "all" and inner_tag(self.scheme, tag) not in labels:
-                raise ValueError(f"labels: pieces: all needs {inner_tag(self.scheme, tag)} beside {tag}")
+                raise ValueError(f"labels: pieces: all needs the tag {inner_tag(self.scheme, tag)}, because of {tag}")
         return self
 
     @property
