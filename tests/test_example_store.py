@@ -208,5 +208,5 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_damage_is_told(tmp_path: Path, how: str) -> None:
     written(tmp_path / "store", examples(5), packing=True)
     DAMAGE[how](tmp_path / "store")
-    with pytest.raises(DataError, match=r"store: this token store is damaged .* Delete it and prepare it anew"):
+    with pytest.raises(DataError, match=r"store: this token store is damaged .* Delete it and run ptft prepare again"):
         ExampleStore.open(tmp_path / "store")

@@ -1,7 +1,7 @@
-"""Data that every Python has: the source text of its standard library, and what that text says of itself.
+"""Built-in data sets from Python's standard library, to try recipes without any file.
 
-`python-stdlib` is one document a module. `python-functions` is one row a documented function or method, with columns
-for every task: try a recipe without any file, and see it learn something real.
+`python-stdlib` has one document per module. `python-functions` has one row per documented function or method, with
+columns for every task.
 """
 
 from __future__ import annotations
@@ -23,22 +23,23 @@ from ptft_dist.errors import DataError
 
 BUILTIN = ("python-stdlib", "python-functions")
 
-# Tests hold broken text on purpose; the rest is not part of the library.
+# Tests contain invalid text on purpose; the other folders are not part of the library.
 _NOT_STDLIB = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 _WORD = re.compile(r"\w+|[^\w\s]")
 _SHORTEST_SUMMARY = 3  # words
 
 
 def read_builtin(name: str) -> Iterator[Record]:
+    """The records of a built-in data set; name: one of BUILTIN."""
     return _functions() if name == "python-functions" else _modules()
 
 
 @functools.cache
 def stdlib_files() -> list[Path]:
-    """Every module of the running interpreter's standard library, sorted by its path below the library.
+    """The modules of the running interpreter's standard library, sorted by relative path.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no .py files.
     """
     root = Path(sysconfig.get_path("stdlib"))
     modules = []
@@ -53,10 +54,10 @@ def stdlib_files() -> list[Path]:
 def _modules() -> Iterator[Record]:
     for module in stdlib_files():
         try:
-            with tokenize.open(module) as file:  # decodes as the interpreter does, by the module's declaration
+            with tokenize.open(module) as file:  # decodes by the module's encoding declaration
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError) as error:
-            logging.getLogger("ptft").warning("python-stdlib: left out %s, which cannot be decoded: %s", module, error)
+            logging.getLogger("ptft").warning("python-stdlib: dropped %s: it cannot be decoded: %s", module, error)
             continue
         yield Record({"text": text}, str(module))
 
@@ -66,7 +67,7 @@ def _functions() -> Iterator[Record]:
         text = module.values["text"]
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in strings
+                warnings.simplefilter("ignore")  # invalid escape sequences in strings
                 tree = ast.parse(text)
         except (SyntaxError, ValueError):
             continue
@@ -84,16 +85,19 @@ def _definitions(tree: ast.AST, kind: str) -> Iterator[tuple[ast.FunctionDef | a
 
 
 def _columns(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, path: Path) -> dict[str, Any] | None:
-    """
-    name, module, kind: of the function; `function` or `method`
-    summary, signature: the docstring's first line; the line `def name(arguments)`
-    arguments, lines: how many there are, numbers
-    traits: some of: arguments, defaults, returns, raises, decorated
-    question, answer: what it does, for fine-tuning on questions; messages: the same as a conversation
-    tokens, tags: the words of signature and summary; IOB2 tags of function and argument names
-    context, answers: for questions about spans: the signature, and where its arguments stand
-    text, head, tail, relation: signature and summary; the spans of the function's name and of another word there, and
-        whether that word is an `argument` or a `word`
+    """The columns of one function; None if it has no usable docstring.
+
+    name, module: of the function.
+    kind: `function` or `method`.
+    summary: first line of the docstring.
+    signature: `def name(arguments)`.
+    arguments, lines: number of arguments, number of source lines.
+    traits: multi-label; some of arguments, defaults, returns, raises, decorated.
+    question, answer, messages: what the function does, as two texts and as a conversation.
+    tokens, tags: the words of signature and summary; IOB2 tags of function and argument names.
+    context, answers: extractive question answering: signature and summary; the span of the arguments.
+    text, head, tail, relation: relation extraction: signature and summary; the spans of the function's name and of
+        another word; whether that word is an `argument` or a `word`.
     """
     docstring = ast.get_docstring(node)
     names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
@@ -102,7 +106,7 @@ def _columns(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, path: Path
         return None
     arguments = ast.unparse(node.args)
     signature = f"def {node.name}({arguments})"
-    together = f"{signature}: {summary}"
+    text = f"{signature}: {summary}"
     inner = list(ast.walk(node))
     traits = {
         "arguments": bool(names),
@@ -111,18 +115,19 @@ def _columns(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, path: Path
         "raises": any(isinstance(n, ast.Raise) for n in inner),
         "decorated": bool(node.decorator_list),
     }
-    words = _WORD.findall(together)
+    words = _WORD.findall(text)
     question = f"What does {node.name}({', '.join(names)}) do?"
     start = len(f"def {node.name}(")
     name_span = [4, 4 + len(node.name)]
-    places = [match for match in re.finditer(r"\w{2,}", together) if match.start() >= name_span[1]]
-    # A word that the row itself chooses, so that both kinds of relation are about as frequent.
-    of_arguments = [match for match in places if match.group() in names]
-    others = [match for match in places if match.group() not in names]
-    choice = of_arguments if (len(node.name) + len(names)) % 2 and of_arguments else others or of_arguments
-    if not choice:
+    matches = [match for match in re.finditer(r"\w{2,}", text) if match.start() >= name_span[1]]
+    # A deterministic choice that makes both relations about equally frequent.
+    argument_matches = [match for match in matches if match.group() in names]
+    other_matches = [match for match in matches if match.group() not in names]
+    use_arguments = (len(node.name) + len(names)) % 2 and argument_matches
+    candidates = argument_matches if use_arguments else other_matches or argument_matches
+    if not candidates:
         return None
-    tail = choice[node.lineno % len(choice)]
+    tail = candidates[node.lineno % len(candidates)]
     return {
         "name": node.name,
         "module": path.stem,
@@ -137,9 +142,9 @@ def _columns(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, path: Path
         "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": summary}],
         "tokens": words,
         "tags": ["B-FUNCTION" if i == 1 else "B-ARGUMENT" if word in names else "O" for i, word in enumerate(words)],
-        "context": together,
+        "context": text,
         "answers": {"text": [arguments] if arguments else [], "answer_start": [start] if arguments else []},
-        "text": together,
+        "text": text,
         "head": name_span,
         "tail": [tail.start(), tail.end()],
         "relation": "argument" if tail.group() in names else "word",

@@ -1,9 +1,10 @@
-"""Which rows go into which update, and which of them form a micro-batch: pure functions, nothing to save or skip.
+"""The order of rows: which rows form each update and each micro-batch. Pure functions without state to save.
 
-The rows of all epochs form one endless stream. Position p of the stream belongs to epoch p // rows, and its row is a
-pseudo-random permutation of p % rows, keyed by (seed, epoch). It is computed for any position alone, so resuming at any
-point costs nothing, and it does not depend on ranks or workers. Several stores are mixed by weight: a fixed cycle says
-which store each position draws from, and each store has a stream of its own.
+The rows of all epochs form one endless stream. Position p of the stream belongs to epoch p // rows. Its row is the
+image of p % rows under a pseudo-random permutation keyed by (seed, epoch). Each position is computed independently, so
+resuming skips nothing, and the order does not depend on ranks or workers.
+
+Several stores are mixed by weight: a fixed cycle defines the store of each position, and each store has its own stream.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int, store: int = 0) -> np.ndarray:
-    """Images of `positions` (each in [0, size)) under the permutation of [0, size) keyed by (seed, epoch, store).
+    """Images of `positions` under the permutation of [0, size) keyed by (seed, epoch, store): int64, same shape.
 
-    A balanced Feistel network on the smallest even number of bits that holds `size`, applied again while the image lies
-    outside (cycle walking: Black and Rogaway 2002). Memory and time grow with len(positions), not with size.
+    A balanced Feistel network on the smallest sufficient even number of bits. It is applied again to images outside of
+    [0, size) (cycle walking, Black and Rogaway 2002). Memory and time grow with len(positions), not with size.
     """
     half_bits = np.uint64(max(1, ((max(size - 1, 1)).bit_length() + 1) // 2))
     half_mask = np.uint64((1 << int(half_bits)) - 1)
@@ -57,7 +58,7 @@ def permute(positions: np.ndarray, size: int, seed: int, epoch: int, store: int 
 
 
 def rows_at(start: int, stop: int, rows: int, seed: int, store: int = 0) -> np.ndarray:
-    """The rows at positions [start, stop) of the stream of one store, in order: int64 [stop - start]."""
+    """The rows at positions [start, stop) of one store's stream: int64 [stop - start]."""
     pieces = []
     while start < stop:
         epoch, offset = divmod(start, rows)
@@ -68,12 +69,15 @@ def rows_at(start: int, stop: int, rows: int, seed: int, store: int = 0) -> np.n
 
 
 def interleave(weights: Sequence[int]) -> np.ndarray:
-    """Which store each position of a cycle draws from: int64 [sum of weights], store i exactly weights[i] times.
+    """The store of each position in a cycle: int64 [sum(weights)]. Store i occurs weights[i] times, evenly spread.
 
-    In every prefix of p positions, and so at every position of the repeated cycle, store i has been drawn from
-    p * weights[i] / sum(weights) times, up to less than 1 more or less. Draw n (from 0) of a store is possible from
-    position floor(n / share) and due before ceil((n + 1) / share); the possible draw that is due first is taken, which
-    meets every due position (Baruah et al. 1996, pfair scheduling, on one processor).
+    Evenly means: among the first p positions, the count of store i differs from p * weights[i] / sum(weights) by less
+    than 1. This holds for every p, also in the repeated cycle.
+
+    The algorithm is pfair scheduling on one processor (Baruah et al. 1996). Let share = weights[i] / sum(weights), and
+    count the draws from store i as n = 0, 1, 2, ... Draw n may not happen before position floor(n / share), and must
+    happen before position ceil((n + 1) / share), its deadline. Each position takes the allowed draw with the earliest
+    deadline. This meets all deadlines.
 
     Raises:
         ValueError: a weight is below 1, or the weights sum to more than LONGEST_CYCLE.
@@ -84,10 +88,10 @@ def interleave(weights: Sequence[int]) -> np.ndarray:
     drawn = [0] * len(weights)
     order = np.empty(cycle, np.int64)
     for position in range(cycle):
-        possible = [i for i, weight in enumerate(weights) if drawn[i] * cycle // weight <= position]
-        first = min(possible, key=lambda i: (-(-(drawn[i] + 1) * cycle // weights[i]), i))
-        order[position] = first
-        drawn[first] += 1
+        allowed = [i for i, weight in enumerate(weights) if drawn[i] * cycle // weight <= position]
+        store = min(allowed, key=lambda i: (-(-(drawn[i] + 1) * cycle // weights[i]), i))
+        order[position] = store
+        drawn[store] += 1
     return order
 
 
@@ -95,14 +99,15 @@ def interleave(weights: Sequence[int]) -> np.ndarray:
 class Stream:
     """The endless stream of rows of one or several stores: a pure function of the position.
 
-    Rows are numbered through all stores: row r of store i is sum(sizes[:i]) + r. An epoch is counted in each store.
+    Row numbers run through all stores: row r of store i has the number sum(sizes[:i]) + r. Each store has its own
+    epochs.
     """
 
     sizes: tuple[int, ...]
-    """Rows in each store."""
+    """Number of rows of each store."""
     seed: int
     weights: tuple[int, ...] = (1,)
-    """Whole numbers: (3, 1) draws three rows of the first store for one of the second."""
+    """Whole numbers: (3, 1) draws three rows from the first store for each row from the second."""
 
     def __post_init__(self) -> None:
         assert len(self.sizes) == len(self.weights)
@@ -112,22 +117,22 @@ class Stream:
         if len(self.sizes) == 1:
             return rows_at(start, stop, self.sizes[0], self.seed)
         rows, first_row = np.empty(stop - start, np.int64), 0
-        for store, (size, (places, first)) in enumerate(zip(self.sizes, self._draws(start, stop), strict=True)):
-            rows[places] = first_row + rows_at(first, first + len(places), size, self.seed, store)
+        for store, (size, (indices, first)) in enumerate(zip(self.sizes, self._draws(start, stop), strict=True)):
+            rows[indices] = first_row + rows_at(first, first + len(indices), size, self.seed, store)
             first_row += size
         return rows
 
     def epochs(self, start: int, stop: int) -> np.ndarray:
-        """The epoch, from 0, of its own store in which each position draws its row: int64 [stop - start]."""
+        """The epoch (from 0, within its store) of the row at each position in [start, stop): int64 [stop - start]."""
         if len(self.sizes) == 1:
             return np.arange(start, stop) // self.sizes[0]
         epochs = np.empty(stop - start, np.int64)
-        for size, (places, first) in zip(self.sizes, self._draws(start, stop), strict=True):
-            epochs[places] = np.arange(first, first + len(places)) // size
+        for size, (indices, first) in zip(self.sizes, self._draws(start, stop), strict=True):
+            epochs[indices] = np.arange(first, first + len(indices)) // size
         return epochs
 
     def _draws(self, start: int, stop: int) -> list[tuple[np.ndarray, int]]:
-        """For each store: where in [start, stop) it is drawn from, and how many draws it has had before `start`."""
+        """For each store: its indices within [start, stop), and the number of its draws before `start`."""
         cycle = self._cycle
         laps, offset = divmod(start, len(cycle))
         stores = cycle[np.arange(start, stop) % len(cycle)]
@@ -144,24 +149,27 @@ class Stream:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run as a table of updates: update k takes stream positions [positions(k))."""
+    """The updates of a whole run, each an interval of stream positions."""
 
     stream: Stream
     total_steps: int
     global_size: int | None
-    end: int | None  # stream positions in the run, where the last update is a short one
-    starts: np.ndarray | None = field(repr=False)  # [total_steps + 1], where updates have unequal numbers of rows
+    """Rows per update; None if updates have different numbers of rows."""
+    end: int | None
+    """Number of stream positions in the run, if the last update may be smaller than the others."""
+    starts: np.ndarray | None = field(repr=False)
+    """int64 [total_steps + 1]: the first position of each update, if updates have different numbers of rows."""
 
     def rows_of(self, step: int) -> np.ndarray:
         """The rows of update `step`, in stream order."""
         return self.stream.rows(*self.positions(step))
 
     def epochs_of(self, step: int) -> np.ndarray:
-        """The epoch, from 0, to which each row of update `step` belongs."""
+        """The epoch (from 0) of each row of update `step`."""
         return self.stream.epochs(*self.positions(step))
 
     def positions(self, step: int) -> tuple[int, int]:
-        """Where update `step` begins and ends in the stream."""
+        """The stream positions [start, stop) of update `step`."""
         if self.starts is not None:
             start, stop = int(self.starts[step]), int(self.starts[step + 1])
         else:
@@ -185,20 +193,21 @@ def make_plan(
     max_tokens: int | None = None,
     cache: Path | None = None,
 ) -> Plan:
-    """The plan of a run over one store, or several.
+    """The plan of a run over one or several stores.
 
-    Exactly one of global_size and global_tokens, and one of max_steps, epochs and max_tokens, is given. Updates of a
-    fixed number of rows and a fixed number of updates or epochs need no lengths; all other plans read them once.
+    Give exactly one of global_size and global_tokens, and exactly one of max_steps, epochs and max_tokens. A plan with
+    global_size and without max_tokens does not depend on the lengths of rows. All other plans read the lengths once.
 
     Args:
-        rows: the number of rows of the store, or of each store.
-        lengths: tokens of the rows with these indices, which count through all stores.
+        rows: number of rows of the store, or of each store.
+        lengths: returns the number of tokens of rows, given their numbers in the stream.
         weights: see Stream.
-        global_size: rows per update. global_tokens: as many rows per update as hold this many tokens together, and at
-            least one.
-        epochs: of as many stream positions as all stores have rows. max_tokens: the run ends with the first update
-            after which this many tokens have been read.
-        cache: a directory for plans that read lengths. It must belong to the data that `lengths` reads.
+        global_size: rows per update.
+        global_tokens: maximum number of tokens per update; an update has at least one row.
+        max_steps: number of updates.
+        epochs: an epoch has as many stream positions as all stores together have rows.
+        max_tokens: the run ends with the first update after which this many tokens have been read.
+        cache: directory for plans that read lengths. It must belong to the data that `lengths` reads.
     """
     stream = Stream((rows,) if isinstance(rows, int) else tuple(rows), seed, tuple(weights))
     size = sum(stream.sizes)
@@ -218,7 +227,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class Scan:
-    """Reads the lengths of the stream's rows, window by window, to find where each update begins."""
+    """Reads the lengths of the stream's rows, window by window, to compute where each update begins."""
 
     stream: Stream
     lengths: Callable[[np.ndarray], np.ndarray]
@@ -229,45 +238,45 @@ class Scan:
     max_tokens: int | None
 
     def starts(self) -> np.ndarray:
-        """Stream positions at which the updates begin, and the position after the last: int64 [updates + 1].
+        """The stream position at which each update begins, and the end of the last one: int64 [updates + 1].
 
-        An update is known to be whole when the row after it does not fit, so it ends within a window. A window begins
-        with the first update that the window before did not complete.
+        An update is complete if the next row does not fit, so a complete update ends within its window. The next
+        window begins with the first incomplete update.
         """
         begins, tokens = [0], 0
-        # A few rows would be permuted once per epoch, a million positions ahead.
+        # Small stores get small windows: a window of SCAN_ROWS would contain many unneeded epochs.
         width = min(SCAN_ROWS, max(sum(self.stream.sizes), 1024))
         while True:
             start = begins[-1]
             stop = start + width if self.end is None else min(start + width, self.end)
             totals = np.concatenate(([0], np.cumsum(self.lengths(self.stream.rows(start, stop)), dtype=np.int64)))
-            found = self._updates(totals)
-            if not found and stop != self.end:
+            ends = self._update_ends(totals)
+            if not ends and stop != self.end:
                 width *= 2
-            read = tokens + totals[found]
-            if self.max_tokens is not None and len(read) and read[-1] >= self.max_tokens:
-                found = found[: int(np.searchsorted(read, self.max_tokens)) + 1]
-                return np.asarray([*begins, *(start + position for position in found)])
-            begins += [start + position for position in found]
-            tokens = int(read[-1]) if len(read) else tokens
+            read_tokens = tokens + totals[ends]
+            if self.max_tokens is not None and len(read_tokens) and read_tokens[-1] >= self.max_tokens:
+                ends = ends[: int(np.searchsorted(read_tokens, self.max_tokens)) + 1]
+                return np.asarray([*begins, *(start + position for position in ends)])
+            begins += [start + position for position in ends]
+            tokens = int(read_tokens[-1]) if len(read_tokens) else tokens
             if self.max_steps is not None and len(begins) > self.max_steps:
                 return np.asarray(begins[: self.max_steps + 1])
             if stop == self.end:
                 return np.asarray([*begins, stop])
 
-    def _updates(self, totals: np.ndarray) -> list[int]:
-        """Where each complete update of a window ends. totals: tokens before each position of the window [N + 1]."""
+    def _update_ends(self, totals: np.ndarray) -> list[int]:
+        """The end of each complete update in a window. totals: number of tokens before each position [N + 1]."""
         rows = len(totals) - 1
         if self.global_tokens is None:
             assert self.global_size is not None
             return list(range(self.global_size, rows, self.global_size))
-        # For every position, where an update that begins there ends: at the first row that goes beyond the tokens.
-        ends = np.searchsorted(totals, totals[:-1] + self.global_tokens, side="right") - 1
-        ends = np.maximum(ends, np.arange(1, rows + 1)).tolist()
-        found, position = [], 0
-        while (position := ends[position]) < rows:
-            found.append(position)
-        return found
+        # For each position: the end of an update that begins there, which is the first row that exceeds global_tokens.
+        end_of = np.searchsorted(totals, totals[:-1] + self.global_tokens, side="right") - 1
+        end_of = np.maximum(end_of, np.arange(1, rows + 1)).tolist()
+        ends, position = [], 0
+        while (position := end_of[position]) < rows:
+            ends.append(position)
+        return ends
 
 
 def split_update(
@@ -278,11 +287,11 @@ def split_update(
     micro_tokens: int | None = None,
     group_by_length: bool = True,
 ) -> list[list[np.ndarray]]:
-    """Cut the rows of one update into micro-batches: result[accumulation][rank] = indices into `lengths`.
+    """Split the rows of one update into micro-batches: result[accumulation][rank] = indices into `lengths`.
 
-    Every rank gets the same number of micro-batches (data parallelism needs it); one may be empty in a small last
-    update. With `group_by_length`, rows of like length stand together, the longest first, so that little is padded,
-    the ranks of one accumulation step have equal work, and an out-of-memory error comes at once.
+    All ranks get the same number of micro-batches, as data parallelism requires. In a small last update, some
+    micro-batches may be empty. `group_by_length` sorts the rows by length, longest first: there is less padding, the
+    ranks of an accumulation step have equal work, and an out-of-memory error occurs at the start.
     """
     order = np.argsort(-lengths, kind="stable") if group_by_length else np.arange(len(lengths))
     if micro_size is not None:
@@ -297,7 +306,7 @@ def split_update(
 
 
 def _chunks_by_tokens(order: np.ndarray, lengths: np.ndarray, micro_tokens: int) -> list[np.ndarray]:
-    """Consecutive pieces of `order` whose padded size, rows x longest row, stays within `micro_tokens`."""
+    """Split `order` into consecutive chunks with a padded size (rows x longest row) of at most `micro_tokens`."""
     chunks, first, longest = [], 0, 0
     for i, length in enumerate(lengths[order].tolist()):
         longest = max(longest, length)
@@ -309,7 +318,7 @@ def _chunks_by_tokens(order: np.ndarray, lengths: np.ndarray, micro_tokens: int)
 
 
 def _one_chunk_more(chunks: list[np.ndarray], lengths: np.ndarray) -> list[np.ndarray]:
-    """Halve the largest micro-batch that has two rows or more; if there is none, add an empty one."""
+    """Split the largest micro-batch with two or more rows into halves; if there is none, add an empty one."""
     size = [len(c) * int(lengths[c].max()) if len(c) > 1 else 0 for c in chunks]
     largest = int(np.argmax(size))
     if size[largest] == 0:

@@ -1,12 +1,12 @@
-"""A token store: documents as one long run of token ids on disk, read back as rows through memory maps.
+"""A token store: the token ids of documents on disk, read as rows through memory maps.
 
-    tokens.bin      uint16 (uint32 for vocabularies above 65,536), little-endian: every document, end to end
-    documents.npy   int64 [D + 1]: where each document begins in tokens.bin, and at the end their total length
-    rows.npy        int64 [R, 2]: where each row begins and ends; only without packing, where it cannot be computed
-    store.json      counts, settings and file sizes; written last, so a store without it is not one
+    tokens.bin      uint16 (uint32 for vocabularies above 65,536), little-endian: all documents, concatenated
+    documents.npy   int64 [D + 1]: the start of each document in tokens.bin, and at the end the number of tokens
+    rows.npy        int64 [R, 2]: [start, end) of each row in tokens.bin; only without packing
+    store.json      counts, settings and file sizes; written last, so a store without it is incomplete
 
-With packing, row i is tokens[i * max_length : (i + 1) * max_length], and only the last one may be shorter. Without, a
-document is cut into rows of its own. A piece of a single token has nothing to predict; it is left out and counted.
+With packing, row i is tokens[i * max_length : (i + 1) * max_length], and only the last row may be shorter. Without
+packing, each document is split into rows of its own. One-token rows are dropped and counted: nothing to predict.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from ptft_dist.errors import DataError
 
 STORE_VERSION = 1
-_BLOCK = 2**16  # numbers that are gathered before they are written: one by one, short documents would take long
+_BLOCK = 2**16  # numbers per write; one write per document would be slow for short documents
 TOKENS, DOCUMENTS, ROWS, SUMMARY = "tokens.bin", "documents.npy", "rows.npy", "store.json"
 
 
@@ -34,13 +34,14 @@ class Row:
     input_ids: np.ndarray
     """int64 [T]."""
     document_starts: np.ndarray
-    """int64, rising: the positions in the row at which a document begins. The first is 0 even in mid-document."""
+    """int64, ascending: the positions in the row at which a document begins. The first is always 0, also if the row
+    begins within a document."""
     columns: Mapping[str, np.ndarray] = field(default_factory=dict)
-    """What an example store holds beside them, such as labels; of several examples in a row, end to end."""
+    """Other columns of an example store, such as labels; concatenated if the row contains several examples."""
 
     @property
     def meta(self) -> dict[str, Any]:
-        """What an evaluation must know of a validation example, such as the reference text."""
+        """Information for scoring a validation example, such as the reference text."""
         return json.loads(self.columns["meta"].tobytes())
 
 
@@ -54,33 +55,34 @@ class Store(Protocol):
     def lengths(self, indices: np.ndarray) -> np.ndarray: ...
     def row(self, i: int) -> Row: ...
     def largest(self, count: int) -> list[Row]:
-        """As many rows, as long as any in the store: what the largest forward pass is made of."""
+        """`count` rows as long as the longest row of the store: the largest possible micro-batch."""
 
 
 def read_summary(path: Path, version: int) -> dict[str, Any]:
-    """store.json of a finished store whose files have the sizes that it says.
+    """Read store.json, and check its version and the sizes of the store's files.
 
     Raises:
-        DataError: the store is unfinished or damaged.
+        DataError: the store is incomplete or damaged.
     """
     try:
         summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
         if summary["version"] != version:
-            raise ValueError(f"its version is {summary['version']}, this program reads {version}")
+            raise ValueError(f"its version is {summary['version']}, this version of ptft reads {version}")
         for name, size in summary["files"].items():
-            if (found := (path / name).stat().st_size) != size:
-                raise ValueError(f"{name} has {found} bytes instead of {size}")
+            if (actual := (path / name).stat().st_size) != size:
+                raise ValueError(f"{name} has {actual} bytes instead of {size}")
         return summary
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise damaged(path, error) from error
 
 
 def damaged(path: Path, error: Exception) -> DataError:
-    return DataError(f"{path}: this token store is damaged ({error}). Delete it and prepare it anew.")
+    """The error for a store that cannot be read."""
+    return DataError(f"{path}: this token store is damaged ({error}). Delete it and run ptft prepare again.")
 
 
 class MappedStore:
-    """What both kinds of stores are: opened by their path, and pickled as it, for readers in other processes."""
+    """Base class of memory-mapped stores. A store is pickled as its path, so that other processes open it again."""
 
     version: ClassVar[int]
     path: Path
@@ -92,10 +94,10 @@ class MappedStore:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """Map a store into memory: milliseconds, whatever its size.
+        """Map a store into memory; takes milliseconds for any size.
 
         Raises:
-            DataError: the store is unfinished, or its files are not what store.json says.
+            DataError: the store is incomplete, or its files do not match store.json.
         """
         summary = read_summary(path, cls.version)
         try:
@@ -110,26 +112,26 @@ class MappedStore:
         return self._count
 
     def known(self, indices: np.ndarray) -> np.ndarray:
-        """int64: the indices, if there are such rows.
+        """Check row indices and return them as int64.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: an index is out of range.
         """
-        found = np.asarray(indices, dtype=np.int64)
-        if found.size and (found.min() < 0 or found.max() >= self._count):
-            raise IndexError(f"rows {found.min()} to {found.max()} of a store of {self._count}")
-        return found
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and (indices.min() < 0 or indices.max() >= self._count):
+            raise IndexError(f"rows {indices.min()} to {indices.max()} of a store of {self._count}")
+        return indices
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Finish a store: its files' sizes, and store.json."""
+    """Complete a store: add the sizes of its files to the summary, and write store.json."""
     summary["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
     (path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
 
 
 class StoreWriter:
-    """Writes a store as a stream: memory does not grow with the number of documents."""
+    """Writes a token store document by document. Memory does not grow with the number of tokens."""
 
     def __init__(self, path: Path, *, vocab_size: int, max_length: int, packing: bool) -> None:
         path.mkdir(parents=True)
@@ -148,8 +150,8 @@ class StoreWriter:
         """Append one document.
 
         Raises:
-            ValueError: it has no tokens, or (at a later call, for documents are written in blocks) an id does not fit
-                into the vocabulary's data type.
+            ValueError: it has no tokens, or an id does not fit into the vocabulary's data type. The latter may be
+                raised at a later call, because documents are written in blocks.
         """
         tokens = np.asarray(ids, dtype=np.int64)
         if not len(tokens):
@@ -173,13 +175,13 @@ class StoreWriter:
         if not self._waiting:
             return
         block = np.concatenate(self._waiting)
-        if block.min() < 0 or block.max() > np.iinfo(self._dtype).max:  # astype would wrap around in silence
+        if block.min() < 0 or block.max() > np.iinfo(self._dtype).max:  # astype would wrap around silently
             raise ValueError(f"token ids {block.min()} to {block.max()} do not fit into {self._dtype}")
         self._tokens.write(block.astype(self._dtype).data)
         self._waiting, self._waiting_tokens = [], 0
 
     def close(self) -> dict[str, Any]:
-        """Finish the files and return what store.json says: rows, tokens, documents, dropped_tokens and settings.
+        """Complete the files and return the contents of store.json: counts and settings.
 
         Raises:
             ValueError: a token id does not fit into the vocabulary's data type.
@@ -209,7 +211,7 @@ class StoreWriter:
 
 
 class TokenStore(MappedStore):
-    """The rows of a finished store. Nothing but its index is held in memory, and a pickled copy holds only the path."""
+    """The rows of a completed token store, read through memory maps."""
 
     version = STORE_VERSION
 
@@ -218,20 +220,20 @@ class TokenStore(MappedStore):
         self.path = path
         self.max_length: int = summary["max_length"]
         self.packing: bool = summary["packing"]
-        self.tokens: int = summary["tokens"]  # in rows; what was dropped does not count
+        self.tokens: int = summary["tokens"]  # of all rows, without dropped tokens
         self.documents: int = summary["documents"]
         self._count: int = summary["rows"]
         self._total = self.tokens + summary["dropped_tokens"]
-        # Plain arrays over the maps: np.memmap as a class costs a few microseconds at every slice.
+        # Plain arrays over the memory maps, because slicing an np.memmap takes a few microseconds longer.
         self._tokens = np.asarray(np.memmap(path / TOKENS, dtype=summary["dtype"], mode="r"))
         self._documents = np.asarray(np.load(path / DOCUMENTS, mmap_mode="r"))
         self._rows = None if self.packing else np.asarray(np.load(path / ROWS, mmap_mode="r"))
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """int64, the shape of `indices`: the number of tokens of those rows, without reading any token.
+        """The number of tokens in each row: int64, same shape as `indices`. Reads no token.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: an index is out of range.
         """
         indices = self.known(indices)
         if self._rows is not None:
@@ -242,7 +244,7 @@ class TokenStore(MappedStore):
         """The row at index i.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: i is out of range.
         """
         if not 0 <= i < self._count:
             raise IndexError(f"row {i} of a store of {self._count}")
@@ -256,12 +258,12 @@ class TokenStore(MappedStore):
         return Row(self._tokens[start:stop].astype(np.int64), starts)
 
     def largest(self, count: int) -> list[Row]:
-        """Rows as many and as long as one forward pass will ever see: made up, for only their size matters."""
+        """`count` rows of max_length tokens. All tokens are 0, because only the size matters."""
         return [Row(np.zeros(self.max_length, np.int64), np.zeros(1, np.int64))] * count
 
 
 class Int64Stream:
-    """A .npy file of int64, [N] or [N, columns], whose N is known only when it is closed."""
+    """Writes a .npy file of int64, [N] or [N, columns], row by row; N is written at close."""
 
     def __init__(self, path: Path, columns: int | None = None) -> None:
         self._tail = () if columns is None else (columns,)
@@ -279,7 +281,7 @@ class Int64Stream:
     def close(self) -> None:
         self._write_block()
         self._file.seek(0)
-        # NumPy pads the header so that a longer first dimension fits into the same number of bytes.
+        # NumPy pads the header, so it has the same length for a larger first dimension.
         assert self._write_header() == self._header_bytes
         self._file.close()
 
