@@ -1,12 +1,11 @@
-"""What the command line, notebooks and scripts call: every verb is a thin layer over a function here.
+"""The Python API. The commands of `ptft` are thin wrappers of these functions.
 
     import ptft_dist
     result = ptft_dist.train("recipe.yaml", {"optim.lr": 1e-4})
     result.metrics["eval/loss"], result.model
 
-A call raises the errors of `ptft_dist.errors`, and leaves the process as it found it: signal handlers, the verbosity of
-libraries, PyTorch's random numbers and Accelerate's state are restored. It works in a thread, where only the stop file
-can stop it.
+The functions raise the errors of `ptft_dist.errors`. `train` and `evaluate` restore signal handlers, library verbosity,
+PyTorch's random state and Accelerate's state. They also work in threads; there, only the stop file can stop a run.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ if TYPE_CHECKING:
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
-"""A recipe: a file, the name of a shipped one, or its contents as nested dictionaries."""
+"""A recipe: a file, the name of a shipped recipe, or its contents as nested dictionaries."""
 Overrides = Mapping[str, Any] | Sequence[str]
-"""Values to set: {"optim.lr": 1e-4}, or ["optim.lr=1e-4"] as on the command line."""
+"""Values that replace those of the recipe: {"optim.lr": 1e-4}, or ["optim.lr=1e-4"] as on the command line."""
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -59,7 +58,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 @_hiding_secrets
 def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
-    """Read, override and validate a recipe. Raises RecipeError, which names every mistake."""
+    """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes."""
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
     return read_recipe(source if isinstance(source, Mapping) else str(source), overrides, recipe_class())
@@ -67,7 +66,7 @@ def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
 
 @_hiding_secrets
 def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
-    """Bring a recipe's data into the cache, or find them there. Raises RecipeError and DataError."""
+    """Prepare a recipe's data in the cache, or reuse them from there. Raises RecipeError and DataError."""
     from ptft_dist.data.prepare import prepare as run
     from ptft_dist.data.sources import check_sources
     from ptft_dist.tasks.registry import encoder_class
@@ -79,9 +78,9 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
 
 @_hiding_secrets
 def input_fingerprint(loaded: Loaded) -> str:
-    """Fingerprint of the files that a recipe's data and tokenizer come from; nothing is prepared.
+    """A hash of the source files of a recipe's data and tokenizer, without preparing the data.
 
-    A file that has not changed since it was last hashed is not read. Raises RecipeError and DataError.
+    Files that have not changed since they were last hashed are not read. Raises RecipeError and DataError.
     """
     from ptft_dist.data.prepare import input_fingerprint as run
     from ptft_dist.tasks.registry import encoder_class
@@ -93,16 +92,16 @@ def input_fingerprint(loaded: Loaded) -> str:
 def train(
     source: Source, overrides: Overrides = (), *, resume: str = "auto", accept: Sequence[str] = (), quiet: bool = False
 ) -> Result:
-    """Train a recipe as this process's rank: alone, or as one of those that a launcher started.
+    """Train a recipe in this process: as the only process, or as one rank of those that a launcher started.
 
     Args:
-        resume: `auto`: go on from the newest good checkpoint of run_dir; `never`: start from zero; or the path of a
+        resume: `auto`: resume from the newest valid checkpoint of run_dir; `never`: start from zero; or the path of a
             checkpoint.
-        accept: recipe keys whose change since the checkpoint is meant.
+        accept: recipe keys that are meant to differ from the checkpoint.
         quiet: show warnings only.
 
     Raises:
-        PtftError: what is wrong, and the remedy; see ptft_dist.errors for the kinds.
+        PtftError: one of the errors in ptft_dist.errors; the message says what to do.
     """
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import messages
@@ -115,14 +114,13 @@ def train(
 
 @_hiding_secrets
 def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | None = None) -> dict[str, float]:
-    """Score the validation rows of a recipe, each once: metrics by name. Nothing is trained, and nothing is written.
+    """Evaluate a model on the validation rows of a recipe, each once: metrics by name. Writes no files.
 
     Args:
-        model: a directory or Hub name that stands in for the recipe's network; the model of the recipe's run
-            directory when not given.
+        model: a model directory or Hub name. Default: the exported model in the recipe's run_dir.
 
     Raises:
-        PtftError: what is wrong, and the remedy.
+        PtftError: one of the errors in ptft_dist.errors; the message says what to do.
     """
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import messages
@@ -135,7 +133,7 @@ def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | N
 
 @_hiding_secrets
 def checkpoints(run_dir: str | Path) -> list[CheckpointInfo]:
-    """The checkpoints of a run by step, every byte verified. Raises CheckpointError if there is none."""
+    """The checkpoints of a run, sorted by step. Every byte is verified. Raises CheckpointError if there is none."""
     from ptft_dist.checkpoint.listing import list_checkpoints
 
     return list_checkpoints(Path(run_dir))
@@ -168,7 +166,7 @@ def generate(
     given = Path(model_dir)
     model = given / "model" if (given / "model").is_dir() else given
     if not (model / "config.json").is_file():
-        raise CheckpointError(f"{given}: there is no model. A finished run has one in {given / 'model'}.")
+        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
 
     from ptft_dist.generation import generate as run
 

@@ -100,7 +100,7 @@ BROKEN = [
         "global_size: 64",
         'global_size: "64"',
         "recipe.yaml:12: batch.global_size: expected a whole number above 0, got '64'; "
-        "without the quotes it is a number",
+        "remove the quotes to make it a number",
     ),
     (
         "global_size: 64",
@@ -155,7 +155,7 @@ BROKEN = [
         "micro_size: 8\n  group_by_length: yes",
         "recipe.yaml:14: batch.group_by_length: expected true or false, got 'yes'",
     ),
-    ("run_dir: runs/clm", "run_dir: 3", "recipe.yaml:19: run_dir: expected text, got 3; in quotes it is text"),
+    ("run_dir: runs/clm", "run_dir: 3", "recipe.yaml:19: run_dir: expected text, got 3; quote it to make it text"),
     (
         "  lr: 1e-3\n  betas: [0.9, 0.95]",
         "  - lr: 1e-3",
@@ -226,17 +226,21 @@ BROKEN = [
         "recipe.yaml:19: run_dir: the environment variable NOT_SET_9 is not set; set it, "
         "or write ${env:NOT_SET_9:-default}",
     ),
-    ("runs/clm", "runs/${run_dir}", "recipe.yaml:19: run_dir: ${run_dir} cannot stand here: it would hold itself"),
+    (
+        "runs/clm",
+        "runs/${run_dir}",
+        "recipe.yaml:19: run_dir: ${run_dir} cannot be used here: run_dir would refer to itself",
+    ),
     (
         "runs/clm",
         "${home}",
-        "recipe.yaml:19: run_dir: unknown reference ${home}; there are ${env:NAME}, ${env:NAME:-default} "
-        "and ${run_dir}",
+        "recipe.yaml:19: run_dir: unknown reference ${home}; use ${env:NAME}, ${env:NAME:-default} or ${run_dir}",
     ),
     (
         "runs/clm",
         "a${env:X",
-        "recipe.yaml:19: run_dir: a reference that does not end, or holds another; $${ stands for a plain ${",
+        "recipe.yaml:19: run_dir: a reference without its closing }, or within another reference; for a literal ${, "
+        "write $${",
     ),
     ("clm\n", 'clm\nx: "\\ud800"\n', "recipe.yaml:2: x: this text is not valid Unicode"),
     ("runs/clm", '"runs\\0clm"', "recipe.yaml:19: run_dir: this text contains a NUL character"),
@@ -345,7 +349,7 @@ def test_a_mistake_is_named_with_its_line_and_key(tmp_path: Path, good: str, bad
 UNREADABLE = [
     ("", "recipe.yaml:1: the recipe is empty; its required keys: task, model, data, batch, train, run_dir"),
     ("# nothing\n", "recipe.yaml:1: the recipe is empty"),
-    ("- task: clm\n", "recipe.yaml:1: a recipe is a set of `key: value` lines"),
+    ("- task: clm\n", "recipe.yaml:1: a recipe consists of `key: value` lines"),
     ("task: clm\nmodel: {a: b\nbatch: 3\n", "recipe.yaml:3: not valid YAML: while parsing a flow mapping"),
     ("task: clm\n\tmodel: 3\n", "recipe.yaml:2: not valid YAML: while scanning"),
     ("task: clm\nx: \x07\n", "recipe.yaml:2: not valid YAML: the character U+0007 is not allowed"),
@@ -373,7 +377,7 @@ def test_a_path_that_is_no_text_file(tmp_path: Path) -> None:
 
 def test_an_alias_inside_its_own_anchor_ends(tmp_path: Path) -> None:
     lines = refused(tmp_path, GOOD.replace("{model_type: llama, hidden_size: 64}", "&a {model_type: llama, x: *a}"))
-    assert lines == ["recipe.yaml:3: model.config.x: an alias may not stand inside its own anchor"]
+    assert lines == ["recipe.yaml:3: model.config.x: an alias may not refer to a value that contains it"]
 
 
 ROWS = """\
@@ -451,7 +455,7 @@ def test_nested_aliases_are_bounded(tmp_path: Path, depth: int) -> None:
     (line,) = refused(tmp_path, GOOD + "\n".join(lines))
     assert time.monotonic() - started < 10
     assert line.startswith("recipe.yaml:")
-    assert "more than 100,000 values, its aliases written out" in line
+    assert "more than 100,000 values, with aliases expanded" in line
     (line,) = refused(tmp_path, GOOD, "model.config.x={" + ", ".join(lines) + "}")
     assert line.startswith("command line: model.config.x: ")
 
@@ -535,7 +539,7 @@ def test_a_recipe_as_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert load_recipe(str(again)).recipe.optim.lr == 1e-3  # as it was given, without overrides
     with pytest.raises(RecipeError, match=r"^recipe: optim\.lrr: unknown key; did you mean optim\.lr\?$"):
         load_recipe(values | {"optim": {"lrr": 1}})
-    with pytest.raises(RecipeError, match=r"^recipe: a set is no value of a recipe"):
+    with pytest.raises(RecipeError, match=r"^recipe: a value of the type set is not allowed"):
         load_recipe(values | {"optim": {1}})
     with pytest.raises(RecipeError, match=r"^recipe: a recipe is a set|^recipe: .*required"):
         load_recipe({})
@@ -565,9 +569,9 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 BAD_OVERRIDES = [
-    ("optim.lr", "command line: 'optim.lr': an override has the form section.key=value"),
-    ("=3", "command line: '': an override has the form section.key=value"),
-    ("optim..lr=3", "command line: 'optim..lr': an override has the form section.key=value"),
+    ("optim.lr", "command line: 'optim.lr': not an override of the form section.key=value"),
+    ("=3", "command line: '': not an override of the form section.key=value"),
+    ("optim..lr=3", "command line: 'optim..lr': not an override of the form section.key=value"),
     ("optim.lrr=3", "command line: optim.lrr: unknown key; did you mean optim.lr?"),
     ("optm.lr=3", "command line: optm: unknown key; did you mean optim?"),
     ("optim.lr=x", "command line: optim.lr: expected a number above 0, got 'x'"),
@@ -575,11 +579,11 @@ BAD_OVERRIDES = [
     ("run_dir.x=3", "command line: run_dir.x: run_dir is neither a section nor a list"),
     (
         "data.train.2.path=x",
-        "command line: data.train.2.path: no item 2 in the list data.train, which has 2 (the first is 0)",
+        "command line: data.train.2.path: no item 2 in the list data.train, which has 2 items (the first is 0)",
     ),
     (
         "data.train.path=x",
-        "command line: data.train.path: no item path in the list data.train, which has 2 (the first is 0)",
+        "command line: data.train.path: no item path in the list data.train, which has 2 items (the first is 0)",
     ),
     (
         "data.train=[{source: python-stdlb}]",
@@ -622,7 +626,7 @@ def test_what_a_reference_gives_is_text(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LR_9", "1e-3")
     assert refused(tmp_path, GOOD.replace("1e-3", "${env:LR_9}")) == [
         "recipe.yaml:15: optim.lr: expected a number above 0, got the text of ${env:LR_9} "
-        "(what a reference gives is always text)"
+        "(the value of a reference is always text)"
     ]
 
 

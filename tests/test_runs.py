@@ -327,7 +327,7 @@ def test_generate_from_python(tmp_path: Path, documents: Path, cache: Path) -> N
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (None, r"there is no model. A finished run has one in .*model"),
+        (None, r"there is no model. A finished run writes it to .*model"),
         ('{"architectures": ["BertForMaskedLM"]}', "a BertForMaskedLM cannot generate text"),
         ('{"architectures": ["XLNetLMHeadModel"]}', "a XLNetLMHeadModel cannot generate text"),
         ("{}", "a network of unknown kind cannot generate text"),

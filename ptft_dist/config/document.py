@@ -1,7 +1,6 @@
-"""YAML 1.2 text and `key=value` overrides to plain values, with the line of every key.
+"""Parses YAML 1.2 text and `key=value` overrides into plain values, with the line of every key.
 
-The text is only composed into nodes, never constructed into Python objects: no tag can run code, and each node knows
-its line.
+The parser builds a tree of nodes and no Python objects. So no tag can run code, and each node has its line.
 """
 
 from __future__ import annotations
@@ -21,20 +20,21 @@ from ruamel.yaml.reader import ReaderError
 from ptft_dist.config import secrets
 from ptft_dist.config.section import KeyPath, dotted
 
-COMMAND_LINE = 0  # stands where a line number stands; files begin at line 1
+COMMAND_LINE = 0
+"""The line number of values from the command line; lines of files start at 1."""
 
 _TAG = "tag:yaml.org,2002:"
-_TEXT = {_TAG + name for name in ("str", "timestamp", "value")}  # a date and a lone `=` are text here
+_TEXT = {_TAG + name for name in ("str", "timestamp", "value")}  # dates and a single `=` are read as text
 _SCALARS = {_TAG + name for name in ("int", "float", "bool", "null")}
 _MAX_DEPTH = 50
-_MAX_VALUES = 100_000  # aliases written out: a few nested ones can stand for billions of values
+_MAX_VALUES = 100_000  # with aliases expanded, because a few nested aliases can expand to billions of values
 _LARGEST = 2**63 - 1
 _REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^{}]*)\}|\$\{")
 _ENVIRONMENT = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-.*)?", re.DOTALL)
 
 
 class Mistake(NamedTuple):
-    """What is wrong with the value at `path`; it is reported at `line`."""
+    """A problem with the value at `path`, reported at `line`."""
 
     path: KeyPath
     line: int
@@ -42,14 +42,14 @@ class Mistake(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A text as it was written, with references, and the environment variables that they read."""
+    """A text before its references were replaced, and the environment variables that it refers to."""
 
     text: str
     variables: tuple[str, ...]
 
 
 def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
-    """Every value that has no values inside, with its path. An empty list or mapping is one."""
+    """All leaf values with their paths. Empty lists and mappings are leaves."""
     if not value or not isinstance(value, dict | list):
         yield path, value
         return
@@ -59,16 +59,16 @@ def leaves(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any]]:
 
 @dataclass
 class Document:
-    """A recipe before validation. Reading never raises for what the user wrote: it adds to `mistakes`."""
+    """A recipe before validation. Its methods do not raise for errors in the recipe; they append to `mistakes`."""
 
     values: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     written: dict[KeyPath, Written] = field(default_factory=dict)
-    """The texts that held a reference or an escape, as they stood before `resolve`."""
+    """The texts with references or escapes, as they were before `resolve`."""
     mistakes: list[Mistake] = field(default_factory=list)
 
     def read(self, text: str) -> None:
-        """Take the values of a file's text."""
+        """Parse the text of a recipe file."""
         try:
             node = _compose(text)
             self.values = _Builder(self, None).build(node, ()) if node is not None else None
@@ -76,17 +76,17 @@ class Document:
             self._mistake((), error.line, error.text)
 
     def override(self, assignment: str) -> None:
-        """Set one value from `a.b.c=value`; the value is YAML 1.2, and nothing after `=` is null."""
+        """Set one value from `a.b.c=value`. The value is YAML 1.2; an empty value is null."""
         key, equals, text = assignment.partition("=")
         path: KeyPath = tuple(re.sub(r"\[(\d+)\]", r".\1", key.strip()).split("."))
         if not equals or "" in path:
-            self._mistake((), COMMAND_LINE, f"{key!r}: an override has the form section.key=value")
+            self._mistake((), COMMAND_LINE, f"{key!r}: not an override of the form section.key=value")
             return
         try:
             node = _compose(text)
             parent, path = self._container(path)
-            for known in [known for known in self.lines if known[: len(path)] == path]:
-                del self.lines[known]
+            for replaced in [other for other in self.lines if other[: len(path)] == path]:
+                del self.lines[replaced]
             self.lines[path] = COMMAND_LINE
             parent[path[-1]] = _Builder(self, COMMAND_LINE).build(node, path) if node is not None else None
         except _UnreadableError as error:
@@ -95,7 +95,7 @@ class Document:
             self._mistake((), COMMAND_LINE, f"{key}: {error.args[0]}")
 
     def resolve(self, environment: Mapping[str, str]) -> None:
-        """Replace `${env:NAME}`, `${env:NAME:-default}` and `${run_dir}` in all texts; `$${` stands for `${`."""
+        """Replace `${env:NAME}`, `${env:NAME:-default}` and `${run_dir}` in all texts, and the escape `$${` by `${`."""
         if not isinstance(self.values, dict):
             return
         run_dir = self.values.get("run_dir")
@@ -106,7 +106,7 @@ class Document:
                 put(self.values, path, self._resolve(path, value, environment, run_dir))
 
     def check_leaves(self) -> None:
-        """Report what no field of a recipe accepts: numbers that are not finite, text that is not Unicode."""
+        """Report values that no key accepts: infinite or too large numbers, invalid Unicode, NUL characters."""
         for path, value in leaves(self.values):
             if isinstance(value, float) and not math.isfinite(value):
                 self._mistake(path, self.line(path), f"expected a finite number, got {value}")
@@ -119,7 +119,7 @@ class Document:
                 self._mistake(path, self.line(path), "this text contains a NUL character")
 
     def line(self, path: KeyPath) -> int:
-        """The line of the value at `path`, or of the innermost section around it that was written."""
+        """The line of the value at `path`; for a default, the line of the innermost enclosing section."""
         while path and path not in self.lines:
             path = path[:-1]
         return self.lines.get(path, 1)
@@ -128,21 +128,22 @@ class Document:
         self.mistakes.append(Mistake(path, line, text))
 
     def _container(self, path: KeyPath) -> tuple[Any, KeyPath]:
-        """The list or section that holds `path`, made where it is missing, and `path` with list indices as numbers.
+        """The list or section that contains `path`, created if missing, and `path` with list indices as numbers.
 
-        Raises LookupError where there is no such place.
+        Raises:
+            LookupError: `path` leads through a value that is neither a list nor a section.
         """
         if self.values is None:
             self.values = {}
-        at, walked = self.values, path[:0]
+        container, walked = self.values, path[:0]
         for key in path[:-1]:
-            walked = (*walked, _own_key(at, key, walked))
-            inner = at.get(key) if isinstance(at, dict) else at[walked[-1]]
+            walked = (*walked, _own_key(container, key, walked))
+            inner = container.get(key) if isinstance(container, dict) else container[walked[-1]]
             if inner is None:
-                inner = at[walked[-1]] = {}
+                inner = container[walked[-1]] = {}
                 self.lines[walked] = COMMAND_LINE
-            at = inner
-        return at, (*walked, _own_key(at, path[-1], walked))
+            container = inner
+        return container, (*walked, _own_key(container, path[-1], walked))
 
     def _resolve(self, path: KeyPath, text: str, environment: Mapping[str, str], run_dir: object) -> str:
         if "${" not in text:
@@ -178,7 +179,7 @@ class Document:
 
 
 class _UnreadableError(Exception):
-    """The text cannot be read as YAML, or is too large. hint: what to do about it in an override of `{key}`."""
+    """The text is not valid YAML, or too large. hint: the remedy in an override of `{key}`."""
 
     def __init__(self, line: int, text: str, hint: str = "") -> None:
         super().__init__(text)
@@ -186,7 +187,7 @@ class _UnreadableError(Exception):
 
 
 def _compose(text: str) -> Node | None:
-    """The tree of nodes; None if the text is empty. Raises _UnreadableError."""
+    """Parse text into a tree of nodes; None if the text is empty. Raises _UnreadableError."""
     yaml = YAML(typ="safe", pure=True)
     yaml.max_depth = _MAX_DEPTH
     try:
@@ -199,27 +200,27 @@ def _compose(text: str) -> Node | None:
         problem = ", ".join(part for part in (error.context, error.problem) if part)
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        problem = f"the character U+{error.character:04X} is not allowed; in double quotes it can be an escape"
+        problem = f"the character U+{error.character:04X} is not allowed; write it as an escape in double quotes"
     hint = "; put text with special characters into quotes: {key}='\"...\"'"
     raise _UnreadableError(line, f"not valid YAML: {problem}", hint) from None
 
 
 class _Builder:
-    """Turns nodes into plain values and notes their lines in the document."""
+    """Converts nodes to plain values, and records their lines in the document."""
 
     def __init__(self, document: Document, line: int | None) -> None:
         self.document = document
-        self.line = line  # reported for every value instead of its own line
+        self.line = line  # if not None, recorded for all values instead of their own lines
         self.scalars = YAML(typ="safe", pure=True).constructor
-        self.open: set[int] = set()  # nodes around the present one: an alias to one of them would never end
+        self.open: set[int] = set()  # enclosing nodes; an alias to one of them would recurse forever
         self.count = 0
 
     def build(self, node: Node, path: KeyPath) -> Any:
         if id(node) in self.open:
-            return self._refuse(node, path, "an alias may not stand inside its own anchor")
+            return self._refuse(node, path, "an alias may not refer to a value that contains it")
         self.count += 1
         if self.count > _MAX_VALUES:
-            text = f"more than {_MAX_VALUES:,} values, its aliases written out"
+            text = f"more than {_MAX_VALUES:,} values, with aliases expanded"
             raise _UnreadableError(self._line_of(node), text)
         self.open.add(id(node))
         try:
@@ -246,7 +247,7 @@ class _Builder:
         return self._refuse(node, path, f"the tag {tag.replace(_TAG, '!!')} is not allowed in a recipe")
 
     def _mapping(self, node: MappingNode, path: KeyPath) -> dict[str, Any]:
-        """Keys are text as written: in `{0: a}` the key is "0"."""
+        """The values of a mapping. Keys are always text: in `{0: a}` the key is "0"."""
         values: dict[str, Any] = {}
         for key_node, value_node in node.value:
             if not isinstance(key_node, ScalarNode) or not key_node.value:
@@ -259,7 +260,7 @@ class _Builder:
             else:
                 key = key_node.value
                 self.document.lines[*path, key] = self._line_of(key_node)
-                values[key] = None  # a key inside the value may look for this one's line
+
                 values[key] = self.build(value_node, (*path, key))
         return values
 
@@ -278,21 +279,27 @@ def put(values: Any, path: KeyPath, value: Any) -> None:
 
 
 def _own_key(container: Any, key: str | int, path: KeyPath) -> str | int:
-    """A key as its container knows it: an index is a number. Raises LookupError if the container cannot have it."""
+    """A key of a section, or the index of a list item as a number.
+
+    Raises:
+        LookupError: the container is neither a list nor a section, or the list has no such item.
+    """
     if isinstance(container, dict):
         return key
     if not isinstance(container, list):
         raise LookupError(f"{dotted(path)} is neither a section nor a list")
     if not str(key).isdecimal() or int(key) >= len(container):
-        raise LookupError(f"no item {key} in the list {dotted(path)}, which has {len(container)} (the first is 0)")
+        raise LookupError(
+            f"no item {key} in the list {dotted(path)}, which has {len(container)} items (the first is 0)"
+        )
     return int(key)
 
 
 def _bad_reference(reference: str, path: KeyPath) -> str:
     if reference == "${":
-        return "a reference that does not end, or holds another; $${ stands for a plain ${"
+        return "a reference without its closing }, or within another reference; for a literal ${, write $${"
     if reference == "${run_dir}":
-        return "${run_dir} cannot stand here: " + (
-            "it would hold itself" if path == ("run_dir",) else "run_dir is not a text"
+        return "${run_dir} cannot be used here: " + (
+            "run_dir would refer to itself" if path == ("run_dir",) else "run_dir is not a text"
         )
-    return f"unknown reference {reference}; there are ${{env:NAME}}, ${{env:NAME:-default}} and ${{run_dir}}"
+    return f"unknown reference {reference}; use ${{env:NAME}}, ${{env:NAME:-default}} or ${{run_dir}}"

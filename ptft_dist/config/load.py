@@ -1,4 +1,4 @@
-"""From a recipe file and `key=value` overrides to a validated Recipe, or to one error that names every mistake."""
+"""Loads a recipe file with `key=value` overrides into a validated Recipe, or raises one error with all mistakes."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
 
 DICTIONARY = Path("recipe")
-"""Stands for the file of a recipe that was given as a dictionary."""
+"""The path shown for a recipe that was given as a dictionary."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A valid recipe, and where each of its values came from."""
+    """A valid recipe, and the origin of each of its values."""
 
     recipe: Recipe
     path: Path
-    """The file; `recipe` for one that was given as a dictionary."""
+    """The recipe file; DICTIONARY for a dictionary."""
     base: Path
-    """The directory where relative data paths start: the recipe's; the current one for a dictionary."""
+    """The directory where relative data paths start: that of the recipe; the current directory for a dictionary."""
     origins: Mapping[str, str]
-    """For the dotted key of every value: `recipe.yaml:12`, `command line`, `env NAME (recipe.yaml:12)`, `default`."""
+    """The origin of every dotted key: `recipe.yaml:12`, `command line`, `env NAME (recipe.yaml:12)` or `default`."""
     text: str
-    """The file, unchanged; a dictionary as JSON."""
+    """The contents of the file, unchanged; a dictionary as JSON."""
     written: Mapping[KeyPath, Written]
-    """The texts that hold references, as they were written."""
+    """The texts with references, before these were replaced."""
 
 
 def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schema: type[Recipe]) -> Loaded:
@@ -50,7 +50,7 @@ def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schem
         schema: `ptft_dist.tasks.registry.recipe_class()`.
 
     Raises:
-        RecipeError: with every mistake, each by file, line and key.
+        RecipeError: the recipe is invalid. The message lists all mistakes with file, line and key.
     """
     if isinstance(source, str):
         path = find_shipped("recipes", source, ".yaml")
@@ -62,7 +62,7 @@ def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schem
     if document.values is None and document.mistakes:
         raise _refusal(document.mistakes, path)
     if not isinstance(document.values, dict):
-        what = "the recipe is empty" if document.values is None else "a recipe is a set of `key: value` lines"
+        what = "the recipe is empty" if document.values is None else "a recipe consists of `key: value` lines"
         required = ", ".join(schema.model_json_schema()["required"])
         raise RecipeError(f"{_place(str(path), path, 1)}: {what}; its required keys: {required}")
     for assignment in overrides:
@@ -75,17 +75,17 @@ def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schem
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
-    """A dictionary as text, one value a line. JSON is YAML."""
+    """A dictionary as JSON, which is also YAML, with one value per line."""
 
     def plain(value: Any) -> str:
         if isinstance(value, Path):
             return str(value)
-        raise TypeError(f"a {type(value).__name__} is no value of a recipe")
+        raise TypeError(f"a value of the type {type(value).__name__} is not allowed")
 
     try:
         return json.dumps(dict(values), indent=1, ensure_ascii=False, default=plain)
     except (TypeError, ValueError) as error:
-        raise RecipeError(f"recipe: {error}; give numbers, text, booleans, lists and dictionaries") from None
+        raise RecipeError(f"recipe: {error}; use numbers, text, booleans, lists and dictionaries") from None
 
 
 def _read(path: Path) -> str:
@@ -99,7 +99,7 @@ def _read(path: Path) -> str:
 
 
 def _refusal(mistakes: Sequence[Mistake], path: Path) -> RecipeError:
-    """One error with all mistakes in the order of the file, those of the command line last."""
+    """One error with all mistakes, sorted by line; those of the command line come last."""
     lines = []
     for mistake in sorted(mistakes, key=lambda each: each.line or float("inf")):
         place = "command line" if mistake.line == COMMAND_LINE else _place(str(path), path, mistake.line)
@@ -108,19 +108,18 @@ def _refusal(mistakes: Sequence[Mistake], path: Path) -> RecipeError:
 
 
 def _place(name: str, path: Path, line: int) -> str:
-    """Where a value stands. A dictionary has no lines."""
+    """The place of a value: `file:line`; only the name for a dictionary, which has no lines."""
     return name if path is DICTIONARY else f"{name}:{line}"
 
 
 def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Recipe:
     try:
-        # As JSON: pydantic's strict mode then takes lists for tuples, and still no text and no 8.0 for a whole number.
-        text = json.dumps(document.values, ensure_ascii=False).encode(
-            errors="replace"
-        )  # bad Unicode is already reported
+        # In JSON mode, pydantic's strict validation accepts lists for tuples, but no text or 8.0 for integers.
+        # errors="replace": invalid Unicode is already reported.
+        text = json.dumps(document.values, ensure_ascii=False).encode(errors="replace")
         recipe = recipe_class.model_validate_json(text, strict=True)
     except ValidationError as error:
-        # Without the cause, which quotes values: they may be secret.
+        # `from None`, because the cause quotes values, which may be secret.
         raise _refusal([*document.mistakes, *explain(error, document, Schema(recipe_class))], path) from None
     if document.mistakes:
         raise _refusal(document.mistakes, path)
@@ -128,7 +127,7 @@ def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Rec
 
 
 def _take_from_model(document: Document) -> None:
-    """What a left out tokenizer section takes from the model is shown as the model's: its text may hold references."""
+    """Copy lines and references of the model section to the tokenizer keys that default to it."""
     if document.values.get("tokenizer") is not None:
         return
     for key in ("path", "revision", "trust_remote_code"):
@@ -139,6 +138,7 @@ def _take_from_model(document: Document) -> None:
 
 
 def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
+    """The origin of each value by its dotted key, see `Loaded.origins`."""
     origins = {}
     for key, _ in leaves(recipe.own_values()):
         if key not in document.lines:
@@ -152,7 +152,7 @@ def _origins(recipe: Recipe, document: Document, path: Path) -> dict[str, str]:
 
 
 def public_values(loaded: Loaded) -> dict[str, Any]:
-    """All values of the recipe, but references as they were written: what they stand for may be secret."""
+    """All values of the recipe with references as written, because the values that they refer to may be secret."""
     values = loaded.recipe.own_values()
     for path, written in loaded.written.items():
         put(values, path, written.text)
@@ -167,12 +167,12 @@ def dump_resolved(loaded: Loaded) -> str:
     yaml.width = 4096
     stream = io.StringIO()
     yaml.dump(public_values(loaded), stream)
-    base = json.dumps(str(loaded.base))  # on one line, whatever the directory's name holds
+    base = json.dumps(str(loaded.base))  # JSON escapes line breaks in the directory's name
     return f"# All values of a recipe. Its relative data paths start at {base}.\n{stream.getvalue()}"
 
 
 def describe(loaded: Loaded) -> str:
-    """A table for people: key, value, and where the value came from."""
+    """A readable table: key, value and origin of each value."""
     rows = [("key", "value", "from")]
     for path, value in leaves(public_values(loaded)):
         rows.append((dotted(path), json.dumps(value, ensure_ascii=False), loaded.origins[dotted(path)]))

@@ -1,4 +1,4 @@
-"""What the schema refused, in plain sentences: the key, what was expected, what was found, and the nearest right."""
+"""Converts validation errors to messages: the key, the expected value, the given value, and the nearest valid one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Node = dict[str, Any]  # of a JSON Schema
 
 
 class Schema:
-    """The JSON Schema of a model, to be walked along the keys of a value."""
+    """The JSON Schema of a model, with access by the path of a value."""
 
     def __init__(self, model: type[BaseModel]) -> None:
         self.root: Node = model.model_json_schema()
 
     def branches(self, node: Node) -> list[Node]:
-        """The alternatives that a value at this node has, references followed."""
+        """The alternatives of a node, with references resolved."""
         if "$ref" in node:
             return self.branches(self.root["$defs"][node["$ref"].rpartition("/")[2]])
         if "anyOf" in node:
@@ -32,7 +32,7 @@ class Schema:
         return [node]
 
     def child(self, node: Node, key: str | int) -> Node | None:
-        """The node of a key of a section, or of an item of a list."""
+        """The node of a section's key, or of a list's item; None if there is no such key."""
         for branch in self.branches(node):
             if key in branch.get("properties", {}):
                 return branch["properties"][key]
@@ -43,6 +43,7 @@ class Schema:
         return None
 
     def at(self, path: KeyPath) -> Node | None:
+        """The node at a path; None if there is no such path."""
         node: Node | None = self.root
         for key in path:
             node = self.child(node, key) if node is not None else None
@@ -54,7 +55,7 @@ class Schema:
 
     @cached_property
     def all_keys(self) -> list[KeyPath]:
-        """Every key of every section; the items of a list add nothing to a path."""
+        """The paths of all keys of all sections. List indices are not part of these paths."""
         return list(self._below(self.root, ()))
 
     def _below(self, node: Node, path: KeyPath) -> Iterator[KeyPath]:
@@ -66,7 +67,7 @@ class Schema:
                 yield from self._below(inner, (*path, key))
 
     def expectation(self, node: Node) -> str:
-        """What a node accepts, as the object of "expected ...". Null is mentioned only where nothing else is."""
+        """What a node accepts, as the object of "expected ...". Null is mentioned only if nothing else is accepted."""
         branches = [branch for branch in self.branches(node) if branch.get("type") != "null"]
         return " or ".join(dict.fromkeys(map(_expectation, branches))) or "null"
 
@@ -106,8 +107,8 @@ def _items(count: int) -> str:
     return f"{count} item" if count == 1 else f"{count} items"
 
 
-def _found(value: Any) -> str:
-    """What stands in the place of an expected value. Of a list or section only its kind: it may hold secrets."""
+def _shown(value: Any) -> str:
+    """The given value as text. Lists and sections are not quoted, because they may contain secrets."""
     if isinstance(value, dict):
         return "a section (key: value)"
     if isinstance(value, list):
@@ -120,19 +121,19 @@ def _found(value: Any) -> str:
 
 
 def explain(invalid: ValidationError, document: Document, schema: Schema) -> Iterator[Mistake]:
-    """One mistake for each thing that is wrong; those about a value that is already reported are left out."""
+    """One mistake per error, without errors in values that are already reported."""
     reported = {mistake.path for mistake in document.mistakes if mistake.path}
     details = [(detail, *_locate(detail["loc"], detail["type"], document.values)) for detail in invalid.errors()]
     paths = {path for _, path, _ in details}
     seen: set[tuple[KeyPath, str]] = set()
     for detail, path, in_union in details:
         if detail["type"] == "default_factory_not_called":
-            continue  # a default follows from another section, whose mistakes are reported
+            continue  # the default depends on another section, whose errors are reported
         if isinstance(error := detail.get("ctx", {}).get("error"), RecipeProblems):
             yield from (Mistake(at, document.line(at), hide(text)) for at, text in error.problems)
             continue
         if in_union and any(len(other) > len(path) and other[: len(path)] == path for other in paths):
-            continue  # another alternative of the union got further: its complaints are the ones that help
+            continue  # another alternative of the union matched more of the value: its errors are more helpful
         if any(path[:length] in reported for length in range(1, len(path) + 1)):
             continue
         path, text = _sentence(detail, path, document, schema)
@@ -142,7 +143,7 @@ def explain(invalid: ValidationError, document: Document, schema: Schema) -> Ite
 
 
 def _locate(loc: tuple[str | int, ...], kind: str, values: Any) -> tuple[KeyPath, bool]:
-    """The path in the values. Pydantic puts names of union alternatives into `loc`; returns whether there were any."""
+    """The path in the values, and whether pydantic's `loc` contained names of union alternatives, which are removed."""
     path: list[str | int] = []
     in_union = False
     for position, key in enumerate(loc):
@@ -158,16 +159,16 @@ def _locate(loc: tuple[str | int, ...], kind: str, values: Any) -> tuple[KeyPath
 
 
 def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) -> tuple[KeyPath, str]:
-    """The path to report, and the sentence."""
-    kind = detail["type"]
-    if kind == "extra_forbidden":
+    """The path to report, and the message."""
+    error_type = detail["type"]
+    if error_type == "extra_forbidden":
         return path, _unknown_key(path, schema)
-    if kind == "missing" and isinstance(path[-1], str):
+    if error_type == "missing" and isinstance(path[-1], str):
         return path, "required, but not given"
-    if kind == "value_error":
+    if error_type == "value_error":
         return _from_validator(str(detail["ctx"]["error"]), path, document)
     value = detail["input"]
-    if kind == "missing":  # an item of a list of fixed length
+    if error_type == "missing":  # an item of a list of fixed length
         path = path[:-1]
     node = schema.at(path)
     if node is None:
@@ -175,20 +176,21 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
     expected = schema.expectation(node)
     written = document.written.get(path)
     if written:
-        return path, f"expected {expected}, got the text of {written.text} (what a reference gives is always text)"
-    return path, f"expected {expected}, got {_found(value)}{_hint(value, schema.branches(node))}"
+        return path, f"expected {expected}, got the text of {written.text} (the value of a reference is always text)"
+    return path, f"expected {expected}, got {_shown(value)}{_hint(value, schema.branches(node))}"
 
 
 def _hint(value: Any, branches: list[Node]) -> str:
-    kinds = {branch.get("type") for branch in branches}
+    """A suggestion to append to the message, or an empty text."""
+    types = {branch.get("type") for branch in branches}
     if isinstance(value, str):
         near = get_close_matches(value, [choice for branch in branches for choice in _choices(branch)], n=1)
         if near:
             return f"; did you mean {near[0]}?"
-        if kinds & {"integer", "number"} and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value.lower()):
-            return "; without the quotes it is a number"
-    if isinstance(value, int | float) and "string" in kinds and not any(map(_choices, branches)):
-        return "; in quotes it is text"
+        if types & {"integer", "number"} and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value.lower()):
+            return "; remove the quotes to make it a number"
+    if isinstance(value, int | float) and "string" in types and not any(map(_choices, branches)):
+        return "; quote it to make it text"
     return ""
 
 
@@ -196,15 +198,15 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
     section, key = path[:-1], str(path[-1])
     siblings = schema.keys(schema.at(section))
     near = [dotted((*section, name)) for name in get_close_matches(key, siblings, n=1)]
-    elsewhere = [dotted(other) for other in schema.all_keys if other[-1] == key]
-    hints = list(dict.fromkeys(near + elsewhere))[:3]
+    same_name = [dotted(other) for other in schema.all_keys if other[-1] == key]
+    hints = list(dict.fromkeys(near + same_name))[:3]
     if hints:
         return f"unknown key; did you mean {' or '.join(hints)}?"
     return f"unknown key; the keys of {dotted(section) or 'a recipe'} are {', '.join(siblings)}"
 
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:
-    """A validator's own words. When they begin with the name of a key that is there, the mistake is at that key."""
+    """The path and message of a validator's error. If the message begins with a key of the recipe, the path includes it."""
     text = hide(text)
     name = re.match(r"(?P<key>[\w.]+):? ", text)
     if name:
