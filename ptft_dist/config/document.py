@@ -260,7 +260,6 @@ class _Builder:
             else:
                 key = key_node.value
                 self.document.lines[*path, key] = self._line_of(key_node)
-
                 values[key] = self.build(value_node, (*path, key))
         return values
 

@@ -206,7 +206,7 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
 
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:
-    """The path and message of a validator's error. If the message begins with a key of the recipe, the path includes it."""
+    """The path and message of a validator's error. A key at the beginning of the message becomes part of the path."""
     text = hide(text)
     name = re.match(r"(?P<key>[\w.]+):? ", text)
     if name:

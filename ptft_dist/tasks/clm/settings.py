@@ -16,8 +16,8 @@ class ClmSettings(DocumentSettings):
     writes = True
 
     bos: bool | Literal["auto"] = "auto"
-    """Begin each document with the BOS token. `auto`: if the tokenizer itself begins a text with it, as those of Llama,
-    Gemma and Mistral do. Every document ends with EOS."""
+    """Begin each document with the BOS token. `auto`: begin it with BOS if the tokenizer itself begins a text with BOS,
+    as those of Llama, Gemma and Mistral do. Every document ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """`fused`: compute the loss in tiles, without [batch, length, vocabulary] logits in memory. `logits`: compute all
     logits. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
