@@ -216,8 +216,8 @@ def test_prepare_counts_and_leaves_validation_alone(folder: Path) -> None:
     (step,) = prepared.report.steps
     notes = step.notes
     assert single
-    assert notes["not copied: nothing in them can change (swap)"].times == len(single)
-    copied = notes["copied with changes (swap)"].times
+    assert notes["not augmented: no word can be changed (swap)"].times == len(single)
+    copied = notes["augmented (swap)"].times
     assert copied + len(single) == len(before)  # each of two copies came out different
     assert len(after) == len(before) + 2 * copied
     assert Counter(before) - Counter(after) == Counter()

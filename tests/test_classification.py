@@ -302,7 +302,7 @@ def test_weights_are_balanced_over_what_is_learned(tmp_path: Path, several: bool
     report = prepared.report
     assert report.bad_rows.count == 3
     assert report.dropped["with a text for which the tokenizer returns no token"].times == 8
-    assert report.steps[0].notes["copied with changes (swap)"].times > 0
+    assert report.steps[0].notes["augmented (swap)"].times > 0
     assert (prepared.survey["frequencies"], prepared.survey["rows"]) == (counts, len(labels))
     setup = TaskSetup.of(recipe(class_weights="balanced", multi_label=several), words, prepared.survey)
     weights = label_weights(setup)

@@ -25,7 +25,7 @@ def made(**changes: Any) -> Report:
         "read": 1000,
         "train": SideReport(examples=900, rows=400, tokens=7000, text_bytes=1_500_000),
         "validation": SideReport(examples=90, rows=50, tokens=700, text_bytes=200_000, dropped_tokens=3),
-        "steps": [StepReport("augment", "0123", {"copied with changes (swap)": Entry(5, ["a:1", "a:2"])})],
+        "steps": [StepReport("augment", "0123", {"augmented (swap)": Entry(5, ["a:1", "a:2"])})],
         "bad_rows": BadRows(2, ["a:3: no label"]),
         "dropped": {"without words": Entry(8, ["a:4"])},
         "notes": {"truncated to data.max_length": Entry(1, ["a:5"])},
@@ -58,7 +58,7 @@ def test_every_line_for_people() -> None:
         "dropped:     2 bad rows (data.bad_rows: skip):",
         "             a:3: no label",
         "             and 1 more",
-        "note:        5 rows copied with changes (swap): a:1, a:2, ...",
+        "note:        5 rows augmented (swap): a:1, a:2, ...",
         "note:        1 rows truncated to data.max_length: a:5",
         "prepared in: 1.2 s, found in the cache",
     ]

@@ -1,8 +1,8 @@
-"""Changed copies of labelled texts: words replaced by synonyms, swapped or deleted, or texts translated there and back.
+"""Data augmentation of labelled texts: synonym replacement, word swaps, word deletion, and back-translation.
 
 Wei and Zou 2019, "EDA: Easy Data Augmentation Techniques for Boosting Performance on Text Classification Tasks";
-Sennrich et al. 2016 (back-translation). What a copy is like follows from train.seed, the row, the method's place in the
-recipe and the copy's number, and not from the order in which rows are read.
+Sennrich et al. 2016 (back-translation). A copy is a pure function of train.seed, the row, the index of the method in
+the recipe and the number of the copy. It does not depend on the order of rows.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from ptft_dist.errors import DataError
 
 SHARE = 0.1
 _TEXTS = ("text", "text_pair")
-_LETTERS = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)  # what stands before and after a word: quotes, a full stop
+_LETTERS = re.compile(r"(\W*)(.*?)(\W*)", re.DOTALL)  # punctuation before a word, the word, punctuation after it
 
 
 class Augmentations:
-    """The step of the data stream that adds the copies that data.augment asks for.
+    """The step of the data stream that adds the augmented copies of data.augment.
 
-    Only training rows are copied, and a copy follows its original row: it is on the same side, and bad rows have none.
-    The copies are a pure function of the seed and the row.
+    Only valid training rows are copied. The copies of a row directly follow it in the stream.
     """
 
     name = "augment"
@@ -44,11 +43,11 @@ class Augmentations:
         base: Path,
         usable: Callable[[Record], bool] = lambda _record: True,
     ) -> None:
-        """usable: whether a row passes the task's check.
+        """usable: returns whether a row passes the task's check.
 
         Raises:
             DataError: a file of synonyms is missing or malformed.
-            RecipeError: a translation model is a directory that is not there.
+            RecipeError: the directory of a translation model does not exist.
         """
         self.seed, self.methods, self.notes, self.base = recipe.train.seed, recipe.data.augment, Notes(), base
         self.texts = [role for role in _TEXTS if role in recipe.settings.roles]
@@ -59,7 +58,7 @@ class Augmentations:
         ]
 
     def fingerprint(self, memo: HashMemo) -> list[Any]:
-        """Settings and contents of the files that decide the copies: JSON.
+        """Everything that affects the copies, as JSON: settings and contents of files.
 
         Raises:
             DataError: a file cannot be read.
@@ -76,38 +75,38 @@ class Augmentations:
         return contents
 
     def apply(self, chunk: Sequence[SidedRecord]) -> list[SidedRecord]:
-        """Each row, and after each good training row its copies."""
+        """The rows of a chunk, with the copies of each valid training row after it."""
         rows = [i for i, (side, record) in enumerate(chunk) if side == "train" and self._usable(record)]
         copies = dict(zip(rows, self.copies_of([chunk[i][1] for i in rows]), strict=True))
         return [(side, each) for i, (side, record) in enumerate(chunk) for each in (record, *copies.get(i, ()))]
 
     def copies(self, record: Record) -> Iterator[Record]:
-        """The changed copies of one row, in the order of the recipe."""
+        """The augmented copies of one row, in the order of the recipe's methods."""
         return iter(self.copies_of([record])[0])
 
     def copies_of(self, records: Sequence[Record]) -> list[list[Record]]:
-        """The changed copies of each row. Texts are translated together."""
+        """The augmented copies of each row. The texts of all rows are translated in batches."""
         copies: list[list[Record]] = [[] for _ in records]
         for number, method in enumerate(self.methods):
             translated = self._translated(number, records)
-            for record, theirs in zip(records, copies, strict=True):
-                made = self._made(number, method, record, translated)
-                theirs += [
-                    Record({**record.values, **texts}, f"{record.where} (copy {len(theirs) + i})")
-                    for i, texts in enumerate(made, 1)
+            for record, row_copies in zip(records, copies, strict=True):
+                new_texts = self._new_texts(number, method, record, translated)
+                row_copies += [
+                    Record({**record.values, **texts}, f"{record.where} (copy {len(row_copies) + i})")
+                    for i, texts in enumerate(new_texts, 1)
                 ]
-                self._note(method, len(made), record.where)
+                self._note(method, len(new_texts), record.where)
         return copies
 
-    def _note(self, method: Augmentation, made: int, where: str) -> None:
-        if made == method.copies:
-            reason = "copied with changes"
-        elif made:
-            reason = "with fewer copies than asked for: some came out the same"
+    def _note(self, method: Augmentation, copies: int, where: str) -> None:
+        if copies == method.copies:
+            reason = "augmented"
+        elif copies:
+            reason = "augmented with fewer copies than requested: some were identical"
         elif method.method == "back_translation":
-            reason = "not copied: the translation is the same text, or the text is too long to translate"
+            reason = "not augmented: the translation is the same text, or the text is too long to translate"
         else:
-            reason = "not copied: nothing in them can change"
+            reason = "not augmented: no word can be changed"
         self.notes.add(f"{reason} ({method.method})", where)
 
     def _translated(self, number: int, records: Sequence[Record]) -> Mapping[str, str]:
@@ -116,68 +115,70 @@ class Augmentations:
             return {}
         return translation.there_and_back([record.values[role] for record in records for role in self.texts])
 
-    def _made(
+    def _new_texts(
         self, number: int, method: Augmentation, record: Record, translated: Mapping[str, str]
     ) -> list[dict[str, str]]:
-        """The texts of each copy; only copies in which something has changed, and no two that are the same."""
-        before = {role: record.values[role] for role in self.texts}
+        """The texts of each copy (role -> text), without unchanged and duplicate copies."""
+        original = {role: record.values[role] for role in self.texts}
         key = fingerprint([self.seed, number, json.dumps(record.values, sort_keys=True, default=str)])
-        made: list[dict[str, str]] = []
-        for copy in range(method.copies):
-            chance = random.Random(f"{key} {copy}")
+        copies: list[dict[str, str]] = []
+        for number_of_copy in range(method.copies):
+            rng = random.Random(f"{key} {number_of_copy}")
             if method.method == "back_translation":
-                after = {role: translated[text] for role, text in before.items()}
+                copy = {role: translated[text] for role, text in original.items()}
             else:
-                after = {r: changed(text, method, self.synonyms[number], chance) for r, text in before.items()}
-            if after != before and after not in made and all(text.strip() for text in after.values()):
-                made.append(after)
-        return made
+                copy = {r: changed(text, method, self.synonyms[number], rng) for r, text in original.items()}
+            if copy != original and copy not in copies and all(text.strip() for text in copy.values()):
+                copies.append(copy)
+        return copies
 
 
-def changed(text: str, method: Augmentation, synonyms: Mapping[str, Sequence[str]], chance: random.Random) -> str:
-    """The text with a share of its words changed, at least one; as it was, if there is nothing to change. What stands
-    between the words stays."""
+def changed(text: str, method: Augmentation, synonyms: Mapping[str, Sequence[str]], rng: random.Random) -> str:
+    """The text with a fraction of its words changed, at least one; unchanged if no word can be changed.
+
+    The white space between words is kept.
+    """
     by_character = method.unit == "character"
     words = list(text) if by_character else re.split(r"(\s+)", text)
-    places = [i for i, word in enumerate(words) if word.strip()]
-    count = max(1, math.floor((method.share or SHARE) * len(places)))
+    indices = [i for i, word in enumerate(words) if word.strip()]
+    count = max(1, math.floor((method.share or SHARE) * len(indices)))
     if method.method == "synonym":
-        known = [i for i in places if _options(words[i], synonyms)]
-        for i in chance.sample(known, min(count, len(known))):
-            words[i] = chance.choice(_options(words[i], synonyms))
+        replaceable = [i for i in indices if _replacements(words[i], synonyms)]
+        for i in rng.sample(replaceable, min(count, len(replaceable))):
+            words[i] = rng.choice(_replacements(words[i], synonyms))
     elif method.method == "swap":
-        _swap(words, places, count, chance)
-    elif len(places) > 1:
-        for i in chance.sample(places, min(count, len(places) - 1)):  # one stays
+        _swap(words, indices, count, rng)
+    elif len(indices) > 1:
+        for i in rng.sample(indices, min(count, len(indices) - 1)):  # at least one word is kept
             words[i] = ""
             if not by_character and i + 1 < len(words):
-                words[i + 1] = ""  # the space behind it
+                words[i + 1] = ""  # the white space after the word
         return "".join(words).strip()
     return "".join(words)
 
 
-def _swap(words: list[str], places: Sequence[int], count: int, chance: random.Random) -> None:
-    """Pairs of different words change places: as many as have `count` words in them, at least one pair."""
-    left = max(1, count // 2)
-    waiting: deque[int] = deque()  # places of one and the same word
-    for i in chance.sample(places, len(places)):
+def _swap(words: list[str], indices: Sequence[int], count: int, rng: random.Random) -> None:
+    """Swap pairs of different words in place: count / 2 pairs, at least one."""
+    remaining = max(1, count // 2)
+    waiting: deque[int] = deque()  # indices of equal words without a partner
+    for i in rng.sample(indices, len(indices)):
         if not waiting or words[i] == words[waiting[0]]:
             waiting.append(i)
             continue
         other = waiting.popleft()
         words[i], words[other] = words[other], words[i]
-        left -= 1
-        if not left:
+        remaining -= 1
+        if not remaining:
             return
 
 
-def _options(word: str, synonyms: Mapping[str, Sequence[str]]) -> list[str]:
-    """What the word may become: punctuation around it stays, and so does a capital at its beginning."""
+def _replacements(word: str, synonyms: Mapping[str, Sequence[str]]) -> list[str]:
+    """The synonyms of a word. Punctuation around it and a capital first letter are kept."""
     match = _LETTERS.fullmatch(word)
     assert match is not None  # every part may be empty
     before, core, after = match.groups()
-    found = synonyms.get(core) or [_capital(s) if core[:1].isupper() else s for s in synonyms.get(core.lower(), ())]
-    return [f"{before}{synonym}{after}" for synonym in found if synonym != core]
+    options = synonyms.get(core) or [_capital(s) if core[:1].isupper() else s for s in synonyms.get(core.lower(), ())]
+    return [f"{before}{synonym}{after}" for synonym in options if synonym != core]
 
 
 def _capital(word: str) -> str:
@@ -185,10 +186,10 @@ def _capital(word: str) -> str:
 
 
 def read_synonyms(path: Path) -> dict[str, list[str]]:
-    """Lines `word<TAB>synonym,synonym`; empty lines and those that begin with # are skipped.
+    """Read a file with lines `word<TAB>synonym,synonym`. Empty lines and lines that begin with # are skipped.
 
     Raises:
-        DataError: the file cannot be read, or a line is not like that; by file and line.
+        DataError: the file cannot be read, or a line is malformed; the message names file and line.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
@@ -200,7 +201,7 @@ def read_synonyms(path: Path) -> dict[str, list[str]]:
     except UnicodeDecodeError as error:
         at = error.object[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{at}: this is not UTF-8 text. Convert the file.") from None
-    found: dict[str, list[str]] = {}
+    table: dict[str, list[str]] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -208,14 +209,14 @@ def read_synonyms(path: Path) -> dict[str, list[str]]:
         word, synonyms = word.strip(), [synonym.strip() for synonym in rest.split(",")]
         if not tab or not word or not all(synonyms):
             raise DataError(
-                f"{path}:{number}: expected a word, a tab, and its synonyms with commas between; found {line[:80]!r}."
+                f"{path}:{number}: expected a word, a tab, and its synonyms separated by commas; got {line[:80]!r}."
             )
-        if word in found:
-            raise DataError(f"{path}:{number}: {word!r} has a line above already. Put all its synonyms in one line.")
-        found[word] = synonyms
-    if not found:
+        if word in table:
+            raise DataError(f"{path}:{number}: {word!r} already has a line above. Put all its synonyms in one line.")
+        table[word] = synonyms
+    if not table:
         raise DataError(f"{path}: the file has no synonyms. Fill it, or remove the method from data.augment.")
-    return found
+    return table
 
 
 def _path(base: Path, given: str) -> Path:

@@ -1,4 +1,4 @@
-"""Texts translated into another language and back by two sequence-to-sequence models (Sennrich et al. 2016)."""
+"""Back-translation: translate texts into another language and back with two seq2seq models (Sennrich et al. 2016)."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from ptft_dist.data.cache import HashMemo
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting.messages import Progress
 
-BATCH = 32  # texts that are translated at once
-_LONGEST = 512  # tokens, for models that do not say how many positions they have, such as T5
+BATCH = 32  # texts per batch
+_LONGEST = 512  # tokens, for models without max_position_embeddings, such as T5
 
 
 class BackTranslation:
-    """Two models, loaded at the first text. Each text's translation is the greedy one, so it is always the same."""
+    """Translates texts with two models, which are loaded at the first text. Decoding is greedy, so deterministic."""
 
     def __init__(self, forward: str, backward: str, base: Path) -> None:
-        """
+        """forward, backward: directories or Hub names of the models; base: where relative paths start.
+
         Raises:
-            RecipeError: a name can only be a directory, and there is none.
+            RecipeError: a path of a directory does not exist.
         """
         self.names = {"forward": _place(forward, base), "backward": _place(backward, base)}
         self.models: list[tuple[Any, Any]] = []
         self.progress = Progress("back-translation", unit="texts")
 
     def there_and_back(self, texts: Sequence[str]) -> dict[str, str]:
-        """Text -> what it became; itself, if it is too long for a model.
+        """The back-translation of each text; the text itself if it is too long for a model.
 
         Raises:
             RecipeError: a model cannot be loaded.
         """
         if not self.models:
             self.models = [_load(key, name) for key, name in self.names.items()]
-        found: dict[str, str] = {}
-        # Texts of like length together: little padding.
-        waiting = sorted(set(texts), key=lambda text: (len(text), text))
-        for start in range(0, len(waiting), BATCH):
-            batch = waiting[start : start + BATCH]
-            away = _translate(*self.models[0], batch)
-            back = _translate(*self.models[1], [text or "" for text in away])
-            for text, there, again in zip(batch, away, back, strict=True):
-                found[text] = text if there is None or again is None else again
+        results: dict[str, str] = {}
+        # Batches of similar lengths need less padding.
+        pending = sorted(set(texts), key=lambda text: (len(text), text))
+        for start in range(0, len(pending), BATCH):
+            batch = pending[start : start + BATCH]
+            forward = _translate(*self.models[0], batch)
+            backward = _translate(*self.models[1], [text or "" for text in forward])
+            for text, translated, result in zip(batch, forward, backward, strict=True):
+                results[text] = text if translated is None or result is None else result
             self.progress.advance(len(batch))
         self.progress.close()
-        return found
+        return results
 
 
 def _load(key: str, name: str) -> tuple[Any, Any]:
@@ -56,7 +57,7 @@ def _load(key: str, name: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
-    except Exception as error:  # a dozen unrelated types, and all mean that there is no model to go on with
+    except Exception as error:  # transformers raises a dozen unrelated types if there is no model
         raise RecipeError(
             f"data.augment: {key}: no sequence-to-sequence model can be loaded from {name}. {error}\nGive a directory "
             "with a model and its tokenizer, or a Hub name that this machine can reach or has in its cache (HF_HOME)."
@@ -65,7 +66,7 @@ def _load(key: str, name: str) -> tuple[Any, Any]:
 
 
 def _translate(tokenizer: Any, model: Any, texts: Sequence[str]) -> list[str | None]:
-    """The greedy translation of each text; None for one that has more tokens than the model has positions."""
+    """The greedy translation of each text; None for a text with more tokens than the model has positions."""
     import torch
 
     longest = getattr(model.config, "max_position_embeddings", None) or _LONGEST
@@ -73,24 +74,24 @@ def _translate(tokenizer: Any, model: Any, texts: Sequence[str]) -> list[str | N
     ids, mask = inputs["input_ids"][:, :longest], inputs["attention_mask"]
     limits = [min(longest - 1, 2 * count + 10) for count in mask.sum(1).tolist()]
     with torch.inference_mode():
-        written = model.generate(
+        generated = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask[:, :longest].to(model.device),
             do_sample=False,
             num_beams=1,
             max_new_tokens=max(limits),
         )
-    # A text's own limit, and not that of the longest beside it: its translation is a function of it alone.
-    own = [row[: limit + 1] for row, limit in zip(written, limits, strict=True)]
-    found = tokenizer.batch_decode(own, skip_special_tokens=True)
-    return [None if int(m.sum()) > longest else text.strip() for m, text in zip(mask, found, strict=True)]
+    # Apply each text's own limit, so that its translation does not depend on the other texts of the batch.
+    limited = [row[: limit + 1] for row, limit in zip(generated, limits, strict=True)]
+    translations = tokenizer.batch_decode(limited, skip_special_tokens=True)
+    return [None if int(m.sum()) > longest else text.strip() for m, text in zip(mask, translations, strict=True)]
 
 
 def _place(name: str, base: Path) -> str:
-    """A directory beside the recipe, or from here; else a name of the Hub.
+    """A directory, relative to the recipe or else to the current directory; otherwise a Hub name.
 
     Raises:
-        RecipeError: it can only be a directory, and there is none.
+        RecipeError: the name has the form of a path, and there is no such directory.
     """
     given = Path(name).expanduser()
     for candidate in (base / given, given.absolute()):
@@ -102,7 +103,7 @@ def _place(name: str, base: Path) -> str:
 
 
 def model_contents(name: str, base: Path, memo: HashMemo) -> list[Any]:
-    """What decides a model's translations: its files, or the Hub's name for it; and the library that runs it."""
+    """Everything that affects a model's translations: its files or Hub name, and the version of transformers."""
     place = Path(_place(name, base))
     files = sorted(path for path in place.iterdir() if path.is_file()) if place.is_dir() else []
     return [[file.name for file in files], memo.digests(files), name if not files else None, version("transformers")]

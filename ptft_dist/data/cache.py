@@ -1,7 +1,7 @@
-"""Directories that are built once and shared by every run, and the memory of file hashes.
+"""Cache directories that are built once and shared by all runs, and remembered hashes of source files.
 
-A directory is built under another name beside its place and renamed when it is whole, so that a process killed at any
-moment leaves nothing that looks finished. A lock beside it lets one process build while the others wait for the result.
+A directory is built under a temporary name and renamed when it is complete. So a process that is killed leaves no
+directory that looks complete. A lock file lets one process build while the others wait.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from filelock import FileLock, Timeout
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.reporting.messages import Progress, progress, say
 
-# Two writes closer than this may carry the same time stamp, so a younger file's stamp does not prove its contents.
+# Two writes within this time may have the same time stamp. So the hash of a file modified more recently is not kept.
 SETTLED_AFTER_NS = 2_000_000_000
 _HASHED_AT_ONCE = 1 << 24  # bytes
 _RUST_IO_ERROR = re.compile(r"\(os error \d+\)")
 
 
 def cache_root(cache_dir: str | None, base: Path) -> Path:
-    """The cache directory: `cache_dir` (relative to `base`), else PTFT_CACHE, else the user's own cache directory.
+    """The cache directory: `cache_dir` (relative to `base`), else PTFT_CACHE, else the user's cache directory.
 
     Raises:
         RecipeError: it cannot be created.
@@ -44,22 +44,22 @@ def cache_root(cache_dir: str | None, base: Path) -> Path:
     except OSError as error:
         raise RecipeError(
             f"{root}: the cache directory cannot be created ({error.strerror}). Set data.cache_dir, or the environment "
-            "variable PTFT_CACHE, to a directory that can be written."
+            "variable PTFT_CACHE, to a writable directory."
         ) from error
     return root
 
 
 def fingerprint(value: Any) -> str:
-    """32 hexadecimal digits that depend on every part of a JSON value."""
+    """A hash of a JSON value: 32 hexadecimal digits."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def build_once(directory: Path, build: Callable[[Path], object]) -> bool:
-    """Make sure that `directory` exists and is whole; return True if it did before.
+    """Build `directory` unless it exists; return whether it existed.
 
     Args:
-        build: fills the empty directory that it is given, and writes inside of `writing`. What it raises goes through
-            unchanged, because sources can fail with an OSError too; nothing is left behind.
+        build: fills an empty directory. It uses `writing` around its own writes. Its exceptions are passed on
+            unchanged, because reading sources can also raise OSError. After an exception nothing is left behind.
 
     Raises:
         PtftError: the cache cannot be written.
@@ -90,10 +90,10 @@ def build_once(directory: Path, build: Callable[[Path], object]) -> bool:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Around everything that writes to the cache, and around nothing that reads sources.
+    """Convert errors of writing to the cache; must not enclose code that reads sources.
 
     Raises:
-        PtftError: instead of the operating system's error, with the remedy.
+        PtftError: instead of OSError, with the remedy.
     """
     try:
         yield
@@ -133,7 +133,7 @@ def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
 
 
 def _builder(directory: Path) -> str:
-    """The process that builds the directory, by the name of the unfinished one."""
+    """A description of the process that builds the directory, from the name of its temporary directory."""
     names = [path.name for path in directory.parent.glob(f"{directory.name}.building-*")]
     if len(names) != 1:
         return "another process"
@@ -142,7 +142,8 @@ def _builder(directory: Path) -> str:
 
 
 def _remove_dead_builds(directory: Path) -> None:
-    """Remove what killed builds left beside `directory`, whose lock is held. A build is dead if its lock is free."""
+    """Remove temporary directories of killed builds. A build is dead if its lock is free. The caller holds the lock of
+    `directory`."""
     for leftover in directory.parent.glob("*.building-*"):
         name = leftover.name.partition(".building-")[0]
         if name == directory.name:
@@ -158,7 +159,7 @@ def _remove_dead_builds(directory: Path) -> None:
 
 
 def _flush(directory: Path) -> None:
-    """Bring everything below `directory` to the disk."""
+    """Flush all files below `directory` to the disk."""
     for path in (*directory.rglob("*"), directory):
         _fsync(path)
 
@@ -172,7 +173,7 @@ def _fsync(path: Path) -> None:
 
 
 class HashMemo:
-    """Hashes of files' contents, remembered by path, size, inode and time stamps: an unchanged file is read once."""
+    """Remembers hashes of file contents by path, size, inode and time stamps, so unchanged files are read only once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -225,7 +226,7 @@ class HashMemo:
         try:
             return json.loads(self._path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return {}  # a memo that is not there, or is damaged, costs one more reading of the files
+            return {}  # without the memo, all files are hashed again
 
     def _save(self) -> None:
         new = self._path.with_suffix(".new")  # one name is enough: the lock is held
@@ -242,9 +243,9 @@ def _digest(file: BinaryIO, shown: Progress) -> str:
 
 
 def _identity(path: str) -> list[int]:
-    """Size, inode, and the times in ns of the last change to the contents and to the inode."""
+    """Size in bytes, inode, and the times in ns of the last change of the contents and of the inode."""
     try:
-        stat = os.stat(path)  # noqa: PTH116  # hundreds of files on the way to a cache hit: Path objects cost more
+        stat = os.stat(path)  # noqa: PTH116  # faster than Path.stat for the hundreds of files of a cache hit
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}). Check the path.") from error
     return [stat.st_size, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
