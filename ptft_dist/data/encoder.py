@@ -1,7 +1,7 @@
-"""What an encoder is: one task's records become examples, and a writer puts them into a store.
+"""The interface of encoders: an encoder converts a task's records to examples, and its writer writes them to a store.
 
-`prepare` is given the encoder's class by its caller, so nothing in `data/` knows a task. All that is needed before
-there is a tokenizer is a class method that receives the task's settings.
+The caller of `prepare` passes the encoder's class, so `data/` does not depend on tasks. Methods that are needed before
+the tokenizer exists are class methods and get the task's settings.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Side = Literal["train", "validation"]
 
 
 class RowError(Exception):
-    """This record cannot be used. The message says why and what to do, but not where: the caller adds file and line."""
+    """This record is invalid. The message says why and what to do; the caller adds file and line."""
 
 
 class LeftOut(Exception):
-    """A well-formed record is dropped. The text completes "3 rows ...", such as "longer than data.max_length"."""
+    """A valid record is dropped. The text completes "3 rows ...", such as "longer than data.max_length"."""
 
 
 @dataclass(frozen=True)
 class EncoderContext:
-    """What an encoder is made with."""
+    """The arguments of an encoder."""
 
     settings: Any
     """The task's section of the recipe."""
@@ -40,15 +40,16 @@ class EncoderContext:
     """The task's name, for messages."""
     tokenizer: PreTrainedTokenizerBase
     max_length: int
-    """Tokens of a row at most."""
+    """Maximum number of tokens in a row."""
     seed: int
     tokenizer_learned: bool = False
-    """The tokenizer was learned for this recipe, not loaded from a directory or the Hub."""
+    """The tokenizer was trained for this recipe, not loaded from a directory or the Hub."""
     survey: Mapping[str, Any] = field(default_factory=dict)
-    """What `Encoder.survey_of` found in the training records."""
+    """The result of `Encoder.survey_of` on the training records."""
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any] | None = None) -> Self:
+        """The context of a recipe."""
         return cls(
             recipe.settings,
             recipe.task,
@@ -62,42 +63,48 @@ class EncoderContext:
 
 @dataclass(frozen=True)
 class Example:
-    """One entry of the store. columns: name -> values; meta: what an evaluation must know of it, JSON;
-    notes: what was done to it, such as "truncated to data.max_length", for the report."""
+    """One entry of the store."""
 
     columns: Mapping[str, Any]
+    """Name -> values."""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    """Information for scoring, as JSON; stored for validation examples only."""
     notes: tuple[str, ...] = ()
+    """Changes to report, such as "truncated to data.max_length"."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one record: examples, or the reason why it is a bad row (`problem`) or was dropped."""
+    """The result of encoding one record: examples, or the reason why it has none."""
 
     examples: Sequence[Example] = ()
     problem: str | None = None
+    """Why the record is a bad row."""
     dropped: str | None = None
+    """Why a valid record was dropped."""
     unknown_tokens: int = 0
 
     def without_meta(self) -> Outcome:
+        """A copy whose examples have no meta."""
         return replace(self, examples=[Example(e.columns, {}, e.notes) for e in self.examples])
 
 
 class Writer(Protocol):
-    """Writes one side's store as a stream."""
+    """Writes the store of one side, example by example."""
 
     @property
     def notes(self) -> Mapping[str, Entry]:
-        """What the writer itself did to examples, by reason."""
+        """Changes that the writer made to examples, for the report, by reason."""
 
     def add(self, example: Example) -> None:
-        """
+        """Append an example.
+
         Raises:
             OSError: the disk is full, or another error of writing.
         """
 
     def close(self) -> dict[str, Any]:
-        """Finish the files; returns what store.json says.
+        """Complete the files and return the contents of store.json.
 
         Raises:
             OSError: the disk is full, or another error of writing.
@@ -105,73 +112,79 @@ class Writer(Protocol):
 
 
 class Encoder:
-    """One task's records -> examples."""
+    """Base class: converts a task's records to examples."""
 
     reads: ClassVar[Literal["document", "row"]]
-    """What a record is, for messages."""
+    """What a record is called in messages."""
     chunk_records: ClassVar[int]
-    """Records that are encoded together."""
+    """Number of records that are encoded together."""
     uses_processes: ClassVar[bool]
-    """Encoding is Python code: long data are encoded in several processes. Otherwise the tokenizer library's own
-    threads are enough."""
+    """Encode in several processes, because encoding is Python code. False: the threads of the tokenizer library are
+    enough."""
     libraries: ClassVar[tuple[str, ...]] = ()
-    """Libraries beside `tokenizers` whose version decides how rows come out."""
+    """Libraries besides `tokenizers` whose versions affect the rows."""
     surveys: ClassVar[bool] = False
-    """`survey_of` has something to find out; it costs a pass over the data."""
+    """Call `survey_of`, which takes a pass over the data."""
     numbered: ClassVar[str | None] = None
-    """The key of `Example.meta` for the number of the record, counted from 1 over all records that gave examples."""
+    """The key of `Example.meta` for the number of the record, counted from 1 over all records with examples."""
     store: ClassVar[type[Any]]
-    """The class that reads what `writer` writes."""
+    """The class that reads the store of `writer`."""
 
     def __init__(self, context: EncoderContext) -> None:
-        """
+        """Take the tokenizer and the settings.
+
         Raises:
-            RecipeError: the tokenizer cannot do what the task needs.
+            RecipeError: the tokenizer is not suitable for the task.
         """
         self.settings, self.tokenizer, self.max_length = context.settings, context.tokenizer, context.max_length
         self.survey: dict[str, Any] = dict(context.survey)
-        """What was found in the training records; `count` may add to it."""
+        """Properties of the training records, such as the labels; `count` may add to it."""
         self.discovered: dict[str, Any] = {}
-        """What encoding finds out about the tokenizer, added to the survey. It does not depend on the records."""
+        """Properties of the tokenizer that are computed during encoding and added to the survey."""
 
-    # --- before there is a tokenizer ---------------------------------------------------------------------------------
+    # --- without a tokenizer -----------------------------------------------------------------------------------------
 
     @classmethod
     def read(cls, settings: Any, source: Source, base: Path) -> Iterator[Record]:
-        """The records of a source. Raises DataError as `read_documents`."""
+        """The records of a source. Raises DataError, see `read_documents`."""
         raise NotImplementedError
 
     @classmethod
     def key(cls, record: Record) -> str:
-        """The text of which a hash decides the side: training or validation."""
+        """The text whose hash decides whether the record is for training or validation."""
         raise NotImplementedError
 
     @classmethod
     def check(cls, settings: Any, record: Record) -> None:
-        """
+        """Check that a record is valid.
+
         Raises:
-            RowError: the record cannot be used.
+            RowError: the record is invalid.
         """
 
     @classmethod
     def texts(cls, settings: Any, record: Record) -> Iterator[str]:
-        """What a tokenizer may learn from this record, which has passed `check`."""
+        """The texts of a valid record that a tokenizer is trained on."""
         raise NotImplementedError
 
     @classmethod
     def survey_of(cls, settings: Any, records: Iterable[Record]) -> dict[str, Any]:  # noqa: ARG003
-        """What must be known of all training records before one is encoded, such as the labels: JSON. The records have
-        passed `check`. Called only if `surveys`.
+        """Properties of all training records that must be known before encoding, such as the labels, as JSON.
+
+        The records are valid. Called only if `surveys`.
 
         Raises:
-            DataError: the records together make no sense.
+            DataError: the records are unusable as a whole, for example because they all have the same label.
         """
         return {}
 
     @classmethod
     def tokenizer_template(cls, settings: Any, base: Path, *, learned: bool) -> str | None:  # noqa: ARG003
-        """The chat template that the tokenizer is saved with; None: its own, or none. learned: the tokenizer is learned
-        here.
+        """The chat template to save with the tokenizer; None: keep its own.
+
+        Args:
+            base: the directory where relative paths start.
+            learned: the tokenizer is trained in this run.
 
         Raises:
             RecipeError: there is no such template.
@@ -185,46 +198,46 @@ class Encoder:
         common: Mapping[str, Any],
         adds_bos: Callable[[], bool],  # noqa: ARG003
     ) -> dict[str, Any]:
-        """What decides how rows come out, for the store's fingerprint: JSON.
+        """The settings that affect the rows, for the store's fingerprint, as JSON.
 
         Args:
             common: task, bad_rows and seed.
-            adds_bos: whether the tokenizer itself begins a text with BOS. To answer, the tokenizer may have to be
-                loaded, so this is called only if the rows depend on it.
+            adds_bos: returns whether the tokenizer itself begins a text with BOS. Call it only if the rows depend on
+                it, because it may have to load the tokenizer.
         """
         section = settings.model_dump(exclude=set(settings.after_prepare))
         return {**common, "section": section, "seed": common["seed"] if settings.draws else None}
 
     @classmethod
     def text_settings(cls, settings: Any, common: Mapping[str, Any]) -> list[Any]:
-        """What decides which texts a tokenizer learns from, for the tokenizer's fingerprint: JSON."""
+        """The settings that affect the texts for tokenizer training, for the tokenizer's fingerprint, as JSON."""
         section = settings.model_dump(exclude=set(settings.after_prepare))
-        if common["bad_rows"] == "stop":  # otherwise every setting may decide which rows are usable
+        if common["bad_rows"] == "stop":  # otherwise every setting may affect which rows are valid
             section = {key: value for key, value in section.items() if key in settings.text_settings}
         return [common["task"], section, common["bad_rows"]]
 
-    # --- with it -----------------------------------------------------------------------------------------------------
+    # --- with the tokenizer ------------------------------------------------------------------------------------------
 
     def admit(self, record: Record) -> None:
-        """Called once per record in reading order, always in the same process: for checks that compare records.
+        """Check a record against earlier ones. Called once per record, in reading order and in one process.
 
         Raises:
-            RowError: the record cannot be used.
+            RowError: the record is invalid.
         """
 
     def outcomes(self, records: Sequence[Record]) -> list[Outcome]:
-        """What becomes of each record. It must not depend on other records: they may be encoded by other processes.
+        """The outcome of each record. It must not depend on other records, which other processes may encode.
 
         Raises:
-            DataError: a record can be neither used nor skipped.
+            DataError: a record is invalid and cannot be skipped.
         """
         raise NotImplementedError
 
     def count(self, example: Example) -> None:
-        """Called once per training example in order, augmented copies included; what it counts goes to `survey`."""
+        """Count an example in `survey`. Called once per training example in order, augmented copies included."""
 
     def warnings(self) -> list[str]:
-        """What the report must warn of, whatever the records are."""
+        """Warnings for the report that do not depend on the records."""
         return []
 
     def writer(self, path: Path, side: Side) -> Writer:

@@ -1,12 +1,12 @@
-"""An example store: rows that have more than tokens, as columns on disk, read back through memory maps.
+"""An example store: rows with several columns on disk, read through memory maps.
 
-    <column>.bin           every example's values, end to end
-    <column>.offsets.npy   int64 [N + 1]: where each example begins in it, and at the end their total number
-    rows.npy, members.npy  only with packing: int64 [R + 1] and [N]; row r holds members[rows[r]:rows[r + 1]]
-    lengths.npy            only with packing: int64 [R], the tokens of each row
-    store.json             counts, columns and file sizes; written last, so a store without it is not one
+    <column>.bin           the values of all examples, concatenated
+    <column>.offsets.npy   int64 [N + 1]: the start of each example in the .bin file, and at the end the total length
+    rows.npy, members.npy  only with packing: int64 [R + 1] and [N]; row r has the examples members[rows[r]:rows[r + 1]]
+    lengths.npy            only with packing: int64 [R], the number of tokens in each row
+    store.json             counts, columns and file sizes; written last, so a store without it is incomplete
 
-The column `input_ids` is always there. `meta` is JSON in UTF-8, what an evaluation must know of an example.
+Every store has the column `input_ids`. The column `meta` is JSON in UTF-8 with information for scoring an example.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ptft_dist.data.store import Int64Stream, MappedStore, Row, write_summary
 
 EXAMPLE_STORE_VERSION = 1
 META = "meta"
-_BLOCK = 2**16  # values that are gathered before they are written
-_SCANNED = 2**20  # rows that are looked at to find the largest
+_BLOCK = 2**16  # values per write
+_SCANNED = 2**20  # rows searched for the largest ones
 
 
 def token_dtype(vocab_size: int) -> str:
@@ -33,7 +33,7 @@ def token_dtype(vocab_size: int) -> str:
 
 
 class ExampleWriter:
-    """Writes a store as a stream. With packing, the lengths of all examples are held in memory."""
+    """Writes an example store, example by example. With packing, the lengths of all examples are kept in memory."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class ExampleWriter:
         max_length: int,
         packing: bool = False,
     ) -> None:
-        """columns: name -> NumPy data type. length_columns: those whose lengths together are a row's length."""
+        """columns: name -> NumPy data type. length_columns: the columns whose lengths add up to a row's length."""
         path.mkdir(parents=True)
         self._path, self._max_length, self._packing = path, max_length, packing
         self._length_columns = tuple(length_columns)
@@ -53,7 +53,7 @@ class ExampleWriter:
         self._tokens = 0
 
     def add(self, example: Mapping[str, Any]) -> None:
-        """Append one example: for each column its values, [T] or a single number.
+        """Append one example: column -> values [T] or a single number.
 
         Raises:
             ValueError: a value does not fit into the column's data type.
@@ -66,7 +66,7 @@ class ExampleWriter:
             self._lengths.append(length)
 
     def close(self) -> dict[str, Any]:
-        """Finish the files and return what store.json says."""
+        """Complete the files and return the contents of store.json."""
         for column in self._columns.values():
             column.close()
         examples = next(iter(self._columns.values())).count
@@ -93,7 +93,7 @@ class ExampleWriter:
 
 
 class ExampleStore(MappedStore):
-    """The rows of a finished store. Nothing but its index is held in memory, and a pickled copy holds only the path."""
+    """The rows of a completed example store, read through memory maps."""
 
     version = EXAMPLE_STORE_VERSION
 
@@ -114,10 +114,10 @@ class ExampleStore(MappedStore):
         self._row_lengths = _loaded(path / "lengths.npy") if packing else None
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
-        """int64, the shape of `indices`: the number of tokens of those rows.
+        """The number of tokens in each row: int64, same shape as `indices`.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: an index is out of range.
         """
         indices = self.known(indices)
         if self._row_lengths is not None:
@@ -132,7 +132,7 @@ class ExampleStore(MappedStore):
         """The row at index i.
 
         Raises:
-            IndexError: there is no such row.
+            IndexError: i is out of range.
         """
         if not 0 <= i < self._count:
             raise IndexError(f"row {i} of a store of {self._count}")
@@ -146,19 +146,19 @@ class ExampleStore(MappedStore):
     def _example(self, i: int) -> Row:
         columns = {}
         for name, (values, offsets) in self._columns.items():
-            found = values[offsets[i] : offsets[i + 1]]
-            columns[name] = found if name == META or found.dtype.kind == "f" else found.astype(np.int64)
+            column = values[offsets[i] : offsets[i + 1]]
+            columns[name] = column if name == META or column.dtype.kind == "f" else column.astype(np.int64)
         return Row(columns.pop("input_ids"), np.zeros(1, np.int64), columns)
 
     def largest(self, count: int) -> list[Row]:
-        """As many of the longest rows (among the first million), repeated if there are fewer."""
+        """The `count` longest of the first million rows, repeated if there are fewer."""
         lengths = self.lengths(np.arange(min(self._count, _SCANNED)))
         longest = np.argsort(-lengths, kind="stable")[:count]
         return [self.row(int(longest[i % len(longest)])) for i in range(count)]
 
 
 class _Column:
-    """One column of a store that is being written."""
+    """Writes one column of a store."""
 
     def __init__(self, path: Path, name: str, dtype: str) -> None:
         self.dtype = np.dtype(dtype)
@@ -170,12 +170,12 @@ class _Column:
         self.count = 0
 
     def add(self, values: Any) -> None:
-        found = as_column(values, self.dtype)
+        column = as_column(values, self.dtype)
         self._offsets.append(self._total)
-        self._total += len(found)
+        self._total += len(column)
         self.count += 1
-        self._waiting.append(found)
-        self._waiting_values += len(found)
+        self._waiting.append(column)
+        self._waiting_values += len(column)
         if self._waiting_values >= _BLOCK:
             self._write_block()
 
@@ -192,24 +192,24 @@ class _Column:
 
 
 def as_column(values: Any, dtype: str | np.dtype[Any]) -> np.ndarray:
-    """The values of one example as they are stored, [T].
+    """The values of one example as an array of the column's data type: [T].
 
     Raises:
         ValueError: a value does not fit into the data type.
     """
-    wanted = np.dtype(dtype)
-    if isinstance(values, np.ndarray) and values.dtype == wanted and values.ndim == 1:
+    target = np.dtype(dtype)
+    if isinstance(values, np.ndarray) and values.dtype == target and values.ndim == 1:
         return values
-    found = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.atleast_1d(np.asarray(values))
-    if wanted.kind != "f" and len(found):
-        limits = np.iinfo(wanted)
-        if found.min() < limits.min or found.max() > limits.max:  # astype would wrap around in silence
-            raise ValueError(f"values {found.min()} to {found.max()} do not fit into {wanted}")
-    return found.astype(wanted)
+    array = np.frombuffer(values, np.uint8) if isinstance(values, bytes) else np.atleast_1d(np.asarray(values))
+    if target.kind != "f" and len(array):
+        limits = np.iinfo(target)
+        if array.min() < limits.min or array.max() > limits.max:  # astype would wrap around silently
+            raise ValueError(f"values {array.min()} to {array.max()} do not fit into {target}")
+    return array.astype(target)
 
 
 def _loaded(path: Path) -> np.ndarray:
-    """A plain array over the map: np.memmap as a class costs a few microseconds at every slice."""
+    """A plain array over the memory map, because slicing an np.memmap takes a few microseconds longer."""
     return np.asarray(np.load(path, mmap_mode="r"))
 
 
@@ -224,10 +224,13 @@ def meta_bytes(meta: Mapping[str, Any]) -> bytes:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:
-    """Examples put into rows of at most `capacity` tokens, the longest first, each into the fullest row that has room
-    (best-fit decreasing: Johnson 1974). A longer example than that has a row of its own."""
+    """Pack examples into rows of at most `capacity` tokens: for each row, the indices of its examples.
+
+    Best-fit decreasing (Johnson 1974): the longest example comes first, and each goes into the fullest row with enough
+    space. An example longer than `capacity` gets a row of its own.
+    """
     rows: list[list[int]] = []
-    spaces: list[int] = []  # the different free spaces, rising
+    spaces: list[int] = []  # the distinct free spaces, ascending
     with_space: dict[int, list[int]] = {}
     for i in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[i])

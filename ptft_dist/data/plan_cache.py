@@ -1,7 +1,7 @@
-"""Update plans on disk: a run over millions of rows of unequal length need not scan their lengths at every start.
+"""A cache of update plans, so that a run over millions of rows does not scan their lengths at every start.
 
-A file holds the hash of its array, then the array in NumPy's format. It is only a copy of what can be computed again:
-a file that is missing, damaged or of another layout is computed anew, and one that cannot be written is left out.
+A file contains the hash of an array, then the array in NumPy's format. A missing or damaged plan is computed again. If
+a plan cannot be written, the run continues without the cached copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _DIGEST_BYTES = 32
 
 
 def remembered(directory: Path, key: Any, build: Callable[[], np.ndarray]) -> np.ndarray:
-    """The int64 array that `build` returns for this key (a JSON value), from `directory` if it holds a whole copy."""
+    """The int64 array of `build()`, from `directory` if it has an undamaged copy for this key (a JSON value)."""
     path = directory / f"{fingerprint(key)}.plan"
     known = _read(path)
     if known is not None:
@@ -46,7 +46,7 @@ def _read(path: Path) -> np.ndarray | None:
 
 
 def _write(path: Path, array: np.ndarray) -> None:
-    """Write a file under another name and rename it: ranks write side by side, and no one reads half a file."""
+    """Write a temporary file and rename it: ranks write at the same time, and none may read an incomplete file."""
     body = io.BytesIO()
     np.save(body, array)
     path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which side of a run a record is on: training or validation."""
+"""The split of records into training and validation."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 def sided(
     data: DataSection, read: Callable[[Source], Iterator[T]], key: Callable[[T], str]
 ) -> Iterator[tuple[Side, T]]:
-    """Everything that the recipe's sources hold, in its order, each with "train" or "validation".
+    """All items of the recipe's sources in order, each with its side ("train" or "validation").
 
     Args:
-        key: the text that decides where a share or a fold is cut: equal texts fall on the same side.
+        key: the text whose hash decides the side in a split by fraction or folds. Equal texts get the same side.
     """
     for source in data.train:
         for item in read(source):
@@ -30,7 +30,7 @@ def sided(
 
 
 def of_train(data: DataSection, read: Callable[[Source], Iterator[T]], key: Callable[[T], str]) -> Iterator[T]:
-    """The training side alone: what a tokenizer or a list of labels may be learned from."""
+    """The items of the training side only, for training a tokenizer or collecting labels."""
     for source in data.train:
         for item in read(source):
             if _side(data, key(item)) == "train":
@@ -45,5 +45,5 @@ def _side(data: DataSection, text: str) -> Side:
 
 
 def _fraction(text: str) -> float:
-    """A number in [0, 1) that depends on the text alone: equal documents fall on the same side of a split."""
+    """A hash of the text as a number in [0, 1)."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
