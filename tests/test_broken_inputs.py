@@ -210,7 +210,7 @@ RECIPES: dict[str, Case] = {
 DATA: dict[str, Case] = {
     "a missing file": Case(3, ["data.train[0].path: nowhere.txt: no such file"], source("nowhere.txt"), verb=CHECK),
     "an empty file": Case(3, ["empty.txt: the file is empty"], source("empty.txt"), edit=lines("empty.txt", "")),
-    "a folder": Case(3, ["this is a folder", "/**/*.jsonl"], source("."), verb=CHECK),
+    "a folder": Case(3, ["this is a directory", "/**/*.jsonl"], source("."), verb=CHECK),
     "an unknown type": Case(3, ["unknown file type"], source("x.doc"), edit=lines("x.doc", "x"), verb=CHECK),
     "invalid UTF-8": Case(
         3,
@@ -228,7 +228,7 @@ DATA: dict[str, Case] = {
         edit=lines("bad.jsonl", GOOD_ROW, '{"txt": "x"}'),
     ),
     "a field that is a number": Case(
-        3, ["bad.jsonl:1: the field 'text' holds a number"], source("bad.jsonl"), edit=lines("bad.jsonl", '{"text": 3}')
+        3, ["bad.jsonl:1: the field 'text' is a number"], source("bad.jsonl"), edit=lines("bad.jsonl", '{"text": 3}')
     ),
     "a row that is a list": Case(
         3, ["bad.jsonl:1: this row is a list"], source("bad.jsonl"), edit=lines("bad.jsonl", "[1]")

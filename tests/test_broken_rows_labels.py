@@ -40,7 +40,7 @@ CASES: dict[str, Case] = {
     "a fraction as a label": Case({"text": TEXT, "label": 0.5}, ["a label is a text or a whole number"]),
     "a list where one label is expected": Case({"text": TEXT, "label": ["a", "b"]}, ["a list", "multi_label: true"]),
     "one label where a list is expected": Case(
-        {"text": TEXT, "label": "a"}, ["holds a string and not a list"], section=SEVERAL
+        {"text": TEXT, "label": "a"}, ["is a string and not a list"], section=SEVERAL
     ),
     "a label twice": Case(
         {"text": TEXT, "label": ["a", "a"]}, ["a label is listed twice", "Remove one"], section=SEVERAL
@@ -53,7 +53,7 @@ CASES: dict[str, Case] = {
     ),
     "no text": Case({"label": "animal"}, ["there is no field 'text'", "fields: {text: ...}"]),
     "an empty text": Case({"text": " \n", "label": "animal"}, ["'text' is empty", "remove the row"]),
-    "a number as a text": Case({"text": 7, "label": "animal"}, ["'text' holds a number and not text"]),
+    "a number as a text": Case({"text": 7, "label": "animal"}, ["'text' is a number and not text"]),
     "half a surrogate pair": Case('{"text": "\\ud83d", "label": "animal"}', ["half of a surrogate pair"]),
     "half a surrogate pair in a label": Case(
         '{"text": "red cat", "label": "\\ud83d"}', ["field 'label'", "half of a surrogate pair"]
@@ -78,7 +78,7 @@ CASES: dict[str, Case] = {
         section=SPANS,
     ),
     "a span of words": Case(
-        {"text": TEXT, "label": "animal", "head": "red", "tail": [4, 7]}, ["'head' holds a string"], section=SPANS
+        {"text": TEXT, "label": "animal", "head": "red", "tail": [4, 7]}, ["'head' is a string"], section=SPANS
     ),
     "a text with a marker": Case(
         {"text": "red [E2] cat", "label": "animal", "head": [0, 3], "tail": [9, 12]},

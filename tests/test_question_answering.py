@@ -182,7 +182,7 @@ def test_an_evaluation_reads_the_answer_back(tmp_path: Path) -> None:
 BAD_ROWS = {
     "no answers": ({"question": "q", "context": "c"}, "no field 'answers'"),
     "no question": ({"question": " ", "context": "c", "answers": NO_ANSWER}, "the field 'question' is empty"),
-    "a context that is none": ({"question": "q", "context": 7, "answers": NO_ANSWER}, "'context' holds a number"),
+    "a context that is none": ({"question": "q", "context": 7, "answers": NO_ANSWER}, "'context' is a number"),
     "a list of answers": ({"question": "q", "context": "c", "answers": ["c"]}, "'answers' is a list and not {text"),
     "no places": ({"question": "q", "context": "c", "answers": {"text": ["c"]}}, "'answer_start' is not a list"),
     "a place too few": (

@@ -177,8 +177,8 @@ def test_tokenizers_without_an_end_or_padding_are_refused(missing: str) -> None:
     [
         ({"source": "a text"}, "there is no field 'target'; the fields are: 'source'"),
         ({"source": None, "target": "b"}, "the field 'source' is null"),
-        ({"source": "a", "target": 7}, "the field 'target' holds a number and not text"),
-        ({"source": ["a"], "target": "b"}, "the field 'source' holds a list and not text"),
+        ({"source": "a", "target": 7}, "the field 'target' is a number and not text"),
+        ({"source": ["a"], "target": "b"}, "the field 'source' is a list and not text"),
         ({"source": " \t ", "target": "b"}, "the field 'source' is empty"),
         ({"source": "a", "target": ""}, "the field 'target' is empty"),
         (

@@ -667,13 +667,13 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "role missing": ({"messages": [{"content": "a"}, ASSISTANT]}, "message 1 has no role"),
     "role unknown": ({"messages": [{"role": "bot", "content": "a"}, ASSISTANT]}, "message 1 has the role 'bot'"),
     "content missing": ({"messages": [USER, {"role": "assistant"}]}, "message 2 \\(assistant\\) is empty"),
-    "content a number": ({"messages": [{"role": "user", "content": 5}, ASSISTANT]}, "holds a number and not text"),
+    "content a number": ({"messages": [{"role": "user", "content": 5}, ASSISTANT]}, "is a number and not text"),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]},
         "a part that is not text",
     ),
     "no answer": ({"messages": [USER]}, "there is no assistant message"),
-    "messages no list": ({"messages": "a"}, "holds a string and not a list"),
+    "messages no list": ({"messages": "a"}, "is a string and not a list"),
     "a message no object": ({"messages": ["a", ASSISTANT]}, "message 1 is a string and not an object"),
     "empty output": ({"instruction": "a", "output": ""}, "'output' is empty"),
     "output null": ({"instruction": "a", "input": "", "output": None}, "fit no known shape"),
@@ -691,7 +691,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a name that is a number": (
         {"messages": [USER | {"name": 5}, ASSISTANT]},
-        "message 1: the field 'name' holds a number and not text",
+        "message 1: the field 'name' is a number and not text",
     ),
     "a number of too many digits": (
         {"messages": [USER, ASSISTANT], "tools": '[{"name": "a", "n": %s}]' % ("1" * 5000)},

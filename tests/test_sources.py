@@ -240,9 +240,9 @@ def test_invalid_utf8_is_found_by_line_and_offset(tmp_path: Path, name: str, fir
 def test_broken_parquet(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", {"body": ["a", None]})
     assert "'text'; the fields are: 'body'" in refused(tmp_path, "x.parquet")
-    assert "x.parquet#1: the field 'body' holds null" in refused(tmp_path, "x.parquet", field="body")
+    assert "x.parquet#1: the field 'body' is null" in refused(tmp_path, "x.parquet", field="body")
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-9])
-    assert "x.parquet: this is not a Parquet file, or a damaged one" in refused(tmp_path, "x.parquet")
+    assert "x.parquet: not a Parquet file, or damaged" in refused(tmp_path, "x.parquet")
 
 
 @pytest.mark.parametrize(("suffix", "compress"), COMPRESSIONS[1:], ids=["gz", "zst"])
@@ -306,7 +306,7 @@ def test_check_sources_lists_every_mistake(tmp_path: Path) -> None:
         ("data.train[3].path: empty.txt:", "empty"),
         ("data.train[5].path: thesis.docx:", "unknown file type"),
         ("data.train[6].path: packed.parquet.gz:", "unknown file type"),
-        ("data.train[7].path: link.txt:", "link to nowhere"),
+        ("data.train[7].path: link.txt:", "broken link"),
         ("data.train[8].document:", "no effect"),
         ("data.train[9].field:", "no effect"),
         ("data.validation[0].path: none/*.txt:", "no such file"),
@@ -357,7 +357,7 @@ def test_hub_data_set_from_a_local_directory(tmp_path: Path, monkeypatch: pytest
     source = Source(hub=name, field="body")
     documents = [(d.text, d.where) for d in islice(read_documents(source, tmp_path), 2)]
     assert documents == [("one", f"hub:{name}[train]#0"), ("two", f"hub:{name}[train]#1")]
-    with pytest.raises(DataError, match=r"\[train\]#2: the field 'body' holds null"):
+    with pytest.raises(DataError, match=r"\[train\]#2: the field 'body' is null"):
         list(read_documents(source, tmp_path))
     with pytest.raises(DataError, match="no field 'text'; the fields are: 'body'"):
         list(read_documents(Source(hub=name), tmp_path))

@@ -297,9 +297,9 @@ def test_a_word_without_tokens_is_counted(tmp_path: Path) -> None:
 
 BAD_ROWS = {
     "no tags": ({"tokens": ["a"]}, "no field 'tags'"),
-    "tokens as text": ({"tokens": "a b", "tags": ["O", "O"]}, "'tokens' holds a string and not a list"),
+    "tokens as text": ({"tokens": "a b", "tags": ["O", "O"]}, "'tokens' is a string and not a list"),
     "fewer tags": ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags"),
-    "a number as a word": ({"tokens": ["a", 7], "tags": ["O", "O"]}, "word 2: the field 'tokens' holds a number"),
+    "a number as a word": ({"tokens": ["a", 7], "tags": ["O", "O"]}, "word 2: the field 'tokens' is a number"),
     "an empty word": ({"tokens": ["a", ""], "tags": ["O", "O"]}, "word 2 is empty"),
     "a number as a tag": ({"tokens": ["a"], "tags": [0]}, "the tag of word 1 ('a') is a number"),
     "an empty tag": ({"tokens": ["a"], "tags": [""]}, "the tag of word 1 ('a') is empty"),

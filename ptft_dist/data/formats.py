@@ -27,7 +27,7 @@ DocumentUnit = Literal["file", "paragraph", "line"]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One row of a source: column name -> value (a .txt file has the single column `text`), and its place."""
+    """One row of a source: column name -> value (a .txt file has the single column `text`), and its location."""
 
     values: dict[str, Any]
     where: str
@@ -35,7 +35,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its place, for messages: "file:line", "file", "file#row" or "hub:name[split]#row"."""
+    """A text and its location for messages: "file:line", "file", "file#row" or "hub:name[split]#row"."""
 
     text: str
     where: str
@@ -45,20 +45,20 @@ def file_format(path: Path) -> tuple[str, str] | None:
     """(format, compression) from the file name, such as (".jsonl", ".gz") or (".csv", ""); None if it is unknown."""
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
-    found = next((suffix for suffix in FORMATS if name.removesuffix(compression).endswith(suffix)), None)
-    if found is None or (found == ".parquet" and compression):
+    suffix = next((suffix for suffix in FORMATS if name.removesuffix(compression).endswith(suffix)), None)
+    if suffix is None or (suffix == ".parquet" and compression):
         return None
-    return found, compression
+    return suffix, compression
 
 
 def read_file(path: Path, *, columns: Sequence[str], unit: DocumentUnit, only: bool = False) -> Iterator[Record]:
     """The records of one file, in order.
 
     Args:
-        columns: columns that every record must have. Tables are checked once, at their header; in other formats,
-            records without them are returned too.
-        unit: what a document is in a .txt file. Line endings inside a document are kept.
-        only: skip all other columns where that saves work.
+        columns: required columns. Tables are checked once, at their header. In other formats, records without these
+            columns are returned too.
+        unit: the unit of documents in a .txt file. Line endings within a document are kept.
+        only: skip all other columns if this saves work.
 
     Raises:
         DataError: the file cannot be read, is malformed or has no record.
@@ -72,7 +72,7 @@ def read_file(path: Path, *, columns: Sequence[str], unit: DocumentUnit, only: b
         empty = False
         yield record
     if empty:
-        raise DataError(f"{path}: the file has no documents. Remove it, or leave it out of the glob.")
+        raise DataError(f"{path}: the file has no documents. Remove it, or exclude it from the glob.")
 
 
 def _read_text(path: Path, kind: str, compression: str, columns: Sequence[str], unit: DocumentUnit) -> Iterator[Record]:
@@ -127,7 +127,7 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
 
 
 def _read_json(text: str, path: Path) -> Iterator[Record]:
-    """Parses an array of objects one by one, so that each error can name its line."""
+    """Parses the objects of an array one by one, so that each error can name its line."""
     decoder = json.JSONDecoder()
     line, counted = 1, 0
 
@@ -186,14 +186,14 @@ def _read_table(lines: Iterator[str], path: Path, columns: Sequence[str], *, tab
                 _check_header(header, columns, where)
             elif len(row) != len(header):
                 raise DataError(
-                    f"{where}: this row has {len(row)} columns, but the header has {len(header)}. Look for a stray "
-                    f"{'tab' if tabs else 'comma or quote'}."
+                    f"{where}: this row has {len(row)} columns, but the header has {len(header)}. Check the row for a "
+                    f"stray {'tab' if tabs else 'comma or quote'}."
                 )
             else:
                 yield Record(dict(zip(header, row, strict=True)), where)
     except csv.Error as error:
         raise DataError(
-            f"{path}:{first_line}: not {'TSV' if tabs else 'CSV'} ({error}). Look for a stray quote."
+            f"{path}:{first_line}: not {'TSV' if tabs else 'CSV'} ({error}). Check the row for a stray quote."
         ) from None
 
 
@@ -212,7 +212,7 @@ def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
     """Reads sentences with one word and its tag per line, separated by empty lines: columns `tokens` and `tags`.
 
     The word is the first field of a line, the tag is the last. Fields are separated by tabs or, in lines without tabs,
-    by spaces; other white space is part of a word. A `-DOCSTART-` line (CoNLL-2003) ends a sentence and is not a word.
+    by spaces. Other white space is part of a word. A `-DOCSTART-` line (CoNLL-2003) ends a sentence and is not a word.
     Comments (CoNLL-U), such as `# sent_id = 1`, are skipped: lines that begin with "# " and contain " = ". Any other #
     is a word.
     """
@@ -231,7 +231,7 @@ def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
             continue
         if len(fields) < 2 or not fields[0] or not fields[-1].strip():
             raise DataError(
-                f"{path}:{number}: a line needs a word and a tag, separated by a tab or spaces; found "
+                f"{path}:{number}: a line needs a word and a tag, separated by a tab or spaces; got "
                 f"{line.strip()!r}. An empty line ends a sentence."
             )
         first = first if tokens else number
@@ -255,13 +255,11 @@ def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Re
                     yield Record(row, f"{path}#{number}")
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path}: this is not a Parquet file, or a damaged one ({error}). Create or download it again."
-        ) from error
+        raise DataError(f"{path}: not a Parquet file, or damaged ({error}). Create or download it again.") from error
 
 
 def _limit(error: Exception) -> str:
-    """Why Python cannot read this well-formed JSON."""
+    """Why Python cannot parse this valid JSON."""
     if isinstance(error, RecursionError):
         return "the JSON is nested too deeply. Correct or remove the row."
     digits = sys.get_int_max_str_digits()
@@ -272,7 +270,8 @@ _A_ROW = 'Each line must be one object, such as {"text": "..."}.'
 
 
 def as_record(row: Any, where: str) -> Record:
-    """
+    """The record of a parsed JSON row.
+
     Raises:
         DataError: the row is not an object.
     """
@@ -285,7 +284,7 @@ def as_document(record: Record, field: str) -> Document:
     """The text in column `field` of a record.
 
     Raises:
-        DataError: the column is missing or holds no text.
+        DataError: the column is missing or not a text.
     """
     if field not in record.values:
         raise DataError(f"{record.where}: {no_column(field, list(record.values))}")
@@ -296,9 +295,9 @@ def as_document(record: Record, field: str) -> Document:
 
 
 def text_problem(name: str, text: Any) -> str | None:
-    """Why the value of column `name` is not a text; None if it is."""
+    """Why the value of column `name` is not a valid text; None if it is valid."""
     if not isinstance(text, str):
-        return f"the field {name!r} holds {json_type(text)} and not text."
+        return f"the field {name!r} is {json_type(text)} and not text."
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can contain half of a surrogate pair, which tokenizers refuse
@@ -309,9 +308,9 @@ def text_problem(name: str, text: Any) -> str | None:
     return None
 
 
-def no_column(column: str, found: Sequence[str]) -> str:
-    """The message for a missing column. found: the columns that there are."""
-    has = ", ".join(map(repr, found)) if found else "none"
+def no_column(column: str, available: Sequence[str]) -> str:
+    """The message for a missing column."""
+    has = ", ".join(map(repr, available)) if available else "none"
     setting = "field: or fields:" if column == "text" else f"fields: {{{column}: ...}}"
     return f"there is no field {column!r}; the fields are: {has}. Map one of them with `{setting}`."
 
@@ -341,7 +340,7 @@ def _decode(stream: BinaryIO, path: Path) -> Iterator[str]:
 
 @contextmanager
 def _open(path: Path, compression: str) -> Iterator[BinaryIO]:
-    """The file's bytes, decompressed."""
+    """Open a file for reading decompressed bytes. Converts errors of reading to DataError."""
     import zstandard
 
     try:

@@ -1,4 +1,4 @@
-"""What all encoders of rows share: a row is checked, its texts are tokenized with many others, it is put together."""
+"""Base class of encoders of rows: checks rows, tokenizes the texts of many rows in one call, and builds examples."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 
 class RowEncoder(Encoder):
-    """Rows with columns -> an example store. A subclass says what a row must have, which texts it holds, and which
-    examples it becomes."""
+    """Encodes rows into an example store. Subclasses define the required roles, the texts and the examples of a row."""
 
     reads = "row"
     chunk_records = 512
@@ -30,15 +29,15 @@ class RowEncoder(Encoder):
     store = ExampleStore
 
     columns: ClassVar[Mapping[str, str]] = {}
-    """The store's columns beside input_ids and meta: name -> NumPy data type, `token` for token ids."""
+    """The store's columns besides input_ids and meta: name -> NumPy data type, `token` for token ids."""
     length_columns: ClassVar[tuple[str, ...]] = ("input_ids",)
-    """The columns whose lengths together are a row's length."""
+    """The columns whose lengths add up to a row's length."""
     pretokenized: ClassVar[bool] = False
-    """`pieces` gives lists of words instead of texts."""
+    """`pieces` returns lists of words instead of texts."""
     add_special_tokens: ClassVar[bool] = False
-    """The tokenizer puts its own special tokens around each piece ([CLS], [SEP])."""
+    """The tokenizer adds its special tokens to each piece ([CLS], [SEP])."""
     text_only: ClassVar[bool] = True
-    """What a text spells is text, even if it spells a special token."""
+    """Encode special tokens in a text as plain text."""
 
     def __init__(self, context: EncoderContext) -> None:
         super().__init__(context)
@@ -53,11 +52,11 @@ class RowEncoder(Encoder):
         unknown = tokenizer.unk_token_id
         self._unknown_id = None if unknown == tokenizer.eos_token_id else unknown
 
-    # --- before there is a tokenizer ---------------------------------------------------------------------------------
+    # --- without a tokenizer -----------------------------------------------------------------------------------------
 
     @classmethod
     def required(cls, settings: Any) -> tuple[str, ...]:
-        """The roles that every row must have a column for."""
+        """The roles that every row needs a column for."""
         return tuple(settings.roles)
 
     @classmethod
@@ -73,43 +72,44 @@ class RowEncoder(Encoder):
         for role in cls.required(settings):
             require(record.values, role)
 
-    # --- with it -----------------------------------------------------------------------------------------------------
+    # --- with the tokenizer ------------------------------------------------------------------------------------------
 
     def pieces(self, record: Record) -> Sequence[Any]:
-        """What is to be tokenized: texts, pairs of texts, or (`pretokenized`) lists of words.
+        """The parts of a row to tokenize: texts, pairs of texts, or (`pretokenized`) lists of words.
 
         Raises:
-            RowError: the row cannot be used after all.
-            LeftOut: it is dropped.
+            RowError: the row is invalid.
+            LeftOut: the row is dropped.
         """
         raise NotImplementedError
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
-        """The examples of a row from its tokenized pieces. Raises as `pieces`."""
+        """The examples of a row, from its tokenized pieces. Raises RowError or LeftOut, see `pieces`."""
         raise NotImplementedError
 
     def encode(self, pieces: Sequence[Any]) -> list[Encoding]:
+        """Tokenize pieces of many rows."""
         return self.backend.encode_batch(
             list(pieces), is_pretokenized=self.pretokenized, add_special_tokens=self.add_special_tokens
         )
 
     def outcomes(self, records: Sequence[Record]) -> list[Outcome]:
-        """Each row's outcome; the texts of all rows are tokenized in one call."""
+        """The outcome of each row. The texts of all rows are tokenized in one call."""
         pieces: list[Any] = []
-        waiting: list[slice | Outcome] = []
+        slices: list[slice | Outcome] = []  # the row's part of `pieces`, or why it has none
         for record in records:
             try:
                 self.check(self.settings, record)
-                found = self.pieces(record)
+                row_pieces = self.pieces(record)
             except (RowError, LeftOut) as reason:
-                waiting.append(_not_encoded(reason))
+                slices.append(_not_encoded(reason))
                 continue
-            waiting.append(slice(len(pieces), len(pieces) + len(found)))
-            pieces += found
+            slices.append(slice(len(pieces), len(pieces) + len(row_pieces)))
+            pieces += row_pieces
         encodings = self.encode(pieces) if pieces else []
         return [
-            place if isinstance(place, Outcome) else self._built(record, encodings[place])
-            for record, place in zip(records, waiting, strict=True)
+            part if isinstance(part, Outcome) else self._built(record, encodings[part])
+            for record, part in zip(records, slices, strict=True)
         ]
 
     def _built(self, record: Record, encodings: Sequence[Encoding]) -> Outcome:
@@ -134,7 +134,7 @@ class RowEncoder(Encoder):
 
 
 class RowWriter:
-    """An example store. That of the validation side also holds each example's meta."""
+    """Writes examples to an example store. The validation store also contains the meta of each example."""
 
     def __init__(self, encoder: RowEncoder, path: Path, side: Side) -> None:
         self.notes: dict[str, Entry] = {}
@@ -163,13 +163,12 @@ def require(values: Mapping[str, Any], role: str) -> Any:
     """The value of a role.
 
     Raises:
-        RowError: there is none.
+        RowError: the column is missing or null.
     """
     if role not in values:
         has = ", ".join(map(repr, values)) or "none"
         raise RowError(
-            f"there is no field {role!r}; the fields are: {has}. Name the one that holds it with fields: "
-            f"{{{role}: ...}}."
+            f"there is no field {role!r}; the fields are: {has}. Map one of them with fields: {{{role}: ...}}."
         )
     if values[role] is None:
         raise RowError(f"the field {role!r} is null. Fill it in, or remove the row.")
@@ -177,10 +176,13 @@ def require(values: Mapping[str, Any], role: str) -> Any:
 
 
 def require_text(values: Mapping[str, Any], role: str, *, empty: bool = False) -> str:
-    """The text of a role. empty: it may have no visible character.
+    """The text of a role.
+
+    Args:
+        empty: the text may be empty or blank.
 
     Raises:
-        RowError: there is none.
+        RowError: the column is missing, null, not a text, or empty.
     """
     text = require(values, role)
     if problem := text_problem(role, text):
@@ -191,11 +193,12 @@ def require_text(values: Mapping[str, Any], role: str, *, empty: bool = False) -
 
 
 def require_list(values: Mapping[str, Any], role: str) -> list[Any]:
-    """
+    """The list of a role.
+
     Raises:
-        RowError: the role's value is not a list.
+        RowError: the column is missing, null or not a list.
     """
-    found = require(values, role)
-    if not isinstance(found, list):
-        raise RowError(f"the field {role!r} holds {json_type(found)} and not a list. Correct or remove the row.")
-    return found
+    value = require(values, role)
+    if not isinstance(value, list):
+        raise RowError(f"the field {role!r} is {json_type(value)} and not a list. Correct or remove the row.")
+    return value

@@ -1,4 +1,4 @@
-"""Where documents and records come from: files and globs, data sets of the Hub, the standard library's own source."""
+"""Sources of documents and rows: files and globs, data sets of the Hub, and the built-in data sets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def read_documents(source: Source, base: Path) -> Iterator[Document]:
     """The documents of a source as a stream, always in the same order.
 
     Args:
-        base: where relative paths and globs start: the recipe's directory.
+        base: the directory where relative paths and globs start (that of the recipe).
 
     Raises:
         DataError: a file is missing, unreadable, empty or malformed, or a data set cannot be loaded.
@@ -36,13 +36,13 @@ def read_documents(source: Source, base: Path) -> Iterator[Document]:
 
 
 def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[Record]:
-    """The rows of a source as a stream, always in the same order, with columns named by what they are for.
+    """The rows of a source as a stream, always in the same order, with the column mapping applied.
 
-    A column that source.fields gives to a role stands under that role's name. Tables without a column of `roles` are
-    refused at once; a JSON row without one is passed on.
+    A column that source.fields maps to a role gets the name of the role. A table without a column of `roles` is
+    refused at once. A JSON row without one is returned, and the task checks it.
 
     Raises:
-        DataError: as `read_documents`.
+        DataError: see `read_documents`; or no row has a column that source.fields names.
     """
     columns = [source.fields.get(role, role) for role in roles]
     unseen = dict(source.fields)
@@ -69,17 +69,17 @@ def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = Fa
         name, records = f"path: {source.path}", _read_files(source, base, columns, only)
     try:
         yield from islice(records, source.limit)
-    except OSError as error:  # of the network, or of a disk; formats.py explains those of a file that it opens
+    except OSError as error:  # of the network or a disk; formats.py converts errors of files that it opens
         raise DataError(
             f"{name}: the source cannot be read ({error}). Check the network or the disk, and start again."
         ) from error
 
 
 def check_sources(recipe: Recipe, base: Path) -> None:
-    """See that every path of the recipe leads to files that can be read. Cheap: looks at names and sizes only.
+    """Check that every path of the recipe leads to readable files. Reads only names and sizes.
 
     Raises:
-        DataError: lists everything that is wrong, each line with its key in the recipe, the path and the remedy.
+        DataError: one line per mistake, with the recipe's key, the path and the remedy.
     """
     problems: list[str] = []
     for key, source in recipe_sources(recipe):
@@ -95,7 +95,7 @@ def check_sources(recipe: Recipe, base: Path) -> None:
 
 
 def recipe_sources(recipe: Recipe) -> list[tuple[str, Source]]:
-    """Every source of the recipe with its key, such as `data.train[0]`."""
+    """All sources of the recipe with their keys, such as `data.train[0]`."""
     sides = {"train": recipe.data.train, "validation": recipe.data.validation}
     return [
         (f"data.{side}[{i}]", source)
@@ -106,10 +106,10 @@ def recipe_sources(recipe: Recipe) -> list[tuple[str, Source]]:
 
 
 def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
-    """A hash of what the source holds and of the settings that decide what is taken from it; not of where it lies.
+    """A hash of the contents of a source and of the settings for reading it, but not of its path.
 
     Raises:
-        DataError: as `read_documents`.
+        DataError: see `read_documents`.
     """
     settings: dict[str, Any] = source.model_dump(exclude={"path"}, exclude_none=True)
     if source.source is not None:
@@ -135,34 +135,34 @@ def _source_files(source: Source, base: Path) -> list[Path]:
     """
     assert source.path is not None
     pattern = Path(source.path).expanduser()
-    if (base / pattern).is_file():  # a name may hold brackets without being a glob
-        found = [base / pattern]
+    if (base / pattern).is_file():  # a file name may contain brackets without being a glob
+        matches = [base / pattern]
     else:
-        names = glob.glob(str(pattern), root_dir=base, recursive=True)  # noqa: PTH207  # Path.glob takes no absolute one
-        found = [base / name for name in sorted(names)]
-    stats = {file: _stat(file) for file in found}
+        names = glob.glob(str(pattern), root_dir=base, recursive=True)  # noqa: PTH207  # Path.glob refuses absolute ones
+        matches = [base / name for name in sorted(names)]
+    stats = {file: _stat(file) for file in matches}
     files = [file for file, stat in stats.items() if stat is None or not S_ISDIR(stat.st_mode)]
     if not files:
-        raise DataError(f"path: {source.path}: {_why_nothing(found, base)}")
+        raise DataError(f"path: {source.path}: {_why_nothing(matches, base)}")
 
     problems = [f"path: {file}: {problem}" for file in files if (problem := _file_problem(file, stats[file]))]
     if not problems:
         problems = _settings_without_effect(source, files)
     if len(problems) > _SHOWN_FILES:
-        problems[_SHOWN_FILES:] = [f"path: {source.path}: and {len(problems) - _SHOWN_FILES} more files like these"]
+        problems[_SHOWN_FILES:] = [f"path: {source.path}: and {len(problems) - _SHOWN_FILES} more such files"]
     if problems:
         raise DataError("\n".join(problems))
     return files
 
 
-def _why_nothing(found: list[Path], base: Path) -> str:
-    if found:
-        return "this is a folder. Say which files: for all below it, add /**/*.jsonl or another ending."
+def _why_nothing(matches: list[Path], base: Path) -> str:
+    if matches:
+        return "this is a directory. Name files, or all files below it with a glob such as /**/*.jsonl."
     return f"no such file. A relative path starts at the recipe's directory, {base.absolute()}."
 
 
 def _stat(file: Path) -> os.stat_result | None:
-    """None for a link to nowhere."""
+    """The file's status; None for a broken link."""
     try:
         return file.stat()
     except OSError:
@@ -173,7 +173,7 @@ def _file_problem(file: Path, stat: os.stat_result | None) -> str | None:
     if file_format(file) is None:
         return f"unknown file type. Supported are: {KNOWN}. Rename it or narrow the glob."
     if stat is None or not S_ISREG(stat.st_mode):
-        return "this is not a regular file, or a link to nowhere. Correct or remove it."
+        return "this is not a regular file, or a broken link. Correct or remove it."
     if not os.access(file, os.R_OK):
         return "the file cannot be read. Check its permissions."
     if not stat.st_size:
@@ -182,11 +182,11 @@ def _file_problem(file: Path, stat: os.stat_result | None) -> str | None:
 
 
 def _settings_without_effect(source: Source, files: list[Path]) -> list[str]:
-    """`document` says how to cut .txt files, `field` which column of all other files."""
+    """`document` applies to .txt files only, and `field` to all other files."""
     formats = {kind[0] for file in files if (kind := file_format(file))}
     problems = []
     if source.document is not None and ".txt" not in formats:
-        problems.append("document: has no effect here, for there is no .txt file. Remove it.")
+        problems.append("document: has no effect here, because there is no .txt file. Remove it.")
     if source.field is not None and formats == {".txt"}:
         problems.append("field: has no effect on .txt files. Remove it.")
     return problems
@@ -213,9 +213,9 @@ def _load_hub(name: str, config: str | None, split: str, revision: str | None) -
 
     try:
         return datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # the library raises a dozen unrelated types; all mean the same here
+    except Exception as error:  # the library raises a dozen unrelated types, which all have this cause
         raise DataError(
             f"hub: {name} (config {config}, split {split}): the data set cannot be loaded. {error} Check "
-            "its name, config and split, and that this machine reaches the Hub or has the data set in its cache "
+            "its name, config and split, and that this machine can reach the Hub or has the data set in its cache "
             "(HF_HOME)."
         ) from error
