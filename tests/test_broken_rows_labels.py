@@ -16,7 +16,7 @@ from ptft_dist.api import load_recipe
 from ptft_dist.data.prepare import describe
 from ptft_dist.errors import DataError
 
-REMEDY = "leave bad rows out with data.bad_rows: skip"
+REMEDY = "skip bad rows with data.bad_rows: skip"
 
 
 @dataclass
@@ -227,5 +227,5 @@ def test_all_rows_are_bad(tmp_path: Path) -> None:
     path = write_tiny(tmp_path, "regression", data={"cache_dir": "cache", "bad_rows": "skip"})
     lines(tmp_path / "rows.jsonl", *({"text": "a", "text_pair": "b", "label": "x"} for _ in range(5)))
     loaded = load_recipe(str(path))
-    with pytest.raises(DataError, match="nothing is left for train"):
+    with pytest.raises(DataError, match="no rows for train"):
         prepare(loaded.recipe, loaded.base)

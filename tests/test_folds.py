@@ -170,8 +170,8 @@ def test_it_is_refused_inside_a_launcher(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 2
-    assert "data.fold: it is not known which of the folds this is" in run.stderr
-    assert "outside of any launcher" in run.stderr
+    assert "data.fold: required with data.folds here" in run.stderr
+    assert "outside of a launcher" in run.stderr
 
 
 def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, cache: Path) -> None:

@@ -83,7 +83,7 @@ def test_validation_sources_of_their_own(base: Path, tokenizer_dir: Path) -> Non
 
 @pytest.mark.parametrize(("share", "side"), [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_a_side_without_documents_is_an_error(base: Path, tokenizer_dir: Path, share: float, side: str) -> None:
-    with pytest.raises(DataError, match=f"nothing is left for {side}: 60 documents.*paragraph") as caught:
+    with pytest.raises(DataError, match=f"no rows for {side}: 60 documents.*paragraph") as caught:
         prepare(recipe(tokenizer_dir, validation=share), base)
     assert caught.value.exit_code == 3
     assert list((base / "cache/stores").glob("*/")) == []
@@ -215,7 +215,7 @@ def test_a_tokenizer_that_must_read_a_spelled_eos_as_eos(tmp_path: Path) -> None
     (tmp_path / "text.txt").write_text("a b\na c")
     report = prepare(recipe(tmp_path / "words"), tmp_path).report
     assert report.unknown_tokens == 2
-    assert "2 tokens stand for text that the tokenizer does not know" in describe(report)
+    assert "2 unknown tokens" in describe(report)
 
 
 def test_a_text_that_comes_to_nothing_is_empty(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_every_line_for_people() -> None:
         "             and 1 more",
         "note:        5 rows augmented (swap): a:1, a:2, ...",
         "note:        1 rows truncated to data.max_length: a:5",
-        "prepared in: 1.2 s, found in the cache",
+        "prepared in: 1.2 s, loaded from the cache",
     ]
 
 
@@ -135,7 +135,7 @@ def test_the_command_says_it_once(tmp_path: Path) -> None:
     arguments = ("prepare", "recipe.yaml", "data.cache_dir=cache")
     first, second = (ptft(*arguments, cwd=tmp_path).stdout for _ in range(2))
     assert first.count("prepared") == second.count("prepared") == 1
-    assert ("found in the cache" in first, "found in the cache" in second) == (False, True)
+    assert ("loaded from the cache" in first, "found in the cache" in second) == (False, True)
     assert first.splitlines()[:-1] == second.splitlines()[:-1]
 
 
@@ -150,4 +150,4 @@ def test_a_run_shows_the_report_of_cached_data(tmp_path: Path, caplog: pytest.Lo
     Session(loaded, place())
     (report,) = [message for message in caplog.messages if message.startswith("train:")]
     assert "1 rows truncated to data.max_length" in report
-    assert "found in the cache" in report
+    assert "loaded from the cache" in report

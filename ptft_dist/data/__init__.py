@@ -1,1 +1,1 @@
-"""From documents to rows of token ids: sources and formats, the tokenizer, the token store, and their cache."""
+"""Data: sources and formats, tokenizers, encoders, stores of rows, the order of rows, and the cache."""

@@ -1,9 +1,9 @@
-"""From a recipe to stores on disk: all CPU work on the data, done before any process group exists.
+"""Prepares a recipe's data as stores on disk: all CPU work on the data, before any process group exists.
 
-The result lies in a cache under a fingerprint of everything that decides it. Preparing the same data again, on this
-machine or on another that shares the cache, finds the result there:
+The result is stored in a cache under a fingerprint of everything that affects it. Later runs, also on other machines
+that share the cache, reuse it:
 
-    <cache>/tokenizers/<fingerprint>/         a tokenizer that was learned here, came from the Hub, or was added to
+    <cache>/tokenizers/<fingerprint>/         a tokenizer that was trained here, copied from the Hub, or extended
     <cache>/stores/<fingerprint>/train/       a token or example store; validation/ beside it, if the recipe has one
     <cache>/stores/<fingerprint>/report.json  what was read, dropped and written
     <cache>/hashes.json                       the hashes of source files
@@ -38,7 +38,7 @@ from ptft_dist.reporting.messages import progress, say
 __all__ = ["PREPARE_VERSION", "Prepared", "describe", "prepare"]
 
 PREPARE_VERSION = 3
-"""Part of every fingerprint: raise it when the same input should come out differently."""
+"""Part of every fingerprint. Increase it when the same input gives different rows than before."""
 
 
 @dataclass(frozen=True)
@@ -51,17 +51,17 @@ class Prepared:
     validation: Store | None
     fingerprint: str
     parts: Mapping[str, Any]
-    """What the fingerprint follows from besides the recipe's keys: contents of the sources, tokenizer, libraries."""
+    """The inputs of the fingerprint besides the recipe's keys: contents of sources, tokenizer, library versions."""
     inputs: str
     """See `input_fingerprint`."""
     report: Report
-    """Written when the stores were; see `describe`."""
+    """The report of when the stores were written; see `describe`."""
     from_cache: bool
-    """The stores were there before."""
+    """The stores existed before."""
 
     @property
     def survey(self) -> dict[str, Any]:
-        """What was found in the training records, such as the labels."""
+        """Properties of the training records, such as the labels."""
         return self.report.survey
 
 
@@ -73,16 +73,17 @@ def prepare(
     tokenizer_from: Path | None = None,
     workers: int | None = None,
 ) -> Prepared:
-    """Bring the recipe's data into the cache, or find them there.
+    """Prepare the recipe's data in the cache, or reuse them from there.
 
-    Any number of processes may prepare the same data at once: one does the work and the others wait.
+    Several processes may prepare the same data at the same time: one does the work and the others wait.
 
     Args:
         base: the recipe's directory, where its relative paths start.
         encoder: the task's encoder class.
-        tokenizer_from: a directory with the tokenizer that an earlier `prepare` learned for this recipe, for example in
-            another cache; used instead of learning one. No effect if the recipe loads its tokenizer.
-        workers: processes that encode; None: the environment variable PTFT_ENCODE_WORKERS, otherwise one per core.
+        tokenizer_from: a directory with the tokenizer that an earlier `prepare` trained for this recipe, for example in
+            another cache. It is used instead of training one. No effect if the recipe loads its tokenizer.
+        workers: number of encoding processes; None: the environment variable PTFT_ENCODE_WORKERS, otherwise one per
+            core.
 
     Raises:
         RecipeError: the tokenizer cannot be loaded or lacks a special token, or the cache directory cannot be created.
@@ -92,15 +93,15 @@ def prepare(
     started = time.monotonic()
     if recipe.data.folds is not None and recipe.data.fold is None:
         raise RecipeError(
-            "data.fold: it is not known which of the folds this is. Choose one, or start the recipe with `ptft train`, "
-            "outside of any launcher: it runs all folds, one after the other."
+            "data.fold: required with data.folds here. Choose a fold, or start the recipe with `ptft train` outside of "
+            "a launcher, which runs all folds one after the other."
         )
-    base = base.absolute()  # paths in the result stay good when the process changes its directory
+    base = base.absolute()  # so that paths in the result stay valid if the process changes its directory
     cache = cache_root(recipe.data.cache_dir, base)
     try:
         job = _Job(recipe, base, cache, encoder)
     except DataError:
-        check_sources(recipe, base)  # lists every such mistake in the recipe, with its key
+        check_sources(recipe, base)  # lists all such mistakes with their keys
         raise
     tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
@@ -131,10 +132,10 @@ def prepare(
 
 
 def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str:
-    """Fingerprint of the files that the data and a local tokenizer come from.
+    """A hash of the source files of the data and of a local tokenizer, without preparing the data.
 
-    Nothing is prepared. Equal recipes with equal inputs prepare the same data, unless a library has changed. A file
-    that has not changed since it was last hashed is not read.
+    Equal recipes with equal inputs give the same data, unless a library has changed. Files that have not changed since
+    they were last hashed are not read.
 
     Raises:
         DataError: a source is missing.
@@ -144,13 +145,13 @@ def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str
 
 
 class _Job:
-    """One recipe's fingerprints, its tokenizer, and its steps."""
+    """The fingerprints, the tokenizer and the steps of one recipe."""
 
     def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder]) -> None:
         self.recipe, self.base, self.encoder = recipe, base, encoder
         self._memo = HashMemo(cache / "hashes.json")
         self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo)
-        # Fingerprint and encoder may need the same tokenizer, and neither changes it.
+        # Cached, because fingerprint and encoder may load the same tokenizer. Neither changes it.
         self._load = functools.cache(partial(load_tokenizer, trust_remote_code=recipe.tokenizer.trust_remote_code))
         self._contents = self._fingerprint_contents()
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
@@ -165,6 +166,7 @@ class _Job:
         return True
 
     def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
+        """Write the stores into `directory`."""
         tokenizer = self._load(tokenizer_path)
         survey = stream.take_survey(self.recipe, self.base, self.encoder)
         encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
@@ -184,7 +186,7 @@ class _Job:
         )
 
     def fingerprint_parts(self, tokenizer_print: str) -> dict[str, Any]:
-        """The fingerprint's parts that no key of the recipe says, by the key that they belong to."""
+        """The inputs of the fingerprint besides the recipe's keys, by the key that they belong to."""
         names = ("tokenizers", *self.encoder.libraries)
         parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
         libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
@@ -194,7 +196,7 @@ class _Job:
         return parts
 
     def _row_settings(self, tokenizer_path: Path) -> dict[str, Any]:
-        """Everything beside contents and tokenizer that decides how rows come out."""
+        """Everything besides contents and tokenizer that affects the rows."""
         settings: dict[str, Any] = {"max_length": self.recipe.data.max_length}
         settings |= self.encoder.store_settings(
             self.recipe.settings, self._common, partial(self._adds_bos, tokenizer_path)
@@ -212,21 +214,22 @@ class _Job:
         return fingerprint([self._contents, self._augment_print, tokenizer])
 
     def _adds_bos(self, tokenizer_path: Path) -> bool:
-        """Whether the tokenizer itself begins a text with BOS; one that is trained here does not, and is not loaded."""
+        """Whether the tokenizer itself begins a text with BOS. One that is trained here does not."""
         if self.recipe.tokenizer.train is not None:
             return False
         return adds_bos(self._load(tokenizer_path))
 
     def check_unchanged(self) -> None:
-        """
+        """Check that the sources have not changed since the start.
+
         Raises:
-            DataError: a source is no longer what it was at the start, so it is not known what has been read.
+            DataError: a source has changed, so it is unknown which version has been read.
         """
         if self._fingerprint_contents() != self._contents:
             raise DataError("data: a source was changed while it was being prepared. Start again.")
 
     def _fingerprint_contents(self) -> dict[str, Any]:
-        """What is read, and on which side it is."""
+        """The contents of the sources, and the settings of the split."""
 
         def prints(sources: list[Source]) -> list[str]:
             return [fingerprint_source(source, self.base, self._memo) for source in sources]
@@ -255,13 +258,13 @@ class _Job:
     # --- the tokenizer -----------------------------------------------------------------------------------------------
 
     def provide_tokenizer(self, given: Path | None) -> tuple[str, Path]:
-        """The tokenizer's fingerprint and the directory where it then is. What the cache holds is not even loaded.
+        """Train or load the tokenizer; return its fingerprint and its directory. One in the cache is not loaded.
 
-        given: the directory of one that was learned earlier.
+        given: the directory of a tokenizer that was trained earlier.
         """
         section, files = self.recipe.tokenizer, self._tokenizers
         if section.train is not None and given is not None:
-            load_tokenizer(given)  # says what is wrong with it, if anything is
+            load_tokenizer(given)  # raises its errors here
             return files.fingerprint_of_copy(given), given.absolute()
         if section.train is not None:
             name, directory = files.build(self._trained_fingerprint(), self._train_tokenizer)
@@ -281,11 +284,11 @@ class _Job:
 
         tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
         known = tokenizer.get_vocab()
-        if double := [word for word in self.recipe.tokenizer.add if word in known]:
-            raise RecipeError(f"tokenizer.add: {double[0]!r} is a token already. Remove it.")
+        if duplicates := [word for word in self.recipe.tokenizer.add if word in known]:
+            raise RecipeError(f"tokenizer.add: {duplicates[0]!r} is already a token. Remove it.")
         if template is not None:
             tokenizer.chat_template = template
-        control = str(tokenizer.chat_template or "")  # what a template spells is control, not text
+        control = str(tokenizer.chat_template or "")  # tokens that occur in the template are special tokens
         tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
         return tokenizer
 
@@ -293,7 +296,7 @@ class _Job:
         settings, rows = self.recipe.tokenizer.train, self.recipe.settings
         assert settings is not None
         texts = stream.training_texts(self.recipe, self.base, self.encoder)
-        what = f"learning a tokenizer of {settings.vocab_size:,} tokens from the training texts"
+        what = f"training a tokenizer of {settings.vocab_size:,} tokens on the training texts"
         say(f"{what} ...")
         with progress(what, unit="bytes") as shown:
 

@@ -1,4 +1,4 @@
-"""What `prepare` read, dropped and wrote: a typed report, JSON for files, and lines for people."""
+"""The report of `prepare`: what was read, dropped and written. Typed, as JSON for files, and as lines of text."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _MANY = 0.1  # a larger share of dropped records is shown as a warning
 
 
 class Entry(NamedTuple):
-    """How often something happened, and where first ("file:line")."""
+    """How often something happened, and the first places ("file:line")."""
 
     times: int
     places: list[str]
 
 
 class Notes:
-    """Counts what happened to records, by reason, in the order of first occurrence."""
+    """Counts records by reason, in the order of first occurrence."""
 
     def __init__(self) -> None:
         self.entries: dict[str, Entry] = {}
@@ -39,7 +39,7 @@ class Notes:
 
 @dataclass
 class BadRows:
-    """Rows that cannot be used: their number, and the first ones as "file:line: reason"."""
+    """Invalid rows: their number, and the first ones as "file:line: reason"."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -52,21 +52,21 @@ class BadRows:
 
 @dataclass(frozen=True)
 class SideReport:
-    """One side's store."""
+    """The store of one side (train or validation)."""
 
     examples: int
-    """Documents of a token store; otherwise examples, of which packing puts several into a row."""
+    """Number of documents in a token store; otherwise number of examples. Packing puts several into a row."""
     rows: int
     tokens: int
     text_bytes: int
-    """Bytes of text that was read for it, in UTF-8."""
+    """Size of the texts in UTF-8."""
     dropped_tokens: int = 0
-    """One-token rows, which have nothing to predict."""
+    """Number of dropped one-token rows, which have nothing to predict."""
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What a step between the sources and the encoder did."""
+    """The counts of a step between the sources and the encoder."""
 
     name: str
     fingerprint: str
@@ -78,40 +78,40 @@ class Report:
     """What was read, dropped and written when the stores were written."""
 
     reads: str
-    """What a record is: `document` or `row`."""
+    """What a record is called: `document` or `row`."""
     read: int
-    """Records of the sources, both sides together."""
+    """Number of records in the sources, of both sides together."""
     train: SideReport
     validation: SideReport | None
     steps: list[StepReport]
     bad_rows: BadRows
     dropped: dict[str, Entry]
-    """Well-formed records that are in no store, by reason."""
+    """Valid records that are in no store, by reason."""
     notes: dict[str, Entry]
-    """What else was done to records, such as truncation, by reason."""
+    """Other changes of records, such as truncation, by reason."""
     survey: dict[str, Any]
-    """What was found in the training records, such as the labels."""
+    """Properties of the training records, such as the labels."""
     max_length: int
     packing: bool
     vocabulary: int
-    """Number of tokens that the tokenizer knows."""
+    """Number of tokens of the tokenizer."""
     unknown_tokens: int
-    """Tokens that stand for text that the tokenizer does not know."""
+    """Number of unknown tokens (UNK) in the stores."""
     warnings: list[str] = field(default_factory=list)
     """Other warnings, such as special tokens around documents that the tokenizer itself does not add."""
     seconds: float = 0.0
     versions: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: only dicts, lists, texts and numbers."""
+        """The report as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The report in a file, also of a store that an earlier version wrote.
+        """The report from JSON values, also from those of earlier versions.
 
         Raises:
-            KeyError, TypeError: the values are no report.
+            KeyError, TypeError: the values are not a report.
         """
         given = dict(values if "reads" in values else _of_earlier_version(values))
         validation = given["validation"]
@@ -133,7 +133,7 @@ def _entries(values: Mapping[str, Sequence[Any]]) -> dict[str, Entry]:
 
 
 def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
-    """report.json as it was before it had `reads`: documents and rows were reported under different keys."""
+    """Convert an old report.json without `reads`, which had different keys for documents and rows."""
     documents = "documents_read" in old
 
     def side(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe(report: Report, *, from_cache: bool = False) -> str:
-    """The report in a few lines for people."""
+    """The report as a few lines of text."""
     sides = {"train": report.train} | ({"validation": report.validation} if report.validation else {})
     unit = "documents" if report.reads == "document" else "examples"
     lines = [
@@ -179,13 +179,13 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     lines += [("note", f"{count:,} {report.reads}s {reason}: {_places(count, at)}") for reason, (count, at) in notes]
     lines += [("warning", text) for text in report.warnings]
     if report.unknown_tokens:
-        lines.append(("warning", f"{report.unknown_tokens:,} tokens stand for text that the tokenizer does not know"))
-    lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", found in the cache" * from_cache))
+        lines.append(("warning", f"{report.unknown_tokens:,} unknown tokens: the tokenizer cannot encode this text"))
+    lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", loaded from the cache" * from_cache))
     return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
 
 
 def _losses(report: Report, one_token_rows: int) -> list[tuple[str, str]]:
-    """What was read and is in no row."""
+    """The lines about records that are in no row."""
     lines = []
     for reason, (count, places) in report.dropped.items():
         many = count > _MANY * report.read

@@ -1,8 +1,8 @@
-"""The one data stream: sources -> training/validation split -> steps -> encoder -> writers.
+"""The data stream: sources -> training/validation split -> steps -> encoder -> writers.
 
-The split comes first, because today's only step makes changed copies of training rows: a copy stays on the side of its
-original row. Chunks of records are encoded in several threads or processes (workers.py) and written in reading order,
-so the bytes of the stores depend neither on the number of workers nor on the size of the chunks.
+The split comes before the steps, so that an augmented copy of a row is on the same side as the row. Chunks of records
+are encoded in several threads or processes (workers.py) and written in reading order. So the bytes of the stores do not
+depend on the number of workers or the size of the chunks.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
 from ptft_dist.reporting.messages import progress
 
-CHUNK_CHARACTERS = 2_000_000  # in one call of the tokenizer, which takes about 100 bytes for each
+CHUNK_CHARACTERS = 2_000_000  # per call of the tokenizer, which needs about 100 bytes of memory per character
 _GIANT_CHARACTERS = 20_000_000
 
 SidedRecord = tuple[Side, Record]
 
 
 class Step(Protocol):
-    """Changes the stream between the split and the encoder."""
+    """A change of the stream between the split and the encoder."""
 
     name: str
     notes: Notes
-    """Counts what it did."""
+    """Counts of the changes, for the report."""
 
     def fingerprint(self, memo: HashMemo) -> Any:
-        """Settings and contents of files that decide what it does: JSON."""
+        """Everything that affects the changes, as JSON: settings and contents of files."""
 
     def apply(self, chunk: Sequence[SidedRecord]) -> list[SidedRecord]:
-        """The records that take the place of those in the chunk, in order."""
+        """The records that replace those of the chunk, in order."""
 
 
-# --- before there is a tokenizer -------------------------------------------------------------------------------------
+# --- without a tokenizer ---------------------------------------------------------------------------------------------
 
 
 def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
-    """The usable records of the training side, without the copies that steps add. bad: counts the others."""
+    """The valid records of the training side, without the copies that steps add. `bad` counts invalid ones."""
     for record in of_train(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key):
         try:
             encoder.check(recipe.settings, record)
@@ -61,10 +61,10 @@ def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: Ba
 
 
 def training_texts(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Iterator[str]:
-    """The texts of the training side: what a tokenizer may learn from.
+    """The texts of the training side, for training a tokenizer.
 
     Raises:
-        DataError: as `Encoder.read`; or there are bad rows, and the recipe does not skip them.
+        DataError: see `Encoder.read`; or there are bad rows, and the recipe does not skip them.
     """
     bad = BadRows()
     for record in training_records(recipe, base, encoder, bad):
@@ -74,33 +74,32 @@ def training_texts(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Iterat
 
 
 def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str, Any]:
-    """What the task must know of the training records before one is encoded.
+    """Properties of the training records that the task needs before encoding, see `Encoder.survey_of`.
 
     Raises:
-        DataError: as `training_texts`; or the records together make no sense.
+        DataError: see `training_texts` and `Encoder.survey_of`.
     """
     if not encoder.surveys:
         return {}
     bad = BadRows()
-    found = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad))
+    survey = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad))
     stop_if_any(recipe, bad)
-    return found
+    return survey
 
 
 def stop_if_any(recipe: Recipe, bad: BadRows) -> None:
-    """
+    """Stop at bad rows unless the recipe skips them.
+
     Raises:
         DataError: there are bad rows, and the recipe does not skip them.
     """
     if bad.count and recipe.data.bad_rows == "stop":
         more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
         rows = "this row" if bad.count == 1 else f"these {bad.count:,} rows"
-        raise DataError(
-            "\n".join(bad.first) + f"{more}\nCorrect {rows}, or leave bad rows out with data.bad_rows: skip."
-        )
+        raise DataError("\n".join(bad.first) + f"{more}\nCorrect {rows}, or skip bad rows with data.bad_rows: skip.")
 
 
-# --- with it ---------------------------------------------------------------------------------------------------------
+# --- with the tokenizer ----------------------------------------------------------------------------------------------
 
 
 def write(
@@ -112,14 +111,14 @@ def write(
     *,
     workers: int | None = None,
 ) -> Report:
-    """Encode every record into the stores `directory`/train and, if the recipe has it, `directory`/validation.
+    """Encode all records into the stores `directory`/train and, with validation data, `directory`/validation.
 
     Args:
-        steps: each with its fingerprint, for the report.
-        workers: processes that encode; None: see `worker_count`.
+        steps: the steps with their fingerprints (for the report).
+        workers: number of encoding processes; None: see `worker_count`.
 
     Raises:
-        DataError: as `Encoder.read`; or records cannot be used; or a side has no row.
+        DataError: see `Encoder.read`; or there are bad rows and the recipe does not skip them; or a side has no row.
         PtftError: the cache cannot be written.
     """
     sides: tuple[Side, ...] = ("train", "validation") if recipe.validated else ("train",)
@@ -137,9 +136,9 @@ def write(
             encoder.survey |= encoded.discovered
     stop_if_any(recipe, written.bad)
     reports = written.close()
-    lost = [f"{written.bad.count} bad"] * bool(written.bad.count)
-    lost += [f"{count} {reason}" for reason, (count, _) in written.dropped.entries.items()]
-    _check_sides(recipe, f"{read.count} {encoder.reads}s were read" + "".join(f"; {each}" for each in lost), reports)
+    losses = [f"{written.bad.count} bad"] * bool(written.bad.count)
+    losses += [f"{count} {reason}" for reason, (count, _) in written.dropped.entries.items()]
+    _check_sides(recipe, f"{read.count} {encoder.reads}s were read" + "".join(f"; {each}" for each in losses), reports)
     return Report(
         reads=encoder.reads,
         read=read.count,
@@ -159,7 +158,7 @@ def write(
 
 
 class _Counted:
-    """Counts what is taken from a stream."""
+    """Counts the items of a stream while it is read."""
 
     def __init__(self, records: Iterator[SidedRecord]) -> None:
         self._records, self.count = records, 0
@@ -171,14 +170,14 @@ class _Counted:
 
 
 def _chunks(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRecord]]:
-    """The records in lists of at most `most`, of a few MB."""
+    """Group records into lists of at most `most` records and a few MB."""
     chunk: list[SidedRecord] = []
     size = 0
     for side, record in records:
         characters = sum(len(value) for value in record.values.values() if isinstance(value, str))
         if characters > _GIANT_CHARACTERS:
             logging.getLogger("ptft").warning(
-                "%s: this record has %d million characters; encoding it takes about %d GB of memory. Cut it into "
+                "%s: this record has %d million characters; encoding it takes about %d GB of memory. Split it into "
                 "smaller ones (for .txt files: document: paragraph).",
                 record.where,
                 characters / 1e6,
@@ -194,7 +193,7 @@ def _chunks(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRec
 
 
 class _Encoded(NamedTuple):
-    """What a worker sends back for a chunk."""
+    """The result of a worker for one chunk."""
 
     outcomes: list[Outcome]
     discovered: dict[str, Any]
@@ -203,7 +202,7 @@ class _Encoded(NamedTuple):
 def _encoded(
     chunks: Iterator[list[SidedRecord]], encoder: Encoder, workers: int | None
 ) -> Generator[tuple[list[SidedRecord], _Encoded], None, None]:
-    """Each chunk with what became of its records, in order."""
+    """The chunks with their encoded records, in order."""
 
     def encode(chunk: list[tuple[Side, Record | Outcome]]) -> _Encoded:
         outcomes = iter(encoder.outcomes([record for _, record in chunk if isinstance(record, Record)]))
@@ -214,7 +213,7 @@ def _encoded(
         ]
         return _Encoded(kept, encoder.discovered)
 
-    waiting: list[list[SidedRecord]] = []  # those that workers have
+    waiting: list[list[SidedRecord]] = []  # chunks that the workers are encoding
 
     def admitted() -> Iterator[list[tuple[Side, Record | Outcome]]]:
         for chunk in chunks:
@@ -240,14 +239,14 @@ def _admitted(encoder: Encoder, record: Record) -> Record | Outcome:
 
 @dataclass
 class _Store:
-    """One side's store in the making."""
+    """The store of one side while it is written."""
 
     writer: Writer
     text_bytes: int = 0
 
 
 class _Written:
-    """Puts outcomes into the stores, in order, and counts them."""
+    """Writes outcomes to the stores in order, and counts them."""
 
     def __init__(self, encoder: Encoder, stores: dict[Side, _Store], directory: Path) -> None:
         self._encoder, self._stores, self._directory = encoder, stores, directory
@@ -256,7 +255,7 @@ class _Written:
         self._number = 0
 
     def add(self, item: SidedRecord, outcome: Outcome) -> int:
-        """Write a record's examples; returns the bytes of its text."""
+        """Write the examples of a record; return the size of its text in bytes."""
         side, record = item
         if outcome.problem is not None:
             self.bad.add(record.where, outcome.problem)
@@ -300,17 +299,19 @@ class _Written:
 
 
 def _check_sides(recipe: Recipe, read: str, sides: dict[Side, SideReport]) -> None:
-    """Raises DataError if nothing is left for a side. read: how much there was, and what became of it."""
+    """Raises DataError if a side has no rows. read: how many records were read and dropped, for the message."""
     empty = [name for name, side in sides.items() if not side.rows]
     if not empty:
         return
     if recipe.data.folds is not None:
-        remedy = f"A fold (data.folds: {recipe.data.folds}) is cut by a hash: take fewer folds, or more data."
+        remedy = (
+            f"Folds (data.folds: {recipe.data.folds}) are chosen by a hash of whole rows. Use fewer folds or more data."
+        )
     elif isinstance(recipe.data.validation, float):
         remedy = (
-            f"A share (data.validation: {recipe.data.validation}) is cut by a hash of whole documents or rows. Take a "
-            "larger share, smaller documents (document: paragraph), more data, or sources of their own for validation."
+            f"A fraction (data.validation: {recipe.data.validation}) is chosen by a hash of whole documents or rows. "
+            "Use a larger fraction, smaller documents (document: paragraph), more data, or separate validation sources."
         )
     else:
-        remedy = "Look at the sources."
-    raise DataError(f"data: nothing is left for {' and '.join(empty)}: {read}. {remedy}")
+        remedy = "Check the sources."
+    raise DataError(f"data: no rows for {' and '.join(empty)}: {read}. {remedy}")

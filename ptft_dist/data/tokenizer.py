@@ -168,7 +168,7 @@ def load_tokenizer(
         raise RecipeError(f"tokenizer.path: {path} is a file. Give the directory that holds tokenizer.json.")
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-    except Exception as error:  # a dozen unrelated types, all of which mean that there is no tokenizer
+    except Exception as error:  # transformers raises a dozen unrelated types if there is no tokenizer
         raise RecipeError(
             f"tokenizer.path: cannot load a tokenizer from {path}: {error}\nGive a directory with tokenizer.json "
             "and tokenizer_config.json, or a Hub name that this machine can reach or has in its cache (HF_HOME)."
@@ -224,44 +224,44 @@ class DocumentEncoder:
         self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
         self._prefix = [] if begin is None else [_special_id(tokenizer, begin)]
         self._end = _special_id(tokenizer, end)
-        # One of these in the middle of a text would look like the border of two documents.
+        # Within a text, one of these would look like the boundary between two documents.
         self._control = {self._end, *self._prefix}
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
         self._backend = text_only_backend(tokenizer) if tokenizer.is_fast else None
 
     def disagreement(self) -> str | None:
-        """How the special tokens around a document differ from those that the tokenizer itself adds; None: they agree.
+        """A warning if the special tokens around documents differ from those that the tokenizer itself adds, else None.
 
-        Users of the network encode texts with its tokenizer. A tokenizer that adds nothing after a text agrees with any
-        end: the network generates it.
+        Users of the network encode texts with its tokenizer. If the tokenizer adds nothing after a text, there is no
+        warning about EOS, because the network generates it.
         """
-        before, behind = added_around(self._tokenizer)
-        if before == self._prefix and behind in ([], [self._end]):
+        before, after = added_around(self._tokenizer)
+        if before == self._prefix and after in ([], [self._end]):
             return None
 
-        def shown(before: list[int], behind: list[int]) -> str:
+        def shown(before: list[int], after: list[int]) -> str:
             names = self._tokenizer.convert_ids_to_tokens
-            return " ".join([*names(before), "text", *names(behind)])
+            return " ".join([*names(before), "text", *names(after)])
 
         return (
             f"documents are encoded as `{shown(self._prefix, [self._end])}`, but the tokenizer itself encodes a text "
-            f"as `{shown(before, behind)}`; users of the trained model will get the latter"
+            f"as `{shown(before, after)}`; users of the trained model will get the latter"
         )
 
     def encode(self, documents: Sequence[Document]) -> list[list[int]]:
-        """The token ids of each document, [T]; empty if its text has no token in this tokenizer.
+        """The token ids of each document, [T]; empty if the tokenizer returns no token for its text.
 
         Raises:
             DataError: a text contains a special token, and this tokenizer cannot encode it as plain text.
         """
         encoded = []
         for document, ids in zip(documents, self._text_ids([d.text for d in documents]), strict=True):
-            found = self._control.intersection(ids)
-            if found:
+            special = self._control.intersection(ids)
+            if special:
                 raise DataError(
-                    f"{document.where}: the text contains {self._tokenizer.convert_ids_to_tokens(found.pop())!r}, and "
-                    "this tokenizer encodes that as the special token. Remove it from the text."
+                    f"{document.where}: the text contains {self._tokenizer.convert_ids_to_tokens(special.pop())!r}, "
+                    "and this tokenizer encodes it as the special token. Remove it from the text."
                 )
             encoded.append([*self._prefix, *ids, self._end] if ids else [])
         return encoded
@@ -274,9 +274,9 @@ class DocumentEncoder:
 
 
 def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of the Rust tokenizer without truncation and padding that encodes special tokens in a text as plain text.
+    """A copy of the Rust tokenizer that encodes special tokens in a text as plain text, without truncation and padding.
 
-    It encodes batches on all cores and, unlike `tokenizer(texts)`, makes no attention masks.
+    It encodes batches on all cores and, unlike `tokenizer(texts)`, creates no attention masks.
     """
     from tokenizers import Tokenizer
 

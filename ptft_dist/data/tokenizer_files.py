@@ -1,4 +1,4 @@
-"""The directories of tokenizers in the cache, and how each is known again."""
+"""Directories of tokenizers in the cache, and their fingerprints."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ORIGIN = "ptft_origin.json"
-"""In a directory of `build_changed`: its fingerprint, and the hash of the files beside, so that a copy elsewhere is
-known to be the same tokenizer."""
+"""A file in directories of `build_changed` with the fingerprint and the hash of the other files, to recognize copies of
+the directory."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
@@ -41,16 +41,17 @@ class TokenizerFiles:
         return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
 
     def build(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> tuple[str, Path]:
-        """The fingerprint and the directory `name` of the tokenizer that `make` returns; it is made only once.
+        """Save the tokenizer of `make()` in the directory `name`, once; return its fingerprint and directory.
 
-        The fingerprint is that of the files: learned again from the same texts, wordpiece and unigram give other ids.
+        The fingerprint is computed from the files, because wordpiece and unigram give other ids when they are trained
+        again on the same texts.
         """
         directory = self._cache / name
         build_once(directory, lambda unfinished: _save(make(), unfinished, directory))
         return _contents(directory), directory
 
     def build_changed(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> Path:
-        """The directory of a tokenizer whose fingerprint `name` is known before it is made."""
+        """Save the tokenizer of `make()` in the directory `name`, its fingerprint; return the directory."""
         directory = self._cache / name
 
         def build(unfinished: Path) -> None:
@@ -63,7 +64,7 @@ class TokenizerFiles:
         return directory
 
     def fingerprint_of_copy(self, directory: Path) -> str:
-        """The fingerprint of a copy of a directory that `build` or `build_changed` made; by its contents."""
+        """The fingerprint of a copy of a directory from `build` or `build_changed`, recognized by its contents."""
         contents = _contents(directory)
         origin = directory / ORIGIN
         if origin.is_file():
@@ -73,7 +74,7 @@ class TokenizerFiles:
         return contents
 
     def fingerprint_local(self, path: str, base: Path) -> str | None:
-        """The fingerprint of a local tokenizer; None for the name of one on the Hub.
+        """The fingerprint of a local tokenizer; None for a Hub name.
 
         Raises:
             RecipeError: there is no such tokenizer.
@@ -82,7 +83,7 @@ class TokenizerFiles:
         return None if local is None else self._fingerprint(local)
 
     def _fingerprint(self, directory: Path) -> str:
-        """Of the files beside the weights: loading the tokenizer would take seconds at every start."""
+        """A hash of all files except weights, because loading the tokenizer would take seconds at every start."""
         files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
         return fingerprint([[file.name for file in files], self._memo.digests(files)])
 
@@ -98,11 +99,10 @@ def _contents(directory: Path) -> str:
 
 
 def _local_directory(path: str, base: Path) -> Path | None:
-    """The directory that tokenizer.path means: relative to the recipe, or else to the current directory. None: it is a
-    Hub name.
+    """The directory of tokenizer.path, relative to the recipe or else to the current directory; None for a Hub name.
 
     Raises:
-        RecipeError: it can only be a directory, and there is none.
+        RecipeError: the name has the form of a path, and there is no such directory.
     """
     given = Path(path).expanduser()
     for candidate in (base / given, given.absolute()):

@@ -1,8 +1,8 @@
-"""Work on a stream of chunks in several threads or processes; the results come in the order of the chunks.
+"""Processes a stream of chunks in several threads or processes; results are returned in the order of the chunks.
 
-Worker processes are forked, so they have the encoder, its tokenizer and all imported libraries at once: a fresh
-interpreter would import for seconds, and would run a user's script again. A forked worker touches neither the
-accelerator nor any file of its parent. It ends when its parent does, because its socket is then closed.
+Worker processes are forked, so they share the encoder, its tokenizer and all imported libraries. A new interpreter
+would take seconds for imports, and would run the user's script again. A worker uses neither the accelerator nor files
+of its parent. It ends when its parent ends, because its socket is then closed.
 """
 
 from __future__ import annotations
@@ -29,38 +29,40 @@ R = TypeVar("R")
 
 WORKERS_VARIABLE = "PTFT_ENCODE_WORKERS"
 _TOKENIZER_THREADS = "TOKENIZERS_PARALLELISM"
-_AHEAD = 2  # chunks that wait for each worker; bounds the memory
-_SMALL = 2  # this many chunks are done before a process is started
+_AHEAD = 2  # waiting chunks per worker, to limit memory
+_SMALL = 2  # number of chunks that are processed before any process is started
 
 
 def worker_count() -> int:
-    """Processes that encode: the environment variable PTFT_ENCODE_WORKERS, otherwise one per core.
+    """The number of encoding processes: the environment variable PTFT_ENCODE_WORKERS, otherwise one per core.
 
     Raises:
-        RecipeError: the variable is no positive number.
+        RecipeError: the variable is not a positive number.
     """
     given = os.environ.get(WORKERS_VARIABLE)
     if given is not None:
         if not (given.isascii() and given.isdigit() and int(given) > 0):
-            raise RecipeError(f"{WORKERS_VARIABLE}: {given!r} is no number of processes. Set it to 1 or more.")
+            raise RecipeError(f"{WORKERS_VARIABLE}: {given!r} is not a number of processes. Set it to 1 or more.")
         return int(given)
     if sys.platform != "linux":
-        return 1  # other systems' libraries do not survive a fork
+        return 1  # system libraries of other platforms do not support a fork
     return len(os.sched_getaffinity(0))
 
 
 def in_threads(chunks: Iterable[T], work: Callable[[T], R]) -> Generator[tuple[T, R], None, None]:
-    """For work that releases the interpreter lock, such as the tokenizer library's: two chunks ahead of the caller."""
+    """Process chunks in threads, two chunks ahead of the caller. For work that releases the GIL, such as tokenizers."""
     with ThreadPoolExecutor(_AHEAD) as pool:
         yield from _in_order(chunks, work, pool, _AHEAD)
 
 
 def in_processes(chunks: Iterable[T], work: Callable[[T], R], workers: int) -> Generator[tuple[T, R], None, None]:
-    """For Python code. Short streams, and all streams with one worker, are done in this process.
+    """Process chunks in forked processes. For Python code.
+
+    Short streams are processed in this process, and all streams if workers is 1.
 
     Raises:
         PtftError: a worker process was killed.
-        Exception: whatever `work` raised, at the place of its chunk.
+        Exception: an exception of `work`, raised in place of its chunk's result.
     """
     chunks = iter(chunks)
     if workers == 1:
@@ -100,13 +102,13 @@ def _in_order(
         while waiting:
             done, future = waiting.popleft()
             yield done, future.result()
-    finally:  # after an error nobody wants what is still waiting
+    finally:  # after an error, the remaining results are not needed
         for _, future in waiting:
             future.cancel()
 
 
 class _Worker:
-    """One forked process, as its parent sees it."""
+    """The parent's handle of one forked process."""
 
     def __init__(self, pid: int, connection: Connection) -> None:
         self.pid, self.connection = pid, connection
@@ -147,7 +149,7 @@ def _fork(work: Callable[[Any], Any], others: list[_Worker]) -> _Worker:
     pid = os.fork()
     if pid == 0:
         ours.close()
-        for other in others:  # or the parent's end of their sockets would stay open here
+        for other in others:  # otherwise the parent's ends of their sockets would stay open in this process
             other.connection.close()
         _serve(work, Connection(theirs.detach()))
     theirs.close()
@@ -156,7 +158,7 @@ def _fork(work: Callable[[Any], Any], others: list[_Worker]) -> _Worker:
 
 @contextmanager
 def _without_tokenizer_threads() -> Iterator[None]:
-    """What is forked here has processes instead of the tokenizer library's threads, which do not survive a fork."""
+    """Disable the threads of the tokenizer library in forked processes, because threads do not survive a fork."""
     before = os.environ.get(_TOKENIZER_THREADS)
     os.environ[_TOKENIZER_THREADS] = "false"
     try:
@@ -169,21 +171,21 @@ def _without_tokenizer_threads() -> Iterator[None]:
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection) -> NoReturn:
-    """A worker's life: answer chunks until the parent closes the socket."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole process group; the parent decides
+    """The loop of a worker: process chunks until the parent closes the socket."""
+    for signal_number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent handles them
         signal.signal(signal_number, signal.SIG_IGN)
     code = 1
     try:
         while True:
             connection.send(_answer(work, connection.recv()))
     except (EOFError, ConnectionError):
-        code = 0  # the parent is done, or gone
+        code = 0  # the parent has finished or died
     finally:
-        os._exit(code)  # the parent's open files must not be flushed here
+        os._exit(code)  # do not flush the parent's open files
 
 
 def _answer(work: Callable[[Any], Any], chunk: Any) -> tuple[bool, Any]:
-    """(True, the result) or (False, the exception), which can be pickled."""
+    """(True, result) or (False, exception); both can be pickled."""
     try:
         return True, work(chunk)
     except PtftError as error:
@@ -192,6 +194,6 @@ def _answer(work: Callable[[Any], Any], chunk: Any) -> tuple[bool, Any]:
         error.add_note(f"In an encoding process:\n{traceback.format_exc()}")
         try:
             pickle.loads(pickle.dumps(error))
-        except Exception:  # an exception class that does not survive the way
+        except Exception:  # the exception cannot be pickled
             return False, RuntimeError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         return False, error

@@ -70,7 +70,7 @@ def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path
         report = json.loads((tmp_path / f"run{attempt}/data_report.json").read_text())
         assert (report["read"], report["train"]["examples"]) == (67, 60)
         assert [count for count, _ in report["dropped"].values()] == [7]
-    assert "found in the cache" in run.stderr
+    assert "loaded from the cache" in run.stderr
 
 
 @pytest.mark.parametrize("how", ["never", "PATH"])
