@@ -321,7 +321,7 @@ def test_a_damaged_cache(tmp_path: Path, documents: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["checkpoints", "nowhere"], 4, "nowhere/checkpoints holds no checkpoint"),
+        (["checkpoints", "nowhere"], 4, "nowhere/checkpoints contains no checkpoint"),
         (["generate", "nowhere", "--prompt", "x"], 4, "nowhere: there is no model"),
         (["tensorboard", "nowhere"], 2, "nowhere: no TensorBoard events here"),
     ],

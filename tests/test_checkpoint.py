@@ -453,7 +453,7 @@ def test_what_a_kill_left_is_removed_and_said(tmp_path: Path) -> None:
     said: list[str] = []
     checkpoints.clean(said.append)
     assert names(tmp_path) == [".nfs0001", "step-00000002"]
-    assert said == ["removed the unfinished checkpoint step-00000004"]
+    assert said == ["removed the incomplete checkpoint step-00000004"]
 
 
 def test_the_leftover_of_an_earlier_try_does_not_leak_into_the_next(tmp_path: Path) -> None:

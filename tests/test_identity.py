@@ -355,7 +355,7 @@ def test_accept_of_what_is_no_key(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as error:
         resume(tmp_path, now, "optim.lrr").check(checkpoint(tmp_path, identity(tmp_path)))
     assert "--accept optim.lrr: there is no such key; did you mean optim.lr?" in str(error.value)
-    with pytest.raises(RecipeError, match=r"--accept zzz: .* What differs: optim\.lr") as error:
+    with pytest.raises(RecipeError, match=r"--accept zzz: .* Keys that differ: optim\.lr") as error:
         resume(tmp_path, now, "zzz").check(checkpoint(tmp_path, identity(tmp_path)))
     with pytest.raises(RecipeError, match=r"--accept run_dir: .* may always change"):
         resume(tmp_path, now, "run_dir").check(checkpoint(tmp_path, identity(tmp_path)))
@@ -404,8 +404,8 @@ def write_manifest(folder: Path, **changes: Any) -> Path:
         ({"format": None}, "has format None"),
         ({"step": None}, "was written by another version of ptft"),
         ({"step": "3"}, "was written by another version of ptft"),
-        ({"identity": None}, "reads 'identity' from it, a dict"),
-        ({"identity": []}, "reads 'identity' from it, a dict"),
+        ({"identity": None}, "needs 'identity', a dict"),
+        ({"identity": []}, "needs 'identity', a dict"),
         ({"kind": None}, "reads 'kind' from it, a str"),
         ({"world_size": None}, "reads 'world_size' from it, a int"),
         ({"files": None}, "was written by another version of ptft"),

@@ -308,7 +308,7 @@ def test_progress_of_long_work_and_none_of_short_work(
     assert capsys.readouterr() == ("", "")  # messages are not shown here
     with messages():
         prepare(recipe({"vocab_size": 300}, cache_dir="other"), base)
-    what = "learning a tokenizer of 300 tokens from the training texts"
+    what = "training a tokenizer of 300 tokens on the training texts"
     assert capsys.readouterr() == ("", f"{what} ...\n")
     monkeypatch.setattr(reporting, "PLAIN_EVERY_S", -1.0)
     with messages():

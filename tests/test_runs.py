@@ -294,7 +294,7 @@ def test_checkpoints_shows_damage(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_checkpoints_of_no_run(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="checkpoints holds no checkpoint"):
+    with pytest.raises(CheckpointError, match="checkpoints contains no checkpoint"):
         command(tmp_path)
 
 

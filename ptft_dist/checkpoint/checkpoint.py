@@ -1,7 +1,7 @@
-"""Checkpoints on disk: named files, a manifest with their hashes written last, atomic commit, retention.
+"""Checkpoints on disk: files, a manifest with their hashes that is written last, atomic commit, retention.
 
-A checkpoint is a directory `step-00000100` with a manifest. It is built under a hidden name and renamed when whole, so
-at any moment every directory with that name is either whole or was damaged from outside, and the hashes tell which.
+A checkpoint is a directory `step-00000100` with a manifest. It is written under a hidden name and renamed when it is
+complete. So a directory with that name is complete unless it was damaged later, which the hashes detect.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Files = dict[str, dict[str, Any]]  # name -> {"bytes": size, "sha256": hex diges
 
 
 class Ranks(Protocol):
-    """The processes that write a checkpoint together; the engine is one, `OneProcess` another."""
+    """The processes that write a checkpoint together: the engine, or `OneProcess`."""
 
     rank: int
     world_size: int
@@ -39,6 +39,8 @@ class Ranks(Protocol):
 
 
 class OneProcess:
+    """`Ranks` for a single process without an engine."""
+
     rank, world_size = 0, 1
 
     def gather_objects(self, value: Any) -> list[Any]:
@@ -46,31 +48,33 @@ class OneProcess:
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; those that exist are untouched."""
+    """A checkpoint could not be written; existing ones are unchanged."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A checkpoint whose manifest has been read."""
+
     path: Path
     step: int
     manifest: dict[str, Any]
 
     def fact(self, key: str, kind: type[T]) -> T:
-        """What the manifest says under `key`. Raises CheckpointVersionError if it is not there or of another type."""
+        """The manifest's value of `key`. Raises CheckpointVersionError if it is missing or of another type."""
         value = self.manifest.get(key)
         if not isinstance(value, kind):
             raise CheckpointVersionError(
-                f"{self.path / MANIFEST} was written by another version of ptft: this version reads {key!r} from it, "
-                f"a {kind.__name__}; go on with the version that wrote it"
+                f"{self.path / MANIFEST} was written by another version of ptft: this version needs {key!r}, a "
+                f"{kind.__name__}; resume with the version that wrote it"
             )
         return value
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """The checkpoint at `path`.
+    """Read the manifest of the checkpoint at `path`.
 
     Raises:
-        CheckpointVersionError: another version of the program wrote it, which this one cannot read.
+        CheckpointVersionError: it was written by another version of ptft, in a format that this version cannot read.
         CheckpointError: its manifest is missing, unreadable or altered.
     """
     try:
@@ -85,21 +89,24 @@ def read_checkpoint(path: Path) -> Checkpoint:
     if claimed != _manifest_hash(manifest):
         raise CheckpointError(f"{path / MANIFEST} was altered: its own hash does not match")
     if not isinstance(manifest.get("step"), int) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointVersionError(f"{path / MANIFEST} was written by another version of ptft, which must read it")
+        raise CheckpointVersionError(
+            f"{path / MANIFEST} was written by another version of ptft; resume with the version that wrote it"
+        )
     return Checkpoint(path, manifest["step"], manifest)
 
 
 def _check_version(path: Path, manifest: dict[str, Any]) -> None:
-    """Before the manifest's own hash is compared: another version may compute it in another way."""
+    """Check the format before the manifest's hash, because another version may compute the hash differently."""
     if "sha256" in manifest and manifest.get("format") != FORMAT:
         raise CheckpointVersionError(
-            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}: go on with the version "
+            f"{path} has format {manifest.get('format')}; this version reads format {FORMAT}: resume with the version "
             "of ptft that wrote it"
         )
 
 
 def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
-    """What is wrong with the files, on every rank, each file hashed by one of them; empty if all is well."""
+    """The problems with the files of a checkpoint; empty if there are none. The same on every rank; each file is
+    hashed by one rank."""
     ranks = ranks or OneProcess()
     problems = []
     for name, expected in sorted(checkpoint.manifest["files"].items())[ranks.rank :: ranks.world_size]:
@@ -114,11 +121,13 @@ def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
 
 
 def record(checkpoint: Checkpoint, **facts: Any) -> None:
-    """Replace `facts` in the manifest of a checkpoint, atomically, and leave its files alone; called on one rank.
+    """Replace `facts` in the manifest of a checkpoint, atomically. Called on one rank.
 
-    For what becomes known only after the commit, such as the evaluation of its update.
+    For values that are known only after the commit, such as the evaluation of its update. The checkpoint's files do
+    not change.
 
-    Raises OSError if that fails; the checkpoint is then as it was.
+    Raises:
+        OSError: writing failed; the checkpoint is unchanged.
     """
     replacement = checkpoint.path / f"{MANIFEST}.new"
     try:
@@ -137,15 +146,19 @@ class Checkpoints:
         self.folder = folder
 
     def paths(self) -> list[Path]:
-        """Directories with a checkpoint's name, by step; whole or damaged."""
-        found = [p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name)] if self.folder.is_dir() else []
-        return sorted(found, key=lambda p: int(p.name[5:]))
+        """Directories with a checkpoint's name, damaged ones included, sorted by step."""
+        paths = [p for p in self.folder.glob("step-*") if _NAME.fullmatch(p.name)] if self.folder.is_dir() else []
+        return sorted(paths, key=lambda p: int(p.name[5:]))
 
     def newest_good(self, ranks: Ranks, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint whose every byte is as written; None if there never was one.
+        """The newest undamaged checkpoint, every byte verified; None if there is no checkpoint.
 
-        Damaged ones are named through `warn`. Raises CheckpointError if there are some and none is good: to start
-        from zero then is for the user to say. Raises CheckpointVersionError at one that this version cannot read.
+        Args:
+            warn: called with a message for each damaged checkpoint.
+
+        Raises:
+            CheckpointError: there are checkpoints, but all are damaged. The user has to choose to start from zero.
+            CheckpointVersionError: a checkpoint was written in a format that this version cannot read.
         """
         paths = self.paths()
         for path in reversed(paths):
@@ -171,13 +184,15 @@ class Checkpoints:
     ) -> Checkpoint:
         """Write a checkpoint on all ranks.
 
-        write: called as write(folder) on each rank; writes files and returns size and hash of those that it has
-            already hashed and flushed to the disk. The others are read and hashed here.
-        facts: go into the manifest.
-        need_bytes: about how large the checkpoint will be. With less space free it is not begun, since a rank that
-            fails in the middle of a sharded write leaves the others waiting.
+        Args:
+            write: called as write(folder) on each rank. Writes files, and returns size and hash of those that it has
+                already hashed and flushed to the disk. All other files are read and hashed here.
+            facts: entries of the manifest.
+            need_bytes: approximate size of the checkpoint. It is not begun with less free space, because a rank that
+                fails during a sharded write leaves the others waiting.
 
-        Raises SaveError on every rank if any of them failed; nothing is left behind then.
+        Raises:
+            SaveError: any rank failed; raised on every rank. Nothing is left behind.
         """
         final = self.folder / f"step-{step:08d}"
         partial = self.folder / f"{_PARTIAL}{final.name}"
@@ -192,9 +207,9 @@ class Checkpoints:
             partial.mkdir()
 
         def seal() -> Files:
-            """Hash this rank's share of the files that nobody has hashed."""
-            left = [name for name in _files(partial) if name not in hashed]
-            return {name: _seal(partial / name) for name in left[ranks.rank :: ranks.world_size]}
+            """Hash this rank's part of the files that are not hashed yet."""
+            remaining = [name for name in _files(partial) if name not in hashed]
+            return {name: _seal(partial / name) for name in remaining[ranks.rank :: ranks.world_size]}
 
         def finish() -> None:
             _write_manifest(partial / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
@@ -215,19 +230,19 @@ class Checkpoints:
         return read_checkpoint(final)
 
     def set_aside_after(self, step: int, log: Callable[[str], None]) -> None:
-        """Rename every checkpoint after `step`: damaged ones, and a future that a resume from an older one gave up.
+        """Rename all checkpoints after `step`, because a later resume would choose them as the newest.
 
-        They would otherwise be found again as the newest. Nothing of them is deleted.
+        These are damaged ones, and those after an older checkpoint that a resume has chosen. None is deleted.
         """
         for path in self.paths():
             if int(path.name[5:]) > step:
-                # Nanoseconds, since two starts may follow each other within a second.
+                # Nanoseconds, because two starts may occur within one second.
                 aside = path.with_name(f"aside-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9}-{path.name}")
                 path.rename(aside)
-                log(f"{path.name} is not part of this run any more: it is now {aside.name}")
+                log(f"{path.name} is no longer part of this run: renamed to {aside.name}")
 
     def retain(self, keep: int | None, best_step: int | None) -> None:
-        """Delete all but the newest `keep` (None: all) and the best; never while a new one is not yet whole."""
+        """Delete all checkpoints except the newest `keep` (None: all) and the best. Called after a commit."""
         if keep is None:
             return
         for path in self.paths()[:-keep]:
@@ -235,19 +250,22 @@ class Checkpoints:
                 _discard(path)
 
     def clean(self, log: Callable[[str], None]) -> None:
-        """Remove what an interrupted save or deletion left behind."""
+        """Remove the remains of interrupted saves and deletions."""
         for path in self.folder.glob(".*") if self.folder.is_dir() else ():
             if path.name.startswith((_PARTIAL, _TRASH)):
                 shutil.rmtree(path)
                 if path.name.startswith(_PARTIAL):
-                    log(f"removed the unfinished checkpoint {path.name.removeprefix(_PARTIAL)}")
+                    log(f"removed the incomplete checkpoint {path.name.removeprefix(_PARTIAL)}")
 
 
 def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
-    """Run `action` on each rank that has one; the results of all, or SaveError on all if one failed.
+    """Run `action` on each rank that has one; return the results of all ranks.
 
-    Whatever was raised must reach the other ranks, or they would wait for this one for ever. Only where they wait
-    inside the action itself nothing can reach them, and this rank ends instead.
+    An exception must reach the other ranks, because they would wait for this rank forever. ShardWriteError is raised on
+    this rank only: the others wait inside the action and cannot be reached.
+
+    Raises:
+        SaveError: a rank failed; raised on all ranks.
     """
     result, failure = None, None
     try:
@@ -272,7 +290,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, flushed to the disk."""
+    """Flush a file to the disk; return its size and hash."""
     _fsync(path)
     return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
 
@@ -304,7 +322,7 @@ def _fsync(path: Path) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Delete a directory in such a way that it is never seen half-deleted under its own name."""
+    """Delete a directory after renaming it, so that it is never visible half-deleted under its own name."""
     trash = path.with_name(_TRASH + path.name)
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)

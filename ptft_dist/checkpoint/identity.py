@@ -1,13 +1,13 @@
-"""What a checkpoint must have in common with the recipe that resumes it: the identity of a run.
+"""The identity of a run: everything that a checkpoint and the recipe that resumes it must have in common.
 
-An identity is plain JSON, part of every manifest:
+An identity is JSON, and part of every manifest:
 
     {"chosen":  {dotted key: value},    keys whose value is not the default
      "default": {dotted key: value},    keys at their default
-     "data":    {"fingerprint": hash of the prepared rows, part or dotted key: what it was}}
+     "data":    {"fingerprint": hash of the prepared rows, part or dotted key: its value}}
 
-Keys that one of two versions of the program does not know count as their default there. Versions up to 0.1 wrote
-{dotted key: value} instead, with the sections of all tasks; such identities are read too.
+A key that only one of two versions of ptft has counts as being at its default in the other one. Versions up to 0.1
+wrote {dotted key: value} with the sections of all tasks; such identities are read too.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ MAY_CHANGE = (
     "model.compile",
     "train.deterministic",
 )
-"""Keys and sections that may change when a run is resumed: where it writes, how it is evaluated, and how the machine
-computes the same mathematics. `TaskSettings.may_change` adds those of the task. All other keys must stay."""
+"""Keys and sections that may change when a run is resumed: output, evaluation, and settings that do not change the
+updates. `TaskSettings.may_change` adds those of the task. All other keys must be equal."""
 
 PREPARED_DATA = "prepared data"
-"""The key for `--accept` when the prepared rows differ and nothing says why."""
+"""The key for `--accept` if the prepared rows differ for an unknown reason."""
 
 _ABSENT = object()
 
@@ -54,12 +54,12 @@ def run_identity(
 
     Args:
         fingerprint: hash of the prepared rows.
-        data_parts: what the rows follow from besides the recipe's keys; `Prepared.parts`.
-        files: name -> hash of the files of a network that is read and not trained, such as a teacher.
+        data_parts: the inputs of the rows besides the recipe's keys; see `Prepared.parts`.
+        files: name -> hash of the files of a frozen network, such as a teacher.
     """
     values, defaults = _keys(loaded.recipe.own_values()), set(_keys_at_default(loaded.recipe))
     public = _keys(public_values(loaded))
-    # What a reference stands for may be secret: its hash is written.
+    # The value of a reference may be secret, so its hash is written.
     shown = {key: value if public[key] == value else _hashed(public[key], value) for key, value in values.items()}
     kept = {key: value for key, value in shown.items() if not may_change(key, loaded.recipe)}
     of_rows = {key: kept.pop(key) for key in (f"{loaded.recipe.task}.{n}" for n in loaded.recipe.settings.only_rows)}
@@ -83,30 +83,32 @@ def all_keys(identity: Mapping[str, Any]) -> set[str]:
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, str]:
-    """Each key that differs, in alphabetical order, and how: what the checkpoint has and what this run has."""
+    """The keys that differ, in alphabetical order, each with both values as text."""
     (saved_chosen, saved_default, saved_data), (chosen, default, data) = _read(saved), _read(current)
-    if "default" not in saved:  # all sections of other tasks stand there too, at their defaults
+    if "default" not in saved:  # contains the sections of all other tasks, at their defaults
         sections = {key.partition(".")[0] for key in (*chosen, *default)}
         saved_chosen = {key: value for key, value in saved_chosen.items() if key.partition(".")[0] in sections}
-    # A key that stands with the data now stood with the other keys in earlier versions.
+    # Earlier versions wrote keys of the data among the other keys.
     saved_data = {key: value for key, value in (saved_default | saved_chosen).items() if key in data} | saved_data
-    found: dict[str, str] = {}
+    different: dict[str, str] = {}
     for key in (saved_chosen.keys() | saved_default.keys() | chosen.keys() | default.keys()) - data.keys():
         before = saved_chosen.get(key, saved_default.get(key, _ABSENT))
         now = chosen.get(key, default.get(key, _ABSENT))
         only_default = (before is _ABSENT and key in default) or (now is _ABSENT and key in saved_default)
         if before != now and not only_default:
-            found[key] = f"{_shown(before)} in the checkpoint, {_shown(now)} now"
+            different[key] = f"{_shown(before)} in the checkpoint, {_shown(now)} now"
     if saved_data["fingerprint"] != data["fingerprint"]:
-        found |= _data_differences(saved_data, data, found)
-    return dict(sorted(found.items()))
+        different |= _data_differences(saved_data, data, different)
+    return dict(sorted(different.items()))
 
 
-def _data_differences(saved: Mapping[str, Any], data: Mapping[str, Any], found: Mapping[str, str]) -> dict[str, str]:
-    """Why the prepared rows differ. found: the recipe's keys that differ; they may be the reason."""
+def _data_differences(
+    saved: Mapping[str, Any], data: Mapping[str, Any], different: Mapping[str, str]
+) -> dict[str, str]:
+    """Why the prepared rows differ. different: the recipe's keys that differ, which may be the reason."""
     parts = {key: _part_change(key, saved[key], data[key]) for key in saved.keys() & data.keys() - {"fingerprint"}}
     changed = {key: text for key, text in parts.items() if text}
-    if changed or any(not key.startswith(("optim.", "batch.", "train.max_", "train.epochs")) for key in found):
+    if changed or any(not key.startswith(("optim.", "batch.", "train.max_", "train.epochs")) for key in different):
         return changed
     return {
         PREPARED_DATA: "the rows differ: the sources, the tokenizer or a library changed, or the checkpoint was made "
@@ -115,7 +117,7 @@ def _data_differences(saved: Mapping[str, Any], data: Mapping[str, Any], found: 
 
 
 def _part_change(key: str, saved: Any, current: Any) -> str | None:
-    """What happened to one part of the prepared data; None: nothing."""
+    """How one part of the prepared data has changed; None if it is equal."""
     if saved == current:
         return None
     if key == "tokenizer":
@@ -129,7 +131,7 @@ def _part_change(key: str, saved: Any, current: Any) -> str | None:
 
 
 def _sources(value: Any) -> str:
-    """A list of fingerprints is shown as the number of sources."""
+    """A value as text; a list of fingerprints as the number of sources."""
     if not isinstance(value, list):
         return _shown(value)
     return f"{len(value)} source{'s' * (len(value) != 1)}"

@@ -1,4 +1,4 @@
-"""What the checkpoints of a run are, for people: step, backend, size, which is the best, and what is damaged."""
+"""Lists the checkpoints of a run: step, backend, size, the best one, and damage."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ class CheckpointInfo:
     world_size: int | None
     size_bytes: int | None
     is_best: bool
-    """It holds the weights of the best evaluation."""
+    """It contains the weights of the best evaluation."""
     problems: Sequence[str]
-    """What is damaged; empty for a good checkpoint."""
+    """Descriptions of damage; empty for an undamaged checkpoint."""
 
 
 def list_checkpoints(run_dir: Path) -> list[CheckpointInfo]:
-    """The checkpoints of a run by step, every byte verified.
+    """The checkpoints of a run, sorted by step. Every byte is verified.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is no checkpoint.
     """
     checkpoints = Checkpoints(run_dir / "checkpoints")
     paths = checkpoints.paths()
     if not paths:
         raise CheckpointError(
-            f"{checkpoints.folder} holds no checkpoint. Give the run_dir of a run that has saved one."
+            f"{checkpoints.folder} contains no checkpoint. Give the run_dir of a run that has saved one."
         )
     read = [_read(path) for path in paths]
     readable = [checkpoint for checkpoint in read if isinstance(checkpoint, Checkpoint)]

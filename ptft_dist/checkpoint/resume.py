@@ -1,4 +1,4 @@
-"""Where a run goes on: which checkpoint, and whether it belongs to this recipe, this engine and these processes."""
+"""Resuming a run: chooses a checkpoint, and checks that it fits the recipe, the backend and the processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ptft_dist.errors import CheckpointError, CheckpointVersionError, RecipeErro
 
 
 class Resume:
-    """The choice of a checkpoint under `--resume auto | never | PATH` and `--accept KEY`."""
+    """Chooses a checkpoint by `--resume auto | never | PATH` and `--accept KEY`."""
 
     def __init__(
         self,
@@ -26,18 +26,23 @@ class Resume:
         why_not_loadable: Callable[[str, int], str | None],
         may_change: Callable[[str], bool] = lambda _key: False,
     ) -> None:
-        """identity: what the checkpoint must have in common with this run. why_not_loadable: from the engine; the
-        reason why this run cannot load the state that (kind, ranks) saved, or None. may_change: whether a key is never
-        compared."""
+        """Args:
+        how: `auto`, `never` or the path of a checkpoint.
+        accept: keys that may differ from the checkpoint.
+        identity: the identity of this run; a checkpoint must have the same.
+        why_not_loadable: (kind, ranks) -> why this run cannot load state that they saved; None if it can.
+        may_change: key -> whether it is never compared.
+        """
         self.checkpoints, self.how, self.accept = checkpoints, how, accept
         self.identity, self.why_not_loadable, self.first = identity, why_not_loadable, how
         self.may_change = may_change
 
     def after_requeue(self, job: str | None) -> None:
-        """`never` and a path belong to the first start of a job. Where a scheduler starts it again, go on from what the
-        job has saved; from the path, if it has saved nothing yet.
+        """Resume a requeued job from its own checkpoints, although its command line says `never` or a path.
 
-        job: the id of a job that is started again; None for a first start.
+        If the job has not saved a checkpoint yet, it resumes from the path.
+
+        job: the id of a restarted job; None for a first start.
         """
         try:
             begun = json.loads(self.marker.read_text())["job"]
@@ -48,11 +53,15 @@ class Resume:
 
     @property
     def marker(self) -> Path:
-        """The file that says which job began this run last."""
+        """The file with the id of the job that began this run last."""
         return self.checkpoints.folder.parent / ".begun.json"
 
     def look(self) -> None:
-        """Refuse what is certainly wrong before any process group forms; no file is hashed yet."""
+        """Check the newest checkpoint before any process group exists, without hashing files.
+
+        Raises:
+            CheckpointError, RecipeError: see `check`.
+        """
         self._check_accept({})
         if self.how == "never":
             return
@@ -65,16 +74,16 @@ class Resume:
             except CheckpointVersionError:
                 raise
             except CheckpointError:
-                continue  # `choose` reports the damage, with what the hashes find
+                continue  # `choose` reports the damage, after it has verified the hashes
             self.check(checkpoint)
             return
         if self.first not in ("auto", "never"):
             self.check(read_checkpoint(Path(self.first)))
 
     def choose(self, ranks: Ranks, tell: Callable[[str], None]) -> Checkpoint | None:
-        """The checkpoint to go on from, every byte verified; None to start from zero. Same answer on every rank.
+        """The checkpoint to resume from, every byte verified; None to start from zero. The same on every rank.
 
-        Changes nothing on the disk: see `begin`.
+        Does not change files; see `begin`.
         """
         chosen = self.checkpoints.newest_good(ranks, tell) if self.how == "auto" else None
         path = self.how if self.how != "auto" else self.first
@@ -87,38 +96,40 @@ class Resume:
         return chosen
 
     def check_base(self, checkpoint: Checkpoint, base: str | None) -> None:
-        """Raises CheckpointError if the frozen weights are not those that the checkpoint's trained ones belong to.
+        """Raises CheckpointError if the checkpoint was trained on another base model.
 
-        base: identifies the files of the pretrained network; None if none of its weights are frozen.
+        base: hash of the files of the base model; None if none of its weights are frozen.
         """
         saved = checkpoint.manifest.get("base")
         if base is not None and saved is not None and base != saved:
             raise CheckpointError(
-                f"{checkpoint.path} was trained on another base network: the files of model.path have changed. Bring "
-                "them back, or choose another run_dir"
+                f"{checkpoint.path} was trained on another base model: the files of model.path have changed. Restore "
+                "them, or choose another run_dir"
             )
 
     def begin(self, chosen: Checkpoint | None, tell: Callable[[str], None], job: str | None) -> None:
-        """Called on rank 0 when nothing can refuse this start any more: remove what an interrupted save left behind,
-        set aside every checkpoint that does not belong to this run now, and note the job."""
+        """Change the run directory after all checks have passed. Called on rank 0.
+
+        Record the job, remove the remains of interrupted saves, and set aside checkpoints after the chosen one.
+        """
         self.marker.write_text(json.dumps({"job": job}))
         self.checkpoints.clean(tell)
         inside = chosen is not None and chosen.path.parent.resolve() == self.checkpoints.folder.resolve()
         self.checkpoints.set_aside_after(chosen.step if chosen is not None and inside else -1, tell)
 
     def check(self, checkpoint: Checkpoint) -> None:
-        """Refuse a checkpoint that does not belong to this run.
+        """Check that a checkpoint belongs to this run.
 
         Raises:
-            CheckpointError: a key differs that --accept does not name, or the state is of other processes.
-            RecipeError: --accept names what is no key.
+            CheckpointError: a key differs that --accept does not name, or these processes cannot load the state.
+            RecipeError: --accept names an unknown key.
         """
         saved = checkpoint.fact("identity", dict)
         self._check_accept(saved)
         different = differences(saved, self.identity)
-        refused = {key: what for key, what in different.items() if key not in self.accept}
+        refused = {key: change for key, change in different.items() if key not in self.accept}
         if refused:
-            lines = "".join(f"\n  {key}: {what}" for key, what in refused.items())
+            lines = "".join(f"\n  {key}: {change}" for key, change in refused.items())
             options = " ".join(f"--accept {shlex.quote(key)}" for key in refused)
             raise CheckpointError(
                 f"{checkpoint.path} was made with another recipe or other data:{lines}\n"
@@ -129,9 +140,9 @@ class Resume:
             raise CheckpointError(f"{checkpoint.path} {reason}")
 
     def _check_accept(self, saved: dict[str, Any]) -> None:
-        """Raise RecipeError at the first --accept that no difference can ever have, with the keys that it may mean.
+        """Raise RecipeError for an --accept key that does not exist, or that is never compared.
 
-        A key without a difference is right: a requeued job repeats its command line, and its newest checkpoint already
+        A key without a difference is valid: a requeued job repeats its command line, and its newest checkpoint already
         has the accepted value.
         """
         keys = all_keys(self.identity) | (all_keys(saved) if saved else set())
@@ -139,9 +150,9 @@ class Resume:
             if name in keys:
                 continue
             if self.may_change(name):
-                raise RecipeError(f"--accept {name}: this key may always change between the parts of a run; remove it")
+                raise RecipeError(f"--accept {name}: not needed, this key may always change at a resume; remove it")
             different = list(differences(saved, self.identity)) if saved else []
             near = get_close_matches(name, keys, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            what = f" What differs: {', '.join(different)}" if different else ""
-            raise RecipeError(f"--accept {name}: there is no such key{hint}{what}")
+            keys_that_differ = f" Keys that differ: {', '.join(different)}" if different else ""
+            raise RecipeError(f"--accept {name}: there is no such key{hint}{keys_that_differ}")

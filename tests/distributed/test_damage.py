@@ -89,7 +89,7 @@ def test_it_goes_on_from_the_one_before(finished: Path, folder: Path, cache: Pat
     assert "DAMAGED CHECKPOINT, not used: " in run.stderr
     assert said in run.stderr
     assert "resumed from run/checkpoints/step-00000006, update 6 of 8" in run.stderr
-    assert "step-00000008 is not part of this run any more: it is now aside-" in run.stderr
+    assert "step-00000008 is no longer part of this run: renamed to aside-" in run.stderr
     assert outcome(folder / "run") == outcome(finished / "run")
     assert len(list((folder / "run/checkpoints").glob("aside-*-step-00000008"))) == 1
 
@@ -246,4 +246,4 @@ def test_a_rank_that_cannot_write_its_shard_leaves_no_rank_waiting(
     again = start("train", "recipe.yaml", **place)
     assert again.wait() == 0, again.stderr
     assert "resumed from" in again.stderr
-    assert "removed the unfinished checkpoint step-00000008" in again.stderr
+    assert "removed the incomplete checkpoint step-00000008" in again.stderr

@@ -33,7 +33,7 @@ def test_what_a_killed_save_leaves_has_another_name(tmp_path: Path) -> None:
     save(checkpoints, 10)
     (tmp_path / ".partial-step-00000020").mkdir()
     (tmp_path / ".partial-step-00000020/weights").write_bytes(bytes(15))
-    assert choose(checkpoints) == (10, "removed the unfinished checkpoint step-00000020")
+    assert choose(checkpoints) == (10, "removed the incomplete checkpoint step-00000020")
 
 
 def test_half_a_copy_under_the_right_name_is_told_loudly(tmp_path: Path) -> None:
