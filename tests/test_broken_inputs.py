@@ -166,7 +166,7 @@ RECIPES: dict[str, Case] = {
         ["model.config.hiden_size: a llama config has no such key; did you mean model.config.hidden_size?"],
         llama(hiden_size=8),
     ),
-    "too few embeddings": Case(2, ["it has 100 token embeddings, the tokenizer 320"], llama(vocab_size=100)),
+    "too few embeddings": Case(2, ["it has 100 token embeddings, but the tokenizer has 320"], llama(vocab_size=100)),
     "rows beyond the positions": Case(
         2, ["data.max_length: 65 is more than the model's max_position_embeddings (64)"], {"data": {"max_length": 65}}
     ),

@@ -1,4 +1,4 @@
-"""The recipe's model.config: from keys to a transformers config, with every mistake named by its key."""
+"""Converts the recipe's model.config to a transformers config. Errors name the wrong key."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _ACTIVATIONS = {"hidden_act", "hidden_activation", "activation_function", "activ
 def config_from_keys(
     keys: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any]
 ) -> PretrainedConfig:
-    """The transformers config that model.config describes.
+    """The transformers config of model.config.
 
-    transformers keeps unknown keys without a word; here they are errors, since a misspelled size has no effect.
+    transformers accepts unknown keys silently. Here they are errors, because a misspelled key has no effect.
 
     Args:
         keys: model.config, with `model_type`.
-        tokenizer: gives the vocabulary size and the ids of special tokens, where `keys` do not.
+        tokenizer: defines vocabulary size and special token ids that are not in `keys`.
         settings: keys that follow from the task.
 
     Raises:
@@ -63,15 +63,15 @@ def config_from_keys(
         config: PretrainedConfig = config_class(**{**defaults, **keys, **settings})
     except (TypeError, ValueError, StrictDataclassError) as error:
         why = error.__cause__ or error  # a StrictDataclassError itself only names a validator
-        raise RecipeError(f"model.config: a {model_type} config cannot be made from these keys: {why}") from None
+        raise RecipeError(f"model.config: a {model_type} config cannot be built from these keys: {why}") from None
     _check_heads(config)
     return config
 
 
 def check_values(keys: Mapping[str, Any], attribute_map: Mapping[str, str]) -> None:
-    """Raises RecipeError for a size that is negative, zero or far too large, and for an unknown activation.
+    """Raises RecipeError for sizes that are negative, zero or far too large, and for unknown activations.
 
-    attribute_map: the common names of keys that this model type calls otherwise, such as num_hidden_layers -> n_layer.
+    attribute_map: common key names -> the names of this model type, such as num_hidden_layers -> n_layer.
     """
     common = {own: name for name, own in attribute_map.items()}
     for key, value in keys.items():
@@ -86,7 +86,7 @@ def check_values(keys: Mapping[str, Any], attribute_map: Mapping[str, str]) -> N
 
 
 def _check_heads(config: PretrainedConfig) -> None:
-    """Raises RecipeError if the heads cannot share keys and values evenly, which only a forward pass would notice."""
+    """Raises RecipeError if num_key_value_heads does not divide num_attention_heads; else the forward pass fails."""
     text = config.get_text_config()
     heads, shared = (getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:

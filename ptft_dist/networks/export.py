@@ -1,4 +1,4 @@
-"""The final weights as a plain Hugging Face directory, which transformers 4.57 loads too."""
+"""Exports the final weights as a Hugging Face model directory, which transformers 4.57 can also load."""
 
 from __future__ import annotations
 
@@ -19,42 +19,43 @@ from ptft_dist.networks.facts import NetworkFacts
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_LIMIT = 10**9
-"""Tokenizers that know no limit say 10^30."""
+"""Tokenizers without a limit have model_max_length 10^30."""
 _ROPE_KEYS: dict[str, dict[str, str]] = {
     "gpt_neox": {"theta": "rotary_emb_base", "share": "rotary_pct"},
     "gpt_neox_japanese": {"theta": "rotary_emb_base", "share": "rotary_pct"},
     "modernbert": {"theta": "global_rope_theta", "local": "local_rope_theta"},
     "modernbert-decoder": {"theta": "global_rope_theta", "local": "local_rope_theta"},
 }
-"""model_type -> the names of its keys in transformers 4, where they are not the usual ones."""
+"""model_type -> its key names in transformers 4, if they differ from the usual ones."""
 
 
 class Writer(Protocol):
-    """What export asks of the engine."""
+    """The methods of the engine that export uses."""
 
     is_main: bool
 
     def barrier(self) -> None: ...
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole network's weights by name on rank 0; elsewhere not to be used. All ranks call it."""
+        """All weights by name on rank 0; undefined on other ranks. All ranks must call it."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """What stands in the directory. tokenizer and network: those of the training; dtype: of the weights."""
+    """The contents of an exported directory."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     network: NetworkFacts
     dtype: torch.dtype
+    """Data type of the weights."""
 
 
 def export(engine: Writer, content: Export, target: Path) -> None:
-    """Write the present weights, under another name until the directory is complete. All ranks call it.
+    """Write the current weights to `target`, atomically. All ranks must call it.
 
     Raises:
-        RecipeError: the weights do not fit into `dtype`.
+        RecipeError: the weights overflow the data type.
     """
     partial, old = target.with_name("model.partial"), target.with_name("model.old")
     if engine.is_main:
@@ -74,7 +75,7 @@ def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path
     """Write weights `state`, config and tokenizer to `folder`. The network in memory does not change.
 
     Raises:
-        RecipeError: the weights do not fit into the dtype.
+        RecipeError: the weights overflow the data type.
     """
     model = content.model
     training_config = model.config
@@ -94,9 +95,9 @@ def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path
 
 
 def export_dtype(wanted: str, section: ModelSection, config: PretrainedConfig) -> torch.dtype:
-    """The data type of exported weights: `save.dtype`, where `auto` is that of the weights in model.path.
+    """The data type of exported weights: `save.dtype`; `auto` is that of the weights in model.path.
 
-    config: as it was read, before a network was built from it in fp32.
+    config: the config as it was read, before a network was built from it in fp32.
     """
     if wanted != "auto":
         return DTYPES[wanted]
@@ -105,7 +106,7 @@ def export_dtype(wanted: str, section: ModelSection, config: PretrainedConfig) -
 
 
 def cast_weights(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The floating-point weights in `dtype`; two names of one tensor stay so. Raises RecipeError at an overflow."""
+    """Cast floating-point weights to `dtype`; tied weights remain one tensor. Raises RecipeError at an overflow."""
     done: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
     weights = {}
     for name, tensor in state.items():
@@ -118,17 +119,17 @@ def cast_weights(state: Mapping[str, torch.Tensor], dtype: torch.dtype) -> dict[
             if dtype == torch.float16 and tensor.abs().max() > torch.finfo(dtype).max:
                 raise RecipeError(
                     f"save.dtype: {name} has values above {torch.finfo(dtype).max:.0f}, the limit of fp16. Set "
-                    "save.dtype: bf16 or fp32 and start again; training goes on from the last checkpoint"
+                    "save.dtype: bf16 or fp32 and start again; training resumes from the last checkpoint"
                 )
         weights[name] = done[place]
     return weights
 
 
 def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """A config with the keys of rotary position embeddings that transformers 4 reads beside those of transformers 5.
+    """Add the config keys of rotary position embeddings that transformers 4 reads.
 
-    transformers 5 keeps all of them in `rope_parameters`, which transformers 4 ignores: it would compute with its
-    default theta and without scaling, and say nothing.
+    transformers 5 stores them in `rope_parameters`. transformers 4 ignores this key silently, and would use the default
+    theta without scaling.
     """
     if isinstance(text := config.get("text_config"), dict):
         config = {**config, "text_config": with_legacy_rope(text)}
@@ -145,26 +146,26 @@ def with_legacy_rope(config: dict[str, Any]) -> dict[str, Any]:
     if local is not None:
         legacy[names.get("local", "rope_local_base_freq")] = local["rope_theta"]
     if main.get("rope_type", "default") != "default":
-        own = ("rope_theta", "partial_rotary_factor")  # keys beside rope_scaling, not in it
+        own = ("rope_theta", "partial_rotary_factor")  # keys outside of rope_scaling
         legacy["rope_scaling"] = {key: value for key, value in main.items() if key not in own}
     return config | legacy
 
 
 def renamed_keys(config: PretrainedConfig) -> dict[str, Any]:
-    """Config keys under the names of transformers 4, which knows no other: the number of experts, such as Qwen3's."""
+    """Config keys that transformers 5 has renamed, under the names of transformers 4: the number of experts."""
     old, new = "num_experts", "num_local_experts"
     return {old: getattr(config, new)} if config.attribute_map.get(old) == new else {}
 
 
 def portable_tokenizer(config: dict[str, Any], max_positions: int | None) -> dict[str, Any]:
-    """A tokenizer_config.json that transformers 4 loads too, and that truncates to the network's positions.
+    """A tokenizer_config.json that transformers 4 can load, with the network's positions as model_max_length.
 
-    Without a limit, `truncation=True` truncates nothing and a pipeline fails on a long text.
+    Without a limit, `truncation=True` does not truncate, and a pipeline fails on a long text.
     """
     config = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
     if config.get("tokenizer_class") == "TokenizersBackend":  # unknown to transformers 4; both know the older name
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(more := config.pop("extra_special_tokens", None), list):  # a dictionary in transformers 4
+    if isinstance(more := config.pop("extra_special_tokens", None), list):  # transformers 4 expects a dictionary
         config["additional_special_tokens"] = more
     elif more is not None:
         config["extra_special_tokens"] = more

@@ -1,7 +1,7 @@
-"""What tasks, loop and exports need to know about a network, read once before anything wraps it.
+"""Properties of a network that tasks, training loop and export need, read once before the network is wrapped.
 
-Adapters, DDP, DeepSpeed and FSDP wrap a network in modules with other names and signatures: behind them, neither its
-position embeddings nor its `attention_mask` argument are found. So nothing else inspects a network.
+Adapters, DDP, DeepSpeed and FSDP wrap a network in modules with other names and signatures, which hide its position
+embeddings and the arguments of its forward. So no other module inspects a network.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class NetworkFacts:
-    """Facts about one network."""
+    """Properties of one network."""
 
     model_type: str
     encoder_decoder: bool
     arguments: frozenset[str]
     """Names of the arguments of the network's `forward`."""
     position_padding_id: int | None
-    """RoBERTa and similar networks count positions from this number + 1; None: from 0."""
+    """Positions start at this number + 1, as in RoBERTa; None: at 0."""
     max_positions: int | None
-    """The longest row, in tokens; None: no limit is known, as with relative positions."""
+    """Maximum number of tokens in a row; None: no known limit, as with relative positions."""
     token_types: int
     """Number of token types, also called segments (BERT: 2); 0 or 1: the network ignores them."""
     layers: int
@@ -35,16 +35,16 @@ class NetworkFacts:
     tied_embeddings: bool
     """Input embeddings and output projection are one parameter."""
     output_head: str | None
-    """Name of the module that projects onto the vocabulary, such as `lm_head`; None: there is none."""
+    """Name of the module that computes the logits, such as `lm_head`; None: there is none."""
     pad_token_id: int | None
     decoder_start_id: int | None
-    """The token with which the decoder of an encoder-decoder network starts."""
+    """The start token of an encoder-decoder network's decoder."""
     eos_ids: tuple[int, ...]
     """Tokens that end generation, from the network's generation config."""
     router_loss_weight: float
     """Weight of the load balancing loss of a mixture of experts; 0: transformers computes none for this network."""
     experts: int
-    """Experts in each layer of a mixture of experts, shared ones not counted; else 0."""
+    """Number of experts per layer of a mixture of experts, without shared experts; else 0."""
     experts_per_token: int
 
     @property
@@ -62,7 +62,7 @@ class NetworkFacts:
 
 
 def read_facts(model: PreTrainedModel) -> NetworkFacts:
-    """The facts of a network that nothing wraps yet."""
+    """The properties of a network that is not wrapped yet."""
     config, text = model.config, model.config.get_text_config()
     table = _position_table(model)
     padding_id = None if table is None else table.padding_idx
@@ -71,7 +71,7 @@ def read_facts(model: PreTrainedModel) -> NetworkFacts:
     if table is not None and padding_id is not None:
         max_positions = table.weight.shape[0] - padding_id - 1
     embedding, head = input_embedding(model), model.get_output_embeddings()
-    generation = getattr(model, "generation_config", None)  # networks that do not generate have none
+    generation = getattr(model, "generation_config", None)  # None for networks that do not generate
     starts = (getattr(each, "decoder_start_token_id", None) for each in (config, generation))
     arguments = frozenset(inspect.signature(model.forward).parameters)
     experts = int(_first((model, text), "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"))
@@ -113,7 +113,7 @@ def _first(owners: Sequence[object], *names: str) -> float:
 
 
 def _position_table(model: PreTrainedModel) -> Any:
-    """The learned position embeddings, if one of their ids is reserved for padding."""
+    """The learned position embeddings if they reserve an id for padding, else None."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and hasattr(module, "padding_idx"):
             return module if module.padding_idx is not None else None

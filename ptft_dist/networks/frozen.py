@@ -1,7 +1,7 @@
-"""Frozen networks: a teacher today; later a reference policy, a reward model, the base model of an adapter.
+"""Frozen networks: teachers; later also reference models, reward models and base models of adapters.
 
-The recipe names one, the hash of its files identifies it (with another one it is another run), FrozenSource loads it,
-and `Engine.prepare_frozen` places it. A checkpoint holds its identity and never its weights.
+The recipe names a frozen network. The hash of its files is part of the run's identity. FrozenSource loads it, and
+`Engine.prepare_frozen` places it. Checkpoints contain its identity, but not its weights.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ Digests = Callable[[Sequence[Path]], list[str]]
 
 @dataclass(frozen=True)
 class FrozenSource:
-    """Where a frozen network is. key: the recipe's key that names it, for messages; section: its absolute path or Hub
-    name."""
+    """The location of a frozen network."""
 
     key: str
+    """The recipe's key that names it, for messages."""
     section: ModelSection
+    """Its absolute path or Hub name, and settings for loading it."""
 
     @property
     def path(self) -> str:
@@ -38,11 +39,11 @@ class FrozenSource:
         return self.section.path
 
     def config(self) -> PretrainedConfig:
-        """Its config. Raises RecipeError if it cannot be read."""
+        """The network's config. Raises RecipeError if it cannot be read."""
         return read_config(self.section, {}, key=self.key)
 
     def identity(self, digests: Digests) -> str:
-        """A hash of its files; of a Hub model, the commit."""
+        """A hash of its files; the commit of a Hub model."""
         return files_identity(self.section, digests, key=self.key)
 
     def load(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
@@ -52,7 +53,7 @@ class FrozenSource:
 
 
 def frozen_source(key: str, path: str, revision: str | None, model: ModelSection, base: Path) -> FrozenSource:
-    """A frozen network beside the trained one, with the same attention and trust_remote_code.
+    """The source of a frozen network, with the attention and trust_remote_code settings of the trained network.
 
     Raises:
         RecipeError: there is no such directory, or its weight files are damaged.

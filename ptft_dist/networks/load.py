@@ -1,5 +1,5 @@
-"""From the recipe's model section to a network: random weights from a config, or pretrained weights from a directory
-or the Hub."""
+"""Builds networks from the recipe's model section, with random weights or with pretrained ones from a directory or the
+Hub."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ptft_dist.networks.facts import NetworkFacts, input_embedding
 
 
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
-    """The section with an absolute model.path, if that is a directory: relative to the recipe's, or to the current one.
+    """The section with an absolute model.path if that is a directory. Hub names are not changed.
 
-    Other names are left as they are: names on the Hub.
+    A relative path starts at the recipe's directory, or else at the current directory.
 
     Raises:
-        RecipeError: the path can only be a directory, and there is none.
+        RecipeError: the name has the form of a path, and there is no such directory.
     """
     if section.path is None:
         return section
@@ -43,15 +43,15 @@ def build_config(
     *,
     grown: bool = False,
 ) -> PretrainedConfig:
-    """The network's config, with what tokenizer and task decide.
+    """The network's config, including the keys that follow from tokenizer and task.
 
     Args:
-        max_length: tokens of the longest row.
+        max_length: maximum number of tokens in a row.
         settings: config keys that follow from the task.
-        grown: tokens are added to the tokenizer, and embeddings will be added for them.
+        grown: tokens were added to the tokenizer, and embeddings will be added for them.
 
     Raises:
-        RecipeError: a key is unknown, or a value cannot work with this tokenizer, data or task.
+        RecipeError: a key is unknown, or a value does not fit tokenizer, data or task.
     """
     if section.path is not None:
         config = read_config(section, settings or {})
@@ -60,16 +60,16 @@ def build_config(
             _check_labels(section, read_config(section, {}), config)
     else:
         assert section.config is not None
-        said = set(settings or {}) | ({"num_labels"} if "id2label" in (settings or {}) else set())
-        if double := sorted(set(section.config) & said):
-            raise RecipeError(f"model.config.{double[0]}: the task sets this key itself. Remove it.")
+        set_by_task = set(settings or {}) | ({"num_labels"} if "id2label" in (settings or {}) else set())
+        if duplicates := sorted(set(section.config) & set_by_task):
+            raise RecipeError(f"model.config.{duplicates[0]}: the task sets this key itself. Remove it.")
         config = config_from_keys(section.config, tokenizer, settings or {})
     _check_sizes(config, tokenizer, max_length, grown)
     return config
 
 
 def read_config(section: ModelSection, settings: Mapping[str, Any], key: str = "model.path") -> PretrainedConfig:
-    """The config of pretrained weights, with `settings` in place of its own values. Raises RecipeError without one."""
+    """The config of pretrained weights, with its values replaced by `settings`. Raises RecipeError without one."""
     assert section.path is not None
     try:
         return AutoConfig.from_pretrained(
@@ -80,7 +80,7 @@ def read_config(section: ModelSection, settings: Mapping[str, Any], key: str = "
 
 
 def _forget_source_format(config: PretrainedConfig) -> None:
-    """Drop what an earlier sequence-to-sequence run wrote about its sources; the task writes its own."""
+    """Remove the source format that an earlier seq2seq run wrote to the config; the task writes its own."""
     if params := getattr(config, "task_specific_params", None):
         config.task_specific_params = {task: values for task, values in params.items() if task != "ptft"}
 
@@ -90,24 +90,28 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 
 
 def _check_labels(section: ModelSection, saved: PretrainedConfig, config: PretrainedConfig) -> None:
-    """Raises RecipeError if the head was trained for other labels, or the same in another order: shapes may agree all
-    the same. The names LABEL_0, LABEL_1, ... are transformers' defaults and are not compared."""
-    theirs, labels = ([str(label) for label in (each.id2label or {}).values()] for each in (saved, config))
-    if _is_classifier(saved) and theirs != labels and theirs != [f"LABEL_{i}" for i in range(len(theirs))]:
+    """Raises RecipeError if the head was trained for other labels, or for the same labels in another order.
+
+    The shapes of the weights may be equal nevertheless. LABEL_0, LABEL_1, ... are transformers' default names and are
+    not compared.
+    """
+    head_labels, labels = ([str(label) for label in (each.id2label or {}).values()] for each in (saved, config))
+    default_names = [f"LABEL_{i}" for i in range(len(head_labels))]
+    if _is_classifier(saved) and head_labels not in (labels, default_names):
         raise RecipeError(
-            f"model.path: the head of {section.path!r} was trained for the labels {', '.join(theirs)}, and this task "
-            f"has {', '.join(labels)}. List the labels in the head's order in the task's section (labels: [...]), or "
-            "set model.new_head: true for a head with random weights"
+            f"model.path: the head of {section.path!r} was trained for the labels {', '.join(head_labels)}, and this "
+            f"task has {', '.join(labels)}. List the labels in the head's order in the task's section (labels: [...]), "
+            "or set model.new_head: true for a head with random weights"
         )
 
 
 def check_positions(network: NetworkFacts, max_length: int) -> None:
-    """Raises RecipeError if rows exceed the positions of a network that counts them from an offset, as RoBERTa does."""
-    room, offset = network.max_positions, network.position_offset
-    if offset and room is not None and room < max_length:
+    """Raises RecipeError if rows exceed the positions of a network whose positions start at an offset, as RoBERTa's."""
+    positions, offset = network.max_positions, network.position_offset
+    if offset and positions is not None and positions < max_length:
         raise RecipeError(
-            f"data.max_length: {max_length} is more than the {room} positions of this network, which start "
-            f"at {offset}: lower it, or raise max_position_embeddings ({room + offset})"
+            f"data.max_length: {max_length} is more than the {positions} positions of this network, which start "
+            f"at {offset}: lower it, or raise max_position_embeddings ({positions + offset})"
         )
 
 
@@ -115,7 +119,7 @@ def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, m
     text_config = config.get_text_config()
     if text_config.vocab_size < len(tokenizer) and not grown:
         raise RecipeError(
-            f"model: it has {text_config.vocab_size} token embeddings, the tokenizer {len(tokenizer)} tokens: "
+            f"model: it has {text_config.vocab_size} token embeddings, but the tokenizer has {len(tokenizer)} tokens: "
             "remove model.config.vocab_size, or use the model's own tokenizer"
         )
     positions = getattr(text_config, "max_position_embeddings", None)
@@ -135,12 +139,12 @@ def build_model(
     tell: Callable[[str], None] = lambda _text: None,
     key: str = "model.path",
 ) -> PreTrainedModel:
-    """The network, made by a transformers auto class, in fp32 and training mode.
+    """Build the network with a transformers auto class, in fp32 and training mode.
 
     Args:
-        seed: random weights follow from it alone, on every machine.
-        tokens: embeddings are added up to this number.
-        tell: called with a line about weights that the pretrained network lacks; they are initialized at random.
+        seed: random weights depend only on it, on every machine.
+        tokens: embeddings are added up to this number of tokens.
+        tell: called with a message about weights that the pretrained network lacks and that are initialized at random.
         key: the recipe's key that names the network, for messages.
 
     Raises:
@@ -168,7 +172,7 @@ def build_model(
             if section.new_head and _is_classifier(read_config(section, {})):
                 fresh |= _renew_head(model, seed)
             if fresh:
-                tell(f"initialized at random, as {section.path} does not have them: {', '.join(sorted(fresh))}")
+                tell(f"initialized at random, because {section.path} lacks them: {', '.join(sorted(fresh))}")
         if model.config.get_text_config().vocab_size < tokens:
             model.resize_token_embeddings(tokens, mean_resizing=False)
     except RuntimeError as error:
@@ -188,7 +192,7 @@ def build_model(
 
 
 def _renew_head(model: PreTrainedModel, seed: int) -> set[str]:
-    """Initialize the layer that scores labels at random, whatever its saved shape; returns the names of its weights."""
+    """Initialize the classification layer at random, for any saved shape; return the names of its weights."""
     torch.manual_seed(seed)
     names = set()
     for name, module in list(model.named_modules()):
@@ -202,10 +206,10 @@ def _renew_head(model: PreTrainedModel, seed: int) -> set[str]:
 
 
 def flops_per_token(model: PreTrainedModel, config: PretrainedConfig, parameters: int, length: float) -> float:
-    """Floating-point operations of one training token, forward and backward (Chowdhery et al. 2022, appendix B).
+    """FLOPs per training token, forward and backward pass (Chowdhery et al. 2022, appendix B).
 
-    6 N + 12 layers x heads x head size x length, where N counts the parameters without the input embedding, unless
-    that matrix is the output projection too. Recomputation by gradient checkpointing is not counted.
+    6 N + 12 layers x heads x head size x length. N is the number of parameters without the input embedding, unless
+    it is tied to the output projection. Recomputation by gradient checkpointing is not counted.
     """
     text = config.get_text_config()
     if input_embedding(model) is not None and not text.tie_word_embeddings:

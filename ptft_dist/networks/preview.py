@@ -1,4 +1,4 @@
-"""What can be known about a network before memory is taken and other processes are waiting."""
+"""Checks of a network before its weights are loaded and before a process group exists."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ptft_dist.networks.facts import NetworkFacts, read_facts
 
 
 def preview_network(section: ModelSection, config: PretrainedConfig, auto_class: Any) -> NetworkFacts:
-    """Facts of the network that will be built, read from one without memory for its weights (PyTorch's meta device).
+    """The properties of the network that will be built, from a copy without weights (on PyTorch's meta device).
 
-    Facts that only the files of a pretrained network hold, such as its generation config, may still differ.
+    Properties that depend on files of a pretrained network, such as its generation config, may still differ.
 
     Raises:
         RecipeError: no such network can be built, or it does not fit into this machine's memory.
@@ -31,7 +31,7 @@ def preview_network(section: ModelSection, config: PretrainedConfig, auto_class:
             model = auto_class.from_config(
                 config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
             )
-    except Exception as error:  # an architecture's own code runs here, and nothing but config decides what it does
+    except Exception as error:  # the architecture's code may raise anything, and only the config can cause it
         where = "model.config" if section.path is None else f"model.path: {section.path}"
         raise RecipeError(
             f"{where}: no {config.model_type} network can be built from this config ({type(error).__name__}: {error}). "
@@ -43,7 +43,7 @@ def preview_network(section: ModelSection, config: PretrainedConfig, auto_class:
 
 
 def _check_memory(model: PreTrainedModel) -> None:
-    """Raises RecipeError if random weights, which every process makes whole in fp32, exceed this machine's memory."""
+    """Raises RecipeError if random weights, which each process creates completely in fp32, exceed the memory."""
     needed, machine = 4 * sum(p.numel() for p in model.parameters()), machine_memory_bytes()
     if needed > machine:
         name, largest = max(model.named_parameters(), key=lambda named: named[1].numel())
@@ -59,10 +59,10 @@ def machine_memory_bytes() -> int:
 
 
 def check_weights(section: ModelSection, key: str = "model.path") -> None:
-    """Open every weight file of a local directory, reading little more than its header.
+    """Check the weight files of a local directory. Reads little more than their headers.
 
     Raises:
-        RecipeError: a file is missing or damaged, such as one that was copied in part.
+        RecipeError: a file is missing or damaged, for example incompletely copied.
     """
     folder = Path(section.path or "")
     if section.path is None or not folder.is_dir():
@@ -81,5 +81,5 @@ def check_weights(section: ModelSection, key: str = "model.path") -> None:
                     pass
         except Exception as error:  # these libraries raise a dozen unrelated types for a damaged file
             raise RecipeError(
-                f"{key}: {file} cannot be read; it is damaged or was copied in part ({error}). Copy it again"
+                f"{key}: {file} cannot be read; it is damaged or incomplete ({error}). Copy it again"
             ) from error
