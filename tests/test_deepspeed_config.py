@@ -213,7 +213,7 @@ def test_inline_offloading() -> None:
         ({"zero_stage": "3", "offload_param_device": "nvme"}, "offload_param.device: nvme: needs nvme_path"),
         (
             {"deepspeed_config_file": "zero1.json", "zero_stage": "3"},
-            "zero_stage: 3: no effect beside deepspeed_config_file: zero1.json",
+            "zero_stage: 3: no effect together with deepspeed_config_file: zero1.json",
         ),
     ],
 )

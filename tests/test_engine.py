@@ -126,7 +126,7 @@ def test_a_backend_that_unties_is_refused(engine: Engine, monkeypatch: pytest.Mo
         return prepare(module, optimizer)
 
     monkeypatch.setattr(engine.accelerator, "prepare", untie)
-    with pytest.raises(RecipeError, match="would be trained apart"):
+    with pytest.raises(RecipeError, match="would be trained separately"):
         engine.prepare(llama(tied=True), section())
 
 
@@ -262,5 +262,5 @@ def test_state_that_cannot_be_loaded(case: tuple[str, int, str, int]) -> None:
     saved_kind, saved_ranks, kind, ranks = case
     reason = why_not_loadable(*case)
     assert reason is not None
-    assert f"holds the state of {saved_ranks} processes under {saved_kind}" in reason
+    assert f"contains the state of {saved_ranks} processes under {saved_kind}" in reason
     assert f"this run has {ranks} under {kind}" in reason

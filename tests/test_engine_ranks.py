@@ -188,7 +188,7 @@ def save_half() -> None:
 def test_state_of_other_parameters_is_refused_by_shards_too(tmp_path: Path, name: str) -> None:
     on_ranks(save_half, folder=tmp_path, kind=KINDS[name])
     for said in on_ranks(load_into_another, folder=tmp_path, kind=KINDS[name]):
-        assert "does not hold the parameters that this run trains" in said
+        assert "does not contain the parameters that this run trains" in said
         assert "missing: model.embed_tokens.weight" in said
 
 

@@ -256,7 +256,7 @@ def test_one_process_and_no_number_of_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("count", "rank", "address", "message"),
     [
-        (2, 2, ADDRESS, "--machine-rank: 2; with --machines 2 it goes from 0 to 1"),
+        (2, 2, ADDRESS, "--machine-rank: 2; with --machines 2 it must be from 0 to 1"),
         (2, 0, None, "several machines need all of"),
         (2, None, ADDRESS, "several machines need all of"),
         (None, 1, ADDRESS, "several machines need all of"),

@@ -1,11 +1,11 @@
-"""The only package that speaks Accelerate and DeepSpeed: processes, precision, backward, step, collectives, state.
+"""The only package that calls Accelerate and DeepSpeed: processes, precision, backward, step, collectives, state.
 
-Rules that hold here, and the reason for each:
-- Only the network and the optimizer are prepared. Accelerate's schedulers step once per process and its loaders move
-  the accumulation boundary; order, schedule, random numbers and retention are ours.
+Rules of this package, and their reasons:
+- Only the network and the optimizer are passed to `prepare`. Accelerate's schedulers step once per process, and its
+  data loaders change the accumulation boundary. Order, schedule, random numbers and retention are implemented by ptft.
 - Accelerate and DeepSpeed divide the loss by an accumulation count that they assume constant. Both divisions are
-  switched off; the caller scales by world_size / total, since data parallelism averages gradients over processes.
-- The weights move after every rank has agreed that the loss is finite.
+  disabled. The caller scales by world_size / total, because data parallelism averages gradients over processes.
+- The weights are updated only after all ranks know that the loss is finite on every rank.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ __all__ = [
 ]
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-_LEFT_BEHIND: list[Any] = []  # what holds on to a process group that was left; see Engine.close
+_LEFT_BEHIND: list[Any] = []  # references that keep a closed process group alive; see Engine.close
 
 
 class Engine:
-    """One rank's view of the machine. Construction forms the process group; `prepare` takes network and optimizer."""
+    """One rank's engine. Its constructor forms the process group; `prepare` wraps the network and its optimizer."""
 
     def __init__(self, precision: Precision, deepspeed_config: dict[str, Any] | None) -> None:
         """deepspeed_config: complete (see complete_deepspeed_config), or None without DeepSpeed."""
@@ -70,7 +70,7 @@ class Engine:
             raise RecipeError("train.precision: fp16 needs a GPU, and not FSDP2; use fp32 or bf16")
         self.accelerator = make_accelerator(self.kind, MIXED_PRECISION[precision], deepspeed_config, on_cpu)
         self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
-        # The part of the rows that is this process's. Every process has a part of its own: nothing splits a row.
+        # Every process is a data-parallel rank with its own rows, because only data parallelism is supported.
         self.dp_rank, self.dp_size = self.rank, self.world_size
         self.device = self.accelerator.device
         self.is_main, self._first_update = self.rank == 0, True
@@ -80,16 +80,16 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of networks that are not trained."""
+        """The data type of frozen networks."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
     @contextlib.contextmanager
     def building(self, pretrained: bool) -> Iterator[None]:
-        """The context in which a network is built. Under ZeRO-3, pretrained weights are sharded as they are read.
+        """The context in which a network is built. Under ZeRO-3, pretrained weights are sharded while they are read.
 
-        A network with random weights is built whole there too, so that it starts as on any machine. transformers
-        shards at construction when it finds a ZeRO-3 config in its module's global, whatever Accelerate's
-        zero3_init_flag says; hence the global is set aside.
+        A network with random weights is built unsharded, so that its weights are the same as without sharding.
+        transformers shards at construction if a module's global variable has a ZeRO-3 config, regardless of
+        Accelerate's zero3_init_flag. So this variable is unset meanwhile.
         """
         if pretrained or self.kind != "zero3":
             yield
@@ -103,10 +103,13 @@ class Engine:
     def prepare(
         self, model: PreTrainedModel, optim: OptimSection, tell: Callable[[str], None] = lambda _text: None
     ) -> None:
-        """Wrap the network and build an optimizer for its parameters that require gradients.
+        """Wrap the network, and build an optimizer for its parameters that require gradients.
 
-        tell: gets what the user should know of the optimizer. Raises RecipeError if the optimizer does not work under
-        this kind of sharding, or if a library trains tied parameters apart.
+        Args:
+            tell: called with messages about the optimizer.
+
+        Raises:
+            RecipeError: the optimizer does not support this backend, or a library has untied tied parameters.
         """
         self._check_optimizer(optim)
         self.model, self.optim = model, optim
@@ -120,24 +123,24 @@ class Engine:
     def _check_optimizer(self, optim: OptimSection) -> None:
         if optim.name == "adafactor" and self.kind not in ("single", "ddp"):
             raise RecipeError(
-                "optim.name: adafactor factors its state by rows and columns, which shards do not have; use adamw "
-                f"under {self.kind}, or adafactor without sharding"
+                "optim.name: adafactor needs complete weight matrices, but shards are parts of them; use adamw under "
+                f"{self.kind}, or adafactor without sharding"
             )
         offload = (self.deepspeed_config or {}).get("zero_optimization", {}).get("offload_optimizer", {})
         if offload.get("device", "none") != "none" and optim.name != "adamw":
-            # Accelerate would put Adam in its place and not say so.
+            # Accelerate would silently replace it by Adam.
             raise RecipeError(f"optim.name: {optim.name} cannot be offloaded by DeepSpeed; use adamw, or no offload")
 
     def prepare_frozen(self, model: PreTrainedModel) -> FrozenNetwork:
-        """Place a network that is read but not trained, in evaluation mode and in the data type that it has.
+        """Place a frozen network in evaluation mode. Its data type does not change.
 
-        Whole on the device of each rank; sharded under ZeRO-3 and FSDP2. All ranks must call this, and the network,
-        together. `prepare` should come first.
+        It is complete on the device of each rank; sharded under ZeRO-3 and FSDP2. All ranks must call this method and
+        the network together. Call `prepare` first.
         """
         return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config)
 
     def prepare_reading(self, model: PreTrainedModel) -> None:
-        """Place the engine's own network for evaluation, without an optimizer: `forward` and `evaluating` work then."""
+        """Place the engine's network for evaluation only, without an optimizer. Enables `forward` and `evaluating`."""
         self.model, self._reader = model, self.prepare_frozen(model)
 
     @property
@@ -148,10 +151,10 @@ class Engine:
 
     @contextlib.contextmanager
     def updating(self) -> Iterator[None]:
-        """Around one update: its collectives wait for UPDATE_TIMEOUT only, so that a dead rank is noticed early.
+        """The context of one update: its collectives have the shorter UPDATE_TIMEOUT, to detect a dead rank early.
 
-        Not around the first update of a process, in which kernels are compiled and communicators are set up, and not
-        around evaluations and saves, which may last. Whoever waits there waits for PROCESS_GROUP_TIMEOUT.
+        Evaluations, saves and the first update of a process have PROCESS_GROUP_TIMEOUT, because they can take long. The
+        first update compiles kernels and sets up communicators.
         """
         if self.world_size == 1 or self._first_update:
             yield
@@ -162,31 +165,32 @@ class Engine:
         set_collective_timeout(PROCESS_GROUP_TIMEOUT)
 
     def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
-        """call(network, inputs) on the device; returns what `call` returns, a named tuple as a plain one."""
+        """Return call(network, inputs) with the inputs on the device. A named tuple becomes a plain tuple."""
         return self.module({key: x.to(self.device, non_blocking=True) for key, x in inputs.items()}, call)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around one forward and backward; gradients are exchanged in the `last` of an update only."""
+        """The context of one forward and backward pass. Gradients are reduced in the `last` one of an update only."""
         return self.backend.micro_batch(last)
 
     def backward(self, loss: torch.Tensor) -> None:
         self.backend.backward(loss)
 
     def clip_gradients(self) -> torch.Tensor | None:
-        """Clip, and return the global 2-norm of the gradient before; None under DeepSpeed, where `step` does both."""
+        """Clip the gradients and return their global 2-norm before clipping; None under DeepSpeed, see `step`."""
         limit = self.optim.max_grad_norm
         return self.backend.clip(float("inf") if limit is None else limit)
 
     def step(self, lr: float) -> float | None:
-        """Move the weights at rate `lr` and clear the gradients; under DeepSpeed, return the gradient's norm."""
+        """Update the weights with learning rate `lr` and clear the gradients. DeepSpeed also clips; return its norm."""
         set_lr(self.backend.optimizer, lr)
         return self.backend.step()
 
     def warm_up(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> None:
-        """One forward and backward that changes nothing.
+        """Run one forward and backward pass without an update.
 
-        DDP rearranges its buckets after its first backward, which changes the order of additions for three ranks or
-        more: without this, a resumed run would differ in the last bit. It also meets out-of-memory errors early.
+        DDP rebuilds its buckets after its first backward pass. With three or more ranks this changes the order of
+        summation, so without this method a resumed run would differ in the last bit. It also makes out-of-memory errors
+        occur at the start.
         """
         if self.kind.startswith("zero"):
             return
@@ -204,13 +208,13 @@ class Engine:
             self.module.train()
 
     def seed(self, seed: int, step: int, micro_step: int) -> None:
-        """Random numbers (dropout) of a micro-batch as a function of its place: there is no generator state to save."""
+        """Seed the random numbers of a micro-batch (dropout) by its position, so that no generator state is saved."""
         torch.manual_seed(_mix_seed(seed, step, self.rank, micro_step))
 
     # --- collectives ------------------------------------------------------------------------------------------------
 
     def all_sum(self, *values: float | torch.Tensor) -> torch.Tensor:
-        """Sums over ranks, fp64 [len(values)], left on the device: reading them is the caller's host sync."""
+        """Sums over ranks, fp64 [len(values)], on the device. Reading them synchronizes host and device."""
         on_device = [v.detach().double().reshape(()) for v in values if isinstance(v, torch.Tensor)]
         plain = torch.tensor([v for v in values if not isinstance(v, torch.Tensor)], dtype=torch.float64)
         plain = plain.to(self.device, non_blocking=True)
@@ -241,10 +245,10 @@ class Engine:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group. A process that had one should then end by os._exit.
+        """Leave the process group. The process should then end with os._exit.
 
-        gloo's destructor joins its threads while it holds Python's lock. A thread that just wants that lock, to forget
-        the tensor of the last barrier, never ends (one run of 300 on a busy CPU). So nothing is destroyed here.
+        gloo's destructor joins its threads while it holds the GIL. A thread that waits for the GIL, to release the
+        tensor of the last barrier, never ends (one of 300 runs on a busy CPU). So the group object is kept alive.
         """
         if dist.is_initialized():
             _LEFT_BEHIND.extend((self, dist.group.WORLD))
@@ -253,36 +257,39 @@ class Engine:
     # --- state ------------------------------------------------------------------------------------------------------
 
     def save_state(self, folder: Path) -> Files:
-        """Write the trained parameters, the buffers and the optimizer, exactly. All ranks call it.
+        """Write the trained parameters, the buffers and the optimizer without loss. All ranks must call it.
 
-        Returns size and SHA-256 of the files that this rank hashed while it wrote them; other files may exist.
+        Returns size and SHA-256 of the files that this rank hashed while writing; there may be other files.
         """
         return self.backend.save(folder)
 
     def load_state(self, folder: Path) -> None:
-        """The inverse of save_state, after the hashes were verified. Raises CheckpointError if the files hold other
+        """Load the files of save_state, whose hashes were verified. Raises CheckpointError if they contain other
         parameters than those that this run trains, or code."""
         self.backend.load(folder)
 
     def peak_memory_bytes(self) -> int:
-        """The most memory this process has held: the accelerator's, or the process's own on a CPU."""
+        """Peak memory of this process: on the accelerator, or the resident memory on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def state_bytes(self) -> int:
-        """About how many bytes save_state writes on all ranks together: fp32 weights and two moments of what is
-        trained; ZeRO-1 and -2 store the network beside their own fp32 copy. An upper bound: see Checkpoints.commit."""
+        """An upper bound of what save_state writes on all ranks together; see Checkpoints.commit.
+
+        That is fp32 weights and two moments of the trained parameters. ZeRO-1 and ZeRO-2 also store the network in
+        addition to their fp32 copy.
+        """
         each = (8 if self.optim.name == "sgd" else 12) + (4 if self.kind in ("zero1", "zero2") else 0)
         return each * self.trained_count + 2**20
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """The whole network's weights by name on rank 0; undefined elsewhere. All ranks call it."""
+        """All weights by name on rank 0; undefined on other ranks. All ranks must call it."""
         return self.backend.full_state_dict()
 
 
 def _mix_seed(*numbers: int) -> int:
-    """One 63-bit seed from several numbers; near inputs give far outputs."""
+    """Hash several numbers to one 63-bit seed."""
     mixed = 0x9E3779B97F4A7C15
     for number in numbers:
         mixed = ((mixed ^ (number & (2**64 - 1))) * 0xBF58476D1CE4E5B9) % 2**64

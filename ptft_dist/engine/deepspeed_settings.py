@@ -1,4 +1,4 @@
-"""The DeepSpeed config that is passed to DeepSpeed: what the launch config says, completed from the recipe."""
+"""The config that is passed to DeepSpeed: that of the launch config, completed with values of the recipe."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ def complete_deepspeed_config(
 ) -> dict[str, Any]:
     """The DeepSpeed config of the trained network.
 
-    launch_config: ZeRO settings only. max_grad_norm None: gradients are not clipped.
+    The accumulation count is at least 2, so that DeepSpeed allocates buffers for accumulated gradients. It has no other
+    effect, because the engine disables the division of gradients by it.
 
-    DeepSpeed divides gradients by the accumulation count; the engine switches that off. The count only makes DeepSpeed
-    keep buffers for accumulated gradients: hence never 1.
+    Args:
+        launch_config: ZeRO settings only.
+        max_grad_norm: None: gradients are not clipped.
     """
     zero = {**launch_config["zero_optimization"], "stage3_gather_16bit_weights_on_model_save": True}
     return {
@@ -38,12 +40,12 @@ def complete_deepspeed_config(
 
 
 def frozen_deepspeed_config(trained: dict[str, Any], hidden_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """The DeepSpeed config of a network that is read but not trained, from that of the trained network under ZeRO-3.
+    """The DeepSpeed config of a frozen network, derived from that of the trained network under ZeRO-3.
 
-    hidden_size: of the frozen network; "auto" sizes follow from it as they do in Accelerate.
+    hidden_size: of the frozen network. "auto" sizes are computed from it as in Accelerate.
     """
     zero = dict(trained["zero_optimization"])
-    zero.pop("offload_optimizer", None)  # there is none
+    zero.pop("offload_optimizer", None)  # a frozen network has no optimizer
     sizes = {
         "reduce_bucket_size": hidden_size * hidden_size,
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),

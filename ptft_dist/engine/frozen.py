@@ -1,4 +1,4 @@
-"""Networks that are read but not trained: teachers, reference models, reward models."""
+"""Placement of frozen networks: teachers, reference models, reward models."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ptft_dist.engine.parameters import require_tied, tied_groups
 
 
 class FrozenNetwork:
-    """A placed network in evaluation mode, called as the trained one is. All ranks must call it together."""
+    """A placed network in evaluation mode. All ranks must call it together, like the trained network."""
 
     def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
         self.module, self.device = module, device
 
     def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
-        """call(network, inputs) on the device, without gradients; a named tuple becomes a plain one."""
+        """Return call(network, inputs) without gradients. A named tuple becomes a plain tuple."""
         with torch.no_grad():
             out = self.module({key: x.to(self.device, non_blocking=True) for key, x in inputs.items()}, call)
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
-                part.reshard()  # its outermost parts stay whole for a backward, which never comes
+                part.reshard()  # the outermost parts stay unsharded for a backward pass, which a frozen network lacks
         return out
 
 
 def place_frozen(
     model: PreTrainedModel, kind: str, accelerator: Accelerator, deepspeed_config: dict[str, Any] | None
 ) -> FrozenNetwork:
-    """Whole on the device of each rank under single, ddp, zero1 and zero2; sharded under zero3 and fsdp2."""
+    """Place a network: complete on each rank under single, ddp, zero1 and zero2; sharded under zero3 and fsdp2."""
     model.requires_grad_(False)
     ties, module = tied_groups(model), LossModule(model)
     if kind == "zero3":

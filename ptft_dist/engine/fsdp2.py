@@ -1,4 +1,4 @@
-"""PyTorch's fully sharded data parallelism, version 2."""
+"""The backend of PyTorch's fully sharded data parallelism, version 2 (FSDP2)."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes
 
 
 class Fsdp2:
-    """Each rank holds a shard. State is gathered to be stored, so any number of ranks can load it."""
+    """Each rank has a shard. State is gathered before it is written, so any number of ranks can load it."""
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
         self.accelerator, self.model = accelerator, model
         self.module, prepared = accelerator.prepare(module, optimizer)
         self.optimizer: Optimizer = prepared.optimizer
         if "FSDP" not in type(self.module).__name__:
-            raise RuntimeError(f"FSDP2 was asked for, but the network became a {type(self.module).__name__}")
+            raise RuntimeError(f"FSDP2 was requested, but the network became a {type(self.module).__name__}")
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -79,7 +79,7 @@ class Fsdp2:
         set_optimizer_state_dict(self.module, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
 
     def _reshard(self) -> None:
-        """After a forward pass without a backward, such as the task's question, the outermost parts are still whole."""
+        """Reshard the outermost parts, which stay unsharded after a forward pass without a backward pass."""
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()

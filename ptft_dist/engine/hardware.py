@@ -1,4 +1,4 @@
-"""What the machine can do at best: the yardstick of MFU."""
+"""Peak FLOP/s of the hardware, for the model FLOPs utilization (MFU)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 
 import torch
 
-# Dense peak in FLOP/s of tensor cores, from the vendors' datasheets: name part -> {precision: peak}.
-# fp32 matrix products run on TF32 only if asked to; the plain fp32 rate is meant here.
+# Dense peak FLOP/s from the vendors' datasheets: part of the device's name -> {precision: peak}.
+# fp32 is the rate without TF32, because PyTorch uses TF32 only on request.
 PEAKS: dict[str, dict[str, float]] = {
     "B200": {"bf16": 2250e12, "fp16": 2250e12, "fp32": 80e12},
     "H200": {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12},
@@ -22,7 +22,7 @@ PEAKS: dict[str, dict[str, float]] = {
 
 
 def peak_flops(device: torch.device, precision: str) -> float:
-    """FLOP/s of this device: from the datasheet where it is known, measured with a matrix product on a CPU, else 0."""
+    """Peak FLOP/s of this device: from the datasheet, on a CPU measured with a matrix product; 0 if unknown."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         known = next((rates for part, rates in PEAKS.items() if part in name), {})
@@ -31,7 +31,7 @@ def peak_flops(device: torch.device, precision: str) -> float:
 
 
 def measure_matmul_flops(size: int = 768, repeats: int = 4) -> float:
-    """The best of a few fp32 matrix products with this process's threads: about 0.1 s."""
+    """The FLOP/s of the fastest of a few fp32 matrix products, with this process's threads. Takes about 0.1 s."""
     a = torch.ones(size, size)
     best = float("inf")
     for _ in range(repeats):

@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 
 
 class LossModule(torch.nn.Module):
-    """The network inside one module whose forward runs any function of it, so that data-parallel hooks see it.
+    """Wraps the network in a module whose forward calls any function of it, so that data-parallel hooks run.
 
-    Accelerate, DeepSpeed and transformers ask a network for more than `forward`: how to tie its weights, where its
-    embeddings and its final norm are. Each of those questions is passed on to the network.
+    Accelerate, DeepSpeed and transformers use other methods and attributes of a network too, such as tie_weights and
+    get_input_embeddings. These are delegated to the network.
     """
 
     base_model_prefix = "base_model"  # Accelerate looks for the final norm among the children of this attribute
@@ -25,7 +25,7 @@ class LossModule(torch.nn.Module):
         self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP's wrapping reads it
 
     def forward(self, inputs: dict[str, torch.Tensor], call: Callable[..., Any]) -> Any:
-        """call(network, inputs); a named tuple becomes a plain one."""
+        """Return call(network, inputs). A named tuple becomes a plain tuple."""
         out = call(self.model, inputs)
         return tuple(out) if isinstance(out, tuple) else out
 

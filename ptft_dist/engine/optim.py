@@ -1,4 +1,4 @@
-"""Optimizers by name, and which parameter gets which learning rate and weight decay."""
+"""Optimizers by name, and parameter groups with their learning rates and weight decay."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from ptft_dist.errors import RecipeError
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: OptimSection
 ) -> list[dict[str, Any]]:
-    """Parameter groups with `lr_scale` and `weight_decay` each; parameters of fewer than two dimensions do not decay.
+    """Parameter groups with `lr_scale` and `weight_decay`. Parameters with fewer than two dimensions get no decay.
 
-    Raises RecipeError when a group of the recipe matches no parameter, since it would have no effect.
+    Raises:
+        RecipeError: a group of the recipe matches no parameter, so it would have no effect.
     """
     groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
     unused = {group.match for group in optim.groups}
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
             continue
-        # Under ZeRO-3 a parameter is a placeholder of no elements; DeepSpeed keeps its real shape in ds_shape.
+        # Under ZeRO-3 a parameter is an empty placeholder; DeepSpeed stores its real shape in ds_shape.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
         lr_scale, weight_decay = 1.0, optim.weight_decay if dimensions >= 2 else 0.0
         chosen = next((group for group in optim.groups if re.search(group.match, name)), None)
@@ -45,7 +46,7 @@ def build_optimizer(
     device: torch.device,
     tell: Callable[[str], None] = lambda _text: None,
 ) -> torch.optim.Optimizer:
-    """The optimizer named by `optim.name`, over `groups`. On a CPU a paged one runs unpaged, which `tell` hears."""
+    """The optimizer `optim.name` for `groups`. On a CPU, a paged optimizer runs without paging; `tell` reports it."""
     if not groups:
         raise RecipeError("nothing is trained: every parameter of the network is frozen")
     if "adamw" in optim.name:

@@ -1,4 +1,4 @@
-"""Which parameters a network trains, which of them are one object under several names, and what a checkpoint holds."""
+"""The trained parameters of a network, its tied parameters, and the tensors that a checkpoint contains."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ptft_dist.errors import CheckpointError, RecipeError
 
 
 def trainable_names(model: torch.nn.Module) -> list[str]:
-    """Names of the parameters that require gradients. A tied parameter has the first of its names only."""
+    """Names of the parameters that require gradients. A tied parameter is listed under its first name only."""
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def element_counts(model: torch.nn.Module) -> tuple[int, int]:
-    """Elements of all parameters and of the trained ones, over all ranks. Tied parameters count once."""
-    # Under ZeRO-3 a parameter is a placeholder of no elements; DeepSpeed keeps its real size in ds_numel.
+    """Number of elements of all parameters and of the trained ones, over all ranks. Tied parameters count once."""
+    # Under ZeRO-3 a parameter is an empty placeholder; DeepSpeed stores its real size in ds_numel.
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
 def tied_groups(model: torch.nn.Module) -> list[list[str]]:
-    """The names of each parameter that has more than one, as "model.embed_tokens.weight", "lm_head.weight"."""
+    """The names of each tied parameter, such as ["model.embed_tokens.weight", "lm_head.weight"]."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(name)
@@ -33,15 +33,15 @@ def tied_groups(model: torch.nn.Module) -> list[list[str]]:
 def require_tied(model: torch.nn.Module, groups: Iterable[Collection[str]], kind: str) -> None:
     """Raises RecipeError unless the names of each group are still one parameter of `model`.
 
-    A library that replaces parameters can lose a tie. Embedding and head would then be trained apart, in silence.
+    A library that replaces parameters can untie them. Embedding and head would then silently be trained separately.
     """
     now = dict(model.named_parameters(remove_duplicate=False))
     for names in groups:
         if len({id(now.get(name)) for name in names}) > 1:
             raise RecipeError(
-                f"{kind} untied the parameters {', '.join(names)}: they would be trained apart. Use another launch "
-                "config (under FSDP2: fsdp_cpu_ram_efficient_loading: false), or model.config.tie_word_embeddings: "
-                "false"
+                f"{kind} untied the parameters {', '.join(names)}: they would be trained separately. Use another "
+                "launch config (under FSDP2: fsdp_cpu_ram_efficient_loading: false), or "
+                "model.config.tie_word_embeddings: false"
             )
 
 
@@ -61,33 +61,33 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def stored_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What a checkpoint holds of a network: trained parameters, a tied one once, and persistent buffers."""
+    """The tensors of a network that a checkpoint contains: trained parameters (tied ones once), persistent buffers."""
     trained: dict[str, torch.Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return trained | persistent_buffers(model)
 
 
 def require_stored(shapes: dict[str, torch.Size], model: torch.nn.Module, path: Path) -> None:
-    """Raises CheckpointError unless a file holds exactly the stored tensors of `model`, each in its shape.
+    """Raises CheckpointError unless a file contains exactly the stored tensors of `model`, with equal shapes.
 
-    shapes: by name, as `path` has them. Names of tied parameters may be any of theirs.
+    shapes: name -> shape in the file. A tied parameter may have any of its names.
     """
     expected, first = stored_tensors(model), first_names(model)
-    found = {first.get(name, name): shape for name, shape in shapes.items()}
+    stored = {first.get(name, name): shape for name, shape in shapes.items()}
     differences = {
-        "missing": expected.keys() - found.keys(),
-        "not trained by this run": found.keys() - expected.keys(),
-        "of another shape": {n for n in expected.keys() & found.keys() if real_shape(expected[n]) != found[n]},
+        "missing": expected.keys() - stored.keys(),
+        "not trained by this run": stored.keys() - expected.keys(),
+        "of another shape": {n for n in expected.keys() & stored.keys() if real_shape(expected[n]) != stored[n]},
     }
     if any(differences.values()):
         lines = "".join(f"\n  {what}: {_listed(names)}" for what, names in differences.items() if names)
         raise CheckpointError(
-            f"{path} does not hold the parameters that this run trains:{lines}\n"
+            f"{path} does not contain the parameters that this run trains:{lines}\n"
             "Resume with the recipe that wrote it, or choose another run_dir."
         )
 
 
 def real_shape(tensor: torch.Tensor) -> torch.Size:
-    """The shape over all ranks: under ZeRO-3 a parameter is an empty placeholder."""
+    """The unsharded shape; under ZeRO-3 a parameter is an empty placeholder."""
     shape: torch.Size = getattr(tensor, "ds_shape", tensor.shape)
     return shape
 

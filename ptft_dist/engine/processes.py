@@ -1,4 +1,4 @@
-"""The processes of a run: how they form a group, how long they wait for each other, and which one failed."""
+"""The processes of a run: forming the process group, timeouts of collectives, and announcing failures."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, Ini
 
 from ptft_dist.errors import RecipeError
 
-# Outside of updates ranks wait for one that writes a checkpoint or exports, and never for tokenization.
+# Outside of updates, ranks may wait for one that writes a checkpoint or exports, but never for tokenization.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
-# Within an update all ranks do the same work, and differ by a slow read or a kernel that is compiled.
+# Within an update, all ranks do the same work and differ only by a slow read or the compilation of a kernel.
 UPDATE_TIMEOUT = timedelta(minutes=5)
 FAILURE_KEY = "ptft_dist/failure"
 
 
 def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> str:
-    """How the network will be spread: single, ddp, fsdp2, zero1, zero2 or zero3, as the launcher's environment says."""
+    """The backend that the launcher's environment selects: single, ddp, fsdp2, zero1, zero2 or zero3."""
     if deepspeed_config is not None:
         return f"zero{deepspeed_config['zero_optimization']['stage']}"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
@@ -44,7 +44,7 @@ def make_accelerator(kind: str, mixed: str, deepspeed_config: dict[str, Any] | N
         _shard_on_cpu(kind)
     if deepspeed_config is None:
         return Accelerator(mixed_precision=mixed, kwargs_handlers=[group])
-    # The config is complete. Accelerate would refuse inline fields of the launch config beside it.
+    # The config is complete. Accelerate refuses inline fields of the launch config in addition to it.
     os.environ.pop("ACCELERATE_CONFIG_DS_FIELDS", None)
     accelerator = Accelerator(
         mixed_precision=mixed,
@@ -58,50 +58,50 @@ def make_accelerator(kind: str, mixed: str, deepspeed_config: dict[str, Any] | N
 
 
 def _shard_on_cpu(kind: str) -> None:
-    """Make Accelerate shard without a GPU, where it would start every rank alone or train without sharding."""
+    """Make Accelerate shard on a CPU. Otherwise every rank would train alone, or without sharding."""
     state = PartialState(cpu=True)
     if kind == "fsdp2":
         state.distributed_type = DistributedType.MULTI_GPU
         return
     import deepspeed
 
-    # DeepSpeed would compile a shared-memory collective here: most of a minute, and a process that is killed meanwhile
-    # leaves a lock for which every later start waits for ever. Gloo does without.
+    # Otherwise DeepSpeed compiles a shared-memory collective. This takes most of a minute, and a process killed during
+    # it leaves a lock that blocks every later start. gloo does not need it.
     deepspeed.ops.__compatible_ops__ = {}
     state.distributed_type = DistributedType.DEEPSPEED
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 
 
 def reset_accelerate() -> None:
-    """Forget Accelerate's process-wide state, so that one process can hold several engines one after the other."""
+    """Reset Accelerate's process-wide state, so that one process can use several engines one after the other."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
 
 
 def set_collective_timeout(timeout: timedelta) -> None:
-    """How long collectives that start from now on wait for other ranks, in every process group."""
+    """Set the timeout of collectives that start from now on, in all process groups."""
     for group in list(dist.distributed_c10d._world.pg_map):
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def announce_failure(text: str) -> None:
-    """Tell the other ranks why this one is about to end; the first failure of a run stays. Call before exit.
+    """Announce to the other ranks why this one ends; the first announcement of a run is kept. Call before exit.
 
-    A rank that waits for this one sees only a broken connection, or a timeout.
+    Otherwise a rank that waits for this one only gets a broken connection or a timeout.
     """
     if dist.is_initialized():
-        with contextlib.suppress(dist.DistError):  # the store has ended with the process that held it
+        with contextlib.suppress(dist.DistError):  # the process with the store has ended
             _store().compare_set(FAILURE_KEY, "", text)
 
 
 def who_failed() -> str | None:
-    """The text of the rank that announced its failure first; None if none did."""
+    """The failure that was announced first; None if there is none."""
     if not dist.is_initialized():
         return None
     try:
         return _store().get(FAILURE_KEY).decode() if _store().check([FAILURE_KEY]) else None
     except dist.DistError:
-        return "the process that holds the rendezvous store (rank 0, or the launcher) has ended"
+        return "the process with the rendezvous store (rank 0 or the launcher) has ended"
 
 
 def _store() -> dist.Store:

@@ -1,6 +1,6 @@
-"""Tensors and optimizer state as files without pickles, hashed while they are written.
+"""Writes tensors and optimizer state to files without pickles, and hashes them while writing.
 
-A file is reported as {"bytes": size, "sha256": hex digest}, as a checkpoint's manifest wants it.
+A file is reported as {"bytes": size, "sha256": hex digest}, the format of a checkpoint's manifest.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _DTYPES = {
 
 
 def write_parts(path: Path, parts: Iterator[bytes | memoryview]) -> Files:
-    """Write `parts` one after the other, durably; the size and SHA-256 of the file, which is not read again."""
+    """Write `parts` to a file and flush it to the disk; return its size and SHA-256, without reading it again."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb", buffering=0) as file:
         for part in parts:
@@ -48,13 +48,13 @@ def write_parts(path: Path, parts: Iterator[bytes | memoryview]) -> Files:
             digest.update(rest)
             size += rest.nbytes
             while rest:
-                rest = rest[file.write(rest) :]  # a raw file may write less than it was given
+                rest = rest[file.write(rest) :]  # an unbuffered file may write only a part
         os.fsync(file.fileno())
     return {path.name: {"bytes": size, "sha256": digest.hexdigest()}}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> Files:
-    """A safetensors file. At most one tensor at a time is copied to the host."""
+    """Write a safetensors file. At most one tensor at a time is copied to the host."""
     return write_parts(path, _safetensors(tensors))
 
 
@@ -65,7 +65,7 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryvie
         begin, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # readers map the file, and want the data aligned
+    text += b" " * (-len(text) % 8)  # readers map the file into memory and expect aligned data
     yield len(text).to_bytes(8, "little") + text
     for tensor in tensors.values():
         if tensor.numel():
@@ -73,7 +73,7 @@ def _safetensors(tensors: dict[str, torch.Tensor]) -> Iterator[bytes | memoryvie
 
 
 def tensor_shapes(path: Path) -> dict[str, torch.Size]:
-    """Name -> shape of each tensor in a safetensors file; only its header is read."""
+    """Name -> shape of each tensor in a safetensors file. Reads only its header."""
     with safe_open(path, "pt") as file:
         return {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
@@ -82,7 +82,7 @@ def tensor_shapes(path: Path) -> dict[str, torch.Size]:
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Tensors by "PARAMETER.KEY", and the rest. PARAMETER is a number, or a name where the state has names."""
+    """Split an optimizer's state into tensors by "PARAMETER.KEY", and the rest. PARAMETER is an index or a name."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, dict[str, Any]] = {}
     for parameter, entries in state["state"].items():
@@ -95,7 +95,10 @@ def flatten_optimizer(state: dict[str, Any]) -> tuple[dict[str, torch.Tensor], d
 
 
 def _unwrapped(entries: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """bitsandbytes puts 8-bit state into an inner dictionary, to hide it from FSDP; it loads it from the outer too."""
+    """The entries of one parameter, without bitsandbytes' inner dictionary.
+
+    bitsandbytes stores 8-bit state in an inner dictionary to hide it from FSDP. It can also load it from the outer one.
+    """
     for key, value in entries.items():
         if isinstance(value, dict):
             yield from value.items()
@@ -117,13 +120,13 @@ def _parameter(name: str) -> int | str:
 
 
 def write_optimizer(folder: Path, state: dict[str, Any], extra: dict[str, Any] | None = None) -> Files:
-    """The state dict of an optimizer as two files in `folder`. extra: values beside it, for JSON."""
+    """Write the state dict of an optimizer to two files in `folder`. extra: additional JSON values."""
     tensors, rest = flatten_optimizer(state)
     text = json.dumps({**rest, **(extra or {})}).encode()
     return write_tensors(folder / TENSORS, tensors) | write_parts(folder / REST, iter([text]))
 
 
 def read_optimizer(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The state dict, and the extra values that were written with it."""
+    """The state dict, and a dictionary with the extra values that were written with it."""
     rest = json.loads((folder / REST).read_text())
     return unflatten_optimizer(load_file(folder / TENSORS, device=device), rest), rest

@@ -1,4 +1,4 @@
-"""One process, or DDP: every process holds the whole network and optimizer."""
+"""The backend of one process and of DDP: every process has the complete network and optimizer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes
 
 
 class Whole:
-    """Every process holds the whole network and optimizer. Rank 0 stores them."""
+    """Every process has the complete network and optimizer. Rank 0 writes them to checkpoints."""
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
         module.to(accelerator.device)
@@ -65,7 +65,7 @@ class Whole:
 
     def load(self, folder: Path) -> None:
         path, device = folder / WEIGHTS, self.accelerator.device
-        place = "cpu" if device.type == "cpu" else str(device)  # safetensors knows no "cpu:0"
+        place = "cpu" if device.type == "cpu" else str(device)  # safetensors does not accept "cpu:0"
         require_stored(tensor_shapes(path), self.model, path)
         targets, first = stored_tensors(self.model), first_names(self.model)
         with torch.no_grad(), safe_open(path, "pt", device=place) as file:

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 1 to 3. Imported only where DeepSpeed is used."""
+"""The backend of DeepSpeed's ZeRO, stages 1 to 3. Imported only if DeepSpeed is used."""
 
 from __future__ import annotations
 
@@ -22,22 +22,20 @@ from ptft_dist.engine.parameters import first_names, require_stored, stored_tens
 from ptft_dist.engine.state import Files
 from ptft_dist.errors import CheckpointError, ShardWriteError
 
-# The classes that DeepSpeed's files contain. Loading refuses every other, since a pickle can name any function.
+# The classes in DeepSpeed's files. Loading refuses all other classes, because a pickle can call any function.
 _KNOWN_CLASSES: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 class SafeFiles(TorchCheckpointEngine):
-    """DeepSpeed's files, without code: only known classes are loaded. They hold what this run trains, or are refused.
-
-    prefix: what stands before each name of the network in DeepSpeed's state dict.
-    """
+    """Writes and reads DeepSpeed's checkpoint files safely: only known classes and the parameters of this run."""
 
     def __init__(self, model: PreTrainedModel, prefix: str) -> None:
+        """prefix: precedes the names of the network's parameters in DeepSpeed's state dict."""
         super().__init__()
         self.model, self.prefix = model, prefix
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
-        """As DeepSpeed would, without what `exclude_frozen_parameters` forgets: other names of tied parameters."""
+        """Write a file without other names of tied parameters, which `exclude_frozen_parameters` does not remove."""
         if state_dict.get("module") is not None:
             stored = {self.prefix + name for name in stored_tensors(self.model)}
             module = {name: tensor for name, tensor in state_dict["module"].items() if name in stored}
@@ -45,7 +43,7 @@ class SafeFiles(TorchCheckpointEngine):
         super().save(state_dict, path)
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Raises CheckpointError if the file contains code, or the state of other parameters."""
+        """Read a file. Raises CheckpointError if it contains code, or the state of other parameters."""
         try:
             with torch.serialization.safe_globals(_KNOWN_CLASSES):
                 state = torch.load(path, map_location=map_location, weights_only=True)
@@ -59,7 +57,7 @@ class SafeFiles(TorchCheckpointEngine):
         return state
 
     def _require_stored(self, state: dict[str, Any], path: Path) -> None:
-        """Under ZeRO-3 tensors are empty placeholders; their shapes stand in "param_shapes", by optimizer group."""
+        """Check the parameters of a file. Under ZeRO-3 its tensors are empty, and "param_shapes" has their shapes."""
         known = {name: shape for group in state.get("param_shapes") or () for name, shape in group.items()}
         first = first_names(self.model)
         shapes = {}
@@ -70,22 +68,24 @@ class SafeFiles(TorchCheckpointEngine):
 
 
 class Zero:
-    """DeepSpeed steps by hand here, after all ranks have agreed that the loss is finite. Each rank stores its shards,
-    and only the same number of ranks can load them."""
+    """ZeRO with an explicit step, which is called after all ranks know that the loss is finite.
+
+    Each rank stores its shards, and only the same number of ranks can load them.
+    """
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
         self.accelerator, self.model = accelerator, model
         self.module, prepared = accelerator.prepare(module, optimizer)
         self.optimizer: Optimizer = prepared.optimizer
         if type(self.module).__name__ != "DeepSpeedEngine":
-            raise RuntimeError(f"DeepSpeed was asked for, but the network became a {type(self.module).__name__}")
+            raise RuntimeError(f"DeepSpeed was requested, but the network became a {type(self.module).__name__}")
         self.module.checkpoint_engine = SafeFiles(model, prefix="model.")
         if self.module.zero_optimization_partition_weights():
             self._zero_padding()
 
     def _zero_padding(self) -> None:
-        """ZeRO-3 pads each parameter to a multiple of the ranks, and leaves what was in memory there. It is saved too:
-        without this, two equal runs would differ in their files."""
+        """Set ZeRO-3's padding to zero. ZeRO-3 pads each parameter to a multiple of the number of ranks, with
+        uninitialized memory that is saved too. Otherwise the files of two equal runs would differ."""
         optimizer: Any = self.optimizer
         for parameters, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
             end = 0
@@ -113,7 +113,7 @@ class Zero:
         return None if norm is None else float(norm)
 
     def warm_up_backward(self, loss: torch.Tensor) -> None:
-        """Nothing: DeepSpeed cannot forget gradients that are already reduced, and fixes its order of sums itself."""
+        """Do nothing: DeepSpeed cannot discard reduced gradients, and its order of summation is fixed."""
 
     def save(self, folder: Path) -> Files:
         try:
@@ -133,7 +133,7 @@ class Zero:
             # Not strict: frozen parameters and the other names of tied ones are not in the files. See SafeFiles.
             path, _ = self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
         if path is None:
-            raise CheckpointError(f"{folder} holds no state of DeepSpeed")
+            raise CheckpointError(f"{folder} contains no DeepSpeed state; restore the checkpoint")
 
     def full_state_dict(self) -> dict[str, Any]:
         state = self.accelerator.get_state_dict(self.module) or {}
@@ -142,7 +142,7 @@ class Zero:
 
 @contextlib.contextmanager
 def _quiet_deepspeed() -> Iterator[None]:
-    """DeepSpeed logs each file it opens; errors still come as exceptions."""
+    """Hide DeepSpeed's log line for each file. Errors are raised as exceptions."""
     logger = logging.getLogger("DeepSpeed")
     level = logger.level
     logger.setLevel(logging.WARNING)

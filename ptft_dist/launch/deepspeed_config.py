@@ -1,6 +1,6 @@
-"""Which DeepSpeed config a run uses: a JSON file, or the inline fields of a launch config. Every key is checked.
+"""Reads and checks the DeepSpeed config of a run: a JSON file, or the inline fields of a launch config.
 
-The result holds what decides how ZeRO works and nothing that the recipe decides; the engine adds that.
+The result contains ZeRO settings only. The engine adds the settings that belong to the recipe.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ptft_dist.config.shipped import find_shipped, shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_keys import STAGE, TOP, ZERO, Refused, Table, Values
 
-# Inline fields that say how ZeRO works. Beside a JSON file Accelerate ignores them.
+# Inline fields with ZeRO settings. Accelerate ignores them if there is a JSON file.
 ZERO_FIELDS = (
     "zero_stage",
     "offload_optimizer_device",
@@ -27,10 +27,10 @@ _NO_FILE = ("", "none")
 
 
 def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """The checked config in `path`, without keys that are "auto" or that say nothing.
+    """Read and check a DeepSpeed JSON, without keys that are "auto" or have no effect.
 
     Raises:
-        RecipeError: the file cannot be read, or a key is unknown, has a wrong value, or is decided elsewhere. One
+        RecipeError: the file cannot be read, or a key is unknown, has an invalid value, or belongs elsewhere. One
             message lists all such keys.
     """
     try:
@@ -43,7 +43,7 @@ def read_deepspeed_config(path: Path) -> dict[str, Any]:
 
 
 def check_deepspeed_config(config: Any, source: str) -> dict[str, Any]:
-    """`config` without keys that are "auto" or that say nothing. Raises RecipeError with all problems.
+    """`config` without keys that are "auto" or have no effect. Raises RecipeError with all problems.
 
     source: the file or launch config, for messages.
     """
@@ -59,7 +59,7 @@ def check_deepspeed_config(config: Any, source: str) -> dict[str, Any]:
 
 
 def inline_deepspeed_config(fields: Mapping[str, str], source: str) -> dict[str, Any]:
-    """The config that the inline fields of a launch config mean: the shipped zero<stage>.json with their offloading.
+    """The config for the inline fields of a launch config: the shipped zero<stage>.json with their offloading.
 
     fields: `deepspeed_config` of the launch config, every value as text. Raises RecipeError.
     """
@@ -77,9 +77,9 @@ def inline_deepspeed_config(fields: Mapping[str, str], source: str) -> dict[str,
 
 
 def resolve_deepspeed_config(fields: Mapping[str, str], source: str, folder: Path | None = None) -> dict[str, Any]:
-    """The DeepSpeed config of a launch config, from the file that it names or from its inline fields.
+    """The DeepSpeed config of a launch config, from its file or its inline fields.
 
-    folder: where a relative file name may also start; see find_deepspeed_json. Raises RecipeError.
+    folder: another directory for relative file names, see find_deepspeed_json. Raises RecipeError.
     """
     named = fields.get("deepspeed_config_file", "none")
     if named in _NO_FILE:
@@ -87,16 +87,16 @@ def resolve_deepspeed_config(fields: Mapping[str, str], source: str, folder: Pat
     both = [f"{name}: {fields[name]}" for name in ZERO_FIELDS if fields.get(name, "none") != "none"]
     if both:
         raise RecipeError(
-            f"{source}: {', '.join(both)}: no effect beside deepspeed_config_file: {named}; remove either"
+            f"{source}: {', '.join(both)}: no effect together with deepspeed_config_file: {named}; remove either"
         )
     return read_deepspeed_config(find_deepspeed_json(named, source, folder))
 
 
 def find_deepspeed_json(named: str, source: str, folder: Path | None = None) -> Path:
-    """The file that deepspeed_config_file names: from the current directory as in Accelerate, else from `folder`.
+    """The file of deepspeed_config_file, relative to the current directory as in Accelerate, or else to `folder`.
 
-    `ds_configs/NAME.json`, which earlier shipped launch configs say, is the shipped file wherever a run starts.
-    Raises RecipeError.
+    `ds_configs/NAME.json`, used by earlier shipped launch configs, is the shipped file in any directory. Raises
+    RecipeError.
     """
     for candidate in (Path(named), *([folder / named] if folder else [])):
         if candidate.is_file():
@@ -105,7 +105,7 @@ def find_deepspeed_json(named: str, source: str, folder: Path | None = None) -> 
         return find_shipped("ds_configs", Path(named).name, ".json").resolve()
     raise RecipeError(
         f"{source}: deepspeed_config_file: {named}: no such file; a relative name starts at the current directory, "
-        f"which is {Path.cwd()}; give the whole path"
+        f"which is {Path.cwd()}; give the absolute path"
     )
 
 
@@ -118,14 +118,14 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _checked(config: Mapping[str, Any], table: Table, at: tuple[str, ...], problems: list[str]) -> dict[str, Any]:
-    """The values to pass on. Appends what is wrong to `problems`, each with its dotted key."""
+    """The values to pass to DeepSpeed. Appends invalid keys to `problems`, each as a message with its dotted key."""
     kept: dict[str, Any] = {}
     for key, value in config.items():
         name, rule = ".".join((*at, key)), table.get(key)
         if rule is None:
             problems.append(f"{name}: unknown key{_did_you_mean(key, table, at)}")
         elif value is None:
-            continue  # null leaves DeepSpeed's default, as a missing key does
+            continue  # null means DeepSpeed's default, like a missing key
         elif isinstance(rule, Refused):
             if not rule.neutral(value):
                 problems.append(f"{name}: {rule.reason}")
@@ -149,7 +149,7 @@ def _did_you_mean(key: str, table: Table, at: tuple[str, ...]) -> str:
 
 
 def _conflicts(zero: Mapping[str, Any]) -> Iterator[str]:
-    """Values that are good alone and wrong together; DeepSpeed finds them after the process group has formed."""
+    """Values that are valid alone but not together. DeepSpeed would refuse them only after the process group exists."""
     stage, parameters = zero.get("stage"), zero.get("offload_param", {})
     if parameters.get("device", "none") != "none" and stage != 3:
         yield f"zero_optimization.offload_param.device: {parameters['device']}: needs stage 3, but the stage is {stage}"

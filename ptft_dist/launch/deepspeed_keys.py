@@ -1,8 +1,8 @@
-"""The keys of a DeepSpeed JSON: which are passed on, with which values, and why the others are refused.
+"""The keys of a DeepSpeed JSON: those passed to DeepSpeed, with their valid values, and why others are refused.
 
-Source: DeepSpeed 0.19.8, `deepspeed/runtime/config.py` and `deepspeed/runtime/zero/config.py`. The tables are written
-out here because importing DeepSpeed takes seconds; tests/test_deepspeed_config.py compares them with DeepSpeed's own
-schema, so that a key of a later version is noticed.
+Source: DeepSpeed 0.19.8, `deepspeed/runtime/config.py` and `deepspeed/runtime/zero/config.py`. The tables are copied,
+because importing DeepSpeed takes seconds. tests/test_deepspeed_config.py compares them with DeepSpeed's schema, to
+detect keys of later versions.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Values:
-    """A key that is passed on to DeepSpeed, and the values it may have."""
+    """A key that is passed to DeepSpeed, and its valid values."""
 
     expected: str
     accepts: Callable[[Any], bool]
@@ -22,34 +22,35 @@ class Values:
 
 @dataclass(frozen=True)
 class Refused:
-    """A key that is not passed on. neutral: whether a value means the same as leaving the key out."""
+    """A key that is not passed to DeepSpeed."""
 
     reason: str
     neutral: Callable[[Any], bool] = lambda _value: False
+    """Returns whether a value is equivalent to a missing key."""
 
 
 Table = Mapping[str, "Values | Refused | Table"]
 
 
 def one_of(*values: Any) -> Callable[[Any], bool]:
-    """Accepts exactly these values; 1 is not true."""
+    """A function that accepts exactly these values. The types are compared too, so 1 is not true."""
     return lambda value: any(value == each and type(value) is type(each) for each in values)
 
 
 def is_auto(value: Any) -> bool:
-    """ "auto", null, or a block of nothing else."""
+    """Whether a value is "auto" or null, or a block of such values."""
     if isinstance(value, dict):
         return all(is_auto(inner) for inner in value.values())
     return value is None or value == "auto"
 
 
 def _is_count(value: Any) -> bool:
-    """A whole number from 0, also written as 5e8."""
+    """Whether a value is a whole number from 0, also in the form 5e8."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value >= 0 and value == value // 1
 
 
 def _is_precision_block(value: Any) -> bool:
-    """`enabled` is "auto" and the loss scaling is DeepSpeed's default, as in the files that are often copied."""
+    """Whether `enabled` is "auto" and loss scaling is DeepSpeed's default, as in many published files."""
     if not isinstance(value, dict):
         return is_auto(value)
     defaults = {
@@ -133,7 +134,7 @@ ZERO: Table = {
     "stage3_model_persistence_threshold": COUNT,
     "stage3_max_live_parameters": COUNT,
     "stage3_max_reuse_distance": COUNT,
-    # The export always gathers the weights, whatever this says.
+    # The export always gathers the weights, so both values are accepted.
     "stage3_gather_16bit_weights_on_model_save": Refused("expected true or false", one_of(True, False)),
     "stage3_module_granularity_threshold": COUNT,
     "stage3_use_all_reduce_for_fetch_params": BOOL,

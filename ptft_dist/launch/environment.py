@@ -1,4 +1,4 @@
-"""What the variables of the launcher say about this process: its rank, and the launch config that started it."""
+"""The launcher's environment variables: the rank of this process, and the launch config that started it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ptft_dist.launch.settings import check_settings, settings_of_environment
 
 @dataclass(frozen=True)
 class Place:
-    """This process among all processes of the run."""
+    """The position of this process among all processes of the run."""
 
     rank: int
     world_size: int
     local_rank: int
     launched: bool
-    """Started by torchrun or `accelerate launch`, not as a plain `ptft train`."""
+    """Started by torchrun or `accelerate launch`, not directly by `ptft train`."""
 
     @property
     def is_main(self) -> bool:
@@ -30,7 +30,7 @@ class Place:
 
 
 def place() -> Place:
-    """This process's place; a plain process is rank 0 of 1."""
+    """The position of this process. Without a launcher it is rank 0 of 1."""
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     return Place(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), launched="LOCAL_RANK" in os.environ)
 
@@ -48,20 +48,20 @@ def deepspeed_config_of_launch() -> dict[str, Any] | None:
 
 
 def describe_backend(backend: str, environ: Mapping[str, str]) -> str:
-    """How the network is spread over processes, for the start line.
+    """The backend as text for the start line.
 
-    backend: single, ddp, fsdp2, zero1, zero2 or zero3. Where DDP follows from the number of processes alone, because
-    torchrun or another launcher gave no launch config, the text says so.
+    backend: single, ddp, fsdp2, zero1, zero2 or zero3. The text says if DDP is only the default because no launch
+    config was given, for example under torchrun.
     """
-    if backend == "ddp" and "ACCELERATE_MIXED_PRECISION" not in environ:  # which `accelerate launch` always sets
-        return "ddp (default: started without a launch config; nothing asked for ZeRO or FSDP2)"
+    if backend == "ddp" and "ACCELERATE_MIXED_PRECISION" not in environ:  # `accelerate launch` always sets it
+        return "ddp (default: started without a launch config, so neither ZeRO nor FSDP2 is used)"
     return backend
 
 
 def _check_launcher(environ: Mapping[str, str]) -> None:
-    """Refuse a DeepSpeed run that torchrun did not start.
+    """Raises RecipeError for a DeepSpeed run that torchrun did not start.
 
-    DeepSpeed's own launchers set CROSS_SIZE (ssh) or leave RANK to MPI, where each process would train alone.
+    DeepSpeed's launchers set CROSS_SIZE (ssh), or do not set RANK (MPI); each process would then train alone.
     """
     if environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true":
         return
@@ -70,12 +70,13 @@ def _check_launcher(environ: Mapping[str, str]) -> None:
         raise RecipeError(
             "this process was started by one of DeepSpeed's own launchers (pdsh over ssh is Accelerate's default), "
             "which is not supported; set deepspeed_multinode_launcher: standard and start one command on each machine. "
-            "Delete the file .deepspeed_env that the launcher wrote: it holds your environment, secrets too"
+            "Delete the file .deepspeed_env that the launcher wrote: it contains your environment variables, including "
+            "secrets"
         )
 
 
 def job_id() -> str | None:
-    """Identifies the job of a scheduler or launcher that starts this process again by itself; None outside of one."""
+    """The id of the Slurm or torchrun job, which can restart this process; None outside of a job."""
     if "SLURM_JOB_ID" in os.environ:
         task = os.environ.get("SLURM_ARRAY_TASK_ID")
         return f"slurm-{os.environ.get('SLURM_ARRAY_JOB_ID', os.environ['SLURM_JOB_ID'])}" + (
@@ -87,24 +88,24 @@ def job_id() -> str | None:
 
 
 def restarted_job() -> str | None:
-    """The job's id if this is not its first start: requeued by Slurm, or restarted by torchrun; else None."""
+    """The id of the job if Slurm has requeued it or torchrun has restarted it; None at its first start."""
     restarts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return job_id() if any(count not in ("", "0") for count in restarts) else None
 
 
 def is_requeued() -> bool:
-    """Whether a scheduler starts this job again after exit code 75."""
+    """Whether the job is requeued after exit code 75."""
     return "SLURM_JOB_ID" in os.environ
 
 
 EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
-"""The environment variable with the file in which ranks leave their exit code for `ptft train --launch`."""
+"""The environment variable with the path of the file in which ranks write their exit code for `ptft train --launch`."""
 
 
 def tell_launcher(exit_code: int) -> None:
-    """Give the exit code to `ptft train --launch`: torchrun and `accelerate launch` lose it. Raises OSError.
+    """Pass the exit code to `ptft train --launch`, because torchrun and `accelerate launch` do not. Raises OSError.
 
-    The code of the rank that ends first stays: torchrun then ends the other ranks by SIGTERM.
+    The code of the rank that ends first is kept, because torchrun then ends the other ranks with SIGTERM.
     """
     path = os.environ.get(EXIT_CODE_FILE)
     if path and not Path(path).read_text():

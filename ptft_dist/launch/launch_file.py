@@ -1,7 +1,7 @@
-"""Read a launch config: a stock Accelerate file, as `accelerate config` writes it.
+"""Reads launch configs: unmodified Accelerate files, as written by `accelerate config`.
 
-Accelerate ignores a key that it does not know inside a block, and ends with a traceback for one outside. Here every
-key is checked, and refused with the nearest known one.
+Accelerate ignores unknown keys within a block, and fails with a traceback for unknown top-level keys. Here all keys are
+checked, and the message suggests the nearest known key.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ class LaunchFile:
     path: Path
     distributed_type: str
     processes: int | None
-    """Over all machines; None where the file leaves it to the command line."""
+    """Total over all machines; None if the file leaves it to the command line."""
     machines: int
     deepspeed_launcher: str | None
     deepspeed_json: Path | None
-    """The file that deepspeed_config_file names; None for inline fields and without DeepSpeed."""
+    """The file of deepspeed_config_file; None for inline fields and without DeepSpeed."""
     settings: LaunchSettings
 
     @property
     def variables(self) -> dict[str, str]:
-        """Variables for the ranks that `accelerate launch` forgets to set: where offloading to NVMe writes."""
+        """Environment variables for the ranks that `accelerate launch` does not set: the paths of NVMe offloading."""
         fields = self.settings.deepspeed or {}
         return {DEEPSPEED_VARIABLES[name]: fields[name] for name in fields if name.endswith("_nvme_path")}
 
 
 def read_launch_file(name: str) -> LaunchFile:
-    """A launch config by the name of a shipped one, or by path; its DeepSpeed config is checked too.
+    """Read and check a launch config and its DeepSpeed config. name: a path, or the name of a shipped launch config.
 
-    Raises RecipeError: it cannot be read, is no launch config, or has keys or values that cannot work.
+    Raises:
+        RecipeError: the file cannot be read, is not a launch config, or has invalid keys or values.
     """
     path = find_shipped("launch_configs", name, ".yaml")
     try:
@@ -81,7 +82,7 @@ def read_launch_file(name: str) -> LaunchFile:
 
 
 def settings_of_file(config: Mapping[str, Any], source: str) -> LaunchSettings:
-    """The settings that `config` asks for, as text like the launcher's variables."""
+    """The settings of a launch config, as text like in the launcher's environment variables."""
     kind = config["distributed_type"]
     deepspeed, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
     parallel = config.get("parallelism_config") or {}
@@ -104,7 +105,7 @@ def settings_of_file(config: Mapping[str, Any], source: str) -> LaunchSettings:
 
 
 def _with_prefixes(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Accelerate allows the keys of fsdp_config without their prefix; here they always have it."""
+    """Add the prefix `fsdp_` to the keys of fsdp_config, which Accelerate also accepts without it."""
     fsdp = config.get("fsdp_config")
     if not isinstance(fsdp, dict):
         return dict(config)
@@ -112,7 +113,7 @@ def _with_prefixes(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """A value as Accelerate passes it on. YAML reads an unquoted `no` as false."""
+    """A value as Accelerate passes it to the ranks. YAML 1.1 reads an unquoted `no` as false."""
     return "no" if value is False else str(value)
 
 

@@ -1,7 +1,6 @@
 """The keys of a launch config: the fields of Accelerate 1.15's ClusterConfig and of its blocks.
 
-tests/test_launch.py compares them with Accelerate's own. They are written out here because importing Accelerate
-imports torch.
+They are copied, because importing Accelerate imports torch. tests/test_launch.py compares them with Accelerate's.
 """
 
 from __future__ import annotations

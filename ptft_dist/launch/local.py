@@ -1,4 +1,4 @@
-"""Start several processes on this machine through stock `accelerate launch`, and return the run's own exit code."""
+"""Starts the processes of this machine with `accelerate launch`, and returns the exit code of the run."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from ptft_dist.launch.launch_file import LaunchFile
 
 
 def default_launch() -> str:
-    """`multi_gpu` where the machine has an NVIDIA device, else `cpu`."""
+    """The default launch config: `multi_gpu` if the machine has an NVIDIA GPU, else `cpu`."""
     return "multi_gpu" if Path("/dev/nvidia0").exists() else "cpu"
 
 
 @dataclass(frozen=True)
 class Machines:
-    """Which of several machines this one is; address is HOST:PORT of machine 0, the same on all."""
+    """The machines of a run, and the rank of this machine."""
 
     count: int
     rank: int
     address: str
+    """HOST:PORT of machine 0."""
 
 
 def machines(count: int | None, rank: int | None, address: str | None) -> Machines | None:
-    """From the options of the command line; None for one machine. Raises RecipeError if they do not fit together."""
+    """The machines from the command-line options; None for one machine. Raises RecipeError for invalid options."""
     if count in (None, 1) and rank in (None, 0) and not address:
         return None
     if count is None or rank is None or not address:
@@ -42,15 +43,18 @@ def machines(count: int | None, rank: int | None, address: str | None) -> Machin
     if not host or not port.isdigit():
         raise RecipeError(f"--address: {address!r}; expected HOST:PORT")
     if rank >= count:
-        raise RecipeError(f"--machine-rank: {rank}; with --machines {count} it goes from 0 to {count - 1}")
+        raise RecipeError(f"--machine-rank: {rank}; with --machines {count} it must be from 0 to {count - 1}")
     return Machines(count, rank, address)
 
 
 def local_processes(file: LaunchFile, processes: int | None, several: Machines | None) -> int:
-    """How many of the run's processes this machine starts.
+    """The number of processes that this machine starts.
 
-    processes: over all machines; None: as the launch config says. Raises RecipeError if nobody gives the number, if
-    it does not divide over the machines, or if the launch config starts another number.
+    Args:
+        processes: total over all machines; None: num_processes of the launch config.
+
+    Raises:
+        RecipeError: the number is not given, cannot be divided over the machines, or does not fit the launch config.
     """
     total, count = processes or file.processes, several.count if several else 1
     if total is None:
@@ -76,7 +80,7 @@ def command(file: LaunchFile, processes: int | None, several: Machines | None, a
     Raises RecipeError if the launch config would start other machines over ssh or MPI.
     """
     if file.distributed_type != "NO":
-        # Accelerate then goes through torchrun, which reads $$ as an escaped $ and fills in ${local_rank}.
+        # Accelerate then uses torchrun, which reads $$ as an escaped $ and replaces ${local_rank}.
         arguments = [word.replace("$", "$$") for word in arguments]
     words = ["accelerate", "launch", "--config_file", str(file.path)]
     if processes is not None:
@@ -87,7 +91,7 @@ def command(file: LaunchFile, processes: int | None, several: Machines | None, a
         words += _deepspeed_launcher(file, several)
     if several is None:
         words += ["--num_machines", "1", "--machine_rank", "0"]
-        words += ["--main_process_port", "0"]  # any free one, so that two runs do not meet
+        words += ["--main_process_port", "0"]  # any free port, so that two runs do not use the same one
     else:
         host, _, port = several.address.rpartition(":")
         words += ["--num_machines", str(several.count), "--machine_rank", str(several.rank)]
@@ -96,37 +100,37 @@ def command(file: LaunchFile, processes: int | None, several: Machines | None, a
 
 
 def _deepspeed_launcher(file: LaunchFile, several: Machines | None) -> list[str]:
-    """The option for torchrun. Accelerate's default, pdsh, would write the environment into a file."""
+    """The option that selects torchrun. Accelerate's default, pdsh, writes environment variables to a file."""
     if several is not None and file.deepspeed_launcher not in (None, "standard"):
         raise RecipeError(
-            f"{file.path}: deepspeed_multinode_launcher: {file.deepspeed_launcher}: not supported, as it starts the "
-            "other machines itself and writes the environment, secrets too, into a file; set it to standard, and run "
-            "this command on each machine"
+            f"{file.path}: deepspeed_multinode_launcher: {file.deepspeed_launcher}: not supported, because it starts "
+            "the other machines itself and writes environment variables, including secrets, to a file; set it to "
+            "standard, and run this command on each machine"
         )
     return ["--deepspeed_multinode_launcher", "standard"]
 
 
 def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping[str, str]) -> int:
-    """Run the command and return the run's own exit code, which `accelerate launch` does not pass on.
+    """Run the command, and return the exit code of the run, which `accelerate launch` does not pass on.
 
-    SIGTERM and SIGINT become the run directory's stop file: torchrun would kill the ranks seconds after a signal, in
-    the middle of a save. A second SIGINT ends the ranks at once. When this returns, SIGTERM stays ignored: one that
-    comes in the moment before the exit must not change the exit code.
+    SIGTERM and SIGINT create the run directory's stop file, because torchrun would kill the ranks seconds after a
+    signal, during a save. A second SIGINT kills the ranks at once. SIGTERM is ignored after this function returns, so
+    that a late signal does not change the exit code.
 
     Args:
-        threads: of each rank on the CPU, unless OMP_NUM_THREADS is set.
-        variables: for the ranks, see LaunchFile.variables.
+        threads: CPU threads of each rank, unless OMP_NUM_THREADS is set.
+        variables: environment variables for the ranks, see LaunchFile.variables.
     """
     print("+ " + shlex.join(words), file=sys.stderr, flush=True)
     stop_file = run_dir / "stop"
     run_dir.mkdir(parents=True, exist_ok=True)
     child: subprocess.Popen[bytes] | None = None
-    asked = 0
+    signals = 0
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        nonlocal asked
-        asked += 1
-        if asked == 1:
+        nonlocal signals
+        signals += 1
+        if signals == 1:
             stop_file.touch()
         elif number == signal.SIGINT and child is not None:
             os.killpg(child.pid, signal.SIGKILL)
@@ -144,30 +148,31 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
     os.close(descriptor)
     environment[EXIT_CODE_FILE] = name
     try:
-        # In a session of their own the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a
-        # job: torchrun ignores SIGTERM, and so does a rank until it installs its own handler.
+        # A new session, so that the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a job.
+        # torchrun ignores SIGTERM, and so does a rank until it installs its own handler.
         child = subprocess.Popen(python, start_new_session=True, preexec_fn=ignore_sigterm, env=environment)
         code = child.wait()
     finally:
         ignore_sigterm()
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
-        if asked:  # the run may have stopped on another machine's signal, before this machine got one
+        if signals:  # the run may have stopped by a signal of another machine before, and left this stop file
             stop_file.unlink(missing_ok=True)
-        said = Path(name).read_text()
+        reported = Path(name).read_text()
         Path(name).unlink(missing_ok=True)
-    return own_exit_code(code, said)
+    return own_exit_code(code, reported)
 
 
 def ignore_sigterm() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def own_exit_code(code: int, said: str) -> int:
-    """The exit code that a rank on this machine has left; else the launcher's own code, never 0.
+def own_exit_code(code: int, reported: str) -> int:
+    """The exit code that a rank of this machine reported, or else that of the launcher. Not 0 if the launcher failed.
 
-    code: of `accelerate launch`; said: the contents of the file named by EXIT_CODE_FILE, empty if the ranks died before
-    they could write it.
+    Args:
+        code: exit code of `accelerate launch`.
+        reported: contents of the file EXIT_CODE_FILE; empty if the ranks died before they could write it.
     """
     if code == 0:
         return 0
-    return (int(said) if said.isdigit() else code if code > 0 else 1) or 1
+    return (int(reported) if reported.isdigit() else code if code > 0 else 1) or 1

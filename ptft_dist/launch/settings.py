@@ -1,7 +1,7 @@
-"""What a launch config asks for, read from its file or from the variables of `accelerate launch`; one check for both.
+"""The settings of a launch config, from its file or from the environment variables of `accelerate launch`.
 
-A launch config says which processes run where and how the network is spread over them. What the recipe decides
-(precision, batch, clipping, compilation) it may repeat but not change.
+A launch config defines the processes and the backend. Settings that belong to the recipe (precision, batch, clipping,
+compilation) must agree with it. Both sources are checked by the same function.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
 
-# Fields of `deepspeed_config` and the variables that Accelerate 1.15 makes of them.
+# Fields of `deepspeed_config`, and the environment variables in which Accelerate 1.15 passes them.
 DEEPSPEED_VARIABLES = {
     "deepspeed_config_file": "ACCELERATE_DEEPSPEED_CONFIG_FILE",
     "zero_stage": "ACCELERATE_DEEPSPEED_ZERO_STAGE",
@@ -32,10 +32,10 @@ PARALLEL_SIZES = {
 
 @dataclass(frozen=True)
 class LaunchSettings:
-    """The settings of a launch config that ptft has to know. All values are as Accelerate spells them."""
+    """The settings of a launch config that ptft reads. Values are spelled as in Accelerate."""
 
     source: str
-    """For messages: the file, or `the launch config`."""
+    """The file, or `the launch config`; for messages."""
     mixed_precision: str = "no"
     dynamo_backend: str = "no"
     fsdp_version: int | None = None
@@ -49,9 +49,9 @@ class LaunchSettings:
 
 
 def settings_of_environment(environ: Mapping[str, str]) -> LaunchSettings:
-    """What the launcher of this process was asked for. Without Accelerate's variables: nothing."""
+    """The settings that the launcher of this process passed; defaults without Accelerate's variables."""
 
-    def says(name: str) -> bool:
+    def is_true(name: str) -> bool:
         return environ.get(name, "false").lower() == "true"
 
     sizes = {name: environ.get(f"PARALLELISM_CONFIG_{name.upper()}", "1") for name in PARALLEL_SIZES}
@@ -60,17 +60,17 @@ def settings_of_environment(environ: Mapping[str, str]) -> LaunchSettings:
         source="the launch config",
         mixed_precision=environ.get("ACCELERATE_MIXED_PRECISION", "no"),
         dynamo_backend=environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(),
-        fsdp_version=int(environ.get("FSDP_VERSION", "1")) if says("ACCELERATE_USE_FSDP") else None,
-        megatron=says("ACCELERATE_USE_MEGATRON_LM"),
+        fsdp_version=int(environ.get("FSDP_VERSION", "1")) if is_true("ACCELERATE_USE_FSDP") else None,
+        megatron=is_true("ACCELERATE_USE_MEGATRON_LM"),
         gradient_accumulation_steps=environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto"),
         gradient_clipping=environ.get("ACCELERATE_GRADIENT_CLIPPING", "auto"),
-        parallel_sizes={k: int(v) for k, v in sizes.items()} if says("ACCELERATE_USE_PARALLELISM_CONFIG") else {},
-        deepspeed=fields if says("ACCELERATE_USE_DEEPSPEED") else None,
+        parallel_sizes={k: int(v) for k, v in sizes.items()} if is_true("ACCELERATE_USE_PARALLELISM_CONFIG") else {},
+        deepspeed=fields if is_true("ACCELERATE_USE_DEEPSPEED") else None,
     )
 
 
 def check_settings(settings: LaunchSettings, recipe: Recipe) -> None:
-    """Refuse what is not supported and what contradicts the recipe. Raises RecipeError with all problems."""
+    """Raises RecipeError, with all problems, for unsupported settings and for settings that contradict the recipe."""
     problems = [*_unsupported(settings), *_contradictions(settings, recipe)]
     if problems:
         raise RecipeError("\n".join(f"{settings.source}: {problem}" for problem in problems))

@@ -82,7 +82,7 @@ def test_shards_are_refused_by_any_other_engine(sharded: Path, cache: Path, rank
     run = start("train", "recipe.yaml", cwd=sharded, cache=cache, ranks=ranks, kind=kind)
     assert run.wait() == 4
     assert set(run.exit_codes) == {4}
-    assert "holds the state of 2 processes under zero2" in run.stderr
+    assert "contains the state of 2 processes under zero2" in run.stderr
     assert f"this run has {ranks} under {name}" in run.stderr
     assert "Start it as before (2 processes, zero2)" in run.stderr
     assert "model.path set to an exported model" in run.stderr
