@@ -166,7 +166,7 @@ def test_both_texts_of_a_pair(folder: Path) -> None:
         ("cat feline\n", "synonyms.txt:1: expected a word, a tab, and its synonyms"),
         ("old\tancient\n\ncat\tlynx,,puma\n", "synonyms.txt:3: expected"),
         ("\tlynx\n", "synonyms.txt:1: expected"),
-        ("cat\tlynx\ncat\tpuma\n", "synonyms.txt:2: 'cat' has a line above"),
+        ("cat\tlynx\ncat\tpuma\n", "synonyms.txt:2: 'cat' already has a line above"),
         ("# nothing\n", "synonyms.txt: the file has no synonyms"),
         ("cat\tl\xff\n", "synonyms.txt:1: this is not UTF-8"),
     ],

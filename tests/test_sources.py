@@ -302,7 +302,7 @@ def test_check_sources_lists_every_mistake(tmp_path: Path) -> None:
             f"no such file. A relative path starts at the recipe's directory, {tmp_path}",
         ),
         ("data.train[1].path: *.xyz:", "no such file"),
-        ("data.train[2].path: folder:", "a folder"),
+        ("data.train[2].path: folder:", "this is a directory"),
         ("data.train[3].path: empty.txt:", "empty"),
         ("data.train[5].path: thesis.docx:", "unknown file type"),
         ("data.train[6].path: packed.parquet.gz:", "unknown file type"),

@@ -1,4 +1,4 @@
-"""Back-translation: translate texts into another language and back with two seq2seq models (Sennrich et al. 2016)."""
+"""Back-translation: translate texts into another language and back with two models (Sennrich et al. 2016)."""
 
 from __future__ import annotations
 

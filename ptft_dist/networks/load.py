@@ -80,7 +80,7 @@ def read_config(section: ModelSection, settings: Mapping[str, Any], key: str = "
 
 
 def _forget_source_format(config: PretrainedConfig) -> None:
-    """Remove the source format that an earlier seq2seq run wrote to the config; the task writes its own."""
+    """Remove the source format that an earlier run wrote to the config; the task writes its own."""
     if params := getattr(config, "task_specific_params", None):
         config.task_specific_params = {task: values for task, values in params.items() if task != "ptft"}
 
