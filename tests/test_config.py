@@ -334,7 +334,7 @@ BROKEN = [
     (
         "tokenizer:\n  train: {vocab_size: 512}\n",
         "",
-        "recipe.yaml:1: tokenizer: required with model.config: learn one with tokenizer.train, or name one with "
+        "recipe.yaml:1: tokenizer: required with model.config: train one with tokenizer.train, or name one with "
         "tokenizer.path",
     ),
 ]
@@ -369,7 +369,7 @@ def test_a_path_that_is_no_text_file(tmp_path: Path) -> None:
     latin1.write_bytes(b"task: clm\nrun_dir: caf\xe9\n")
     with pytest.raises(RecipeError, match=r"latin1\.yaml:2: not UTF-8 text \(byte 0xe9\)"):
         load_recipe(str(latin1))
-    with pytest.raises(RecipeError, match="a recipe is a file, and this is a directory; give the file in it"):
+    with pytest.raises(RecipeError, match="this is a directory, not a recipe; give a file in it"):
         load_recipe(str(tmp_path))
     with pytest.raises(RecipeError, match="no such file"):
         load_recipe(str(tmp_path / "missing.yaml"))
@@ -749,7 +749,7 @@ def test_a_file_comes_before_a_shipped_recipe(shipped_recipes: Path) -> None:
         ("clmm", "no such file, and no shipped recipe has this name; did you mean clm?"),
         ("recipes/lor.yaml", "no such file, and no shipped recipe has this name; did you mean peft/lora?"),
         ("qqqq", "no such file, and no shipped recipe has this name."),
-        ("same", "this name has more than one shipped recipe: a/same, b/same"),
+        ("same", "there is more than one shipped recipe with this name; use one of: a/same, b/same"),
     ],
 )
 def test_a_name_that_is_not_shipped(name: str, expected: str) -> None:

@@ -81,7 +81,7 @@ def test_prepare_wants_to_know_which_fold(tmp_path: Path) -> None:
     [
         ({"fold": 0}, "fold has no effect here"),
         ({"folds": 3, "fold": 3}, "it must be from 0 to 2"),
-        ({"folds": 3, "validation": 0.1}, "exclude each other"),
+        ({"folds": 3, "validation": 0.1}, "cannot be used together"),
         ({"folds": 1}, "greater than or equal to 2"),
     ],
 )

@@ -1,6 +1,6 @@
-"""What is wrong between the sections of a recipe: settings without effect, and combinations that can never run.
+"""Checks across the sections of a recipe: settings without effect, and combinations that cannot run.
 
-Everything that follows from the recipe alone is found here, before any data, network or accelerator is touched.
+These checks depend on the recipe only, and run before data, network or accelerator are used.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _NO_EFFECT = "has no effect here:"
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every problem, in no particular order."""
+    """All problems, in no particular order."""
     if recipe.tokenizer.path is None and recipe.tokenizer.train is None:
-        text = "required with model.config: learn one with tokenizer.train, or name one with tokenizer.path"
+        text = "required with model.config: train one with tokenizer.train, or name one with tokenizer.path"
         yield Problem(("tokenizer",), text)
     yield from _task(recipe)
     yield from _sources(recipe)
@@ -31,20 +31,20 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _task(recipe: Recipe) -> Iterator[Problem]:
-    """The task's own section, and what the task supports."""
+    """Settings of the task's section, and features that the task does not support."""
     task, settings, sections = recipe.task, recipe.settings, recipe.task_sections()
     for name, default in sections.items():
         if name != task and getattr(recipe, name) != default:
             yield Problem((name,), f"{_NO_EFFECT} the task is {task}")
     if recipe.distillation is not None and not settings.distillable:
-        able = ", ".join(name for name, section in sections.items() if section.distillable)
-        yield Problem(("distillation",), f"{_NO_EFFECT} it needs one of the tasks {able}")
+        supported = ", ".join(name for name, section in sections.items() if section.distillable)
+        yield Problem(("distillation",), f"{_NO_EFFECT} it needs one of the tasks {supported}")
     elif recipe.distillation is not None and getattr(settings, "head", None) == "fused":
         text = "the fused head computes no logits, and distillation needs them; remove the key, or set logits"
         yield Problem((task, "head"), text)
     if recipe.data.augment and not settings.augmentable:
-        able = ", ".join(name for name, section in sections.items() if section.augmentable)
-        yield Problem(("data", "augment"), f"{_NO_EFFECT} it needs one of the tasks {able}")
+        supported = ", ".join(name for name, section in sections.items() if section.augmentable)
+        yield Problem(("data", "augment"), f"{_NO_EFFECT} it needs one of the tasks {supported}")
     if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
         yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
     if recipe.tokenizer.train is None:
@@ -56,7 +56,7 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _sources(recipe: Recipe) -> Iterator[Problem]:
-    """Keys of sources that belong to other kinds of tasks."""
+    """Keys of sources that the task does not use, and unknown roles."""
     task, settings = recipe.task, recipe.settings
     documents = isinstance(settings, DocumentSettings)
     for side in ("train", "validation"):
@@ -75,7 +75,7 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:
-    """Sizes that no number of processes can divide."""
+    """Batch sizes that are invalid for any number of processes."""
     batch, length = recipe.batch, recipe.data.max_length
     rows, tokens, micro_size = batch.global_size, batch.global_tokens, batch.micro_size
     if batch.micro_tokens is not None and batch.micro_tokens < length:
@@ -105,7 +105,7 @@ def _batch(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _evaluation(recipe: Recipe) -> Iterator[Problem]:
-    """Settings that need validation data or regular evaluations, and the metric."""
+    """Settings that need validation data or regular evaluations, and unknown metrics."""
     evaluation, settings = recipe.eval, recipe.settings
     if recipe.eval.metric not in recipe.metric_names:
         metric = recipe.eval.metric
@@ -127,7 +127,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
 
 
 def nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` that is nearest to `wanted`; the smaller one of two."""
+    """The divisor of `number` that is nearest to `wanted`; of two equally near ones, the smaller."""
     small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
     return min({*small, *(number // n for n in small)}, key=lambda n: (abs(n - wanted), n))
 

@@ -46,7 +46,7 @@ class Source(Section):
 
 
 class Augmentation(Section):
-    """Data augmentation: changed copies of the training rows of a task with labelled text, made once, by `prepare`."""
+    """Data augmentation: changed copies of the training rows of a task with labelled text, made once by `prepare`."""
 
     method: Literal["synonym", "swap", "delete", "back_translation"]
     """`synonym`: replace words by synonyms; `swap`: swap pairs of words; `delete`: delete words (Wei and Zou 2019,
@@ -60,7 +60,7 @@ class Augmentation(Section):
     synonyms: Text | None = None
     """`synonym`: a text file; each line is a word, a tab, and its synonyms separated by commas."""
     forward: Text | None = None
-    """`back_translation`: the sequence-to-sequence model into the other language, a directory or a Hub name."""
+    """`back_translation`: the sequence-to-sequence model into the other language: a directory or a Hub name."""
     backward: Text | None = None
     """`back_translation`: the model back into the original language."""
 
@@ -90,8 +90,8 @@ class DataSection(Section):
     fold: Annotated[int, Field(ge=0)] | None = None
     """Run this fold only, counted from 0. Default: `ptft train` runs all folds, one after the other."""
     max_length: Annotated[int, Field(ge=2, le=2**24)] = 512
-    """Maximum number of tokens in a row. A longer document is continued in the next row. Other tasks say in
-    their section what happens to longer rows."""
+    """Maximum number of tokens in a row. A longer document continues in the next row. Other tasks document truncation
+    in their own section."""
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do with a row that the task cannot use, such as one without a label: `stop` with an error that names file
     and line, or `skip` and count it."""
@@ -106,7 +106,7 @@ class DataSection(Section):
     def _check(self) -> DataSection:
         only_with(self, ("fold",), self.folds is not None, "data.folds")
         if self.folds is not None and self.validation is not None:
-            raise ValueError("folds and validation exclude each other: the folds are the validation sets")
+            raise ValueError("folds and validation cannot be used together: the folds are the validation sets")
         if self.folds is not None and self.fold is not None and self.fold >= self.folds:
             raise ValueError(f"fold: {self.fold}; with folds: {self.folds} it must be from 0 to {self.folds - 1}")
         return self

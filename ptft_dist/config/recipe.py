@@ -1,6 +1,6 @@
-"""The schema of a recipe: what is trained, on which data, and how. It has no settings of machines and no torch.
+"""The schema of a recipe: task, model, data and training. It has no settings of machines, and does not import torch.
 
-The docstring under a key is its documentation: `ptft config schema` prints it.
+The docstring below a key is its documentation, which `ptft config schema` prints.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ModelSection(Section):
     compile: bool = False
     """Compile the network with torch.compile."""
     new_head: bool = False
-    """Initialize weights at random whose shape differs from what the task needs, such as a head for other labels."""
+    """Initialize weights at random if their shape does not fit the task, such as a head for other labels."""
     trust_remote_code: bool = False
     """Run Python code from the model's repository. Read that code before you set this."""
 
@@ -63,8 +63,8 @@ class TokenizerTraining(Section):
     """A tokenizer trained on the training documents by `ptft prepare` or `ptft train`."""
 
     algorithm: Literal["bpe", "wordpiece", "unigram"] = "bpe"
-    """`bpe`: byte-level byte-pair encoding; every text can be encoded. `wordpiece`: as BERT's, with its normalization,
-    cased. `unigram`: as SentencePiece's. What the last two cannot encode becomes unknown tokens,
+    """`bpe`: byte-level byte-pair encoding, which can encode every text. `wordpiece`: as in BERT, with its
+    normalization, cased. `unigram`: as in SentencePiece. Text that the last two cannot encode becomes unknown tokens,
     which are counted."""
     vocab_size: Annotated[int, Field(ge=257, le=2_000_000)] = 8192
     """Number of tokens, including special tokens and, for `bpe`, the 256 bytes."""
@@ -75,7 +75,7 @@ class TokenizerTraining(Section):
 
 
 class TokenizerSection(Section):
-    """How text becomes token ids. The whole section may be left out with model.path: the model's tokenizer is used."""
+    """The tokenizer. Without this section, the tokenizer of model.path is used."""
 
     path: Text | None = None
     """A local directory or a Hub name."""
@@ -307,12 +307,12 @@ class Recipe(Section):
         return {name: default for name, default in defaults.items() if isinstance(default, TaskSettings)}
 
     def own_values(self) -> dict[str, Any]:
-        """All values as plain JSON, without the sections of other tasks, which must be at their defaults."""
+        """All values as plain JSON, without the sections of other tasks, which are at their defaults."""
         return self.model_dump(mode="json", exclude=self.task_sections().keys() - {self.task})
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        """The metrics of an evaluation: the choice for eval.metric."""
+        """The metrics of an evaluation: the valid values of eval.metric."""
         return *self.settings.metric_names, *(self.distillation.metric_names if self.distillation else ())
 
     @property
@@ -322,6 +322,6 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if found := list(problems(self)):
-            raise RecipeProblems(found)
+        if all_problems := list(problems(self)):
+            raise RecipeProblems(all_problems)
         return self

@@ -1,4 +1,4 @@
-"""What follows from a recipe and a number of processes: gradient accumulation, and whether the batch can be divided."""
+"""Computes the batch of each process from recipe and number of processes, including gradient accumulation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class BatchShape:
     """The sizes of one optimizer update."""
 
     global_size: int | None
-    """Rows of an update over all processes; None: as many as hold global_tokens."""
+    """Rows of an update over all processes; None: as many as fit into global_tokens."""
     global_tokens: int | None
     micro_size: int | None
     """Rows of one forward pass of one process."""
@@ -28,7 +28,7 @@ class BatchShape:
 
 
 def batch_shape(recipe: Recipe, world_size: int) -> BatchShape:
-    """Divide one update over `world_size` processes. Raises RecipeError with the nearest sizes that divide."""
+    """Divide an update over `world_size` processes. Raises RecipeError, with the nearest valid sizes."""
     batch, max_length = recipe.batch, recipe.data.max_length
     global_size, global_tokens, micro_size = batch.global_size, batch.global_tokens, batch.micro_size
     if global_tokens is not None and recipe.settings.full_rows:

@@ -1,8 +1,8 @@
-"""Values of environment variables that recipes referred to, and their removal from everything that is shown or written.
+"""Masks the values of environment variables in everything that is shown or written.
 
-A recipe takes passwords and tokens from the environment (`${env:NAME}`). Any of these values may be secret, and later
-errors, tracebacks and warnings can quote them, for example as part of a path or URL. So every writer of text for people
-(terminal, logs, result.json) passes its text through `hide`.
+A recipe can read passwords and tokens from the environment (`${env:NAME}`). Any of these values may be secret, and
+errors, tracebacks and warnings can quote them, for example as part of a path or URL. So all text output (terminal,
+logs, result.json) passes through `hide`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from functools import cache
 from typing import Any
 
 SHORTEST = 4
-"""A shorter value (in characters) is not secret, and hiding it would make messages unreadable."""
+"""Minimum length of a masked value, in characters. Masking shorter ones would make messages unreadable."""
 
-_references: dict[str, str] = {}  # every spelling of a value -> the reference to show instead
+_references: dict[str, str] = {}  # each form of a value (plain, quoted, escaped) -> the reference to show instead
 
 
 def remember(value: str, reference: str) -> None:
-    """Hide `value` from now on, in this process; `reference`, such as `${env:HF_TOKEN}`, is shown instead."""
+    """Mask `value` from now on in this process by `reference`, such as `${env:HF_TOKEN}`."""
     if len(value) < SHORTEST:
         return
     for spelling in (value, repr(value)[1:-1], json.dumps(value)[1:-1], urllib.parse.quote(value, safe="")):
@@ -29,20 +29,20 @@ def remember(value: str, reference: str) -> None:
 
 
 def forget() -> None:
-    """Hide nothing any more. For tests: one process of theirs reads many recipes."""
+    """Mask nothing from now on. For tests, which read many recipes in one process."""
     _references.clear()
 
 
 def hide(text: str) -> str:
-    """`text` with the reference in place of every value, however it is quoted."""
-    for spelling in sorted(_references, key=len, reverse=True):  # a value may be part of another
+    """`text` with every value replaced by its reference."""
+    for spelling in sorted(_references, key=len, reverse=True):  # longest first, because a value may contain another
         text = text.replace(spelling, _references[spelling])
     return text
 
 
 @cache
 def hide_in_libraries() -> None:
-    """Let warnings and log records of all libraries go through `hide`; once in a process."""
+    """Pass warnings and log records of all libraries through `hide`. Takes effect once per process."""
     format_warning, make_record = warnings.formatwarning, logging.getLogRecordFactory()
 
     def hidden_warning(*args: Any, **kwargs: Any) -> str:

@@ -1,4 +1,4 @@
-"""What all sections of a recipe share: strictness, ranges of numbers, and the commonest checks."""
+"""Base class of all sections of a recipe, number ranges, and common checks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ KeyPath = tuple[str | int, ...]
 
 
 def dotted(path: KeyPath) -> str:
-    """`data.train.0.path`."""
+    """A path as text, such as `data.train.0.path`."""
     return ".".join(map(str, path))
 
 
 class Problem(NamedTuple):
-    """What is wrong with the value at `path`."""
+    """A problem with the value at `path`."""
 
     path: KeyPath
     text: str
 
 
 class RecipeProblems(ValueError):
-    """Everything that is wrong with a recipe whose sections are valid one by one."""
+    """The problems of a recipe whose sections are valid individually."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(problems)
@@ -38,7 +38,7 @@ class RecipeProblems(ValueError):
 
 
 class Section(BaseModel):
-    """A part of a recipe. Immutable; refuses unknown keys; the docstring under a key is its documentation."""
+    """A section of a recipe: immutable, without unknown keys. The docstring below a key is its documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
@@ -50,15 +50,15 @@ def is_default(section: BaseModel, name: str) -> bool:
 
 
 def exactly_one(section: BaseModel, *names: str) -> None:
-    """Raise ValueError unless one of these keys is given."""
+    """Raise ValueError unless exactly one of these keys is given."""
     given = [name for name in names if getattr(section, name) is not None]
     if len(given) != 1:
-        found = "none is given" if not given else "given: " + ", ".join(given)
-        raise ValueError(f"exactly one of {', '.join(names)} is needed; {found}")
+        state = "none is given" if not given else "given: " + ", ".join(given)
+        raise ValueError(f"exactly one of {', '.join(names)} is needed; {state}")
 
 
 def only_with(section: BaseModel, names: tuple[str, ...], condition: bool, needs: str) -> None:
-    """Raise ValueError at a key of `names` that is set without `condition`: it would have no effect."""
+    """Raise ValueError if a key of `names` is set although `condition` is false, because it would have no effect."""
     for name in names:
         if not condition and not is_default(section, name):
             raise ValueError(f"{name} has no effect here: it needs {needs}")

@@ -19,17 +19,19 @@ _SINGULAR: dict[Kind, str] = {
 
 
 def shipped(kind: Kind) -> Path:
-    """The folder of shipped files of this kind: in the installed package, or else in the checkout."""
+    """The directory of shipped files of one kind: in the installed package, or else in the git checkout."""
     package = Path(__file__).parent.parent
     installed = package / "shipped" / kind
     return installed if installed.is_dir() else package.parent / kind
 
 
 def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
-    """The file that `name` stands for: an existing file, or else a shipped one, with or without its suffix.
+    """Find a file by its path, or a shipped file by its name with or without suffix.
 
-    A shipped file in a subfolder is found by `folder/name`, and by `name` alone if that is unique.
-    Raises RecipeError, with the nearest name and all available names.
+    The name of a shipped file in a subfolder is `folder/name`, or `name` if this is unique.
+
+    Raises:
+        RecipeError: there is no such file. The message contains the nearest name and all available names.
     """
     given = Path(name).expanduser()
     try:
@@ -49,14 +51,14 @@ def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
     if len(matches) == 1:
         return matches[0]
     if is_directory:
-        raise RecipeError(f"{name}: a {_SINGULAR[kind]} is a file, and this is a directory; give the file in it")
+        raise RecipeError(f"{name}: this is a directory, not a {_SINGULAR[kind]}; give a file in it")
     raise RecipeError(f"{name}: {_not_found(kind, wanted, matches, available)}")
 
 
 def _not_found(kind: Kind, wanted: str, matches: list[Path], available: dict[str, Path]) -> str:
     if matches:
         names = [key for key, path in available.items() if path in matches]
-        return f"this name has more than one shipped {_SINGULAR[kind]}: {', '.join(names)}"
+        return f"there is more than one shipped {_SINGULAR[kind]} with this name; use one of: {', '.join(names)}"
     near = get_close_matches(wanted, available, n=1) or get_close_matches(Path(wanted).name, available, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     listing = f" Shipped: {', '.join(available)}" if available else ""

@@ -1,4 +1,4 @@
-"""The base classes of the tasks' sections: what the rest of the program asks about a task."""
+"""The base classes of the tasks' sections, with the properties of a task that other packages use."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class TaskSettings(Section):
     """Settings of one task."""
 
     after_prepare: ClassVar[tuple[str, ...]] = ()
-    """Settings that do not affect the prepared rows, only the network, loss or evaluation (tasks with rows)."""
+    """Settings that affect the network, loss or evaluation, but not the prepared rows (tasks with rows)."""
     evaluation_only: ClassVar[tuple[str, ...]] = ()
     """Settings that affect evaluations only."""
     text_settings: ClassVar[tuple[str, ...]] = ()
-    """Settings that decide on which texts of a row a tokenizer is trained."""
+    """Settings that affect which texts of a row a tokenizer is trained on."""
     may_change: ClassVar[tuple[str, ...]] = ()
-    """Settings that a resumed run may have other values of: they change no update."""
+    """Settings that may differ in a resumed run, because they do not change the updates."""
     only_rows: ClassVar[tuple[str, ...]] = ()
-    """Settings that decide nothing but the prepared rows: a resume compares them only if the rows differ."""
+    """Settings that affect only the prepared rows. A resume compares them only if the rows differ."""
     distillable: ClassVar[bool] = False
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False
@@ -38,12 +38,12 @@ class TaskSettings(Section):
         return ("loss",)
 
     def length_problems(self, max_length: int) -> Iterator[tuple[str, str]]:  # noqa: ARG002
-        """Settings (name, what is wrong) that rows of data.max_length tokens make impossible."""
+        """Settings that are invalid for rows of data.max_length tokens: (name, problem)."""
         yield from ()
 
     @property
     def full_rows(self) -> bool:
-        """Whether every row but the last has exactly data.max_length tokens."""
+        """Whether every row except the last has exactly data.max_length tokens."""
         return False
 
     @property
@@ -78,10 +78,10 @@ class TaskSettings(Section):
 
 
 class DocumentSettings(TaskSettings):
-    """How the documents of a pretraining task become rows."""
+    """Settings of pretraining tasks on documents."""
 
     like_inputs: ClassVar[bool] = True
-    """Documents should begin and end as the tokenizer's texts do; otherwise `prepare` warns."""
+    """`prepare` warns if documents have other special tokens than the tokenizer adds to a text."""
 
     packing: bool = True
     """true: documents are concatenated and split into rows of exactly data.max_length tokens. false: each document is a
@@ -105,8 +105,8 @@ class DocumentSettings(TaskSettings):
         return self.packing
 
     def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:  # noqa: ARG002
-        """Roles of the special tokens at the beginning (None: there is none) and end of a document.
+        """Roles of the special tokens at the beginning (None: no token) and at the end of a document.
 
-        adds_bos: the tokenizer itself begins a text with BOS.
+        adds_bos: whether the tokenizer itself begins a text with BOS.
         """
         return None, "eos"
