@@ -1,4 +1,4 @@
-"""The errors that a user can cause or meet, each with the exit code that tells a script which kind it was."""
+"""Errors that a user can cause, each with its own exit code."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 
 
 class PtftError(Exception):
-    """A failure that we can explain. Its message names the file, line or key and the remedy; no traceback is shown."""
+    """Base class of errors with an explanation: file, line or key, and the remedy. No traceback is shown."""
 
     exit_code = 1
 
@@ -31,14 +31,14 @@ class CheckpointError(PtftError):
 
 
 class CheckpointVersionError(CheckpointError):
-    """A checkpoint of another version of the program. It is not damaged, so it is never skipped for an older one."""
+    """A checkpoint was written by another version of ptft. It is not damaged, so a resume does not skip it."""
 
 
 class ShardWriteError(CheckpointError):
-    """This rank could not write its shard. The others wait for it inside the write, so it must end at once."""
+    """This rank could not write its shard. It must exit at once, because the other ranks wait for it in the write."""
 
 
 class NonFiniteLossError(PtftError):
-    """The loss or the gradient norm became NaN or infinite; the weights of that step were not kept."""
+    """The loss or the gradient norm became NaN or infinite; the weights of this update are not saved."""
 
     exit_code = 5

@@ -36,7 +36,7 @@ def generate(
         prefix = source_prefix(model.config) if source and not raw else ""
         ids = encode_prompt(tokenizer, prefix + prompt, chat=chat, source=source).to(device)
         if ids.shape[1] == 0:
-            raise RecipeError("prompt: the tokenizer makes no token of it. Give some text.")
+            raise RecipeError("prompt: the tokenizer returns no token for it. Give some text.")
         sampling: dict[str, Any] = {"do_sample": False}
         if temperature:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
@@ -47,13 +47,15 @@ def generate(
 
 
 def source_prefix(config: PretrainedConfig) -> str:
-    """The prefix of every source that an encoder-decoder was trained with, as its export says."""
+    """The source prefix that an encoder-decoder was trained with, from its exported config."""
     return str(((getattr(config, "task_specific_params", None) or {}).get("ptft") or {}).get("prefix") or "")
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool, source: bool) -> Tensor:
-    """The prompt as token ids [1, T]: a user's message, a source with its EOS, or a text to continue, which begins with
-    what the tokenizer puts before a text (BOS) and does not end with what it puts behind one."""
+    """The prompt as token ids [1, T]: a user's message, a source with EOS, or a text to continue.
+
+    A text to continue gets the special tokens that the tokenizer adds before a text (BOS), but not those after it.
+    """
     if chat:
         messages = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -69,7 +71,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
 
 
 def _auto_class(model_dir: Path) -> str:
-    """The class of transformers that loads the model. Raises CheckpointError if it cannot generate text."""
+    """The transformers class that loads the model. Raises CheckpointError if it cannot generate text."""
     try:
         config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -78,15 +80,15 @@ def _auto_class(model_dir: Path) -> str:
     name = next((auto for ending, auto in _AUTO_CLASSES.items() if architecture.endswith(ending)), None)
     if name is None or architecture.startswith("XLNet"):  # XLNet's LMHeadModel is trained on permuted texts
         raise CheckpointError(
-            f"{model_dir}: a {architecture or 'network of unknown kind'} cannot generate text. Give a causal or a "
-            "sequence-to-sequence model."
+            f"{model_dir}: {architecture or 'a network of unknown architecture'} cannot generate text. Give a causal "
+            "or sequence-to-sequence model."
         )
     return name
 
 
 @contextlib.contextmanager
 def _libraries_restored() -> Iterator[None]:
-    """Hide the progress bars of transformers. Afterwards they and PyTorch's random numbers are as they were."""
+    """Hide the progress bars of transformers, and restore them and PyTorch's random state afterwards."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -21,7 +21,7 @@ from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
-from ptft_dist.engine import announce_failure, reset_accelerate, who_failed, why_not_loadable
+from ptft_dist.engine import announce_failure, first_failure, reset_accelerate, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, tell_launcher
 from ptft_dist.networks.export import Export, export
@@ -82,7 +82,7 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
     except Exception as error:
         announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
         code = error.exit_code if isinstance(error, PtftError) else 1
-        report.write(error, code, time.monotonic() - started, first=who_failed())
+        report.write(error, code, time.monotonic() - started, first=first_failure())
         raise
     finally:
         if lock is not None:
@@ -99,11 +99,11 @@ def _train(
     free = partial(may_change, recipe=recipe)
     resume = Resume(checkpoints, how, accept, session.identity, loadable, free)
     resume.after_requeue(restarted_job())
-    resume.look()
+    resume.precheck()
     session.plan  # noqa: B018  # raises its errors before a process group exists
     session.start()
     engine = session.engine
-    checkpoint = resume.choose(engine, warn if main else _nobody)
+    checkpoint = resume.choose(engine, warn if main else _ignore)
     base = session.base_identity() if engine.trained_count < engine.parameter_count else None
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
@@ -239,7 +239,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     run_dir = result.run_dir
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
-        say(f"stopped by {result.reason} after update {result.steps}; {saved}; continue with the same command")
+        say(f"stopped by {result.reason} after update {result.steps}; {saved}; resume with the same command")
     else:
         say(f"finished after update {result.steps}: {result.reason}")
     for name, last in result.metrics.items():
@@ -288,11 +288,12 @@ def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
         session = Session(replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section})), place)
         session.start(training=False)
         assert session.validation is not None
-        found = session.validation.score(session.engine, session.task)
-        assert found is not None
+        scores = session.validation.score(session.engine, session.task)
+        assert scores is not None
         session.engine.barrier()
         session.engine.close()
-    return {f"eval/{name}": value for name, value in found[0].items()}
+    metrics, _ = scores
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
-def _nobody(_text: str) -> None: ...
+def _ignore(_text: str) -> None: ...

@@ -1,6 +1,6 @@
-"""Build the parts of a run from a recipe: data, tokenizer, networks, engine, and on request a Trainer.
+"""Builds the parts of a run from a recipe: data, tokenizer, networks, engine, and on request a Trainer.
 
-`Session(...)` does everything that needs no other process. It finds mistakes in the recipe, the data and the launch
+`Session(...)` does everything that needs no other process. It reports mistakes in the recipe, the data and the launch
 config before a process group exists. `Session.start` forms the group and builds the networks.
 """
 
@@ -46,7 +46,7 @@ from ptft_dist.training.trainer import Trainer
 from ptft_dist.training.validation import Validation
 
 MOST_EPOCHS = 1_000_000
-"""As train.epochs allows: the table of a run's updates must fit into memory."""
+"""The maximum of train.epochs, so that the table of a run's updates fits into memory."""
 
 
 class Session:
@@ -109,7 +109,7 @@ class Session:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this run; see `run_identity`."""
+        """The identity of this run, which a checkpoint must share; see `run_identity`."""
         files = {}
         if self.teacher is not None:
             files["distillation.teacher's files"] = self.teacher.identity(self._digests)
@@ -165,7 +165,7 @@ class Session:
 
         Raises:
             RecipeError: the network does not fit the task.
-            DataError: the ranks hold different data.
+            DataError: the ranks have different data.
         """
         recipe = self.recipe
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
@@ -184,10 +184,10 @@ class Session:
         else:
             self.engine.prepare_reading(self.model)
         self._place_teacher()
-        ask_network(self.engine, self.task)
+        run_probe(self.engine, self.task)
 
     def agree_on_data(self) -> None:
-        """Raises DataError, with the ranks, unless all of them hold the same tokenizer, rows and plan."""
+        """Raises DataError, with the ranks, unless all ranks have the same tokenizer, rows and plan."""
         prepared = self.prepared
         mine = {
             "tokenizer": _directory_hash(prepared.tokenizer_path),
@@ -202,10 +202,10 @@ class Session:
         if different:
             ranks = {i for i, each in enumerate(all_ranks) if each != all_ranks[0]}
             raise DataError(
-                f"data: rank {', '.join(map(str, sorted(ranks)))} and rank 0 do not hold the same data; what differs: "
-                f"{', '.join(different)}. Probably each machine has its own cache, with its own tokenizer or with "
-                "other files. Set PTFT_CACHE (or data.cache_dir) to a directory that all machines share, or "
-                "run `ptft prepare` once and set tokenizer.path to its tokenizer"
+                f"data: rank {', '.join(map(str, sorted(ranks)))} and rank 0 do not have the same data; different: "
+                f"{', '.join(different)}. Probably each machine has its own cache, with another tokenizer or other "
+                "files. Set PTFT_CACHE (or data.cache_dir) to a directory that all machines share, or run "
+                "`ptft prepare` once and set tokenizer.path to its tokenizer"
             )
 
     def _deepspeed_config(self) -> dict[str, Any] | None:
@@ -223,7 +223,7 @@ class Session:
         return cast(Task, task)
 
     def _place_teacher(self) -> None:
-        """Load the teacher and place it, if there is one; after the student, whose DeepSpeed config gives the sizes."""
+        """Load and place the teacher, if any, after the student, because its DeepSpeed config has the bucket sizes."""
         if self.teacher is None:
             return
         assert isinstance(self.task, Distillation)
@@ -296,7 +296,7 @@ class Session:
         return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
 
 
-def ask_network(engine: Engine, task: Task) -> None:
+def run_probe(engine: Engine, task: Task) -> None:
     """Run the task's probe on the wrapped network, for example: does attention stay within packed documents?
 
     Raises:

@@ -323,7 +323,7 @@ def test_a_damaged_cache(tmp_path: Path, documents: Path, damage: str) -> None:
     [
         (["checkpoints", "nowhere"], 4, "nowhere/checkpoints contains no checkpoint"),
         (["generate", "nowhere", "--prompt", "x"], 4, "nowhere: there is no model"),
-        (["tensorboard", "nowhere"], 2, "nowhere: no TensorBoard events here"),
+        (["tensorboard", "nowhere"], 2, "nowhere: no TensorBoard events in this directory"),
     ],
 )
 def test_a_run_that_is_nowhere(tmp_path: Path, cache: Path, words: list[str], code: int, says: str) -> None:

@@ -541,7 +541,7 @@ def test_a_recipe_as_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_recipe(values | {"optim": {"lrr": 1}})
     with pytest.raises(RecipeError, match=r"^recipe: a value of the type set is not allowed"):
         load_recipe(values | {"optim": {1}})
-    with pytest.raises(RecipeError, match=r"^recipe: a recipe is a set|^recipe: .*required"):
+    with pytest.raises(RecipeError, match=r"^recipe: a recipe consists of|^recipe: .*required"):
         load_recipe({})
 
 

@@ -19,7 +19,7 @@ from test_engine import cross_entropy, half_frozen, llama, rows, section
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import ptft_dist.engine as module
-from ptft_dist.engine import Engine, announce_failure, complete_deepspeed_config, who_failed
+from ptft_dist.engine import Engine, announce_failure, complete_deepspeed_config, first_failure
 from ptft_dist.errors import CheckpointError
 
 KINDS = {"ddp": "cpu", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "fsdp2"}
@@ -292,8 +292,8 @@ def wait_for_a_rank(how: str) -> tuple[float, str | None, str]:
                 os._exit(0)
             engine.all_sum(1.0)
     except RuntimeError as error:
-        return time.monotonic() - started, who_failed(), str(error)
-    return 0.0, who_failed(), ""
+        return time.monotonic() - started, first_failure(), str(error)
+    return 0.0, first_failure(), ""
 
 
 def result(folder: Path, rank: int) -> Any:
@@ -329,10 +329,10 @@ def test_a_long_evaluation_is_waited_for(tmp_path: Path) -> None:
 
 def nobody_failed() -> str | None:
     make_engine().barrier()
-    return who_failed()
+    return first_failure()
 
 
 def test_without_a_failure_nobody_is_named(tmp_path: Path) -> None:
     assert on_ranks(nobody_failed, folder=tmp_path) == [None, None]
-    assert who_failed() is None
+    assert first_failure() is None
     announce_failure("there is no process group to tell")

@@ -363,14 +363,14 @@ def test_accept_of_what_is_no_key(tmp_path: Path) -> None:
 
 def test_accept_without_a_checkpoint_is_checked_too(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"--accept optim\.lrr"):
-        resume(tmp_path, identity(tmp_path), "optim.lrr").look()
+        resume(tmp_path, identity(tmp_path), "optim.lrr").precheck()
 
 
 def test_accept_of_a_change_that_was_accepted_before_is_no_error(tmp_path: Path) -> None:
     """A requeued job has the same command line, and its checkpoints already have the new value."""
     now = identity(tmp_path, "optim.lr=0.5")
     resume(tmp_path, now, "optim.lr").check(checkpoint(tmp_path, now))
-    resume(tmp_path, now, "optim.lr").look()
+    resume(tmp_path, now, "optim.lr").precheck()
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------

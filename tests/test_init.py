@@ -49,7 +49,7 @@ def test_it_takes_the_deepspeed_json_with_it(tmp_path: Path, monkeypatch: pytest
 
 def test_it_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "cpu.yaml").write_text("mine")
-    with pytest.raises(RecipeError, match=r"cpu\.yaml: already there, nothing was written"):
+    with pytest.raises(RecipeError, match=r"cpu\.yaml: already exists, nothing was written"):
         init(str(tmp_path), "clm", "cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.yaml"]
     assert (tmp_path / "cpu.yaml").read_text() == "mine"
@@ -60,7 +60,7 @@ def test_a_json_outside_of_the_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text('{"zero_optimization": {"stage": 1}}')
     text = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: ../ds.json}\n"
     (tmp_path / "mine/launch.yaml").write_text(text)
-    with pytest.raises(RecipeError, match=r"outside of .*; name the DeepSpeed JSON with its whole path"):
+    with pytest.raises(RecipeError, match=r"outside of .*; name the DeepSpeed JSON by its absolute path"):
         init(str(tmp_path / "a/copy"), "clm", str(tmp_path / "mine/launch.yaml"))
     assert not (tmp_path / "a").exists()
 

@@ -328,9 +328,9 @@ def test_generate_from_python(tmp_path: Path, documents: Path, cache: Path) -> N
     ("config", "says"),
     [
         (None, r"there is no model. A finished run writes it to .*model"),
-        ('{"architectures": ["BertForMaskedLM"]}', "a BertForMaskedLM cannot generate text"),
-        ('{"architectures": ["XLNetLMHeadModel"]}', "a XLNetLMHeadModel cannot generate text"),
-        ("{}", "a network of unknown kind cannot generate text"),
+        ('{"architectures": ["BertForMaskedLM"]}', "BertForMaskedLM cannot generate text"),
+        ('{"architectures": ["XLNetLMHeadModel"]}', "XLNetLMHeadModel cannot generate text"),
+        ("{}", "a network of unknown architecture cannot generate text"),
         ('{"archi', r"config\.json cannot be read"),
     ],
 )

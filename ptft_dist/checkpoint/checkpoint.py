@@ -59,7 +59,7 @@ class Checkpoint:
     step: int
     manifest: dict[str, Any]
 
-    def fact(self, key: str, kind: type[T]) -> T:
+    def entry(self, key: str, kind: type[T]) -> T:
         """The manifest's value of `key`. Raises CheckpointVersionError if it is missing or of another type."""
         value = self.manifest.get(key)
         if not isinstance(value, kind):
@@ -120,8 +120,8 @@ def verify(checkpoint: Checkpoint, ranks: Ranks | None = None) -> list[str]:
     return sorted(problem for part in ranks.gather_objects(problems) for problem in part)
 
 
-def record(checkpoint: Checkpoint, **facts: Any) -> None:
-    """Replace `facts` in the manifest of a checkpoint, atomically. Called on one rank.
+def record(checkpoint: Checkpoint, **entries: Any) -> None:
+    """Replace `entries` in the manifest of a checkpoint, atomically. Called on one rank.
 
     For values that are known only after the commit, such as the evaluation of its update. The checkpoint's files do
     not change.
@@ -131,7 +131,7 @@ def record(checkpoint: Checkpoint, **facts: Any) -> None:
     """
     replacement = checkpoint.path / f"{MANIFEST}.new"
     try:
-        _write_manifest(replacement, checkpoint.manifest | facts)
+        _write_manifest(replacement, checkpoint.manifest | entries)
         replacement.replace(checkpoint.path / MANIFEST)
     finally:
         with contextlib.suppress(OSError):
@@ -180,14 +180,19 @@ class Checkpoints:
         return None
 
     def commit(
-        self, step: int, write: Callable[[Path], Files | None], facts: dict[str, Any], ranks: Ranks, need_bytes: int = 0
+        self,
+        step: int,
+        write: Callable[[Path], Files | None],
+        entries: dict[str, Any],
+        ranks: Ranks,
+        need_bytes: int = 0,
     ) -> Checkpoint:
         """Write a checkpoint on all ranks.
 
         Args:
             write: called as write(folder) on each rank. Writes files, and returns size and hash of those that it has
                 already hashed and flushed to the disk. All other files are read and hashed here.
-            facts: entries of the manifest.
+            entries: entries of the manifest.
             need_bytes: approximate size of the checkpoint. It is not begun with less free space, because a rank that
                 fails during a sharded write leaves the others waiting.
 
@@ -212,7 +217,7 @@ class Checkpoints:
             return {name: _seal(partial / name) for name in remaining[ranks.rank :: ranks.world_size]}
 
         def finish() -> None:
-            _write_manifest(partial / MANIFEST, {"format": FORMAT, "step": step, **facts, "files": files})
+            _write_manifest(partial / MANIFEST, {"format": FORMAT, "step": step, **entries, "files": files})
             for folder in {partial, *(p for p in partial.rglob("*") if p.is_dir())}:
                 _fsync(folder)
             partial.rename(final)
@@ -282,7 +287,7 @@ def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
 
 
 def _merged(parts: list[Files | None]) -> Files:
-    return {name: facts for part in parts for name, facts in (part or {}).items()}
+    return {name: file for part in parts for name, file in (part or {}).items()}
 
 
 def _files(folder: Path) -> list[str]:

@@ -56,7 +56,7 @@ class Resume:
         """The file with the id of the job that began this run last."""
         return self.checkpoints.folder.parent / ".begun.json"
 
-    def look(self) -> None:
+    def precheck(self) -> None:
         """Check the newest checkpoint before any process group exists, without hashing files.
 
         Raises:
@@ -124,7 +124,7 @@ class Resume:
             CheckpointError: a key differs that --accept does not name, or these processes cannot load the state.
             RecipeError: --accept names an unknown key.
         """
-        saved = checkpoint.fact("identity", dict)
+        saved = checkpoint.entry("identity", dict)
         self._check_accept(saved)
         different = differences(saved, self.identity)
         refused = {key: change for key, change in different.items() if key not in self.accept}
@@ -135,7 +135,7 @@ class Resume:
                 f"{checkpoint.path} was made with another recipe or other data:{lines}\n"
                 f"Restore the old values, choose another run_dir, or accept the changes: {options}"
             )
-        reason = self.why_not_loadable(checkpoint.fact("kind", str), checkpoint.fact("world_size", int))
+        reason = self.why_not_loadable(checkpoint.entry("kind", str), checkpoint.entry("world_size", int))
         if reason is not None:
             raise CheckpointError(f"{checkpoint.path} {reason}")
 

@@ -1,4 +1,4 @@
-"""The `ptft` command. Each verb is a small module that imports what is heavy only when it runs."""
+"""The `ptft` command. Each command is a small module that imports slow libraries only when it runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ptft_dist.config.secrets import hide, hide_in_libraries
 from ptft_dist.errors import PtftError
 from ptft_dist.reporting.messages import show_messages
 
-# name, module, function (or a Typer with verbs of its own)
+# name, module, function (or a Typer app with subcommands)
 VERBS: tuple[tuple[str, str, str], ...] = (
     ("init", "ptft_dist.cli.init", "init"),
     ("train", "ptft_dist.cli.train", "train"),
@@ -27,7 +27,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("generate", "ptft_dist.cli.generate", "generate"),
 )
 
-# Markup would import rich and wrap lines. Typer's tracebacks print local variables, and secrets may be among them.
+# Rich markup is slow to import and wraps lines. Typer's tracebacks print local variables, which may contain secrets.
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -57,14 +57,14 @@ def _root(
         raise typer.Exit
 
 
-_EXIT_READER_GONE = 128 + 13  # what a shell reports for a process that SIGPIPE ended
+_EXIT_READER_GONE = 128 + 13  # the exit status in a shell of a process that was ended by SIGPIPE
 
 
 def main() -> None:
-    """Run the command line, and turn what a user can cause into one plain message and an exit code.
+    """Run the command line. Errors that a user can cause become one message and an exit code.
 
-    All else keeps its traceback. (Typer's own runner would end quietly on an EOFError or a broken pipe, which a
-    training run meets for reasons that have nothing to do with a terminal.)
+    All other errors keep their traceback. Typer's runner is not used, because it exits silently on EOFError and broken
+    pipes, which in a training run can have causes other than the terminal.
     """
     show_messages(int(os.environ.get("RANK", "0")))  # the launch package would import the schema of recipes
     hide_in_libraries()
@@ -73,7 +73,7 @@ def main() -> None:
             context.command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
-        _reader_is_gone()  # a verb that says how it ended has done its work
+        _reader_is_gone()  # the command has finished its work
         sys.exit(end.exit_code)
     except PtftError as error:
         print(hide(f"error: {error}"), file=sys.stderr)
@@ -83,7 +83,7 @@ def main() -> None:
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as error:  # as the interpreter would end, but for secrets in the traceback
+    except Exception as error:  # like the interpreter, but with secrets masked in the traceback
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(_EXIT_READER_GONE)
         print(hide(traceback.format_exc()), end="", file=sys.stderr)
@@ -91,10 +91,10 @@ def main() -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads what this process prints, as after `| head`. The rest of it is then dropped."""
+    """Whether the reader of stdout has ended, as in `| head`. Further output is then discarded."""
     output = select.poll()
     output.register(sys.stdout.fileno(), 0)
     gone = any(event & select.POLLERR for _, event in output.poll(0))
-    if gone:  # the interpreter flushes once more at its end
+    if gone:  # the interpreter flushes stdout at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return gone

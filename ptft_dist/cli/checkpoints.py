@@ -1,4 +1,4 @@
-"""`ptft checkpoints`: what a run can resume from."""
+"""`ptft checkpoints`: list the checkpoints of a run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def checkpoints(run: Annotated[Path, typer.Argument(help="A run directory.")]) -
     from ptft_dist import api
     from ptft_dist.errors import CheckpointError
 
-    found = api.checkpoints(run)
-    for checkpoint in found:
+    listed = api.checkpoints(run)
+    for checkpoint in listed:
         if checkpoint.size_bytes is not None:
             print(_line(checkpoint))
         for problem in checkpoint.problems:
             print(f"  {problem}")
-    damaged = sum(bool(checkpoint.problems) for checkpoint in found)
+    damaged = sum(bool(checkpoint.problems) for checkpoint in listed)
     if damaged:
-        raise CheckpointError(f"{damaged} of {len(found)} checkpoints are damaged")
+        raise CheckpointError(f"{damaged} of {len(listed)} checkpoints are damaged")
 
 
 def _line(checkpoint: CheckpointInfo) -> str:

@@ -1,4 +1,4 @@
-"""`ptft config`: look at a recipe without running it. No torch, no accelerator, no network."""
+"""`ptft config`: check or print a recipe without running it. Does not import torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ app = typer.Typer(help="Check a recipe, show all its values, or print the schema
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Report every mistake in a recipe, and data that are not there."""
+    """Report all mistakes in a recipe, and missing data files."""
     from ptft_dist.api import load_recipe
     from ptft_dist.data.sources import check_sources
 
@@ -30,7 +30,7 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 @app.command()
 def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Print every value and where it came from: the file, the command line, the environment or a default."""
+    """Print every value with its origin: the file, the command line, the environment or a default."""
     from ptft_dist.api import load_recipe
     from ptft_dist.config.load import describe
 
@@ -39,7 +39,7 @@ def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 @app.command()
 def schema() -> None:
-    """Print the JSON Schema of a recipe: each key, its type, default and meaning."""
+    """Print the JSON Schema of a recipe: type, default and description of each key."""
     import json
 
     from ptft_dist.tasks.registry import recipe_class

@@ -1,4 +1,4 @@
-"""`ptft generate`: text from a trained model."""
+"""`ptft generate`: generate text with a trained model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ptft init`: copy files to start from. No torch, no accelerate."""
+"""`ptft init`: copy files to start from. Does not import torch or Accelerate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ptft_dist.errors import RecipeError
 
 
 def init(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="Where the files go; it is made if need be.")],
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="The target directory; created if missing.")],
     recipe: Annotated[str, typer.Option(help="A shipped recipe, such as clm or sft, or a file.")] = "clm",
     launch: Annotated[
         str | None, typer.Option(help="A launch config: a shipped one such as multi_gpu or zero3, or a file.")
@@ -41,15 +41,15 @@ def init(
 
 
 def _copy(folder: Path, copies: dict[Path, Path]) -> None:
-    """Copy each value to its key. Raises RecipeError before anything is written if a file exists or leaves `folder`."""
+    """Copy files: target -> source. Raises RecipeError before writing if a target exists or is outside of `folder`."""
     existing = [str(target) for target in copies if target.exists()]
     if existing:
         raise RecipeError(
-            f"{', '.join(existing)}: already there, nothing was written; remove them or use another directory"
+            f"{', '.join(existing)}: already exists, nothing was written; remove the files or use another directory"
         )
     outside = [str(target) for target in copies if not target.resolve().is_relative_to(folder.resolve())]
     if outside:
-        raise RecipeError(f"{', '.join(outside)}: outside of {folder}; name the DeepSpeed JSON with its whole path")
+        raise RecipeError(f"{', '.join(outside)}: outside of {folder}; name the DeepSpeed JSON by its absolute path")
     try:
         for target, source in copies.items():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,8 +62,8 @@ def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str) -> 
     lines = [f"wrote {', '.join(str(path.relative_to(folder)) for path in written)} to {folder}", "next:"]
     steps = {
         f"cd {folder}": "",
-        f"edit {recipe}": "data.train names the data; run_dir is where the run goes",
-        f"ptft config check {recipe}": "every mistake, with its line",
+        f"edit {recipe}": "data.train: the data; run_dir: the output directory",
+        f"ptft config check {recipe}": "lists all mistakes with their lines",
         f"ptft train {recipe} --launch {launch}": "on this machine; --processes N for another number",
         f"sbatch train.sbatch {recipe} --launch {launch}": "on Slurm; put --nodes and --gpus-per-node before the file",
     }

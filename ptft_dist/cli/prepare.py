@@ -1,4 +1,4 @@
-"""`ptft prepare`: prepare the data now, so that training starts at once."""
+"""`ptft prepare`: prepare the data before training."""
 
 from __future__ import annotations
 

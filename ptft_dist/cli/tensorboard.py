@@ -1,4 +1,4 @@
-"""`ptft tensorboard`: watch a run."""
+"""`ptft tensorboard`: start TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def tensorboard(
     from ptft_dist.errors import RecipeError
 
     if not any(run.rglob("events.out.tfevents.*")):
-        raise RecipeError(f"{run}: no TensorBoard events here or below; is this a run directory?")
+        raise RecipeError(f"{run}: no TensorBoard events in this directory or below; give a run directory")
     words = ["--logdir", str(run), "--port", str(port), "--host", host]
     os.execv(sys.executable, [sys.executable, "-m", "tensorboard.main", *words])

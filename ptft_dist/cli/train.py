@@ -1,4 +1,4 @@
-"""`ptft train`: on this process, or on several through `accelerate launch`."""
+"""`ptft train`: train in this process, or in several through `accelerate launch`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ def train(
     ] = None,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes, over all machines.")] = None,
     machines: Annotated[int | None, typer.Option(min=1, help="Machines; run the command on each.")] = None,
-    machine_rank: Annotated[int | None, typer.Option(min=0, help="Which of them this is, from 0.")] = None,
-    address: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, the same on all.")] = None,
-    resume: Annotated[str, typer.Option(help="auto (the newest good checkpoint), never, or a checkpoint.")] = "auto",
+    machine_rank: Annotated[int | None, typer.Option(min=0, help="The rank of this machine, from 0.")] = None,
+    address: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, the same on all machines.")] = None,
+    resume: Annotated[
+        str, typer.Option(help="auto (the newest undamaged checkpoint), never, or the path of a checkpoint.")
+    ] = "auto",
     accept: Annotated[
-        list[str] | None, typer.Option(help="A key whose change since the checkpoint is meant (repeatable).")
+        list[str] | None, typer.Option(help="A key that may differ from the checkpoint (repeatable).")
     ] = None,
 ) -> None:
-    """Train a recipe; go on where the run directory's newest checkpoint is."""
+    """Train a recipe, or resume from the newest checkpoint of its run directory."""
     from ptft_dist.api import load_recipe
     from ptft_dist.launch.environment import place
     from ptft_dist.runs.folds import has_folds, train_folds
@@ -60,7 +62,7 @@ def train(
 
 
 def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
-    """Train as this process's rank; the exit code. Failures have been reported when this returns."""
+    """Train as this process's rank; return the exit code. Failures are already reported."""
     from ptft_dist.errors import PtftError
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import show_messages
@@ -81,22 +83,25 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
 
 
 def _end_before_training(signal_name: str) -> None:
-    """End at once: there is nothing to save. Exit code 75 where a scheduler starts the job again."""
+    """Exit immediately, because there is nothing to save. Exit code 75 if the job is requeued."""
     import signal
 
     from ptft_dist.errors import EXIT_STOPPED
     from ptft_dist.launch.environment import is_requeued, tell_launcher
     from ptft_dist.reporting.messages import say
 
-    say(f"stopped by {signal_name}: no training was under way, so there is nothing to save")
+    say(f"stopped by {signal_name} before training, so there is nothing to save")
     code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
     tell_launcher(code)
     _end(code)
 
 
 def _end(code: int) -> None:
-    """Exit without interpreter shutdown: after a failure other ranks may wait in a collective, and leaving the process
-    group would wait for them; after a success see Engine.close."""
+    """Exit without interpreter shutdown.
+
+    After a failure, other ranks may wait in a collective, and leaving the process group would wait for them. After a
+    success, see Engine.close.
+    """
     import multiprocessing
     import sys
 
@@ -110,7 +115,7 @@ def _end(code: int) -> None:
 def _launch(
     loaded: Loaded, launch: str | None, processes: int | None, several: Machines | None, arguments: list[str]
 ) -> int:
-    """Check and prepare everything in this one process, then start the ranks."""
+    """Check the recipe and prepare the data in this process, then start the ranks."""
     from ptft_dist.config.resolve import batch_shape
     from ptft_dist.data.prepare import prepare
     from ptft_dist.data.sources import check_sources
@@ -132,7 +137,7 @@ def _launch(
     check_sources(loaded.recipe, loaded.base)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
-    lock_run_dir(run_dir).release()  # refused here, where the exit code is ours; held by rank 0
+    lock_run_dir(run_dir).release()  # only a check, to report the error before the ranks start; rank 0 locks it
     with ending_at_once(_end_before_training):
         prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

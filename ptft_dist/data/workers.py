@@ -145,15 +145,15 @@ def _forked(work: Callable[[Any], Any], count: int) -> Iterator[list[_Worker]]:
 
 
 def _fork(work: Callable[[Any], Any], others: list[_Worker]) -> _Worker:
-    ours, theirs = socket.socketpair()
+    parent_end, child_end = socket.socketpair()
     pid = os.fork()
     if pid == 0:
-        ours.close()
+        parent_end.close()
         for other in others:  # otherwise the parent's ends of their sockets would stay open in this process
             other.connection.close()
-        _serve(work, Connection(theirs.detach()))
-    theirs.close()
-    return _Worker(pid, Connection(ours.detach()))
+        _serve(work, Connection(child_end.detach()))
+    child_end.close()
+    return _Worker(pid, Connection(parent_end.detach()))
 
 
 @contextmanager

@@ -33,11 +33,11 @@ from ptft_dist.engine.processes import (
     PROCESS_GROUP_TIMEOUT,
     UPDATE_TIMEOUT,
     announce_failure,
+    first_failure,
     make_accelerator,
     planned_kind,
     reset_accelerate,
     set_collective_timeout,
-    who_failed,
 )
 from ptft_dist.engine.state import Files
 from ptft_dist.errors import RecipeError
@@ -48,9 +48,9 @@ __all__ = [
     "Precision",
     "announce_failure",
     "complete_deepspeed_config",
+    "first_failure",
     "planned_kind",
     "reset_accelerate",
-    "who_failed",
     "why_not_loadable",
 ]
 

@@ -94,7 +94,7 @@ def announce_failure(text: str) -> None:
             _store().compare_set(FAILURE_KEY, "", text)
 
 
-def who_failed() -> str | None:
+def first_failure() -> str | None:
     """The failure that was announced first; None if there is none."""
     if not dist.is_initialized():
         return None

@@ -57,7 +57,7 @@ def lock_run_dir(run_dir: Path) -> FileLock:
     return lock
 
 
-def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
     """Write recipe.yaml as given, resolved.yaml with every value, data_report.json, and environment.json with versions
     and host. Remove the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
@@ -70,7 +70,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], f
         "command": sys.argv,
         "ptft_dist": __version__,
         "packages": {name: metadata.version(name) for name in PACKAGES},
-        **facts,
+        **machine,
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
     (run_dir / "result.json").unlink(missing_ok=True)

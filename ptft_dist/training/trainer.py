@@ -27,10 +27,11 @@ from ptft_dist.training.validation import Validation
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """The result of one optimizer update, the same on every rank. loss: mean over `count` labels, in nats."""
+    """The result of one optimizer update, the same on every rank."""
 
     step: int
     loss: float
+    """Mean over `count` labels, in nats."""
     lr: float
     grad_norm: float | None
     count: int
@@ -60,7 +61,7 @@ class Trainer:
     """Entries of every checkpoint's manifest that do not change during the run."""
     stop: StopRequest
     sinks: Sequence[Sink] = ()
-    """Writers of metrics; empty on all ranks but rank 0."""
+    """Writers of metrics; empty on all ranks except rank 0."""
     samples: JsonLines | None = None
     """Writer of generated texts; None if the task generates none."""
     flops_per_token: float = 0.0
@@ -69,10 +70,11 @@ class Trainer:
     saved: Checkpoint | None = None
     """The last checkpoint: committed, or resumed from."""
     tried_step: int = 0
-    """The last update after which a save was due: one that fails is not tried again before the next is due."""
+    """The last update after which a save was due. A failed save is not repeated before the next one is due."""
     stop_agreed: bool = False
     """All ranks know that one of them was asked to stop."""
-    tokens_here: int = 0  # since this start, not of the whole run
+    tokens_here: int = 0
+    """Tokens since this start, not of the whole run."""
     seconds_here: float = 0.0
 
     def fit(self) -> Outcome:
@@ -191,11 +193,11 @@ class Trainer:
         if self.validation is None:
             return
         started, progress = time.perf_counter(), self.progress
-        found = self.validation.score(self.engine, self.task, self.stop.requested)
-        if found is None:
+        scores = self.validation.score(self.engine, self.task, self.stop.requested)
+        if scores is None:
             self.stop_agreed = True
             return
-        metrics, samples = found
+        metrics, samples = scores
         self.stop_agreed = self.stop_agreed or self.anyone_asked_to_stop()
         self.require_finite("validation loss", metrics["loss"])
         for sample in samples if self.samples is not None else ():
@@ -215,16 +217,18 @@ class Trainer:
         self.record_evaluation()
 
     def record_evaluation(self) -> None:
-        """Let the checkpoint of this update know its evaluation, so that a resume does not repeat it."""
+        """Write this evaluation to the manifest of the update's checkpoint, so that a resume does not repeat it."""
         if self.saved is None or not self.engine.is_main:
             return
         if self.saved.path.parent.resolve() != self.checkpoints.folder.resolve():  # the checkpoint of another run
             return
-        self.flush_rows()  # a resume keeps the rows of an evaluation that its checkpoint knows
+        self.flush_rows()  # a resume keeps the rows of an evaluation that is in its checkpoint
         try:
             record(self.saved, progress=self.progress.to_dict())
         except OSError as error:
-            warn(f"the checkpoint does not know its evaluation, and a resume from it repeats it: {error}")
+            warn(
+                f"the evaluation was not written to its checkpoint, so a resume from it repeats the evaluation: {error}"
+            )
 
     def save(self, *, must: bool, best: Best | None = None) -> None:
         """Commit a checkpoint. A failure does not end the run, unless the save `must` succeed.
@@ -245,7 +249,7 @@ class Trainer:
             if must:
                 raise
             if self.engine.is_main:
-                warn(f"SAVE FAILED at update {step}, training goes on: {error}")
+                warn(f"SAVE FAILED at update {step}, training continues: {error}")
             return
         self.progress, self.saved = progress, saved
         if self.engine.is_main:
@@ -256,8 +260,8 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a verified checkpoint."""
         self.engine.load_state(checkpoint.path)
-        self.batches.load_state_dict(checkpoint.fact("batches", dict))
-        self.progress = RunProgress.from_dict(checkpoint.fact("progress", dict))
+        self.batches.load_state_dict(checkpoint.entry("batches", dict))
+        self.progress = RunProgress.from_dict(checkpoint.entry("progress", dict))
         self.saved, self.tried_step = checkpoint, checkpoint.step
         if self.progress.step != checkpoint.step:
             raise CheckpointError(

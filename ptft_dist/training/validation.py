@@ -54,11 +54,12 @@ class Validation:
 
     def rehearse(self, engine: Engine, task: Task, metric: str) -> None:
         """Evaluate the smallest micro-batch, generation included. Raises RecipeError if the task has no such metric."""
-        found = self._score(engine, task, self.parts[-1:], lambda: False)
-        assert found is not None
-        if metric not in found[0]:
+        scores = self._score(engine, task, self.parts[-1:], lambda: False)
+        assert scores is not None
+        metrics, _ = scores
+        if metric not in metrics:
             raise RecipeError(
-                f"eval.metric: {metric!r} is not a metric of this task; choose one of: {', '.join(found[0])}"
+                f"eval.metric: {metric!r} is not a metric of this task; choose one of: {', '.join(metrics)}"
             )
 
     def _score(
@@ -81,7 +82,7 @@ class Validation:
         scores: Scores = ({}, [])
         gathered = engine.gather_on_main(predictions)
         if engine.is_main:
-            found = {row: prediction for part in gathered for row, prediction in part}
-            scores = task.scores({row: found[row] for row in sorted(found)}, self.store.row)
+            by_row = {row: prediction for part in gathered for row, prediction in part}
+            scores = task.scores({row: by_row[row] for row in sorted(by_row)}, self.store.row)
         metrics, samples = engine.gather_objects(scores)[0]
         return {**task.eval_metrics({"loss": loss, **others}), **metrics}, samples

@@ -184,7 +184,7 @@ def test_a_full_disk_costs_one_save(
     patches, said = FULL[when]
     run = start("train", "recipe.yaml", "run_dir=disk/run", patches=patches, **place)
     assert run.wait() == 0, run.stderr
-    assert run.stderr.count("SAVE FAILED at update 4, training goes on: the checkpoint was not written") == 1
+    assert run.stderr.count("SAVE FAILED at update 4, training continues: the checkpoint was not written") == 1
     assert "earlier ones are untouched" in run.stderr
     assert said in run.stderr
     names = sorted(path.name for path in (disk / "run/checkpoints").iterdir())

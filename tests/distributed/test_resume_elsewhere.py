@@ -85,7 +85,7 @@ def test_shards_are_refused_by_any_other_engine(sharded: Path, cache: Path, rank
     assert "contains the state of 2 processes under zero2" in run.stderr
     assert f"this run has {ranks} under {name}" in run.stderr
     assert "Start it as before (2 processes, zero2)" in run.stderr
-    assert "model.path set to an exported model" in run.stderr
+    assert "set model.path to an exported model" in run.stderr
     assert "Traceback" not in run.stderr
     assert run.stderr.count("error:") == 1
     assert [path.name for path in (sharded / "run/checkpoints").iterdir()] == ["step-00000002"]

@@ -35,7 +35,7 @@ def test_ranks_with_other_data_are_named_before_the_first_update(tmp_path: Path,
         (tmp_path / name / "recipe.yaml").write_text(recipe.replace("HERE/", ""))
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=["a_folder_for_each_rank:a:b"])
     assert run.wait() == 3, run.stderr
-    assert "data: rank 1 and rank 0 do not hold the same data; what differs: " in run.stderr
+    assert "data: rank 1 and rank 0 do not have the same data; different: " in run.stderr
     for what in ("tokenizer", "training rows", "updates"):
         assert what in run.stderr
     assert not list(tmp_path.rglob("metrics.jsonl"))

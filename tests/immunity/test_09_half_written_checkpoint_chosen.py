@@ -22,7 +22,7 @@ def save(checkpoints: Checkpoints, step: int) -> Path:
 def choose(checkpoints: Checkpoints) -> tuple[int | None, str]:
     said: list[str] = []
     resume = Resume(checkpoints, "auto", (), {"seed": 0}, lambda _kind, _ranks: None)
-    resume.look()
+    resume.precheck()
     chosen = resume.choose(OneProcess(), said.append)
     resume.begin(chosen, said.append, None)
     return (None if chosen is None else chosen.step), "\n".join(said)

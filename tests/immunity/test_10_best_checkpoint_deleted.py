@@ -39,7 +39,7 @@ def test_a_full_disk_takes_nothing(tmp_path: Path, documents: Path, cache: Path,
     full = ["fill_disk_before_save:4:0", "raise_in_rank:0:6"]
     run = start(*arguments, cwd=tmp_path, cache=cache, patches=full)
     assert run.wait() == 1
-    assert "SAVE FAILED at update 4, training goes on" in run.stderr
+    assert "SAVE FAILED at update 4, training continues" in run.stderr
     assert kept(disk / "run") == ["step-00000002"]
     (disk / "filler").unlink()
     run = start(*arguments, cwd=tmp_path, cache=cache)

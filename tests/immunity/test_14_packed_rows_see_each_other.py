@@ -18,7 +18,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.engine import Engine, reset_accelerate
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.load import build_model
-from ptft_dist.session import ask_network
+from ptft_dist.session import run_probe
 from ptft_dist.tasks.registry import recipe_class
 
 VOCAB, LENGTH = 40, 8
@@ -119,7 +119,7 @@ def test_a_run_with_a_network_that_cannot_is_refused_before_it_trains(engine: En
     task = make_task(settings, Vocabulary(VOCAB, 0), model=model, device=engine.device)
     engine.prepare(model, settings.optim)
     with pytest.raises(RecipeError, match=r"clm\.attention: .*clm\.packing: false"):
-        ask_network(engine, task)
+        run_probe(engine, task)
 
 
 @pytest.mark.parametrize("remedy", [{"packing": False}, {"attention": "across"}])
@@ -128,4 +128,4 @@ def test_the_remedies_that_the_message_names_are_accepted(engine: Engine, remedy
     model = build(settings)
     task = make_task(settings, Vocabulary(VOCAB, 0), model=model, device=engine.device)
     engine.prepare(model, settings.optim)
-    ask_network(engine, task)
+    run_probe(engine, task)

@@ -51,20 +51,20 @@ class ControlTokens:
         array = np.asarray(ids, dtype=np.int64)
         return array[self._is_control[array]].tolist()
 
-    def check_texts(self, said: Conversation | Plain) -> None:
+    def check_texts(self, parsed: Conversation | Plain) -> None:
         """Check that no text of a row contains a special token.
 
         Raises:
             RowError: a text of the row contains a special token.
         """
-        for field, text in fields(said):
+        for field, text in fields(parsed):
             if match := self.pattern.search(text):
                 raise RowError(
                     f"{field}: the text contains the special token {match.group()!r}. Remove it from the row."
                 )
 
     def check_encoded(
-        self, said: Conversation | Plain, ids: Sequence[int], encode: Callable[[Any], Sequence[int]], *, cut: bool
+        self, parsed: Conversation | Plain, ids: Sequence[int], encode: Callable[[Any], Sequence[int]], *, cut: bool
     ) -> None:
         """Check that an encoded row has exactly the special tokens of the template.
 
@@ -76,7 +76,7 @@ class ControlTokens:
         Raises:
             RowError: the row has an additional special token, or one is missing.
         """
-        neutral = neutral_row(said)
+        neutral = neutral_row(parsed)
         key = json.dumps([neutral.messages, neutral.tools] if isinstance(neutral, Conversation) else None)
         if key not in self._expected:
             if len(self._expected) >= _CACHED_SHAPES:
@@ -88,20 +88,20 @@ class ControlTokens:
         first = next(i for i, (one, other) in enumerate(zip_longest(actual, expected)) if one != other)
         token = self.names[(actual[first:] or expected[first:])[0]]
         raise RowError(
-            f"{_sharing(said, token)}: together with the text next to it, this text changes the special tokens of the "
-            f"row (at {token!r}). Change or remove the row."
+            f"{_sharing(parsed, token)}: together with the text next to it, this text changes the special tokens of "
+            f"the row (at {token!r}). Change or remove the row."
         )
 
 
-def fields(said: Conversation | Plain) -> Iterator[tuple[str, str]]:
+def fields(parsed: Conversation | Plain) -> Iterator[tuple[str, str]]:
     """All texts of a row, including the keys of objects: (place, text). A place is, for example,
     `tools[0].function.description`."""
-    if isinstance(said, Plain):
-        yield from (("prompt", said.prompt), ("completion" if said.prompt else "text", said.completion))
+    if isinstance(parsed, Plain):
+        yield from (("prompt", parsed.prompt), ("completion" if parsed.prompt else "text", parsed.completion))
         return
-    for i, message in enumerate(said.messages):
+    for i, message in enumerate(parsed.messages):
         yield from _texts({key: value for key, value in message.items() if key != "role"}, f"message {i + 1}")
-    yield from _texts(said.tools, "tools")
+    yield from _texts(parsed.tools, "tools")
 
 
 def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
@@ -116,23 +116,23 @@ def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
             yield from _texts(inner, f"{place}[{i}]")
 
 
-def _sharing(said: Conversation | Plain, token: str) -> str:
+def _sharing(parsed: Conversation | Plain, token: str) -> str:
     """The places whose texts begin or end with a part of the token."""
     parts = range(1, len(token))
     sharing = [
         place
-        for place, text in fields(said)
+        for place, text in fields(parsed)
         if any(text.endswith(token[:n]) or text.startswith(token[n:]) for n in parts) or (text and text in token)
     ]
     return " and ".join(sharing[:4]) or "texts of this row"
 
 
-def neutral_row(said: Conversation | Plain) -> Conversation | Plain:
+def neutral_row(parsed: Conversation | Plain) -> Conversation | Plain:
     """A row of the same structure whose texts cannot form a special token."""
-    if isinstance(said, Plain):
-        return Plain("x" if said.prompt else "", "x")
-    messages = [_neutral_message(message) for message in said.messages]
-    return replace(said, messages=messages, tools=_neutral_tool(said.tools))
+    if isinstance(parsed, Plain):
+        return Plain("x" if parsed.prompt else "", "x")
+    messages = [_neutral_message(message) for message in parsed.messages]
+    return replace(parsed, messages=messages, tools=_neutral_tool(parsed.tools))
 
 
 def _neutral_message(message: dict[str, Any]) -> dict[str, Any]:

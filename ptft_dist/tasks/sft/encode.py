@@ -45,7 +45,7 @@ The longest tokens of GPT-2 and Llama have 128 characters."""
 class Rendering:
     """A row rendered as text."""
 
-    said: Conversation | Plain
+    parsed: Conversation | Plain
     text: str
     spans: list[Span]
     """[start, end) of the assistant's turns, in characters."""
@@ -122,24 +122,24 @@ class ConversationRows(RowEncoder):
     @classmethod
     def check(cls, settings: SftSettings, record: Record) -> None:
         super().check(settings, record)
-        said = _read(settings, record)
-        if isinstance(said, Plain) and settings.loss == "last" and not said.prompt:
+        parsed = _read(settings, record)
+        if isinstance(parsed, Plain) and settings.loss == "last" and not parsed.prompt:
             raise RowError("plain text has no turns, and sft.loss: last needs a last turn. Set sft.loss: all.")
 
     @classmethod
     def texts(cls, settings: SftSettings, record: Record) -> Iterator[str]:
-        said = _read(settings, record)
-        if isinstance(said, Plain):
-            yield said.prompt + said.completion
+        parsed = _read(settings, record)
+        if isinstance(parsed, Plain):
+            yield parsed.prompt + parsed.completion
         else:
-            yield from (message["content"] for message in said.messages if message["content"])
+            yield from (message["content"] for message in parsed.messages if message["content"])
 
     def pieces(self, record: Record) -> Sequence[Any]:
-        said = _read(self.settings, record)
-        self.control.check_texts(said)
-        text, spans = self._render(said)
+        parsed = _read(self.settings, record)
+        self.control.check_texts(parsed)
+        text, spans = self._render(parsed)
         longest = self.max_length * CHARACTERS_PER_TOKEN
-        self._rendered[id(record)] = Rendering(said, text, spans, len(text) > longest)
+        self._rendered[id(record)] = Rendering(parsed, text, spans, len(text) > longest)
         return [text[:longest]]
 
     def admit(self, record: Record) -> None:
@@ -151,17 +151,17 @@ class ConversationRows(RowEncoder):
         if shape != first:
             raise RowError(f"this row has the shape {shape}, but the first row of the file has {first}. Use two files.")
 
-    def _render(self, said: Conversation | Plain) -> tuple[str, list[Span]]:
+    def _render(self, parsed: Conversation | Plain) -> tuple[str, list[Span]]:
         """The whole text, and the spans of the assistant's turns to learn."""
-        if isinstance(said, Plain):
-            text = self._plain_text(said)
-            return text, [(len(self.begin) + len(said.prompt), len(text))]
+        if isinstance(parsed, Plain):
+            text = self._plain_text(parsed)
+            return text, [(len(self.begin) + len(parsed.prompt), len(text))]
         try:
-            rendered = self.template.render(said.messages, said.tools)
+            rendered = self.template.render(parsed.messages, parsed.tools)
         except TemplateRefused as why:
             raise RowError(f"{why}.") from None
-        turns = [i for i, message in enumerate(said.messages) if message["role"] == "assistant"]
-        given = sum(i < said.given for i in turns)
+        turns = [i for i, message in enumerate(parsed.messages) if message["role"] == "assistant"]
+        given = sum(i < parsed.given for i in turns)
         if given and len(rendered.spans) != len(turns):
             raise RowError(
                 f"the chat template renders only {len(rendered.spans)} of {len(turns)} assistant messages, so it is "
@@ -169,20 +169,20 @@ class ConversationRows(RowEncoder):
             )
         return rendered.text, rendered.spans[given:]
 
-    def _plain_text(self, said: Plain) -> str:
-        return self.begin + said.prompt + said.completion + self.tokenizer.eos_token
+    def _plain_text(self, parsed: Plain) -> str:
+        return self.begin + parsed.prompt + parsed.completion + self.tokenizer.eos_token
 
-    def _ids_of(self, said: Conversation | Plain) -> list[int]:
+    def _ids_of(self, parsed: Conversation | Plain) -> list[int]:
         """The token ids of a row whose texts were replaced by neutral ones, see `ControlTokens.check_encoded`.
 
         Raises:
             RowError: the template refuses it.
         """
-        if isinstance(said, Plain):
-            text = self._plain_text(said)
+        if isinstance(parsed, Plain):
+            text = self._plain_text(parsed)
         else:
             try:
-                text = self.template.text(said.messages, said.tools)
+                text = self.template.text(parsed.messages, parsed.tools)
             except TemplateRefused as why:
                 raise RowError(f"{why} (with placeholder texts, to check the row's special tokens).") from None
         return self.encode([text])[0].ids
@@ -192,8 +192,8 @@ class ConversationRows(RowEncoder):
         in_part = row.cut
         if in_part and len(encoding.ids) <= self.max_length:  # tokens longer than CHARACTERS_PER_TOKEN
             (encoding,), in_part = self.encode([row.text]), False
-        self.control.check_encoded(row.said, encoding.ids, self._ids_of, cut=in_part)
-        if isinstance(row.said, Conversation) and row.said.unanswered:
+        self.control.check_encoded(row.parsed, encoding.ids, self._ids_of, cut=in_part)
+        if isinstance(row.parsed, Conversation) and row.parsed.unanswered:
             notes.append(UNANSWERED)
         if len(encoding.ids) > self.max_length:
             if self.settings.too_long == "drop":
@@ -211,16 +211,16 @@ class ConversationRows(RowEncoder):
 
     def _meta(self, row: Rendering, ids: list[int], offsets: list[tuple[int, int]]) -> dict[str, Any]:
         """Meta for generation at evaluations: the last answer that begins within data.max_length, and its prompt."""
-        said, spans = row.said, row.spans
+        parsed, spans = row.parsed, row.spans
         starts = [int(learned.argmax()) if (learned := learned_tokens(offsets, [s])).any() else len(ids) for s in spans]
         last = max((i for i, start in enumerate(starts) if start < len(ids)), default=0)
         prompt = ids[: starts[last]]
-        if isinstance(said, Plain):
-            source = said.prompt
+        if isinstance(parsed, Plain):
+            source = parsed.prompt
         else:
-            answers = [i for i, message in enumerate(said.messages) if message["role"] == "assistant"]
+            answers = [i for i, message in enumerate(parsed.messages) if message["role"] == "assistant"]
             previous = answers[last + len(answers) - len(spans)] - 1
-            source = said.messages[previous]["content"] if previous >= 0 else ""
+            source = parsed.messages[previous]["content"] if previous >= 0 else ""
         bos = self.tokenizer.eos_token_id if self.tokenizer.bos_token_id is None else self.tokenizer.bos_token_id
         reference = self.control.pattern.sub("", row.text[slice(*spans[last])]).strip()
         return {"prompt": prompt or [bos], "source": source, "reference": reference}
