@@ -165,7 +165,7 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     if Path(path).is_file():
-        raise RecipeError(f"tokenizer.path: {path} is a file. Give the directory that holds tokenizer.json.")
+        raise RecipeError(f"tokenizer.path: {path} is a file. Give the directory that contains tokenizer.json.")
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated types if there is no tokenizer

@@ -1,4 +1,4 @@
-"""Executes runs on this machine: each is a `ptft train` process of its own."""
+"""Executes runs on this machine, each as a separate `ptft train` process."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ class LocalExecutor:
 
     @contextlib.contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """Forward SIGTERM and SIGINT to the running process and start no other; afterwards they do what they did
-        before. In a thread other than the main one, Python cannot receive signals: they do what they did before."""
+        """Forward SIGTERM and SIGINT to the running process and start no other one; restore the handlers afterwards.
+
+        No effect outside of the main thread, because Python cannot receive signals there.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -44,7 +46,7 @@ class LocalExecutor:
         if self.stop_requested:
             return EXIT_STOPPED
         say(f"{run.name}: training in {run.run_dir}")
-        # In a session of its own, so that Ctrl-C in a terminal reaches it once: forwarded from here.
+        # A new session, so that the process gets Ctrl-C once: forwarded from here.
         self._process = subprocess.Popen([*COMMAND, *run.words, *options], start_new_session=True)
         if self.stop_requested:  # the signal came between the two lines above
             self._process.terminate()

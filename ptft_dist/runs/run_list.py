@@ -19,7 +19,7 @@ from ptft_dist.reporting.messages import say
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a recipe with some values set, in a run directory of its own."""
+    """One run: a recipe with overrides and a separate run directory."""
 
     name: str
     """For messages, such as `fold 0 of 5`."""
@@ -51,7 +51,7 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
     continues with that run.
 
     Args:
-        options: of `ptft train`, for every run.
+        options: options of `ptft train` for every run.
         skip_finished: do not start a run that `is_finished`.
 
     Raises:
@@ -69,11 +69,11 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run directory holds a finished run of this very recipe on these very data.
+    """Whether the run directory contains a finished run with the same recipe and the same data.
 
-    Every value of the recipe and the contents of the data and tokenizer files are compared, not the weights of a
-    pretrained model. A run that does not count as finished is started again, and resumes from its last checkpoint or
-    is refused by it.
+    All values of the recipe and the contents of the data and tokenizer files are compared, but not the weights of a
+    pretrained model. A run that is not finished is started again. It resumes from its last checkpoint, or fails if the
+    checkpoint does not fit.
 
     Raises:
         RecipeError, DataError: the recipe or its inputs cannot be read.
@@ -104,7 +104,7 @@ def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The contents of a file that a run writes; empty if it is not there or damaged."""
+    """The contents of a file that a run writes; empty if it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -9,7 +9,7 @@ When each hook of a task is called, and on which ranks:
         Task(setup, network, device)
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
     once, after the network was wrapped, on every rank
-        probe()                     a check on made-up input, such as: does attention stay within packed documents?
+        probe()                     a check on test input, such as: does attention stay within packed documents?
     every update, on every rank (collate also in data-loader workers)
         collate(rows, keys)         rows of one micro-batch -> Batch
         loss(model, inputs)         forward pass -> summed loss
@@ -49,7 +49,7 @@ class TaskSetup:
     """The recipe's section: the task's own settings."""
     tokenizer: PreTrainedTokenizerBase
     survey: Mapping[str, Any]
-    """What the encoder found in the training rows, such as the labels."""
+    """Properties of the training rows from the encoder, such as the labels."""
     max_length: int
     """Maximum number of tokens in a row."""
     seed: int
@@ -58,11 +58,11 @@ class TaskSetup:
     config_keys: frozenset[str] | None
     """The keys of model.config in the recipe; None: the network is pretrained."""
     learned_tokenizer: bool
-    """The tokenizer was learned from the training texts."""
+    """The tokenizer was trained on the training texts."""
 
     @classmethod
     def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any]) -> TaskSetup:
-        """The setup that follows from a recipe, the tokenizer and what the encoder found in the training rows."""
+        """The setup of a recipe. survey: properties of the training rows, from the encoder."""
         return cls(
             name=recipe.task,
             settings=recipe.settings,
@@ -93,7 +93,7 @@ class Batch:
 
     @property
     def counts(self) -> tuple[float, ...]:
-        """One for each loss."""
+        """The denominators of all losses."""
         return (self.count, *self.more_counts)
 
     def pin_memory(self) -> Batch:
@@ -106,12 +106,14 @@ Collate = Callable[[Sequence[Row], Sequence[tuple[int, int]]], Batch]
 
 
 class LossOut(NamedTuple):
-    """loss_sum: the loss summed, not averaged, over what Batch.count counts ([K] for a task with K losses and
-    counts); metrics: name -> (total, count); predictions: [B, ...], for metrics that are not averages."""
+    """The result of a forward pass."""
 
     loss_sum: torch.Tensor
+    """The summed loss, whose mean has the denominator Batch.count; [K] for a task with K losses."""
     metrics: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    """Name -> (total, count)."""
     predictions: torch.Tensor | None = None
+    """[B, ...], for metrics that are not averages."""
 
 
 class Task(Protocol):
@@ -126,14 +128,14 @@ class Task(Protocol):
 
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
-        """Add ids of special tokens to a network's config. Raises RecipeError if this kind of network or tokenizer
-        cannot learn the task."""
+        """Set special token ids in a network's config. Raises RecipeError if this type of network or tokenizer is not
+        suitable for the task."""
 
     def prepare_network(self, model: PreTrainedModel) -> None:
-        """Change the bare network as the task needs it. Raises RecipeError."""
+        """Change the unwrapped network as the task needs it. Raises RecipeError."""
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
-        """keys: (epoch, row) of each row; whatever is drawn at random is a function of it and the seed."""
+        """Collate rows into a batch. keys: (epoch, row) of each row; random choices depend only on key and seed."""
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The summed loss of one micro-batch, whose inputs are on the device. It must not wait for the device."""
@@ -157,7 +159,7 @@ class Task(Protocol):
 
 
 class Probe(Protocol):
-    """A check of the network before training, on made-up input; `check` raises RecipeError if it fails."""
+    """A check of the network before training, on test input; `check` raises RecipeError if it fails."""
 
     @property
     def inputs(self) -> dict[str, torch.Tensor]: ...
@@ -173,7 +175,7 @@ class BaseTask:
     """The loss includes the load balancing loss of a mixture of experts."""
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
-        """Raises RecipeError if the network, the tokenizer or the training rows cannot learn the task."""
+        """Raises RecipeError if the network, the tokenizer or the training rows are not suitable for the task."""
         if network.router_loss_weight > 0 and not self.adds_router_loss:
             raise RecipeError(
                 f"model: {network.model_type} is a mixture of experts with a router loss, which task {setup.name} does "

@@ -17,7 +17,7 @@ from ptft_dist.tasks.protocol import BaseTask, Batch, LossOut, TaskSetup
 
 
 class MaskedLM(BaseTask):
-    """Rows of token ids in, the summed cross-entropy of the chosen tokens out."""
+    """Rows of token ids -> summed cross-entropy of the masked tokens."""
 
     auto_class = AutoModelForMaskedLM
 
@@ -45,7 +45,8 @@ class MaskedLM(BaseTask):
         return IsolationProbe(self._logits, self.rows.padded.inputs, len(self.tokenizer), self.setup.name)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """loss: mean over the chosen tokens, in nats; perplexity: its exponential; accuracy: the share predicted."""
+        """Add the perplexity. loss: mean over the masked tokens, in nats; accuracy: the fraction of them predicted
+        correctly."""
         return {**totals, "perplexity": perplexity(totals["loss"])}
 
     @staticmethod
