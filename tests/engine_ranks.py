@@ -1,4 +1,4 @@
-"""A function on several ranks in processes of their own, for tests of the engine without a whole run."""
+"""Runs a function on several ranks in separate processes, for tests of the engine without a whole run."""
 
 from __future__ import annotations
 

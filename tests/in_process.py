@@ -1,4 +1,4 @@
-"""A trainer inside the test's own process: one rank, a CPU, a tiny network, rows made of known ids."""
+"""A trainer within the test process: one rank, a CPU, a tiny network and rows of known token ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stock launch configs, and what Accelerate's own launcher makes of one."""
+"""Unmodified Accelerate launch configs, and the environment that Accelerate's launcher creates from one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changes that tests make to the program inside its own processes: to slow it, stop it, break it or watch it."""
+"""Patches of the program for tests, applied in its processes: they delay, stop, break or observe it."""
 
 from __future__ import annotations
 

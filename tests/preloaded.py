@@ -1,4 +1,4 @@
-"""Imported once by the server that forks the tests' processes: what each process would otherwise build for itself."""
+"""Imported once by the server that forks the tests' processes: everything that each process would otherwise build."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of `prepare` share: a few short documents, a tokenizer learned from them, and recipes."""
+"""Shared by the tests of `prepare`: a few short documents, a tokenizer trained on them, and recipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks made from a recipe, as a session makes them, for tests of one task alone."""
+"""Creates tasks from a recipe as a session does, for tests of a single task."""
 
 from __future__ import annotations
 

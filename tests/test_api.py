@@ -1,4 +1,4 @@
-"""ptft_dist from Python: notebooks and scripts."""
+"""The Python API, for notebooks and scripts."""
 
 from __future__ import annotations
 

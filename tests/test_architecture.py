@@ -1,4 +1,4 @@
-"""The arrows of docs/architecture.md, read from the imports themselves."""
+"""The dependencies in docs/architecture.md, checked against the imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Changed copies: what changes and how much, that it follows from seed and row alone, and what the report says."""
+"""Data augmentation: what and how much changes, that it depends on seed and row only, and the data report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Broken rows of classification and regression: file, line and remedy, exit code 3, or left out and counted."""
+"""Invalid rows of classification and regression: file, line and remedy, exit code 3; or skipped and counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built-in rows of functions: every column is what it says, and the same at each reading."""
+"""The built-in data set of functions: each column is correct, and reading is deterministic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints on disk: whole or not there, whatever is killed, broken or full in between."""
+"""Checkpoints on disk are complete or absent after kills, write errors and full disks."""
 
 from __future__ import annotations
 

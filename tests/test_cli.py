@@ -1,4 +1,4 @@
-"""The `ptft` command as a user meets it: in a process of its own."""
+"""The `ptft` command in a separate process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CLM task by hand, against transformers' own loss, and against documents that stand alone."""
+"""Causal language modelling against hand computation, transformers' loss, and unpacked documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused, and in which words."""
+"""Recipes: parsing, validation, and the text of messages."""
 
 from __future__ import annotations
 

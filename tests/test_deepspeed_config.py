@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: which JSON files and inline fields are accepted, and what they become."""
+"""The DeepSpeed config of a run: accepted JSON files and inline fields, and the resulting config."""
 
 from __future__ import annotations
 

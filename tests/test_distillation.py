@@ -1,4 +1,4 @@
-"""A student and its teacher: divergences by hand and as TRL has them, the promises, and what is refused."""
+"""Distillation: divergences against hand computation and TRL, resumed and split runs, refused recipes."""
 
 from __future__ import annotations
 

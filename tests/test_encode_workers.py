@@ -1,4 +1,4 @@
-"""Encoding on several processes: the same bytes as on one, and failures that are explained."""
+"""Encoding in several processes: the same bytes as in one process, and messages about failures."""
 
 from __future__ import annotations
 

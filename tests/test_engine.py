@@ -1,4 +1,4 @@
-"""The engine in one process: what an update does to the weights, what a checkpoint holds, what is refused."""
+"""The engine in one process: updates, contents of checkpoints, and refused settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example store: what is written is what is read, rows are packed without loss, and damage is told."""
+"""The example store: reading returns what was written, packing loses nothing, and damage is reported."""
 
 from __future__ import annotations
 

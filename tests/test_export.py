@@ -1,4 +1,4 @@
-"""The exported directory, as other programs read it. Expected values are hand-written or come from transformers."""
+"""The exported directory, read by other programs. Expected values are hand-written or come from transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NetworkFacts of tiny networks against values known from their configs and papers; adapters do not hide them."""
+"""NetworkFacts of tiny networks against values from their configs and papers, also below adapters."""
 
 from __future__ import annotations
 

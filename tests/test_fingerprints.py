@@ -1,4 +1,4 @@
-"""When a source counts as changed, and when its files are read to find out."""
+"""When a source counts as changed, and when its files are read for hashing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cross-validation: folds partition the rows, every fold is a run of its own, and the scores are put together."""
+"""Cross-validation: folds partition the rows, each fold is a separate run, and the scores are averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-""".conll files: a word and its tag a line, an empty line between sentences, and every place by its line."""
+""".conll files: one word and its tag per line, an empty line between sentences, errors with file and line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts written at evaluations: the ids of a naive loop, whatever the batch, and a network that is left as it was."""
+"""Generation at evaluations: token ids of a naive loop for any batch, and an unchanged network."""
 
 from __future__ import annotations
 

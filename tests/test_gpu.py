@@ -1,4 +1,4 @@
-"""What only a GPU shows. Skipped, saying so, where there is none."""
+"""Tests that need a GPU; skipped with a reason if there is none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes two runs the same run: what a checkpoint must have in common with the recipe that resumes it."""
+"""The identity of a run: what a checkpoint and the recipe that resumes it must have in common."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ptft init` copies files that work as they are, and overwrites none."""
+"""`ptft init` copies files that work unchanged, and overwrites none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Labels that nobody can tell apart."""
+"""Labels that look equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of labels and numbers in awkward cases, counted by hand."""
+"""Scores of labels and numbers in special cases, computed by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Launch configs are stock Accelerate configs: shipped ones, those of `accelerate config`, and what is refused."""
+"""Launch configs are unmodified Accelerate configs: shipped ones, those of `accelerate config`, refused ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masked language modelling: what is chosen, what the network sees, and the loss of transformers' own head."""
+"""Masked language modelling: the choice of tokens, the masked input, and the loss of transformers' head."""
 
 from __future__ import annotations
 

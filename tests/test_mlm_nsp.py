@@ -1,4 +1,4 @@
-"""BERT's pretraining: where segments come from, how they are cut, and the losses of transformers' own heads."""
+"""BERT's pretraining: the origin of segments, their truncation, and the losses of transformers' heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From model section to network: mistakes that are found before memory is taken, pretrained and frozen networks."""
+"""Building networks: mistakes are reported before weights are loaded; pretrained and frozen networks."""
 
 from __future__ import annotations
 

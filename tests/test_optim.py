@@ -1,4 +1,4 @@
-"""Which parameter gets which learning rate and decay; an optimizer saved without pickle goes on bit for bit."""
+"""Learning rate and weight decay of each parameter; an optimizer saved without pickle resumes bit for bit."""
 
 from __future__ import annotations
 

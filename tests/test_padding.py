@@ -1,4 +1,4 @@
-"""Networks whose outputs depend on how far a row is padded are found before training."""
+"""Networks whose outputs depend on padding are refused before training."""
 
 from __future__ import annotations
 

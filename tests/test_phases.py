@@ -1,4 +1,4 @@
-"""The loop with phases of many updates, from a made source; and updates in which nothing counts."""
+"""The training loop with phases of several updates, and updates without any label."""
 
 from __future__ import annotations
 

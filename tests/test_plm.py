@@ -1,4 +1,4 @@
-"""Permuted language modelling: who sees whom, transformers' collator and loss, and that nothing leaks."""
+"""Permuted language modelling: attention masks, transformers' collator and loss, and no information leak."""
 
 from __future__ import annotations
 

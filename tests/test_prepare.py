@@ -1,4 +1,4 @@
-"""From a recipe to stores: what is read, split, encoded and counted."""
+"""Preparing stores from a recipe: reading, splitting, encoding and counting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The cache of prepared data: where it is, when it is used, and what is left of it after a violent end."""
+"""The cache of prepared data: its location, its reuse, and its state after a process was killed."""
 
 from __future__ import annotations
 

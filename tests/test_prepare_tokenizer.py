@@ -1,4 +1,4 @@
-"""The tokenizer that `prepare` provides: learned once, and used again from a copy when the cache is another one."""
+"""The tokenizer of `prepare`: trained once, and reused from a copy with another cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers in contexts: windows as transformers cuts them, targets, SQuAD's scores, and the loss of BERT's head."""
+"""Extractive question answering: windows as in transformers, targets, SQuAD's scores, the loss of BERT's head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real text, English and Chinese, where PTFT_TEST_DATA says that it lies."""
+"""Real English and Chinese text from the directory PTFT_TEST_DATA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Regression: transformers' own head, PyTorch's errors, and the scores of a run against those of its exported model."""
+"""Regression: transformers' head, PyTorch's losses, and the scores of a run against its exported model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of prepared data: typed, the same from the cache, readable in the form of earlier versions, told once."""
+"""The data report: typed, the same from the cache, readable from earlier versions, and shown once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The router loss of mixtures of experts, against transformers' own; and which networks are causal."""
+"""The router loss of mixtures of experts against transformers' loss, and the check for causal networks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lists of runs, and the verbs that read what a run has written: `ptft checkpoints` and `ptft generate`."""
+"""Lists of runs, and the commands that read finished runs: `ptft checkpoints` and `ptft generate`."""
 
 from __future__ import annotations
 

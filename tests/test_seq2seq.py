@@ -1,4 +1,4 @@
-"""Sequence to sequence: which ids rows become, the loss of transformers' own heads, and every row written once."""
+"""Sequence to sequence: token ids of rows, the loss of transformers' heads, and generated texts of all rows."""
 
 from __future__ import annotations
 

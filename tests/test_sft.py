@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: rows as conversations, which tokens are learned, and TRL's SFTTrainer on the same rows."""
+"""Supervised fine-tuning: rows as conversations, the label mask, and TRL's SFTTrainer on the same rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every source format, read from real files, and every way in which a file can be broken."""
+"""Every source format with real files, and every type of invalid file."""
 
 from __future__ import annotations
 

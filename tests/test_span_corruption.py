@@ -1,4 +1,4 @@
-"""Span corruption: nothing is lost, the shares of the paper, and the loss of transformers' own head."""
+"""Span corruption: no token is lost, fractions as in the paper, and the loss of transformers' head."""
 
 from __future__ import annotations
 

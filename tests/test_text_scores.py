@@ -1,4 +1,4 @@
-"""Scores of written texts: those of sacrebleu and rouge_score called by hand, for every script and awkward text."""
+"""Scores of generated texts against direct calls of sacrebleu and rouge_score, for many scripts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tags for words: which token carries which tag, sentences in pieces, seqeval's scores and transformers' loss."""
+"""Token classification: label alignment, split sentences, seqeval's scores and transformers' loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Learning a tokenizer, and encoding with one."""
+"""Training tokenizers, and encoding with them."""
 
 from __future__ import annotations
 

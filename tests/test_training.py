@@ -1,4 +1,4 @@
-"""What a run can be told to do: precision, memory savings, the best checkpoint, early stopping, what it writes."""
+"""Options of a run: precision, memory savings, the best checkpoint, early stopping, output files."""
 
 from __future__ import annotations
 

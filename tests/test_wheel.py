@@ -1,4 +1,4 @@
-"""What travels in the wheel: a wheel installed elsewhere finds launch configs and recipes by name."""
+"""The contents of the wheel: an installed wheel finds launch configs and recipes by name."""
 
 from __future__ import annotations
 

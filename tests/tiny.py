@@ -1,4 +1,4 @@
-"""A tiny recipe for every task, on rows made here: for the tests of the promises. A new task needs a line in TINY."""
+"""A tiny recipe with generated rows for every task, for the tests of P1 and P2. A new task needs an entry in TINY."""
 
 from __future__ import annotations
 

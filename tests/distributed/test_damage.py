@@ -1,4 +1,4 @@
-"""P3: a damaged checkpoint is named and never used, the last good one is, and a full disk costs no checkpoint."""
+"""P3: a resume reports and skips damaged checkpoints and uses the last good one; a full disk loses no checkpoint."""
 
 from __future__ import annotations
 

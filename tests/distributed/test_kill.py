@@ -1,4 +1,4 @@
-"""P2: a run that was killed, whenever and however often, ends with the same bits as one that never was."""
+"""P2: a run that is killed at any point, any number of times, ends with the same bits as one that is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Resuming on another number of processes, or with another recipe: exactly the next samples, or a clear refusal."""
+"""Resuming on another number of processes or with another recipe: the same samples follow, or a clear refusal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""P1: the recipe fixes the mathematics. Any split of the same updates gives the same losses and gradient norms."""
+"""P1: the losses and gradient norms do not depend on the split of the updates over ranks and micro-batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a run starts: with the same data on every rank, told what was dropped, again in a requeued job, or not at all."""
+"""Starting a run: equal data on all ranks, the data report, requeued jobs, and stop requests before training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stopping in order to go on later, and ranks that die: one exit code that tells which, and nobody left waiting."""
+"""Stop requests and dying ranks: the exit code is distinct for each cause, and no process is left waiting."""
 
 from __future__ import annotations
 

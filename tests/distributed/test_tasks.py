@@ -1,4 +1,4 @@
-"""The promises, for every task: any split gives the same losses and scores; killed and resumed is never killed."""
+"""P1 and P2 for every task: losses and scores do not depend on the split, and a killed run resumes exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real Slurm cluster of two nodes on this host: munged, slurmctld and two slurmd, all their files in one folder."""
+"""A real Slurm cluster of two nodes on this host: munged, slurmctld and two slurmd, with all files in one directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A private Slurm cluster for the tests of this folder."""
+"""A private Slurm cluster for the tests of this directory."""
 
 from __future__ import annotations
 

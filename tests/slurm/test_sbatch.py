@@ -1,4 +1,4 @@
-"""slurm/train.sbatch on a real cluster of two nodes: it trains, survives a preemption, and passes a failure on."""
+"""slurm/train.sbatch on a real cluster of two nodes: it trains, resumes after a preemption, and returns failures."""
 
 from __future__ import annotations
 
