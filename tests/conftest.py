@@ -35,13 +35,13 @@ def xdist_group(item: pytest.Function) -> str | None:
 
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """160 ragged documents, one a line."""
+    """160 documents of different lengths, one per line."""
     return write_documents(tmp_path_factory.mktemp("documents") / "text.txt")
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What PTFT_CACHE is for every run that `support.start` starts."""
+    """The value of PTFT_CACHE for every run that `support.start` starts."""
     return tmp_path_factory.mktemp("cache")
 
 

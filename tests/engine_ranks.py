@@ -26,7 +26,7 @@ def on_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, ranks:
 def start_ranks(
     function: Callable[..., Any], *arguments: Any, folder: Path, ranks: int = 2, kind: str = "cpu"
 ) -> Start:
-    """As on_ranks, without waiting."""
+    """Like on_ranks, without waiting."""
     port, processes = free_port(), []
     for rank in range(ranks):
         variables = environment() | (rank_variables(rank, ranks, port, kind) if ranks > 1 or kind != "cpu" else {})

@@ -28,7 +28,7 @@ NO_CONTEXT: Any = None  # rows that are known beforehand follow from their own s
 
 
 def make_store(folder: Path, lengths: Sequence[int]) -> TokenStore:
-    """One row for each length. Row i begins with the token i (below VOCAB), so that a batch tells which rows it has."""
+    """One row for each length. Row i begins with the token i (below VOCAB), so that a batch shows which rows it has."""
     chance = random.Random(0)
     writer = StoreWriter(folder, vocab_size=VOCAB, max_length=MAX_LENGTH, packing=False)
     for i, length in enumerate(lengths):

@@ -88,7 +88,7 @@ dynamo_config: {dynamo_backend: INDUCTOR}
 
 
 def launcher_arguments(words: Sequence[str]) -> Namespace:
-    """How Accelerate's own launcher understands an `accelerate launch` command line and its config file."""
+    """The arguments of an `accelerate launch` command and its config file, as Accelerate's launcher parses them."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(list(words[2:])))
@@ -96,7 +96,7 @@ def launcher_arguments(words: Sequence[str]) -> Namespace:
 
 
 def launcher_environment(words: Sequence[str]) -> dict[str, str]:
-    """The variables that Accelerate's own launcher would give to the ranks."""
+    """The environment variables that Accelerate's launcher would pass to the ranks."""
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     args = launcher_arguments(words)

@@ -14,7 +14,7 @@ from typing import Any
 
 
 def witness() -> None:
-    """Write what the engine really is, as seen from inside this rank, to witness-RANK.json."""
+    """Write the engine's backend, as seen by this rank, to witness-RANK.json."""
     import torch.distributed as dist
 
     from ptft_dist.engine import Engine
@@ -42,7 +42,7 @@ def witness() -> None:
 
 
 def slow_updates(seconds: str) -> None:
-    """Sleep after each update, so that a test can meet it."""
+    """Sleep after each update, so that a test can interrupt it."""
     from ptft_dist.training.trainer import Trainer
 
     update = Trainer.update
@@ -56,7 +56,7 @@ def slow_updates(seconds: str) -> None:
 
 
 def hang_in_save(step: str) -> None:
-    """Never finish the checkpoint of this step: its files are there, its manifest is not."""
+    """Block in the save of this step, after its files and before its manifest are written."""
     from ptft_dist.checkpoint import checkpoint
 
     write = checkpoint._write_manifest
@@ -70,7 +70,7 @@ def hang_in_save(step: str) -> None:
 
 
 def record_rows() -> None:
-    """Append which rows this rank gets in which update to rows-RANK.jsonl."""
+    """Append the rows of each update on this rank to rows-RANK.jsonl."""
     from ptft_dist.data.store import TokenStore
     from ptft_dist.training import batches
 
@@ -93,7 +93,7 @@ def record_rows() -> None:
 
 
 def raise_in_rank(rank: str, step: str) -> None:
-    """This rank fails in this update, before it moves its weights."""
+    """Raise an error on this rank in this update, before the weights change."""
     from ptft_dist.training.trainer import Trainer
 
     update = Trainer.update
@@ -107,7 +107,7 @@ def raise_in_rank(rank: str, step: str) -> None:
 
 
 def begin_after_rank_0_failed() -> None:
-    """Other ranks come late to a start that rank 0 has already given up."""
+    """Delay the other ranks until rank 0 has failed."""
     from ptft_dist.reporting.run_files import FailureReport
 
     log, write = Path("rank-0-failed"), FailureReport.write
@@ -127,7 +127,7 @@ def begin_after_rank_0_failed() -> None:
 
 
 def watch_engine() -> None:
-    """Write destroyed-RANK when the engine goes."""
+    """Write destroyed-RANK when the engine is destroyed."""
     import weakref
 
     from ptft_dist.engine import Engine
@@ -143,7 +143,7 @@ def watch_engine() -> None:
 
 
 def die_in_rank(rank: str, step: str) -> None:
-    """This rank is killed in this update."""
+    """Kill this rank in this update."""
     from ptft_dist.training.trainer import Trainer
 
     update = Trainer.update
@@ -157,7 +157,7 @@ def die_in_rank(rank: str, step: str) -> None:
 
 
 def evaluations(*losses: str) -> None:
-    """Replace the validation loss after update STEP by LOSS, for each "STEP=LOSS"; other evaluations stay."""
+    """Replace the validation loss after update STEP by LOSS, for each "STEP=LOSS"."""
     from ptft_dist.training.trainer import Trainer
     from ptft_dist.training.validation import Validation
 
@@ -198,7 +198,7 @@ def record_inputs() -> None:
 
 
 def prompt_tensorboard() -> None:
-    """Each point is in its file at once, so that a kill finds it there."""
+    """Write each TensorBoard point to its file at once, so that it exists after a kill."""
     from ptft_dist.reporting.metrics import TensorBoard
 
     write = TensorBoard.write
@@ -211,7 +211,7 @@ def prompt_tensorboard() -> None:
 
 
 def fill_disk_before_save(step: str, left_bytes: str) -> None:
-    """Before the save of this step, leave `left_bytes` free on the run's disk; before the next save, all is free."""
+    """Leave `left_bytes` free on the run's disk before the save of this step; free the disk before the next save."""
     from ptft_dist.checkpoint.checkpoint import Checkpoints
 
     commit = Checkpoints.commit
@@ -228,7 +228,7 @@ def fill_disk_before_save(step: str, left_bytes: str) -> None:
 
 
 def no_estimate() -> None:
-    """Let a save begin however little space there is."""
+    """Let a save begin with any amount of free space."""
     from ptft_dist.engine import Engine
 
     Engine.state_bytes = lambda _: 0  # type: ignore[method-assign]
@@ -243,7 +243,7 @@ def _fill(filler: Path, left_bytes: int) -> None:
 
 
 def break_shard(rank: str, step: str) -> None:
-    """A write error in one rank's part of a sharded checkpoint, while the others go on to DeepSpeed's barrier."""
+    """A write error in one rank's shard of a checkpoint, while the other ranks wait in DeepSpeed's barrier."""
     import deepspeed
     import torch
 
@@ -286,7 +286,7 @@ def quote_environment(rank: str, step: str, name: str) -> None:
 
 
 def fail_evaluation(step: str) -> None:
-    """The evaluation after this update fails; the one before training does not."""
+    """The evaluation after this update fails, but not the one before training."""
     from ptft_dist.training.trainer import Trainer
 
     evaluate = Trainer.evaluate
@@ -300,7 +300,7 @@ def fail_evaluation(step: str) -> None:
 
 
 def fail_save(step: str) -> None:
-    """The save of this update fails, as on a full disk, and leaves nothing."""
+    """The save of this update fails as on a full disk, and leaves no files."""
     from ptft_dist.checkpoint.checkpoint import Checkpoints, SaveError
 
     commit = Checkpoints.commit
@@ -337,7 +337,7 @@ def slow_micro_batches_of_evaluations(seconds: str) -> None:
 
 
 def slow_prepare(seconds: str) -> None:
-    """Touch the file `preparing`, and sleep in C code before anything is prepared."""
+    """Touch the file `preparing`, and sleep in C code before data are prepared."""
     from ptft_dist.data import stream
 
     write = stream.write
@@ -351,7 +351,7 @@ def slow_prepare(seconds: str) -> None:
 
 
 def break_metrics() -> None:
-    """What the task makes of its averages fails."""
+    """The task's computation of metrics fails."""
     from ptft_dist.tasks.clm.task import CausalLM
 
     def broken(_self: Any, _totals: Any) -> Any:
@@ -375,7 +375,7 @@ def full_disk_at_flush() -> None:
 
 
 def a_folder_for_each_rank(*folders: str) -> None:
-    """Each rank works in a folder of its own, with a cache there, as machines without a shared disk do."""
+    """Each rank works in a separate directory with a separate cache, as on machines without a shared disk."""
     folder = folders[int(os.environ["RANK"])]
     os.chdir(folder)
     os.environ["PTFT_CACHE"] = str(Path("cache").absolute())

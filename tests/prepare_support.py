@@ -27,7 +27,7 @@ def save_tokenizer(directory: Path) -> Path:
 
 
 def write_text(base: Path) -> Path:
-    """Make `base` a recipe's directory, with one file, a document a line."""
+    """Write one file with a document per line to `base`, a recipe's directory."""
     (base / "text.txt").write_text("\n".join(DOCUMENTS))
     return base
 

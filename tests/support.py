@@ -77,7 +77,7 @@ PRELOADED = [
 
 
 def write_documents(path: Path, count: int = 160, seed: int = 0) -> Path:
-    """Made documents, one a line, of 3 to 90 words each, so that rows are ragged."""
+    """Generated documents of 3 to 90 words, one per line."""
     chance = random.Random(seed)
     words = ["".join(chance.choices("abcdefghijklmnop", k=chance.randint(2, 7))) for _ in range(60)]
     path.write_text("\n".join(" ".join(chance.choices(words, k=chance.randint(3, 90))) for _ in range(count)) + "\n")
@@ -85,7 +85,7 @@ def write_documents(path: Path, count: int = 160, seed: int = 0) -> Path:
 
 
 def make_recipe(documents: Path, **changes: Any) -> dict[str, Any]:
-    """A tiny fp32 Llama on ragged rows; `changes` are merged into its sections."""
+    """A tiny fp32 Llama on rows of different lengths; `changes` are merged into its sections."""
     llama = {
         "model_type": "llama",
         "hidden_size": 32,
@@ -129,7 +129,7 @@ def write_recipe(folder: Path, documents: Path, **changes: Any) -> Path:
 
 
 class Vocabulary:
-    """All that a causal task asks of a tokenizer."""
+    """The part of a tokenizer that a causal task uses."""
 
     def __init__(self, size: int, pad_token_id: int) -> None:
         self.size, self.pad_token_id = size, pad_token_id
@@ -142,7 +142,7 @@ class Vocabulary:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of a user at a machine without accelerators."""
+    """The environment of a user on a machine without accelerators."""
     plain = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     return plain | QUIET_MACHINE | dict(extra or {})
 
@@ -150,7 +150,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 def ptft(
     *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 180
 ) -> subprocess.CompletedProcess[str]:
-    """The command line itself, to its end."""
+    """Run the real command line and wait for its end."""
     words = [*COMMAND, *args]
     return subprocess.run(
         words, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout_s, check=False
@@ -203,7 +203,7 @@ class Start:
     output: Path
 
     def wait(self, timeout_s: float = 120) -> int:
-        """The exit code of the first rank that did not end well, else 0; negative after a signal."""
+        """The exit code of the first rank that failed, else 0; negative after a signal."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -217,12 +217,12 @@ class Start:
         return next((code for code in self.exit_codes if code), 0)
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-        """Wait while all ranks run."""
+        """Wait for a condition while all ranks run."""
         wait_until(lambda: condition() or not all(p.is_alive() for p in self.processes), what, timeout_s)
         assert condition(), f"a rank ended before {what}:\n{self.stderr}"
 
     def kill(self) -> None:
-        """SIGKILL to all at once."""
+        """Send SIGKILL to all processes at once."""
         for process in self.processes:
             if process.is_alive():
                 assert process.pid is not None
@@ -292,7 +292,7 @@ def start(
 
 
 def rank_variables(rank: int, ranks: int, port: int, kind: str) -> dict[str, str]:
-    """What torchrun and `accelerate launch` tell a process."""
+    """The environment variables that torchrun and `accelerate launch` set for a process."""
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     variables = {"MASTER_ADDR": "127.0.0.1"} | {key: str(value) for key, value in place.items()}
     if kind.startswith("cpu_zero"):
@@ -324,7 +324,7 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-    """Look every two milliseconds."""
+    """Wait for a condition; checks it every two milliseconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
@@ -332,7 +332,7 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) 
 
 
 def lives(process: psutil.Process) -> bool:
-    """Whether it runs. An orphan that has ended stays a zombie where nobody reaps it."""
+    """Whether a process is running. A finished orphan may remain as a zombie."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -343,7 +343,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock and the machine."""
+    """The rows of metrics.jsonl without values that depend on time or machine."""
     from ptft_dist.reporting.metrics import TIMING_KEYS
 
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
@@ -359,7 +359,7 @@ def eval_rows(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_step(run_dir: Path) -> int:
-    """The last update in metrics.jsonl, whose last line may be torn; 0 before the first."""
+    """The last update in metrics.jsonl, whose last line may be incomplete; 0 before the first."""
     path = run_dir / "metrics.jsonl"
     whole = path.read_text().split("\n")[:-1] if path.exists() else []
     return int(json.loads(whole[-1])["step"]) if whole else 0
@@ -410,7 +410,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str, bytes]]:
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
-    """Everything of a finished run that must not depend on how often it was interrupted."""
+    """Everything of a finished run that must not depend on interruptions."""
     newest = max((run_dir / "checkpoints").glob("step-*"))
     return {
         "checkpoint": newest.name,

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def plain_network(**changes: Any) -> NetworkFacts:
-    """The facts of a network that nobody built: it takes attention masks, and has nothing special."""
+    """The NetworkFacts of a simple network with an attention mask; no network is built."""
     values: dict[str, Any] = {
         "model_type": "made-up",
         "encoder_decoder": False,

@@ -54,7 +54,7 @@ def modules() -> list[Path]:
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Full names of all modules that a file imports, in functions too."""
+    """The full names of all modules that a file imports, also within functions."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
@@ -121,7 +121,7 @@ def test_no_task_imports_another() -> None:
 
 
 def test_no_module_outside_of_tasks_names_a_task() -> None:
-    """A new task is a folder and a line in the registry. Help texts may give a shipped recipe as an example."""
+    """A new task is a folder and a line in the registry. Help texts may name a shipped recipe as an example."""
     from ptft_dist.tasks.registry import TASKS
 
     for path in modules():

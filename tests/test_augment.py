@@ -88,7 +88,7 @@ def test_copies_follow_from_seed_and_row_alone(folder: Path, name: str) -> None:
 
 @pytest.mark.parametrize("share", [0.05, 0.25, 0.5, 1.0])
 def test_the_share_of_changed_words(share: float) -> None:
-    """Of 40 words: that share, rounded down, at least one."""
+    """Of 40 words, this fraction, rounded down, is changed; at least one word."""
     import random
 
     words = [f"w{i}" for i in range(40)]
@@ -258,7 +258,7 @@ def translators(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_back_translation_is_that_of_the_models(
     translators: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each text as transformers' own generate has it, one by one: batches and padding change nothing."""
+    """Equal to transformers' generate for each text alone: batches and padding do not matter."""
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
     method = {"method": "back_translation", "forward": "there", "backward": "back"}
@@ -292,7 +292,7 @@ def test_a_model_that_is_not_there(translators: Path) -> None:
 
 
 def test_the_cache_follows_the_translators(translators: Path, tmp_path: Path) -> None:
-    """Prepared with them, and anew when one of them changes."""
+    """The data are prepared again if a translation model changes."""
     import shutil
 
     shutil.copytree(translators, tmp_path, dirs_exist_ok=True)

@@ -20,7 +20,7 @@ Edit = Callable[[Path], object]
 
 @dataclass
 class Case:
-    """A recipe made wrong by `changes`, `overrides` or an `edit` of the folder that holds it, and what is said."""
+    """A recipe broken by `changes`, `overrides` or an `edit` of its directory, and the expected message."""
 
     code: int
     says: list[str]
@@ -46,7 +46,7 @@ def lines(name: str, *rows: str | bytes) -> Edit:
 
 
 def ds_config(**extra: Any) -> Edit:
-    """A launch config `mine.yaml` whose DeepSpeed JSON says more than how ZeRO works."""
+    """A launch config `mine.yaml` whose DeepSpeed JSON has other than ZeRO settings."""
 
     def write(folder: Path) -> None:
         (folder / "mine.json").write_text(json.dumps({"zero_optimization": {"stage": 2}} | extra))
@@ -286,7 +286,7 @@ def test_broken_data(tmp_path: Path, documents: Path, cache: Path, name: str) ->
 
 
 def test_all_mistakes_at_once(tmp_path: Path, documents: Path) -> None:
-    """By the command itself, in the order of the file."""
+    """Reported by the real command, in the order of the file."""
     write_recipe(tmp_path, documents, optim={"lrr": 1, "name": "adamv"}, train={"max_steps": 0}, bach={})
     run = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
     assert run.returncode == 2
@@ -346,7 +346,7 @@ def test_a_second_start_in_the_same_directory(tmp_path: Path, documents: Path, c
 
 
 def test_a_good_recipe_is_good(tmp_path: Path, documents: Path) -> None:
-    """Else all of the above would prove nothing."""
+    """Otherwise the tests above would prove nothing."""
     write_recipe(tmp_path, write_documents(tmp_path / "text.txt", count=3))
     run = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
@@ -381,7 +381,7 @@ def test_a_run_directory_on_a_full_disk(tmp_path: Path, documents: Path, cache: 
 def test_the_largest_numbers_make_no_traceback(
     tmp_path: Path, documents: Path, cache: Path, changes: dict[str, Any]
 ) -> None:
-    """A run with them is refused, or trains."""
+    """A run with the largest numbers is refused, or trains."""
     write_recipe(tmp_path, documents, **changes)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     wait_until(lambda: not run.running or last_step(tmp_path / "run") >= 1, "an end or a step", 60)

@@ -21,7 +21,7 @@ REMEDY = "skip bad rows with data.bad_rows: skip"
 
 @dataclass
 class Case:
-    """A row that is put at the end of 30 good ones, and what is said of it."""
+    """A row that is added after 30 valid ones, and the expected message."""
 
     row: dict[str, Any] | str
     says: list[str]
@@ -110,7 +110,7 @@ def good(i: int, case: Case) -> dict[str, Any]:
 
 
 def broken(folder: Path, case: Case, **changes: Any) -> Path:
-    """A recipe with rows.jsonl, whose line 31 is broken."""
+    """A recipe with rows.jsonl whose line 31 is invalid."""
     section = {"pair": False} | case.section if case.task == "regression" else case.section
     path = write_tiny(
         folder, case.task, **{case.task: section, "batch": {"global_size": 4, "micro_size": 2}, **changes}
@@ -162,7 +162,7 @@ def test_the_command_line_itself(tmp_path: Path) -> None:
 
 
 def told(folder: Path, **changes: Any) -> str:
-    """The message with which the data of a recipe are refused."""
+    """The error message for the data of a recipe."""
     loaded = load_recipe(str(write_tiny(folder, "classification", **changes)))
     with pytest.raises(DataError) as failure:
         prepare(loaded.recipe, loaded.base)

@@ -44,12 +44,12 @@ def committed(folder: Path, *steps: int) -> Checkpoints:
 
 
 def names(folder: Path) -> list[str]:
-    """Everything in the folder, hidden or not."""
+    """All names in a directory, including hidden ones."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def newest(checkpoints: Checkpoints) -> tuple[int | None, list[str]]:
-    """The step of the newest good one, and what was said on the way."""
+    """The step of the newest undamaged checkpoint, and the messages."""
     said: list[str] = []
     found = checkpoints.newest_good(OneProcess(), said.append)
     return (None if found is None else found.step), said
@@ -213,7 +213,7 @@ FILE_EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.tru
 
 
 def killed_at(operation: int, folder: Path, action: Callable[[], object]) -> bool:
-    """Run `action` in a forked process that dies just before its nth operation on files; True if it got that far."""
+    """Run `action` in a forked process that dies before its nth file operation; whether it came so far."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -320,7 +320,7 @@ def test_a_fact_that_cannot_be_recorded_leaves_the_old_one(tmp_path: Path, monke
 
 
 class ThreadRank:
-    """A rank that is a thread; what is gathered goes through a shared list."""
+    """A rank that is a thread. Objects are gathered through a shared list."""
 
     def __init__(self, rank: int, shared: list[Any], barrier: threading.Barrier) -> None:
         self.rank, self.world_size = rank, len(shared)
@@ -335,7 +335,7 @@ class ThreadRank:
 
 
 def on_ranks(count: int, action: Callable[[ThreadRank], Any]) -> list[Any]:
-    """What `action` returns or raises on each rank, all at once."""
+    """The result or exception of `action` on each rank; the ranks run at the same time."""
     shared: list[Any] = [None] * count
     barrier = threading.Barrier(count)
     results: list[Any] = [None] * count

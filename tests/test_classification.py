@@ -75,7 +75,7 @@ def survey(labels: list[str] = LABELS, frequencies: tuple[int, ...] = (6, 3, 3))
 
 
 def encoded(ours: Recipe, words: PreTrainedTokenizerFast, records: list[dict[str, Any]]) -> list[Row]:
-    """The rows as the store gives them back."""
+    """The rows as read from the store."""
     encoder = ClassificationRows(EncoderContext.of(ours, words, survey()))
     rows = []
     for values in records:
@@ -209,7 +209,7 @@ def test_a_stand_in_counts_nothing(multi_label: bool) -> None:
 @pytest.mark.parametrize("roles", [ROLES, ("eos",), ("eos", "pad")], ids=["cls", "no pad", "eos and pad"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "gpt2"])
 def test_padding_does_not_change_a_row(kind: str, roles: tuple[str, ...]) -> None:
-    """Each row alone, and beside a longer one: the same logits, read at its own last token."""
+    """Each row alone and together with a longer one: the same logits, from its last token."""
     ours, words = recipe(kind), tokenizer(roles)
     records = [{"text": text, "label": "thing"} for text in (*TEXTS, "!", "!!!", "red!")]
     assert words.convert_ids_to_tokens(0) != "!"
@@ -280,7 +280,7 @@ def test_tokenizers_and_networks_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_weights_are_balanced_over_what_is_learned(tmp_path: Path, several: bool) -> None:
-    """Changed copies count, validation rows and rows that are skipped or left out do not: as counted in the store."""
+    """Augmented copies count; validation rows and skipped or dropped rows do not."""
     rows = [{"text": f"red cat {i}" if i % 3 else f"dog{i}", "label": ["few", "many"][i % 3 > 0]} for i in range(40)]
     rows += [{"text": "red cat", "label": "strange"}] * 3  # skipped: not listed
     rows += [{"text": "\u200b" * i, "label": "few"} for i in range(1, 9)]  # left out: of no token
@@ -439,7 +439,7 @@ def test_an_entity_beyond_the_end_leaves_its_row_out() -> None:
 
 
 def continued(folder: Path, labels: list[str], **model: Any) -> Path:
-    """A recipe that goes on with the saved BERT on rows of `labels`."""
+    """A recipe that starts from the saved BERT, on rows of `labels`."""
     write_tiny(folder, "classification", classification={"class_weights": None})
     words = [{"text": " ".join(WORDS[i % 9 : i % 9 + 4]), "label": labels[i % len(labels)]} for i in range(60)]
     write_rows(folder / "rows.jsonl", words)
@@ -490,7 +490,7 @@ def test_a_head_for_other_labels(tmp_path: Path, cache: Path, case: str) -> None
 
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_the_pipeline_of_transformers_predicts_as_the_run_does(tmp_path: Path, cache: Path, multi_label: bool) -> None:
-    """On two ranks with rows that do not divide; scores are scikit-learn's of what the pipeline says."""
+    """On two ranks with rows that do not divide evenly; scores by scikit-learn from the pipeline's predictions."""
     from sklearn import metrics
 
     write_tiny(tmp_path, "classification", classification={"multi_label": multi_label, "class_weights": None})

@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def imported(folder: Path, *arguments: str) -> set[str]:
-    """The packages that a command has imported when it ends."""
+    """The packages that a command has imported at its end."""
     probe = (
         "import atexit, sys; from ptft_dist.cli import main; sys.argv[1:] = sys.argv[1:];"
         "atexit.register(lambda: print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)); main()"
@@ -92,7 +92,7 @@ def test_check(folder: Path) -> None:
 
 @pytest.mark.parametrize("arguments", [("config", "schema"), ("config", "show", "recipe.yaml")])
 def test_a_reader_that_has_seen_enough(folder: Path, arguments: tuple[str, ...]) -> None:
-    """As in `ptft config schema | head`; the exit code is the shell's for a process that SIGPIPE ended."""
+    """As in `ptft config schema | head`; the exit code is that of a process ended by SIGPIPE."""
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-m", "ptft_dist", *arguments]
@@ -164,7 +164,7 @@ def test_long_messages_are_not_wrapped(folder: Path) -> None:
     ],
 )
 def test_how_a_verb_can_end(folder: Path, raised: str, code: int, end: str) -> None:
-    """What nobody foresaw keeps its traceback, without the values of local variables; the rest has none."""
+    """Unexpected errors keep their traceback, without local variables; expected errors have none."""
     (folder / "verb.py").write_text(
         "from ptft_dist import cli, errors\n"
         "def verb():\n"

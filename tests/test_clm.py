@@ -56,7 +56,7 @@ TINY: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """These networks are too small for more."""
+    """More threads do not help for such small networks."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -85,7 +85,7 @@ def clm(**settings: Any) -> CausalLM:
 
 
 def network(model_type: str, **kernel: str) -> PreTrainedModel:
-    """Random weights, larger than at a usual start, so that attention is far from uniform."""
+    """Random weights, larger than usual, so that attention is far from uniform."""
     model = fresh_network(model_type, **kernel)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -205,7 +205,7 @@ def test_packed_rows_cost_what_transformers_says(model_type: str) -> None:
 
 
 def alone(model: nn.Module, document: list[int]) -> torch.Tensor:
-    """The summed cost of a document by itself, from its logits."""
+    """The summed loss of a document by itself, from its logits."""
     logits = model(input_ids=torch.tensor([document])).logits[0]
     logprobs = torch.log_softmax(logits, dim=-1)
     costs = [-logprobs[t, token] for t, token in enumerate(document[1:])]

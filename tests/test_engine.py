@@ -62,7 +62,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_max_grad_norm_null_does_not_clip(engine: Engine, limit: float | None) -> None:
-    """SGD: weights move by lr x gradient, the whole of it; or by lr x gradient x limit / norm."""
+    """SGD changes weights by lr x gradient, or with clipping by lr x gradient x limit / norm."""
     engine.prepare(llama(), section(name="sgd", weight_decay=0.0, max_grad_norm=limit))
     reference = llama()
     (100 * cross_entropy(reference, rows(0))[0]).backward()
@@ -141,7 +141,7 @@ def test_a_network_without_trained_parameters_is_refused(engine: Engine) -> None
 
 
 def half_frozen(**settings: Any) -> LlamaForCausalLM:
-    """The first layer and the embedding do not learn."""
+    """A network whose first layer and embedding are frozen."""
     model = llama(**settings)
     model.model.embed_tokens.requires_grad_(False)
     model.model.layers[0].requires_grad_(False)

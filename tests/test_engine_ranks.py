@@ -28,7 +28,7 @@ HALF = LAYER + 16  # trained elements of half_frozen(tied=True): one layer and t
 
 
 def make_engine(limit: float | None = 1.0) -> Engine:
-    """As the environment of this rank says."""
+    """The engine for the environment of this rank."""
     config = None
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
         launch = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
@@ -47,7 +47,7 @@ def update(engine: Engine, step: int, micro_batches: int = 1, scale: float = 1.0
 
 
 def digest(engine: Engine) -> str:
-    """Of the whole network, on rank 0."""
+    """A hash of the whole network, on rank 0."""
     state = engine.backend.full_state_dict()
     if not engine.is_main:
         return ""
@@ -165,7 +165,7 @@ def test_padding_of_shards_is_zero(tmp_path: Path) -> None:
 
 
 def load_into_another() -> str:
-    """What is said when all parameters are trained, but half of them were stored."""
+    """The message if all parameters are trained, but only half of them were stored."""
     engine = make_engine()
     engine.prepare(llama(tied=True), section())
     try:
@@ -216,7 +216,7 @@ def load_foreign() -> list[str]:
 
 
 def test_foreign_files_of_deepspeed_run_no_code(tmp_path: Path) -> None:
-    """As --resume PATH of a checkpoint that somebody else made, with hashes that are right."""
+    """A checkpoint from another source with valid hashes, as for --resume PATH."""
     on_ranks(save_half, folder=tmp_path, kind="cpu_zero2")
     for said in on_ranks(load_foreign, folder=tmp_path, kind="cpu_zero2"):
         assert said

@@ -57,7 +57,7 @@ NETWORKS: dict[str, tuple[Any, Any]] = {
 
 
 def network(name: str) -> PreTrainedModel:
-    """Random, and so sure of itself that it does not write one token for ever."""
+    """Random weights that give high probabilities to varying tokens, so that texts do not repeat one token."""
     made, config = NETWORKS[name]
     torch.manual_seed(3)
     model: PreTrainedModel = made(config).eval()
@@ -86,7 +86,7 @@ def batch_of(model: PreTrainedModel, rows: Sequence[np.ndarray]) -> dict[str, to
 
 @torch.no_grad()
 def naive(model: PreTrainedModel, prompt: np.ndarray, eos: Sequence[int]) -> list[int]:
-    """The likeliest token each time, one row alone, everything computed anew."""
+    """Greedy decoding of one row at a time, without a cache."""
     source, written = torch.from_numpy(prompt)[None], [START]
     while len(written) <= LENGTH and (len(written) == 1 or written[-1] not in eos):
         if model.config.is_encoder_decoder:

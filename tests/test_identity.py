@@ -114,7 +114,7 @@ def load(folder: Path, *overrides: str) -> Loaded:
 
 
 def identity(folder: Path, *overrides: str, fingerprint: str = PRINT, **parts: Any) -> dict[str, Any]:
-    """As it is written and read again, by way of a manifest."""
+    """The identity after it was written to and read from a manifest."""
     return json.loads(json.dumps(run_identity(load(folder, *overrides), fingerprint, PARTS | parts)))
 
 

@@ -44,7 +44,7 @@ def test_one_label_a_row(case: str) -> None:
 
 
 def _matthews(gold: list[int], predicted: list[int], labels: int) -> float:
-    """Gorodkin 2004, from counts; 0 where it is not defined."""
+    """Gorodkin 2004, computed from counts; 0 if undefined."""
     total, right = len(gold), sum(a == b for a, b in zip(gold, predicted, strict=True))
     there, said = [gold.count(k) for k in range(labels)], [predicted.count(k) for k in range(labels)]
     over = right * total - sum(a * b for a, b in zip(there, said, strict=True))

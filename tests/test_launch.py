@@ -105,7 +105,7 @@ def test_a_config_of_the_first_version_still_finds_the_shipped_json(tmp_path: Pa
 
 @pytest.mark.parametrize("name", [*STOCK, *(name for name in CONFIGS if name not in ("single_gpu",))])
 def test_file_and_variables_say_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Our reading of the file equals our reading of the variables that Accelerate's own launcher makes of it."""
+    """The settings read from a file equal those read from the environment variables of Accelerate's launcher."""
     file = write(tmp_path, STOCK[name]) if name in STOCK else read_launch_file(name)
     words = ["accelerate", "launch", "--config_file", str(file.path), "--machine_rank", "0", "-m", "ptft_dist"]
     monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda _port: False)
@@ -325,7 +325,7 @@ def backend_of(run: Path) -> tuple[str, int]:
 
 @pytest.fixture
 def alone(tmp_path: Path, documents: Path, cache: Path) -> Path:
-    """The run directory of the tiny recipe, trained by one process; recipe.yaml lies beside it."""
+    """The run directory of the tiny recipe, trained by one process, with recipe.yaml in the same directory."""
     recipe = write_recipe(tmp_path, documents)
     run = start("train", str(recipe), "run_dir=alone", cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr

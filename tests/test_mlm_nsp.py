@@ -95,7 +95,7 @@ def prepared(base: Path, tokenizer_dir: Path, documents: Documents, **settings: 
 
 
 def segments(store: Store, tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str, bool]]:
-    """Both texts of each row, cut at its [SEP]s, and whether it says that they are unrelated."""
+    """Both segments of each row, split at [SEP], and whether the row is a negative pair."""
     found = []
     for i in range(len(store)):
         row = store.row(i)

@@ -38,7 +38,7 @@ class Tokens(Vocabulary):
 
 
 def check(keys: dict[str, Any]) -> None:
-    """What a session does with model.config before a process group exists."""
+    """The checks of model.config in a session before the process group exists."""
     section = ModelSection(config=keys)
     config = build_config(section, Tokens(100, 0), 32)  # type: ignore[arg-type]
     preview_network(section, config, AUTO.get(keys["model_type"], AutoModelForCausalLM))

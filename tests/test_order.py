@@ -110,7 +110,7 @@ def test_the_four_orders_of_few_rows_all_occur() -> None:
 
 @functools.cache
 def naive_stream(rows: int, seed: int, length: int) -> list[int]:
-    """Epoch after epoch, whole."""
+    """All epochs, one after the other."""
     stream: list[int] = []
     epoch = 0
     while len(stream) < length:

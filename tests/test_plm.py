@@ -72,7 +72,7 @@ def rows_of(tokenizer: PreTrainedTokenizerFast, lengths: list[int]) -> list[Row]
 
 
 def test_who_sees_whom_by_its_definition(tokenizer: PreTrainedTokenizerFast) -> None:
-    """i sees j if j is not to be predicted; or if both are, and i comes later in the order."""
+    """i attends to j if j is not predicted; or if both are predicted, and i is later in the order."""
     task, rows = make(tokenizer, mask_share=0.5), rows_of(tokenizer, [9, 14, 20])
     keys = [(1, i) for i in range(3)]
     inputs = task.collate(rows, keys).inputs

@@ -139,7 +139,7 @@ def bos_tokenizer(folder: Path) -> Any:
 
 
 def test_documents_begin_as_the_tokenizer_s_texts_do(base: Path, tokenizer_dir: Path, tmp_path: Path) -> None:
-    """And the three settings of clm.bos are told apart in one cache."""
+    """The three values of clm.bos have different stores in one cache."""
     (base / "text.txt").write_text("a lazy dog")
     tokenizer = bos_tokenizer(tmp_path / "bos")
     ids = tokenizer("a lazy dog", add_special_tokens=False).input_ids
@@ -178,7 +178,7 @@ def test_clm_bos_that_the_trained_tokenizer_does_not_add_is_a_warning(base: Path
 
 
 def test_the_cache_is_found_without_loading_the_tokenizer(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One that is trained here adds no BOS, so nothing has to be asked."""
+    """A tokenizer trained here adds no BOS, so it is not loaded."""
     prepare(recipe({"vocab_size": 300}), base)
     for user in (module, tokenizer_files):
         monkeypatch.setattr(user, "load_tokenizer", lambda *_args, **_options: pytest.fail("loaded"))

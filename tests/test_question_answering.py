@@ -33,7 +33,7 @@ NO_ANSWER: dict[str, list[Any]] = {"text": [], "answer_start": []}
 
 
 def question(chance: random.Random, longest: int = 40) -> dict[str, Any]:
-    """One in four has no answer, one in four has two right ones."""
+    """One in four has no answer, one in four has two gold answers."""
     words = chance.choices(WORDS, k=chance.randint(3, longest))
     context, kind = " ".join(words), chance.randrange(4)
     answers: dict[str, list[Any]] = {"text": [], "answer_start": []}
@@ -301,7 +301,7 @@ def test_a_stand_in_counts_nothing(tmp_path: Path) -> None:
 def naive_best(
     start: list[float], end: list[float], context: tuple[int, int], n_best: int, longest: int
 ) -> tuple[int, int, float] | None:
-    """All pairs of the best beginnings and ends, one by one."""
+    """All pairs of the best starts and ends, one by one."""
     inside = range(*context)
     starts = sorted(inside, key=lambda i: -start[i])[:n_best]
     ends = sorted(inside, key=lambda i: -end[i])[:n_best]
@@ -365,7 +365,7 @@ def bare_task(tmp_path: Path, unanswerable: int, **section: Any) -> QuestionAnsw
 
 
 def test_a_question_has_one_answer_over_its_windows(tmp_path: Path) -> None:
-    """The best span wins, wherever it stands; no answer only if every window says so by more than the margin."""
+    """The best span of all windows wins; no answer only if every window prefers it by more than the margin."""
     rows = [window(7, "abcd", ["cd"]), window(7, "cdef", ["cd"]), window(8, "x y", []), window(9, "pq", ["q", "p q"])]
     predictions = {
         0: [2, 3, 1.0, 0.5],  # "ab"

@@ -28,7 +28,7 @@ from ptft_dist.runs.run_list import Run, collect, is_finished, run_all
 
 
 class Recorder:
-    """An executor that trains nothing: it returns these exit codes in order and records its calls."""
+    """An executor that does not train: it returns these exit codes in order and records its calls."""
 
     def __init__(self, *codes: int) -> None:
         self.codes = list(codes)
@@ -181,7 +181,7 @@ def test_runs_needs_no_torch() -> None:
 
 
 def child(body: str) -> tuple[str, ...]:
-    """A stand-in for `ptft train`: called with the words of the run and the options."""
+    """A substitute for `ptft train`, called with the arguments of the run and the options."""
     return (sys.executable, "-c", body)
 
 
@@ -302,7 +302,7 @@ def test_checkpoints_of_no_run(tmp_path: Path) -> None:
 
 
 def test_generate_from_python(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """Greedy decoding equals a naive loop, and the process is left as it was."""
+    """Greedy decoding equals a naive loop, and the state of the process is restored."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 

@@ -114,7 +114,7 @@ def test_scores_are_those_of_seqeval(alphabet: list[str]) -> None:
 
 
 def test_a_score_by_hand() -> None:
-    """Of two entities one is found, one has a wrong end; a third is made up."""
+    """Of two entities, one is correct and one has a wrong end; a third one is predicted without reason."""
     gold = [["B-PER", "I-PER", "O", "B-LOC", "I-LOC", "O"]]
     ours = [["B-PER", "I-PER", "O", "B-LOC", "O", "B-ORG"]]
     scores = entity_scores(gold, ours)
@@ -277,7 +277,7 @@ def test_long_sentences_are_split_between_words(tmp_path: Path) -> None:
 
 
 def test_a_word_without_tokens_is_counted(tmp_path: Path) -> None:
-    """It is predicted to be no entity, wherever it stands, and a sentence of nothing else is there too."""
+    """It is predicted as O at any position, and a sentence of only such words is scored too."""
     train = sentences()
     rows = [
         {"tokens": [ZERO_WIDTH, "abc", ZERO_WIDTH], "tags": ["O", "B-PER", "I-PER"]},
@@ -359,7 +359,7 @@ def test_labels_that_cannot_be(tmp_path: Path, section: dict[str, Any], says: st
 def test_a_tokenizer_that_wants_spaces_is_told_of(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, algorithm: str
 ) -> None:
-    """A pretrained byte-level one, for words come to it without; not if it puts a space before each itself."""
+    """A pretrained byte-level tokenizer causes a warning, unless it adds a space before each word itself."""
     section = TokenizerTraining.model_validate({"algorithm": algorithm, "vocab_size": 320})
     texts = [" ".join(row["tokens"]) + " and and and" for row in sentences()]
     tokenizer = train_tokenizer(section, texts, ("cls", "sep", "mask", "pad"))

@@ -187,7 +187,7 @@ def test_going_on_from_a_pretrained_model(tmp_path: Path, documents: Path, cache
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """Exit code 5, the last good checkpoint stays, and nothing is logged as if it were a number."""
+    """Exit code 5; the last good checkpoint is kept, and NaN is not logged."""
     changes: dict[str, Any] = {"optim": {"lr": 1e30, "warmup": 0, "max_grad_norm": None, "schedule": "constant"}}
     run_dir = run(tmp_path, documents, cache, code=5, save={"every": 1}, **changes)
     result = json.loads((run_dir / "result.json").read_text())

@@ -85,7 +85,7 @@ def rewritten(chance: random.Random) -> dict[str, Any]:
 
 
 def tagged(chance: random.Random) -> dict[str, Any]:
-    """An animal, with the word after it, is an entity."""
+    """An animal and the word after it are an entity."""
     words = sentence(chance)
     tags = ["O"] * len(words)
     for i, word in enumerate(words):

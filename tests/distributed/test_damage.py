@@ -35,7 +35,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: P
 
 @pytest.fixture
 def folder(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
+    """A copy of the finished run, to be damaged."""
     return shutil.copytree(finished, tmp_path / "copy")
 
 
@@ -51,7 +51,7 @@ def flip(path: Path) -> None:
 
 
 def edit_manifest(path: Path) -> None:
-    """A change that keeps it valid JSON: another file's hash."""
+    """Change the hash of another file, so that the manifest stays valid JSON."""
     manifest = json.loads(path.read_text())
     manifest["files"]["model.safetensors"]["sha256"] = manifest["files"]["optimizer.safetensors"]["sha256"]
     path.write_text(json.dumps(manifest))
@@ -126,7 +126,7 @@ def test_a_path_to_nothing_and_to_an_older_checkpoint(finished: Path, folder: Pa
 
 
 def test_a_damaged_shard_is_never_unpickled(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """What rank 1 owns is damaged, with a pickle that would run code; both ranks go back to the one before."""
+    """Rank 1's shard is replaced by a pickle that would run code; both ranks resume from the previous checkpoint."""
     prepare_folder(tmp_path, documents)
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": 2, "kind": "cpu_zero2"}
     run = start("train", "recipe.yaml", **place)
@@ -196,7 +196,7 @@ def test_a_full_disk_costs_one_save(
 
 
 def test_rows_that_found_no_room_are_written_later(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:
-    """The disk is full for fifty updates, which is more than fits into the last page of any open file."""
+    """The disk is full for fifty updates, more than fits into the last page of an open file."""
     prepare_folder(tmp_path, documents)
     long = ("train", "recipe.yaml", "train.max_steps=110", "save.every=50", "eval.every=20", "eval.max_rows=4")
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache}
@@ -233,7 +233,7 @@ def test_a_disk_that_is_full_at_the_end_fails_the_run_and_keeps_the_rest(
 def test_a_rank_that_cannot_write_its_shard_leaves_no_rank_waiting(
     tmp_path: Path, documents: Path, cache: Path
 ) -> None:
-    """Nothing can reach a rank that waits inside DeepSpeed's save; the run ends, and goes on from the one before."""
+    """A rank that waits in DeepSpeed's save is unreachable; the run ends, and resumes from the previous checkpoint."""
     prepare_folder(tmp_path, documents)
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": 2, "kind": "cpu_zero2"}
     run = start("train", "recipe.yaml", patches=["break_shard:1:8"], **place)

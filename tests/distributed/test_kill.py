@@ -18,7 +18,7 @@ NAMES = ["one", "ddp", "zero2", "zero3", "fsdp2"]
 
 
 def prepare_folder(folder: Path, documents: Path, ranks: int, **changes: Any) -> None:
-    """A recipe with dropout, and three micro-batches a rank in each update."""
+    """A recipe with dropout, and three micro-batches per rank in each update."""
     recipe: dict[str, Any] = {
         "model": {"config": {"attention_dropout": 0.1}},
         "batch": {"global_size": 12, "micro_size": 12 // ranks // 3},
@@ -30,7 +30,7 @@ def prepare_folder(folder: Path, documents: Path, ranks: int, **changes: Any) ->
 
 
 def killed(run: Start, run_dir: Path) -> None:
-    """Kill all ranks, and see that this was before the end."""
+    """Kill all ranks, and check that the run had not finished."""
     run.kill()
     assert set(run.exit_codes) == {-signal.SIGKILL}, run.stderr
     assert not (run_dir / "result.json").exists()
@@ -88,7 +88,7 @@ def test_three_kills_change_no_bit(
 
 
 def test_three_processes_and_several_buckets(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """DDP adds three or more numbers in an order that depends on its buckets, which it rearranges at its first step."""
+    """With three or more ranks, DDP's order of summation depends on its buckets, rebuilt at its first step."""
     wide = {"hidden_size": 160, "intermediate_size": 480, "attention_dropout": 0.1}
     prepare_folder(tmp_path, documents, 3, model={"config": wide}, batch={"micro_size": 1})
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": 3}
@@ -106,7 +106,7 @@ def test_three_processes_and_several_buckets(tmp_path: Path, documents: Path, ca
 
 
 def test_everything_of_a_launched_run_is_killed(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The same with the command line and its launcher, all killed at once; the other start needs no launcher."""
+    """The command and its launcher are killed together with the ranks; the second start has no launcher."""
     prepare_folder(tmp_path, documents, 2, train={"max_steps": 2000}, save={"every": 2, "keep": 2}, eval={"every": 900})
     words = [*COMMAND, "train", "recipe.yaml", "--launch", "cpu", "--processes", "2"]
     command = psutil.Popen(words, cwd=tmp_path, env=environment({"PTFT_CACHE": str(cache)}))
@@ -146,7 +146,7 @@ def test_how_often_it_saves_and_evaluates_does_not_matter(
 def test_evaluation_drops_nothing(
     whole: Callable[[int, str], Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The last evaluation of the run with dropout, again with the exported model, row by row."""
+    """The last evaluation of the run with dropout equals an evaluation of the exported model, row by row."""
     import torch
     import torch.nn.functional as F
     from prepare_support import prepare

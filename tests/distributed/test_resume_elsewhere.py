@@ -23,7 +23,7 @@ def prepare_folder(folder: Path, documents: Path, micro_size: int = 2, **changes
 
 
 def rows_by_step(folder: Path) -> dict[int, list[int]]:
-    """The rows of each update over all ranks, sorted; of the start that made it last."""
+    """The sorted rows of each update over all ranks, from the last start that made this update."""
     by_rank: dict[int, dict[str, list[int]]] = {}
     for file in folder.glob("rows-*.jsonl"):
         for line in file.read_text().splitlines():
@@ -115,7 +115,7 @@ def test_a_changed_recipe_is_refused_unless_it_is_meant(tmp_path: Path, document
 
 
 def test_a_failure_before_the_group_forms_is_told_once(sharded: Path, cache: Path) -> None:
-    """Also when one rank begins only after the other has failed."""
+    """Also if one rank starts only after the other has failed."""
     place: dict[str, Any] = {"cwd": sharded, "cache": cache, "ranks": 2, "kind": "cpu_zero3"}
     for _ in range(2):
         run = start("train", "recipe.yaml", "run_dir=run", patches=["begin_after_rank_0_failed"], **place)

@@ -89,7 +89,7 @@ STEPS, WARMUP, PEAK_LR, MAX_NORM = 8, 3, 0.01, 0.4
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A recipe over 17 documents of 2 to 20 words, each of them one row."""
+    """A recipe with 17 documents of 2 to 20 words, one per row."""
     folder = tmp_path_factory.mktemp("small")
     lines = write_documents(folder / "all.txt", count=DOCUMENTS).read_text().splitlines()
     short = [" ".join(line.split()[: 2 + i % 19]) for i, line in enumerate(lines)]
@@ -106,7 +106,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def naive(small: Path, cache: Path) -> dict[str, list[float]]:
-    """Loss and gradient norm of each update: row after row, no batch, no padding; and the final loss over all rows."""
+    """Loss and gradient norm of each update, row by row without padding; and the final loss over all rows."""
     import torch
     import torch.nn.functional as F
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -173,7 +173,7 @@ def test_one_process_equals_a_naive_loop(small: Path, naive: dict[str, list[floa
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_equal_it_too(small: Path, cache: Path, naive: dict[str, list[float]], kind: str) -> None:
-    """In the last update there is one row for two ranks. From inside each rank, the engine is what it should be."""
+    """The last update has one row for two ranks. Each rank reports its engine's backend."""
     patch = ["witness"]
     run = start("train", "recipe.yaml", f"run_dir={kind}", cwd=small, cache=cache, ranks=2, kind=kind, patches=patch)
     assert run.wait() == 0, run.stderr
@@ -189,7 +189,7 @@ def test_two_processes_equal_it_too(small: Path, cache: Path, naive: dict[str, l
 def test_a_fused_head_whose_module_never_runs_is_gathered_under_fsdp2(
     small: Path, cache: Path, naive: dict[str, list[float]]
 ) -> None:
-    """The head's weight is read by the fused loss; FSDP2 must gather it with the final norm, which does run."""
+    """The fused loss reads the head's weight without its forward; FSDP2 must gather it together with the final norm."""
     words = ["run_dir=fused", "clm.head=fused", "eval.every=2"]
     run = start("train", "recipe.yaml", *words, cwd=small, cache=cache, ranks=2, kind="fsdp2_efficient")
     assert run.wait() == 0, run.stderr

@@ -24,7 +24,7 @@ from support import (
 
 
 def test_ranks_with_other_data_are_named_before_the_first_update(tmp_path: Path, cache: Path) -> None:
-    """Two machines with a cache each learn two tokenizers (wordpiece is not reproducible) and read other files."""
+    """Two machines with separate caches train different wordpiece tokenizers and read other files."""
     for name, count in (("a", 160), ("b", 150)):
         (tmp_path / name).mkdir()
         write_documents(tmp_path / name / "text.txt", count)
@@ -42,7 +42,7 @@ def test_ranks_with_other_data_are_named_before_the_first_update(tmp_path: Path,
 
 
 def test_a_resume_with_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Path, documents: Path) -> None:
-    """wordpiece learns another tokenizer at each time: the one in the run directory is used instead."""
+    """wordpiece trains a different tokenizer each time, so the one in the run directory is used."""
     write_recipe(tmp_path, documents, tokenizer={"train": {"vocab_size": 320, "algorithm": "wordpiece"}})
     first = start("train", "recipe.yaml", "train.max_steps=8", cwd=tmp_path, cache=tmp_path / "one")
     assert first.wait() == 0, first.stderr
@@ -60,7 +60,7 @@ def test_a_resume_with_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Pat
 
 
 def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path) -> None:
-    """Under a stock launcher, and from the cache too; and data_report.json has it."""
+    """Also under an unmodified launcher and with cached data; data_report.json contains it too."""
     (tmp_path / "text.txt").write_text("\n".join(["a b c d e f g h"] * 60 + [""] * 7) + "\n")
     write_recipe(tmp_path, tmp_path / "text.txt", data={"validation": None}, eval={"every": None})
     for attempt in range(2):
@@ -77,7 +77,7 @@ def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path
 def test_resume_never_and_a_path_belong_to_the_first_start_of_a_job(
     tmp_path: Path, documents: Path, cache: Path, how: str
 ) -> None:
-    """A requeued job repeats its command line. It goes on from its own checkpoints, not from where it began."""
+    """A requeued job repeats its command line, but resumes from its own checkpoints."""
     write_recipe(tmp_path, documents, eval={"every": None})
     other = start("train", "recipe.yaml", "run_dir=other", cwd=tmp_path, cache=cache)
     assert other.wait() == 0, other.stderr
@@ -106,7 +106,7 @@ def test_resume_never_and_a_path_belong_to_the_first_start_of_a_job(
 def test_a_signal_while_data_are_prepared_ends_at_once(
     tmp_path: Path, documents: Path, number: str, job: dict[str, str], code: int
 ) -> None:
-    """Even in C code; with 75 where a scheduler starts the job again."""
+    """Also in C code; with exit code 75 if the job is requeued."""
     write_recipe(tmp_path, documents)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=tmp_path / "cache", patches=["slow_prepare:60"], env=job)
     run.until((tmp_path / "preparing").exists, "prepare")
@@ -120,7 +120,7 @@ def test_a_signal_while_data_are_prepared_ends_at_once(
 
 
 def test_a_signal_while_ranks_wait_for_each_other_ends_at_once(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """One of two ranks never comes; the other waits for it in C++ and gets SIGTERM."""
+    """One of two ranks does not start; the other waits for it in C++ and gets SIGTERM."""
     write_recipe(tmp_path, documents)
     warm = start("prepare", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert warm.wait() == 0, warm.stderr
@@ -134,7 +134,7 @@ def test_a_signal_while_ranks_wait_for_each_other_ends_at_once(tmp_path: Path, d
 
 
 def test_a_stop_during_an_evaluation_is_noticed_in_it(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The checkpoint of that update was saved before; the evaluation is made again at the resume."""
+    """The checkpoint of that update was saved before; the evaluation is repeated at the resume."""
     write_recipe(tmp_path, documents, data={"validation": 0.3}, eval={"micro_size": 1})
     patch = ["slow_micro_batches_of_evaluations:0.2"]
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=patch)
@@ -155,7 +155,7 @@ def test_a_stop_during_an_evaluation_is_noticed_in_it(tmp_path: Path, documents:
 
 
 def test_a_due_evaluation_does_not_delay_a_stop(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """Asked to stop in the update after which an evaluation is due: save, and end."""
+    """A stop request in the update before a due evaluation: the run saves and ends."""
     write_recipe(tmp_path, documents, eval={"every": 1}, save={"every": None})
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["slow_updates:0.3"])
     run.until(lambda: last_step(tmp_path / "run") >= 2, "update 2")

@@ -43,7 +43,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: Path
 
 
 def stopped_at(run_dir: Path, reason: str) -> int:
-    """Check that the run says it was stopped, and saved what it had done; the update."""
+    """Check that the run reports the stop and has saved its last update; return this update."""
     result = json.loads((run_dir / "result.json").read_text())
     assert (result["status"], result["exit_code"]) == ("stopped", 75)
     assert reason in result["reason"]
@@ -91,7 +91,7 @@ def test_a_stop_file_for_two_processes(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_ranks_end_without_destroying_their_group(tmp_path: Path, documents: Path, cache: Path, ranks: int) -> None:
-    """gloo's destructor can wait for ever: see Engine.close. Readers of data go with their rank."""
+    """gloo's destructor can block forever, see Engine.close. Data workers end with their rank."""
     prepare_folder(tmp_path, documents, steps=2)
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": ranks}
     run = start("train", "recipe.yaml", "data.workers=1", patches=["watch_engine"], **place)
@@ -108,7 +108,7 @@ def test_ranks_end_without_destroying_their_group(tmp_path: Path, documents: Pat
 
 @pytest.fixture
 def launched(tmp_path: Path, documents: Path, cache: Path) -> Iterator[Callable[..., psutil.Popen]]:
-    """Start a command in the background; whatever is left of it is killed at the end."""
+    """Start a command in the background; kill its remaining processes at the end."""
     prepare_folder(tmp_path, documents, steps=4000)
     running: list[psutil.Popen] = []
 

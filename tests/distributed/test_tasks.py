@@ -21,7 +21,7 @@ def test_every_task_is_here() -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
-    """The folder of each task's run by one process, which is started once."""
+    """The directory of each task's run by one process, which is started once."""
     folders: dict[str, Path] = {}
 
     def provide(task: str) -> Path:
@@ -58,7 +58,7 @@ def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task:
 
 @pytest.mark.parametrize("task", TINY)
 def test_killed_and_resumed_is_never_killed(tmp_path: Path, cache: Path, task: str) -> None:
-    """With dropout, on two ranks: a run whose later checkpoint is lost ends with the same bits, and the same log."""
+    """With dropout, on two ranks: a run whose last checkpoint is lost ends with the same bits and the same log."""
     write_tiny(tmp_path, task, dropout=0.1)
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert first.wait() == 0, first.stderr

@@ -18,7 +18,7 @@ from ptft_dist.engine import Engine, reset_accelerate
 
 
 def train(folder: Path, dropout: float = 0.5, resume_at: int | None = None, draws: int = 0) -> list[float]:
-    """The losses of four updates; those after `resume_at` by a trainer that went on from its checkpoint."""
+    """The losses of four updates; those after `resume_at` are from a trainer that resumed from its checkpoint."""
     network = {"config": {"attention_dropout": dropout}}
     recipe = make_recipe(model=network, save={"every": 2, "keep": None})
     store = make_store(folder / f"store-{len(list(folder.glob('store-*')))}", ragged(30))
@@ -40,7 +40,7 @@ def test_a_resumed_run_drops_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dropout", "different"), [(0.5, 4), (0.0, 1)])
 def test_every_update_drops_other_values(tmp_path: Path, dropout: float, different: int) -> None:
-    """One row and weights that do not move: only dropout can make the losses of four updates differ."""
+    """One row and constant weights, so that only dropout can change the losses of four updates."""
     recipe = make_recipe(
         model={"config": {"attention_dropout": dropout}},
         batch={"global_size": 1, "micro_size": 1},

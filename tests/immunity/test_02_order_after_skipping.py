@@ -13,7 +13,7 @@ from ptft_dist.training.batches import SupervisedBatches
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_from_any_update_on_the_rest_is_the_same(tmp_path: Path, workers: int) -> None:
-    """Three epochs of 32 rows in updates of 6: epochs begin in the middle of updates."""
+    """Three epochs of 32 rows in updates of 6, so that epochs begin within updates."""
     recipe = make_recipe(train={"max_steps": None, "epochs": 3})
     dataset, plan = make_dataset(recipe, make_store(tmp_path / "store", ragged(32)), make_task(recipe))
     assert plan.total_steps == 16

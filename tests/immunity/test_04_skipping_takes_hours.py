@@ -16,7 +16,7 @@ ROWS = 2_000_000_000
 
 
 class HugeStore:
-    """Rows that are made when they are read."""
+    """A store whose rows are created when they are read."""
 
     def lengths(self, indices: np.ndarray) -> np.ndarray:
         return 2 + indices % 30

@@ -18,7 +18,7 @@ ROWS, EPOCHS = 60, 3
 
 
 def store(path: Path, packing: bool) -> TokenStore:
-    """Row i holds i and nothing else."""
+    """Row i contains only the token i."""
     writer = StoreWriter(path, vocab_size=ROWS, max_length=4, packing=packing)
     for i in range(ROWS):
         writer.add([i] * 4)
@@ -34,7 +34,7 @@ def collate(rows: Sequence[Row], _keys: Sequence[tuple[int, int]]) -> Batch:
 def epochs(
     path: Path, *, packing: bool = False, seed: int = 0, workers: int = 0, micro_size: int = 2
 ) -> list[list[int]]:
-    """The rows as the trainer gets them, epoch by epoch."""
+    """The rows in the order of the trainer, epoch by epoch."""
     rows = store(path, packing)
     plan = make_plan(len(rows), rows.lengths, seed, global_size=6, epochs=EPOCHS)
     shape = Shape(0, 1, micro_size, None, group_by_length=True)

@@ -11,7 +11,7 @@ STEPS, WARMUP, PEAK, LOW = 10, 4, 0.01, 0.1
 
 
 def by_hand(step: int) -> float:
-    """Linear warmup to the peak in 4 updates, then linear to a tenth of it, which update 11 would have."""
+    """Linear warmup to the peak in 4 updates, then linear decay to a tenth of it, reached at update 11."""
     if step <= WARMUP:
         return PEAK * step / WARMUP
     return PEAK * (LOW + (1 - LOW) * (1 - (step - 1 - WARMUP) / (STEPS - WARMUP)))

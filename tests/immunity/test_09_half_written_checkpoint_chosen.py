@@ -37,7 +37,7 @@ def test_what_a_killed_save_leaves_has_another_name(tmp_path: Path) -> None:
 
 
 def test_half_a_copy_under_the_right_name_is_told_loudly(tmp_path: Path) -> None:
-    """As a copy between disks leaves it: the manifest is there, a part of the weights is not."""
+    """An incomplete copy between disks: the manifest exists, but a part of the weights is missing."""
     checkpoints = Checkpoints(tmp_path)
     save(checkpoints, 10)
     weights = save(checkpoints, 20) / "weights"

@@ -13,7 +13,7 @@ def kept(run_dir: Path) -> list[str]:
 
 
 def test_the_best_stays_through_a_resume(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The losses of the evaluations at 2, 4, 6, ... are made: the best is at 4, before the resume at 8."""
+    """The losses of the evaluations are patched: the best one is at update 4, before the resume at update 8."""
     changes: dict[str, Any] = {
         "train": {"max_steps": 12},
         "eval": {"every": 2},
@@ -33,7 +33,7 @@ def test_the_best_stays_through_a_resume(tmp_path: Path, documents: Path, cache:
 
 
 def test_a_full_disk_takes_nothing(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:
-    """With keep=1, the checkpoint before the save that fails is the only one; it stays until the next is whole."""
+    """With keep=1, the checkpoint before the failing save is the only one; it is kept until the next is complete."""
     write_recipe(tmp_path, documents, train={"max_steps": 6}, eval={"every": None}, save={"every": 2, "keep": 1})
     arguments = ("train", "recipe.yaml", "run_dir=disk/run")
     full = ["fill_disk_before_save:4:0", "raise_in_rank:0:6"]

@@ -25,7 +25,7 @@ DOCUMENTS = ["one two three", "red green blue yellow", "up down"]
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The network is too small for more."""
+    """More threads do not help for such a small network."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def packing(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def recipe(tmp_path: Path, packing: bool) -> Recipe:
-    """Its tokenizer pads with EOS, as many do that have no padding token."""
+    """The tokenizer pads with EOS, as is common without a padding token."""
     tokenizer = train_tokenizer(TokenizerTraining(vocab_size=290, min_frequency=1), DOCUMENTS)
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(tmp_path / "tokenizer")

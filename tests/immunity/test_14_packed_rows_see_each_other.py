@@ -56,7 +56,7 @@ def build(settings: Recipe) -> PreTrainedModel:
 
 
 def all_ways_to_pack() -> list[list[int]]:
-    """The document starts of every division of a row: 128 of them, from one document to eight of one token each."""
+    """The document starts of all 128 divisions of a row, from one document to eight documents of one token."""
     inner = range(1, LENGTH)
     return [[0, *chosen] for n in range(LENGTH) for chosen in itertools.combinations(inner, n)]
 
@@ -64,7 +64,7 @@ def all_ways_to_pack() -> list[list[int]]:
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("network", ["llama", "qwen3", "gpt2", "mistral"])
 def test_no_division_of_a_row_lets_a_document_see_another(network: str, kernel: str) -> None:
-    """Change one document in each way of packing a row: every other document keeps its log-probabilities."""
+    """In each way of packing a row, a change of one document does not change the log-probabilities of the others."""
     settings = recipe(network, kernel)
     model, task = build(settings), make_task(settings, Vocabulary(VOCAB, 0))
     divisions = all_ways_to_pack()
@@ -91,7 +91,7 @@ def test_no_division_of_a_row_lets_a_document_see_another(network: str, kernel: 
 
 @pytest.mark.parametrize("network", ["llama", "gpt2"])
 def test_a_row_without_a_second_document_is_kept_apart_from_one_with(network: str) -> None:
-    """transformers decides for a whole batch whether anything in it is packed."""
+    """transformers detects packing for a whole batch, not for each row."""
     settings = recipe(network)
     model, task = build(settings), make_task(settings, Vocabulary(VOCAB, 0))
     ids = np.arange(LENGTH)

@@ -53,7 +53,7 @@ def test_it_stops_before_the_weights_move(tmp_path: Path, where: str, bad: float
 @pytest.mark.parametrize("micro", [{"micro_size": 2}, {"micro_size": None, "micro_tokens": 40}], ids=str)
 @pytest.mark.parametrize("total", [13, 2])
 def test_each_row_is_evaluated_once(tmp_path: Path, total: int, ranks: int, micro: dict[str, Any]) -> None:
-    """13 rows divide by no number of ranks; of 2 rows some ranks have none, and their stand-in counts nothing."""
+    """13 rows do not divide evenly; with 2 rows, some ranks get a dummy batch that counts nothing."""
     recipe = make_recipe(batch={"global_size": 24} | micro, data={"validation": 0.1}, eval={"every": 1})
     store, task = make_store(tmp_path / "store", ragged(total)), make_task(recipe)
     rows: Counter[int] = Counter()

@@ -117,7 +117,7 @@ def test_other_training_settings_train_another_tokenizer(base: Path, settings: d
 
 
 def test_a_tokenizer_that_comes_out_otherwise_makes_a_new_store(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learned anew after the cache was lost, wordpiece gives the same words other ids: old rows would be nonsense."""
+    """Trained again after the cache was lost, wordpiece gives other ids, so the old rows would be wrong."""
     raw = raw_recipe() | {"tokenizer": {"train": {"vocab_size": 280}}}
     before = run(base, raw)
     shutil.rmtree(before.tokenizer_path)
@@ -136,7 +136,7 @@ def test_a_tokenizer_that_comes_out_otherwise_makes_a_new_store(base: Path, monk
 
 
 def test_another_share_trains_another_tokenizer(base: Path) -> None:
-    """The tokenizer must not have seen what is now validation."""
+    """The tokenizer must not be trained on the new validation rows."""
     raw = raw_recipe() | {"tokenizer": {"train": {"vocab_size": 280}}}
     before = run(base, raw)
     raw["data"]["validation"] = 0.5

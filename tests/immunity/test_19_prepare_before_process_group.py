@@ -63,7 +63,7 @@ def start(base: Path) -> subprocess.Popen[str]:
 
 
 def wait_for_line(process: subprocess.Popen[str], text: str) -> None:
-    """Read stderr up to a line with this text. Before it, two that wait may have waited for each other."""
+    """Read stderr up to a line with this text. Two waiting processes may have waited for each other before."""
     assert process.stderr is not None
     lines = []
     for line in iter(process.stderr.readline, ""):

@@ -26,7 +26,7 @@ def _handlers() -> Iterator[None]:
 
 
 def test_the_handler_saves_nothing_and_the_loop_does(tmp_path: Path) -> None:
-    """The signal comes in the middle of the second of three micro-batches of update 2."""
+    """The signal arrives during the second of three micro-batches of update 2."""
     recipe = make_recipe(batch={"micro_size": 2}, train={"max_steps": 9})
     stop = StopRequest(None)
     store = make_store(tmp_path / "store", ragged(30))

@@ -41,7 +41,7 @@ esac
 
 
 def heard(folder: Path, nodes: int, variables: dict[str, str]) -> list[list[str]]:
-    """What the stand-in for ptft got on each node."""
+    """The arguments that the substitute for ptft received on each node."""
     for name, text in (("srun", SRUN), ("ptft", PTFT), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)

@@ -20,7 +20,7 @@ from ptft_dist.networks.load import build_config
 
 
 class Bomb:
-    """Unpickling it leaves a file behind."""
+    """Unpickling it creates a file."""
 
     def __init__(self, target: Path) -> None:
         self.target = target

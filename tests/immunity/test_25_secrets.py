@@ -140,7 +140,7 @@ def written_files(folder: Path) -> dict[Path, bytes]:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_fails_writes_it_nowhere(tmp_path: Path, documents: Path, cache: Path, ranks: int) -> None:
-    """An OSError with a path, a warning and a log record, all with the value, in the middle of the training."""
+    """An OSError with a path, a warning and a log record, all with the value, during training."""
     write_recipe(tmp_path, documents, model={"config": {"_name_or_path": "${env:PTFT_TEST_SECRET}"}})
     patches = [f"quote_environment:{ranks - 1}:6:PTFT_TEST_SECRET"]
     run = start(
@@ -164,7 +164,7 @@ def test_a_run_that_fails_writes_it_nowhere(tmp_path: Path, documents: Path, cac
 
 
 def test_a_manifest_holds_a_hash_and_no_secret(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """A whole run with the value in its data's path and in its model's config: no file in run_dir has it."""
+    """A whole run with the value in a data path and in the model's config: no file in run_dir contains it."""
     secret = "hf_5ecretT0ken"
     folder = tmp_path / secret
     folder.mkdir()

@@ -27,7 +27,7 @@ with open(f"heard-{os.environ.get('RANK', '0')}.json", "w") as file:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """A working directory in which `python -m ptft_dist`, as a rank is started, writes down its arguments."""
+    """A working directory in which `python -m ptft_dist`, started as a rank, writes its arguments to a file."""
     (tmp_path / "ptft_dist").mkdir()
     (tmp_path / "ptft_dist/__init__.py").touch()
     (tmp_path / "ptft_dist/__main__.py").write_text(STAND_IN)
@@ -52,7 +52,7 @@ def test_through_each_of_accelerates_launchers(
 
 
 def test_through_the_batch_file(folder: Path) -> None:
-    """The real file, copied to where its own path needs quoting; srun and ptft are stand-ins."""
+    """The real batch file in a directory whose name needs quoting; srun and ptft are replaced by scripts."""
     script = folder / NASTY / "train.sbatch"
     script.parent.mkdir()
     shutil.copy(ROOT / "slurm/train.sbatch", script)

@@ -114,7 +114,7 @@ deepspeed_config: {deepspeed_config_file: ds.json}
 
 
 def test_before_the_group_forms_with_exit_code_2(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """Under our launcher nothing starts; a rank under another launcher ends before it meets the others."""
+    """With `ptft train --launch` no rank starts; under another launcher a rank exits before the process group forms."""
     write_recipe(tmp_path, documents)
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "mics_shard_size": 2}}))

@@ -45,7 +45,7 @@ def test_two_processes_train_the_network_of_one(folder: Path, cache: Path, kind:
 
 
 def assert_stored_once(path: Path) -> None:
-    """The file holds 4 bytes for each parameter of the network, and a header."""
+    """The file has 4 bytes for each parameter of the network, and a header."""
     with safe_open(path, "pt") as file:
         names = list(file.keys())
         elements = sum(file.get_tensor(name).numel() for name in names)
@@ -56,7 +56,7 @@ def assert_stored_once(path: Path) -> None:
 
 
 def test_efficient_loading_changes_no_bit_of_a_resumed_run(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The network of a directory, whose weights rank 0 alone reads; the later checkpoint is lost, and made again."""
+    """Only rank 0 reads the pretrained weights; the last checkpoint is lost and written again."""
     write_recipe(tmp_path / "start", documents, model=TIED, train={"max_steps": 2}, run_dir=str(tmp_path / "start/run"))
     first = start("train", "start/recipe.yaml", cwd=tmp_path, cache=cache)
     assert first.wait() == 0, first.stderr

@@ -29,7 +29,7 @@ same_network: true
 
 
 def accelerate_starts(words: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str] | None:
-    """The command that Accelerate's launcher would run instead of torchrun; None for torchrun."""
+    """The command that Accelerate's launcher would run instead of torchrun; None: it uses torchrun."""
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env
 

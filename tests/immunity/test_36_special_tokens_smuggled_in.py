@@ -149,7 +149,7 @@ TEMPLATES = {name: path.read_text() for name, path in trl_templates().items() if
 
 @pytest.mark.parametrize("name", ["chatml", "tight", *TEMPLATES])
 def test_rows_whose_texts_are_texts_pass_under_any_template(tokenizer: Any, name: str) -> None:
-    """Nothing that only looks like a special token is refused, nor are tools, calls, ids and numbers."""
+    """Texts that only resemble special tokens are accepted, and so are tools, calls, ids and numbers."""
     template = {"chatml": CHATML, "tight": TIGHT}.get(name) or TEMPLATES[name]
     if END not in template:
         pytest.skip("a template with other special tokens than this tokenizer's")

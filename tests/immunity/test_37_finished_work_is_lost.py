@@ -58,7 +58,7 @@ def test_a_best_save_that_fails_once_does_not_count(tmp_path: Path, documents: P
 
 
 def test_best_that_is_switched_on_at_a_resume_exports_the_last(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """All evaluations after the resume are worse than the one whose weights no checkpoint holds."""
+    """All evaluations after the resume are worse than the best one, whose weights are in no checkpoint."""
     write_recipe(tmp_path, documents, save={"every": 4, "keep": None}, eval={"every": 2})
     losses = "evaluations:2=1.0:4=2.0:6=3.0:8=4.0"
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[losses, "die_in_rank:0:6"])
@@ -77,7 +77,7 @@ def test_best_that_is_switched_on_at_a_resume_exports_the_last(tmp_path: Path, d
 def test_best_is_not_compared_across_metrics_goals_or_rows(
     tmp_path: Path, documents: Path, cache: Path, changed: str
 ) -> None:
-    """Resumed with another judge, the best evaluation so far does not count; the run ends with a best of its own."""
+    """After a resume with another metric, goal or rows, the earlier best evaluation does not count."""
     write_recipe(tmp_path, documents, eval={"every": 2}, save={"every": 4, "keep": None, "best": True})
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["die_in_rank:0:6"])
     first.wait()
@@ -134,7 +134,7 @@ def test_evaluations_at_the_step_of_a_save_are_made_again_and_stand_once(
 
 
 def test_metrics_that_cannot_be_flushed_do_not_end_a_run(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """fsync of metrics.jsonl says that the disk is full: on two ranks the other one must not wait for ever."""
+    """fsync of metrics.jsonl fails on a full disk; on two ranks, the other rank must not wait forever."""
     write_recipe(tmp_path, documents)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=["full_disk_at_flush"])
     assert run.wait() == 0, run.stderr

@@ -61,7 +61,7 @@ def missing() -> list[str]:
 
 class Cluster:
     def __init__(self, folder: Path) -> None:
-        """folder: short, since a socket's path has a limit of 107 bytes."""
+        """folder: a short path, because the path of a socket is limited to 107 bytes."""
         self.folder = folder
         self.daemons: list[subprocess.Popen[bytes]] = []
         # An outer cluster's job must not shine through.
@@ -111,7 +111,7 @@ class Cluster:
         return done.stdout.strip()
 
     def stop(self) -> None:
-        """End the daemons, and then whatever else of this cluster still runs."""
+        """End the daemons, and then the remaining processes of this cluster."""
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in reversed(self.daemons):
@@ -136,7 +136,7 @@ class Cluster:
     def submit(
         self, *arguments: str, cwd: Path, nodes: int = 2, options: tuple[str, ...] = (), env: Mapping[str, str]
     ) -> Job:
-        """sbatch slurm/train.sbatch. env: what is added to the environment of the one who calls sbatch."""
+        """Run sbatch slurm/train.sbatch. env: added to the environment of sbatch."""
         words = ["sbatch", "--parsable", f"--nodes={nodes}", *options, str(ROOT / "slurm/train.sbatch"), *arguments]
         variables = self.variables | env
         done = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
@@ -146,7 +146,7 @@ class Cluster:
 
 
 def programs() -> Path:
-    """The folder of the `ptft` that belongs to this interpreter."""
+    """The directory of the `ptft` of this Python interpreter."""
     return Path(sys.executable).parent
 
 
@@ -168,7 +168,7 @@ class Job:
         return self.log_file.read_text() if self.log_file.exists() else ""
 
     def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120) -> None:
-        """Wait while the job has not ended."""
+        """Wait for a condition; fail if the job ends before."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             state = self.fact("JobState")
@@ -177,12 +177,12 @@ class Job:
             time.sleep(0.02)
 
     def wait(self, timeout_s: float = 120) -> tuple[str, str]:
-        """To the end: JobState and ExitCode."""
+        """Wait for the end of the job; return JobState and ExitCode."""
         self.until(lambda: self.fact("JobState") in ENDED, "its end", timeout_s)
         return self.fact("JobState"), self.fact("ExitCode")
 
     def requeued(self) -> None:
-        """Wait until the job has put itself back into the queue, and let it start."""
+        """Wait until the job has requeued itself, and start it."""
         self.until(lambda: self.fact("JobState") == "PENDING" and self.fact("Restarts") != "0", "its requeue")
         # A requeued job waits for two minutes, in which its nodes forget that its credential was revoked. They compare
         # times in whole seconds, so that two seconds do here.

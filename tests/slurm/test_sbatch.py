@@ -26,7 +26,7 @@ def test_tests_of_the_cluster_stay_in_one_process(cluster: Cluster, request: pyt
 def whole(
     tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, documents: Path, cache: Path
 ) -> tuple[Path, Path]:
-    """A folder with a recipe, and the run directory of a job that nothing interrupted."""
+    """A directory with a recipe, and the run directory of an uninterrupted job."""
     folder = tmp_path_factory.mktemp("jobs")
     write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 50})
     (folder / "recipe.yaml").rename(folder / f"{NASTY}.yaml")
@@ -91,7 +91,7 @@ def test_a_wrong_recipe_fails_the_job_with_its_code(cluster: Cluster, tmp_path: 
 
 
 def stand_in(folder: Path, body: str) -> dict[str, str]:
-    """Variables with which `ptft` is a shell script."""
+    """Environment variables with which `ptft` is a shell script."""
     program = folder / "bin/ptft"
     program.parent.mkdir()
     program.write_text(f"#!/bin/bash\n{body}\n")
