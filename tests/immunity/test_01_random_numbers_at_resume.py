@@ -1,4 +1,4 @@
-"""1: the random numbers are restored at the wrong moment, or an error in restoring them is swallowed.
+"""1: random numbers are restored at the wrong moment, or an error in restoring them is ignored.
 
 Here there is no generator state to restore: what a micro-batch draws is a function of its place in the run. Whole runs
 with dropout, killed and resumed, are in distributed/test_kill.py.

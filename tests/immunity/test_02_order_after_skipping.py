@@ -1,4 +1,4 @@
-"""2: after a resume, the samples come in another order than they would have without it."""
+"""2: after a resume, the samples come in another order than without it."""
 
 from __future__ import annotations
 

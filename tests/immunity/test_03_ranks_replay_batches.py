@@ -1,4 +1,4 @@
-"""3: a stateful loader replays or loses batches under several ranks, above all at a second resume in one epoch."""
+"""3: a stateful loader repeats or loses batches with several ranks, especially at a second resume in one epoch."""
 
 from __future__ import annotations
 

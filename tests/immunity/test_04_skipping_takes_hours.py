@@ -1,4 +1,4 @@
-"""4: resuming late in an epoch takes hours of skipping. Here it must take under a second, whatever the size."""
+"""4: resuming late in an epoch takes hours of skipping. Here it must take under a second for any size."""
 
 from __future__ import annotations
 

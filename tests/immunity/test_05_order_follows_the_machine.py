@@ -1,4 +1,4 @@
-"""5: another number of processes, or another batch size, changes in silence which samples are seen when."""
+"""5: another number of processes or another batch size silently changes the order of samples."""
 
 from __future__ import annotations
 

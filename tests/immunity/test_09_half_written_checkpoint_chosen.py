@@ -1,4 +1,4 @@
-"""9: the newest checkpoint is chosen though it is half-written; or it is passed over, and the run starts from zero."""
+"""9: an incomplete newest checkpoint is chosen; or it is skipped, and the run starts from zero."""
 
 from __future__ import annotations
 

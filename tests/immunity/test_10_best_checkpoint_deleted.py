@@ -1,4 +1,4 @@
-"""10: retention deletes the best checkpoint; a full disk ends the run and takes the last good checkpoint with it."""
+"""10: retention deletes the best checkpoint; a full disk ends the run and destroys the last good checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""11: what names the newest checkpoint is on the disk before the data are, and a power cut shows it."""
+"""11: the name of the newest checkpoint is on the disk before its data, which a power failure reveals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""12: accumulation changes the loss, since each micro-batch is averaged alone; also in a short last window.
+"""12: accumulation changes the loss, because each micro-batch is averaged alone; also in a short last update.
 
 Across ranks: distributed/test_split.py.
 """

@@ -1,4 +1,4 @@
-"""14: the documents of a packed row see each other, or stop being kept apart for some lengths."""
+"""14: tokens attend to other documents of a packed row, for all or for some lengths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""17: prepared data outlive a change of the tokenizer, its chat template, a setting or the text."""
+"""17: prepared data are reused after a change of the tokenizer, its chat template, a setting or the text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""18: a failed run exits with 0; siblings are left hanging after a rank died.
+"""18: a failed run exits with 0; other ranks keep waiting after a rank died.
 
 With a real launcher: distributed/test_stop.py.
 """

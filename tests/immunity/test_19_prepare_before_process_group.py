@@ -1,4 +1,4 @@
-"""19: ranks that tokenize inside a process group run into its timeout. Here they share the work without one.
+"""19: ranks that tokenize within a process group run into its timeout. Here they tokenize before it exists.
 
 Any number of processes may ask for the same data at once: one prepares them, the others wait on its lock, then open.
 """

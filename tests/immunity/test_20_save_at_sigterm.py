@@ -1,4 +1,4 @@
-"""20: a save at SIGTERM that never comes, that ranks make at different steps, or that is made inside the handler."""
+"""20: a save at SIGTERM is missing, is done by ranks at different steps, or is done in the signal handler."""
 
 from __future__ import annotations
 

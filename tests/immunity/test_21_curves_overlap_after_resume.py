@@ -1,4 +1,4 @@
-"""21: after a resume, the curves in TensorBoard and metrics.jsonl overlap with those of the part that was lost."""
+"""21: after a resume, the curves in TensorBoard and metrics.jsonl overlap with those of the lost updates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Immunity 22: each node takes its own rank, and all the same address; no launch config fixes either.
+"""Immunity 22: each node uses its own rank and the same address as the others; no launch config sets them.
 
 The batch file runs here with stand-ins for Slurm's commands; tests/slurm runs it on a real cluster.
 """

@@ -1,4 +1,4 @@
-"""24: no code runs from a file that somebody else may have written.
+"""24: no code runs from a file of another source.
 
 A checkpoint of one process or DDP holds no pickle at all; DeepSpeed's are pickles, and no byte of them is unpickled
 before the manifest's hashes agree. Code that a model's repository carries runs only if the recipe says so.

@@ -1,4 +1,4 @@
-"""Immunity 25: what the environment gives may be a password. It is shown nowhere, and written to no resolved recipe."""
+"""Immunity 25: values of environment variables may be passwords. They are neither shown nor written to files."""
 
 from __future__ import annotations
 

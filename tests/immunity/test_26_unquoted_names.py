@@ -1,4 +1,4 @@
-"""Immunity 26: names and values reach the ranks as they were written, whatever they mean to a shell or to torchrun."""
+"""Immunity 26: names and values reach the ranks unchanged, also with special characters of a shell or torchrun."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Immunity 27: parallelism that Accelerate takes from a launch config, while every rank still reads other rows.
+"""Immunity 27: Accelerate enables parallelism from a launch config although every rank reads other rows.
 
 Accelerate builds a ParallelismConfig from the variables PARALLELISM_CONFIG_*, which `accelerate launch` sets. Tensor,
 context and sequence parallelism would need ranks that share their rows.

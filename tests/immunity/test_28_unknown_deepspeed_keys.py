@@ -1,4 +1,4 @@
-"""Immunity 28: a key of the DeepSpeed JSON with a typo, without effect, or that changes the mathematics."""
+"""Immunity 28: keys of the DeepSpeed JSON that are misspelled, have no effect, or change the mathematics."""
 
 from __future__ import annotations
 

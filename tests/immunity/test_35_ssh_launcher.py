@@ -1,4 +1,4 @@
-"""Immunity 35: several machines started over ssh by default, with the environment, secrets too, written to a file.
+"""Immunity 35: several machines are started over ssh by default, and environment variables are written to a file.
 
 `accelerate launch` does that where a DeepSpeed config names no deepspeed_multinode_launcher: it runs `deepspeed` with
 pdsh and appends the environment to `.deepspeed_env`.

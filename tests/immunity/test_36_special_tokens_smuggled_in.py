@@ -1,4 +1,4 @@
-"""36: special tokens smuggled in through tool descriptions, keys of arguments, or the seam of prompt and completion."""
+"""36: special tokens injected by tool descriptions, keys of arguments, or the boundary of prompt and completion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finished training, a checkpoint or a result that is lost because something else failed afterwards."""
+"""37: finished training, a checkpoint or a result is lost because of a later failure."""
 
 from __future__ import annotations
 
