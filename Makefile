@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" setuptools-scm wheel
-	# What the tests compare entity F1 with. Its setup.py builds only where setuptools-scm is installed already.
+	# The tests compare entity F1 with seqeval. Its setup.py needs setuptools-scm to be installed before.
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation --no-deps seqeval
 	touch $@
 
