@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 def _hiding_secrets(call: Callable[P, R]) -> Callable[P, R]:
-    """`call`, whose errors show no value that came from the environment: a notebook saves their tracebacks."""
+    """Mask values of the environment in the errors of `call`, because notebooks save tracebacks."""
 
     @functools.wraps(call)
     def hiding(*args: P.args, **kwargs: P.kwargs) -> R:
