@@ -406,8 +406,8 @@ def write_manifest(folder: Path, **changes: Any) -> Path:
         ({"step": "3"}, "was written by another version of ptft"),
         ({"identity": None}, "needs 'identity', a dict"),
         ({"identity": []}, "needs 'identity', a dict"),
-        ({"kind": None}, "reads 'kind' from it, a str"),
-        ({"world_size": None}, "reads 'world_size' from it, a int"),
+        ({"kind": None}, "needs 'kind', a str"),
+        ({"world_size": None}, "needs 'world_size', a int"),
         ({"files": None}, "was written by another version of ptft"),
     ],
 )

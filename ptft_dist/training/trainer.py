@@ -27,11 +27,10 @@ from ptft_dist.training.validation import Validation
 
 @dataclass(frozen=True)
 class UpdateReport:
-    """The result of one optimizer update, the same on every rank."""
+    """The result of one optimizer update, the same on every rank. loss: mean over `count` labels, in nats."""
 
     step: int
     loss: float
-    """Mean over `count` labels, in nats."""
     lr: float
     grad_norm: float | None
     count: int
@@ -73,8 +72,7 @@ class Trainer:
     """The last update after which a save was due. A failed save is not repeated before the next one is due."""
     stop_agreed: bool = False
     """All ranks know that one of them was asked to stop."""
-    tokens_here: int = 0
-    """Tokens since this start, not of the whole run."""
+    tokens_here: int = 0  # since this start, not of the whole run
     seconds_here: float = 0.0
 
     def fit(self) -> Outcome:
@@ -226,9 +224,7 @@ class Trainer:
         try:
             record(self.saved, progress=self.progress.to_dict())
         except OSError as error:
-            warn(
-                f"the evaluation was not written to its checkpoint, so a resume from it repeats the evaluation: {error}"
-            )
+            warn(f"the evaluation was not written to its checkpoint, so a resume from there repeats it: {error}")
 
     def save(self, *, must: bool, best: Best | None = None) -> None:
         """Commit a checkpoint. A failure does not end the run, unless the save `must` succeed.
