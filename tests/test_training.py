@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from support import eval_rows, file_digest, outcome, ptft, start, train_rows, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
+from ptft_dist.training.progress import Judge, RunProgress
 
 Model = dict[str, Any]
 
@@ -138,6 +139,42 @@ def test_patience_goes_on_at_a_resume(tmp_path: Path, documents: Path, cache: Pa
     assert outcome(killed) == outcome(whole)
 
 
+def test_another_judge_begins_a_new_count_of_worse_evaluations() -> None:
+    """With another metric the old best is dropped, and patience starts again with it."""
+    loss, accuracy = Judge("loss", False, "10 rows"), Judge("accuracy", True, "10 rows")
+    progress = RunProgress(step=1)
+    for step, value in ((1, 3.0), (2, 4.0), (3, 5.0)):
+        progress.step = step
+        progress.judge(loss, {"loss": value}, value)
+    assert progress.worse_evaluations == 2
+    assert progress.forget_incomparable(loss) is None
+    assert progress.worse_evaluations == 2
+    dropped = progress.forget_incomparable(accuracy)
+    assert dropped is not None
+    assert (dropped.step, dropped.value) == (1, 3.0)
+    assert (progress.best, progress.worse_evaluations) == (None, 0)
+
+
+def test_a_manifest_whose_best_cannot_be_compared_starts_patience_again() -> None:
+    """Version 0.1 wrote the best value without its metric, goal and rows."""
+    old = {"step": 9, "tokens": 5, "best": 2.5, "best_step": 3, "worse_evaluations": 3, "evaluated_step": 9}
+    progress = RunProgress.from_dict(old)
+    assert (progress.step, progress.tokens, progress.evaluated_step) == (9, 5, 9)
+    assert (progress.best, progress.worse_evaluations) == (None, 0)
+
+
+def test_the_summary_compares_the_last_metrics_with_the_first(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """The losses of three evaluations are made; a resume keeps the first."""
+    write_recipe(tmp_path, documents, eval={"every": 3})
+    made = patch_of({3: 4.0, 6: 3.0, 8: 3.0})
+    start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[made, "die_in_rank:0:8"]).wait()
+    done = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[made])
+    assert done.wait() == 0, done.stderr
+    assert "resumed from" in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "eval/loss" in line and "->" in line]
+    assert line.split() == ["eval/loss", "4", "->", "3", "(-25%)"]
+
+
 def test_tokens_are_those_read(tmp_path: Path) -> None:
     """Not the labels, of which an unpacked row has one less than tokens, and not the padding."""
     lengths = [2, 5, 9, 17, 3, 30]
@@ -147,6 +184,14 @@ def test_tokens_are_those_read(tmp_path: Path) -> None:
         trainer.fit()
     assert [row["tokens"] for row in kept.rows] == [66, 132, 198, 264]
     assert [row["loss_tokens"] for row in kept.rows] == [60] * 4
+
+
+def test_the_last_update_is_logged_whatever_log_every_says(tmp_path: Path) -> None:
+    recipe = in_process.make_recipe(log={"every": 3}, train={"max_steps": 7})
+    store = in_process.make_store(tmp_path / "store", [9] * 6)
+    with in_process.make_trainer(tmp_path, store, recipe) as (trainer, kept):
+        trainer.fit()
+    assert [row["step"] for row in kept.rows] == [3, 6, 7]
 
 
 def test_an_evaluation_is_recorded_in_this_run_s_checkpoint_alone(tmp_path: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from in_process import make_recipe, make_store, make_task, make_trainer, ragged
@@ -70,3 +72,31 @@ def test_each_row_is_evaluated_once(tmp_path: Path, total: int, ranks: int, micr
     assert rows == Counter(range(total))
     assert count == sum(length - 1 for length in ragged(total))
     assert len(passes) == 1  # or a rank would wait for another in the middle
+
+
+def test_predictions_are_scored_in_the_order_of_the_rows(tmp_path: Path) -> None:
+    """Evaluated from long to short; pieces of a sentence are put together in the order in which they are scored."""
+    store = make_store(tmp_path / "store", ragged(40))
+    scored: list[tuple[int, int]] = []
+
+    class FirstTokens:
+        """Predicts the first token of each row, which is the row's number."""
+
+        def evaluate(self, _model: Any, inputs: dict[str, torch.Tensor]) -> LossOut:
+            return LossOut(torch.zeros(()), {}, inputs["input_ids"][:, 0])
+
+        def predictions(self, output: torch.Tensor) -> list[int]:
+            return output.tolist()
+
+        def scores(self, predictions: Mapping[int, int], _row: Any) -> tuple[dict[str, float], list[Any]]:
+            scored.extend(predictions.items())
+            return {}, []
+
+        def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
+            return totals
+
+    with make_trainer(tmp_path, store, make_recipe()) as (trainer, _):
+        validation = Validation(store, Shape(0, 1, 3, None, group_by_length=True), trainer.task.collate, None, "data")
+        assert np.concatenate([part[0] for part in validation.parts]).tolist() != list(range(40))
+        assert validation.score(trainer.engine, FirstTokens()) is not None  # type: ignore[arg-type]
+    assert scored == [(row, row) for row in range(40)]
