@@ -139,6 +139,15 @@ def test_integers_keep_their_type_and_fp16_refuses_an_overflow() -> None:
         cast_weights({"weight": torch.tensor([1e6])}, torch.float16)
 
 
+def test_parts_of_one_tensor_keep_their_own_shape() -> None:
+    """A view of the first rows begins at the same address as the whole."""
+    whole = torch.arange(6.0).reshape(3, 2)
+    cast = cast_weights({"whole": whole, "part": whole[:2], "turned": whole.T, "same": whole}, torch.bfloat16)
+    for name, expected in (("whole", whole), ("part", whole[:2]), ("turned", whole.T)):
+        assert cast[name].tolist() == expected.tolist(), name
+    assert cast["same"] is cast["whole"]
+
+
 def test_the_schema_knows_the_data_types() -> None:
     assert recipe_class().model_fields["save"].default.dtype == "auto"
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import Vocabulary, start, write_recipe
-from tiny import BERT, LLAMA, T5
+from tiny import BERT, LLAMA, T5, write_tiny
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -253,3 +254,25 @@ def test_messages_name_the_key_of_the_frozen_network(tmp_path: Path) -> None:
     (tmp_path / "empty/model.safetensors").unlink()
     with pytest.raises(RecipeError, match=r"^distillation\.teacher: .*the network cannot be built"):
         source.load(AutoModelForCausalLM, torch.float32)
+
+
+@pytest.mark.parametrize("task", ["plm", "clm"])
+def test_another_base_network_is_refused_where_weights_are_frozen(tmp_path: Path, cache: Path, task: str) -> None:
+    """A checkpoint holds the trained weights only, and plm freezes those for segments. Where all weights are trained,
+    the files of model.path no longer matter at a resume."""
+    recipe = write_tiny(tmp_path, task, train={"max_steps": 1}, eval={"every": None}, run_dir="base")
+    made = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert made.wait() == 0, made.stderr
+    base = {"path": str(tmp_path / "base/model")}
+    changes = {"model": base, "tokenizer": base, "train": {"max_steps": 8, "precision": "fp32"}, "run_dir": "run"}
+    recipe.write_text(json.dumps(json.loads(recipe.read_text()) | changes))
+    start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["die_in_rank:0:6"]).wait()
+    weights = tmp_path / "base/model/model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert run.wait() == (4 if task == "plm" else 0), run.stderr
+    assert ("was trained on another base network: the files of model.path have changed" in run.stderr) is (
+        task == "plm"
+    )
+    assert ("resumed from run/checkpoints/step-00000004" in run.stderr) is (task == "clm")
