@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
+import in_process
 import pytest
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.load import Loaded, describe, dump_resolved
+from ptft_dist.config.resolve import batch_shape
 from ptft_dist.config.shipped import find_shipped, shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.registry import TASKS, recipe_class
@@ -757,3 +760,18 @@ def test_a_name_that_is_not_shipped(name: str, expected: str) -> None:
         find_shipped("recipes", name, ".yaml")
     listing = "" if "more than one" in expected else " Shipped: a/same, b/same, clm, mlm, peft/lora"
     assert str(error.value) == f"{name}: {expected}{listing}"
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "expected"),
+    [
+        ({"global_size": 24, "micro_size": 3}, 1, 8),
+        ({"global_size": 24, "micro_size": 3}, 2, 4),
+        ({"global_size": 10, "micro_size": None, "micro_tokens": 96}, 1, 4),  # 3 rows a pass: 3 + 3 + 3 + 1
+        ({"global_size": None, "global_tokens": 500, "micro_size": None, "micro_tokens": 96}, 2, 3),  # 192 a pass
+        ({"global_size": None, "global_tokens": 64, "micro_size": None, "micro_tokens": 96}, 2, 1),
+    ],
+)
+def test_the_micro_batches_of_an_update_hold_all_of_it(batch: dict[str, Any], ranks: int, expected: int) -> None:
+    """Rows have up to 32 tokens; the last micro-batch may be a small one."""
+    assert batch_shape(in_process.make_recipe(batch=batch), ranks).accumulation == expected

@@ -92,6 +92,15 @@ def test_ids_of_special_tokens() -> None:
     assert read_facts(build("bert", "SequenceClassification", SIZES)).eos_ids == ()
 
 
+def test_the_first_token_of_a_decoder_may_stand_in_the_generation_config() -> None:
+    model = build("bart", "Seq2SeqLM", BART | {"pad_token_id": 1, "decoder_start_token_id": 3})
+    assert model.generation_config is not None
+    model.generation_config.decoder_start_token_id = 4
+    assert read_facts(model).decoder_start_id == 3
+    model.config.decoder_start_token_id = None
+    assert read_facts(model).decoder_start_id == 4
+
+
 @pytest.mark.parametrize(
     ("model_type", "auto", "keys", "expected"),
     [

@@ -110,6 +110,18 @@ def test_a_word_is_chosen_whole(tokenizers: dict[str, Any], algorithm: str) -> N
     assert several
 
 
+def test_a_space_a_line_feed_and_a_tab_begin_a_word_in_bytes(tokenizers: dict[str, Any]) -> None:
+    """By the text of each token of byte-level BPE, which begins with the blank before a word."""
+    tokenizer = tokenizers["bpe"]
+    begins, seen = word_beginnings(tokenizer, "mlm"), set()
+    for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):
+        if i not in tokenizer.all_special_ids:
+            first = tokenizer.decode([i], clean_up_tokenization_spaces=False)[:1]
+            assert begins[i] == (first in (" ", "\n", "\t")), token
+            seen.add(first)
+    assert {" ", "\n", "\t", "a"} <= seen
+
+
 def test_spans_have_the_lengths_of_the_paper(tokenizers: dict[str, Any]) -> None:
     """The clipped geometric distribution of SpanBERT has mean 3.8; joined neighbours lengthen it a little."""
     task, lengths = make(tokenizers["bpe"], unit="span"), []

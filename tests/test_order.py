@@ -6,6 +6,7 @@ import functools
 import itertools
 import math
 import random
+import sys
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -215,6 +216,28 @@ def test_few_rows_are_planned_at_once() -> None:
     assert time.perf_counter() - started < 5  # a scan of a million positions of three rows took 50 s
 
 
+def test_a_plan_takes_a_step_of_python_for_an_update_and_not_for_a_row() -> None:
+    """Every rank makes the plan at every start. Counted instead of timed: lines of order.py that are executed."""
+    rows, lines = 200_000, 0
+    lengths = np.random.default_rng(0).integers(1, 100, rows)
+
+    def count(frame: Any, _event: str, _argument: Any) -> Any:
+        nonlocal lines
+        if not frame.f_code.co_filename.endswith("data/order.py"):
+            return None
+        lines += 1
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        plan = make_plan(rows, lambda indices: lengths[indices], 0, global_tokens=50_000, epochs=1)
+    finally:
+        sys.settrace(before)
+    assert 180 < plan.total_steps < 220  # 200,000 rows of 50 tokens
+    assert lines < 20 * plan.total_steps
+
+
 def test_resuming_at_ninety_percent_of_a_hundred_million_rows_takes_milliseconds() -> None:
     rows, size = 100_000_000, 512
 
@@ -303,6 +326,20 @@ def test_a_plan_is_read_from_its_cache_and_computed_anew_when_that_is_damaged(tm
         assert plan(**other) == naive_plan(5, lengths.tolist(), limits.pop("seed", 0), **limits)
         assert scans, f"{other} is another plan"
     assert len(list((tmp_path / "plans").iterdir())) == 7, "nothing but plans, no unfinished file"
+
+
+def test_another_length_of_the_run_is_another_plan_in_the_cache(tmp_path: Path) -> None:
+    lengths = np.array([3, 9, 4, 8, 5, 7, 6])
+    limits: list[dict[str, Any]] = [{"epochs": 1.0}, {"epochs": 2.0}, {"max_steps": 3}, {"max_steps": 4}]
+    for limit in (*limits, {"max_tokens": 50}, {"max_tokens": 90}):
+        cached, alone = (
+            make_plan(7, lambda rows: lengths[rows], 0, global_tokens=20, cache=cache, **limit)
+            for cache in (tmp_path, None)
+        )
+        assert [cached.rows_of(k).tolist() for k in range(cached.total_steps)] == [
+            alone.rows_of(k).tolist() for k in range(alone.total_steps)
+        ], limit
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
