@@ -78,6 +78,23 @@ def test_gradients_are_exchanged_once_an_update(tmp_path: Path) -> None:
     assert on_ranks(count_exchanges, 3, folder=tmp_path) == [1, 1]
 
 
+def exchanged_under_fsdp2() -> list[bool]:
+    """After each of three micro-batches, whether the gradients of the shards are there."""
+    engine, seen = make_engine(), []
+    engine.prepare(llama(), section())
+    for i in range(3):
+        with engine.micro_batch(last=i == 2):
+            (loss,) = engine.forward(cross_entropy, rows(10 * engine.rank + i))
+            engine.backward(loss)
+        seen.append(any(p.grad is not None for p in engine.model.parameters()))
+    return seen
+
+
+def test_fsdp2_exchanges_gradients_once_an_update(tmp_path: Path) -> None:
+    """Until it does, each rank keeps the sum of its own micro-batches, and no shard has a gradient."""
+    assert on_ranks(exchanged_under_fsdp2, folder=tmp_path, kind="fsdp2") == [[False, False, True]] * 2
+
+
 def move_by_sgd() -> Any:
     """Weights before and after one update without clipping."""
     engine = make_engine(limit=None)
