@@ -18,7 +18,10 @@ from support import environment, make_recipe
 
 import ptft_dist
 from ptft_dist.errors import CheckpointError, DataError, RecipeError
+from ptft_dist.launch.environment import place
 from ptft_dist.reporting.messages import hide_messages
+from ptft_dist.run import libraries_restored
+from ptft_dist.session import Session
 
 
 @pytest.fixture
@@ -102,6 +105,18 @@ def test_an_evaluation_needs_no_optimizer_and_writes_nothing(recipe: dict[str, A
     assert sorted((tmp_path / "run").rglob("*")) == before
     with pytest.raises(RecipeError, match=r"data\.validation: not set, so there are no rows to evaluate"):
         ptft_dist.evaluate(recipe | {"eval": {}}, {"data.validation": None})
+
+
+@pytest.mark.parametrize(("changes", "rows"), [({}, 3), ({"eval.micro_size": 5}, 5)])
+def test_evaluations_have_micro_batches_of_their_own_size(
+    recipe: dict[str, Any], changes: dict[str, Any], rows: int
+) -> None:
+    """eval.micro_size; batch.micro_size, which is 3, where it is not given."""
+    with libraries_restored():
+        session = Session(ptft_dist.load_recipe(recipe, changes), place())
+        session.start(training=False)
+        assert session.validation is not None
+        assert max(len(part[0]) for part in session.validation.parts) == rows
 
 
 def test_prepare_gives_the_report(recipe: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from support import ROOT, environment, eval_rows, free_port, ptft, start, train_
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
-from ptft_dist.launch.environment import check_launch, describe_backend
+from ptft_dist.launch.environment import check_launch, describe_backend, job_id, restarted_job
 from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
 from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code
@@ -167,6 +167,13 @@ def test_a_rank_checks_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         check_launch(make_recipe())
 
 
+def test_fsdp_without_a_version_is_version_1() -> None:
+    """As Accelerate's launcher has it."""
+    assert settings_of_environment({"ACCELERATE_USE_FSDP": "true"}).fsdp_version == 1
+    assert settings_of_environment({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}).fsdp_version == 2
+    assert settings_of_environment({}).fsdp_version is None
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -221,6 +228,32 @@ def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.M
     finally:
         signal.signal(signal.SIGTERM, previous)
     assert environments[0]["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_NVME_PATH"] == "/nvme"
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "6"), ("3", "3")])
+def test_a_number_of_threads_of_the_user_stays(
+    given: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environments: list[dict[str, str]] = []
+
+    class Child:
+        def __init__(self, _words: list[str], env: dict[str, str], **_options: Any) -> None:
+            environments.append(env)
+
+        def wait(self) -> int:
+            return 0
+
+    monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    if given is None:
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("OMP_NUM_THREADS", given)
+    previous = signal.getsignal(signal.SIGTERM)
+    try:
+        assert launch(["accelerate", "launch"], tmp_path / "run", 6, {}) == 0
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert environments[0]["OMP_NUM_THREADS"] == expected
 
 
 # --- processes and machines -------------------------------------------------------------------------------------------
@@ -298,6 +331,20 @@ def test_the_exit_code_is_the_ranks_own() -> None:
     assert own_exit_code(-9, "") == 1
     assert own_exit_code(3, "") == 3
     assert own_exit_code(1, "75") == 75
+
+
+def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm gives each task a SLURM_JOB_ID of its own, and all tasks the SLURM_ARRAY_JOB_ID of the array."""
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    monkeypatch.setenv("SLURM_JOB_ID", "124")
+    assert job_id() == restarted_job() == "slurm-124"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "123")
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        assert job_id() == restarted_job() == f"slurm-123_{task}"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+    assert restarted_job() is None
 
 
 # --- real runs --------------------------------------------------------------------------------------------------------

@@ -41,6 +41,20 @@ def test_ranks_with_other_data_are_named_before_the_first_update(tmp_path: Path,
     assert not list(tmp_path.rglob("metrics.jsonl"))
 
 
+def test_ranks_with_another_recipe_are_named(tmp_path: Path, cache: Path) -> None:
+    """Two machines with the same data and two versions of the recipe."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write_documents(tmp_path / name / "text.txt")
+    write_recipe(tmp_path, Path("text.txt"))
+    recipe = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "a/recipe.yaml").write_text(recipe)
+    (tmp_path / "b/recipe.yaml").write_text(recipe.replace('"lr": 0.01', '"lr": 0.02'))
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=["a_folder_for_each_rank:a:b"])
+    assert run.wait() == 3, run.stderr
+    assert "rank 1 and rank 0 do not hold the same data; what differs: recipe." in run.stderr
+
+
 def test_a_resume_with_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Path, documents: Path) -> None:
     """wordpiece trains a different tokenizer each time, so the one in the run directory is used."""
     write_recipe(tmp_path, documents, tokenizer={"train": {"vocab_size": 320, "algorithm": "wordpiece"}})
@@ -73,9 +87,13 @@ def test_what_was_dropped_is_reported_at_every_start(tmp_path: Path, cache: Path
     assert "loaded from the cache" in run.stderr
 
 
-@pytest.mark.parametrize("how", ["never", "PATH"])
+@pytest.mark.parametrize(
+    ("how", "every", "own"),
+    [("never", 4, "step-00000004"), ("PATH", 4, None), ("PATH", 2, "step-00000006")],
+    ids=["never", "PATH", "PATH, and a checkpoint since"],
+)
 def test_resume_never_and_a_path_belong_to_the_first_start_of_a_job(
-    tmp_path: Path, documents: Path, cache: Path, how: str
+    tmp_path: Path, documents: Path, cache: Path, how: str, every: int, own: str | None
 ) -> None:
     """A requeued job repeats its command line, but resumes from its own checkpoints."""
     write_recipe(tmp_path, documents, eval={"every": None})
@@ -83,21 +101,21 @@ def test_resume_never_and_a_path_belong_to_the_first_start_of_a_job(
     assert other.wait() == 0, other.stderr
     if how == "PATH":
         how = "other/checkpoints/step-00000004"
-    words = ["train", "recipe.yaml", "--resume", how]
+    words = ["train", "recipe.yaml", f"save.every={every}", "--resume", how]
     job = {"SLURM_JOB_ID": "123", "SLURM_RESTART_COUNT": "0"}
     first = start(*words, cwd=tmp_path, cache=cache, env=job, patches=["die_in_rank:0:8"])
     first.wait()
     assert last_step(tmp_path / "run") == 7
     saved = sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*"))
-    assert saved == ([] if how != "never" else ["step-00000004"])
+    assert saved[-1:] == ([own] if own else [])
     again = start(*words, cwd=tmp_path, cache=cache, env=job | {"SLURM_RESTART_COUNT": "1"})
     assert again.wait() == 0, again.stderr
-    # The path's run had saved nothing of its own yet: it begins at the path again.
-    expected = "run/checkpoints/step-00000004" if how == "never" else how
-    assert f"resumed from {expected}" in again.stderr
+    # Without a checkpoint of its own, the run begins at the path again.
+    assert f"resumed from {f'run/checkpoints/{own}' if own else how}," in again.stderr
     new_job = start(*words, cwd=tmp_path, cache=cache, env={"SLURM_JOB_ID": "124", "SLURM_RESTART_COUNT": "1"})
     assert new_job.wait() == 0, new_job.stderr
-    assert f"resumed from {'run' if how == 'never' else how}" not in new_job.stderr or how != "never"
+    assert ("resumed from" in new_job.stderr) is (how != "never")
+    assert how == "never" or f"resumed from {how}," in new_job.stderr
 
 
 @pytest.mark.parametrize(

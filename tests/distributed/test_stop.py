@@ -195,3 +195,17 @@ def test_a_rank_that_raises_is_named(tmp_path: Path, launched: Callable[..., psu
     assert (result["status"], result["exit_code"]) == ("failed", 1)
     assert "rank 1" in result["error"]
     assert last_step(tmp_path / "run") == 3
+
+
+def test_a_stopped_run_tells_of_its_last_evaluation(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """With save.export: best too: only a finished run exports the best weights."""
+    best = {"every": 2, "best": True, "export": "best"}
+    write_recipe(tmp_path, documents, train={"max_steps": 200}, eval={"every": 2}, save=best)
+    made = "evaluations:2=1.0:4=3.0:6=3.0:8=3.0:10=3.0:12=3.0"
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[made, "slow_updates:0.2"])
+    run.until(lambda: last_step(tmp_path / "run") >= 5, "update 5")
+    os.kill(run.processes[0].pid or 0, signal.SIGTERM)
+    assert run.wait(60) == 75, run.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["metrics"]["eval/loss"], result["best"]["step"]) == (3.0, 2)
+    assert result["metrics_step"] >= 4

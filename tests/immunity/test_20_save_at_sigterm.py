@@ -49,6 +49,17 @@ def test_the_handler_saves_nothing_and_the_loop_does(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000003"]
 
 
+def test_a_second_ctrl_c_interrupts() -> None:
+    """The first asks for a stop after the update; whoever does not want to wait presses it again."""
+    stop = StopRequest(None)
+    with stop.listening():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested()
+        assert stop.reason == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 @pytest.mark.parametrize("signalled", [[1], [0, 1]], ids=["rank 1 only", "both, one after the other"])
 def test_all_ranks_stop_after_the_same_update(
     tmp_path: Path, documents: Path, cache: Path, signalled: list[int]
