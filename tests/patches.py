@@ -210,6 +210,19 @@ def prompt_tensorboard() -> None:
     TensorBoard.write = flushed  # type: ignore[method-assign]
 
 
+def slow_tensorboard(seconds: str) -> None:
+    """Each point takes this long until it is in its file."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    write = RecordWriter.write
+
+    def slow(self: Any, data: bytes) -> None:
+        time.sleep(float(seconds))
+        write(self, data)
+
+    RecordWriter.write = slow
+
+
 def fill_disk_before_save(step: str, left_bytes: str) -> None:
     """Leave `left_bytes` free on the run's disk before the save of this step; free the disk before the next save."""
     from ptft_dist.checkpoint.checkpoint import Checkpoints

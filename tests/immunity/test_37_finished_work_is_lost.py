@@ -73,6 +73,26 @@ def test_best_that_is_switched_on_at_a_resume_exports_the_last(tmp_path: Path, d
     )
 
 
+def test_a_damaged_best_checkpoint_is_named_and_the_last_weights_are_exported(
+    tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    """The metrics of result.json are those of the exported weights."""
+    save = {"every": 4, "keep": None, "best": True, "export": "best"}
+    write_recipe(tmp_path, documents, save=save, eval={"every": 2})
+    losses = "evaluations:2=1.0:4=3.0:6=4.0:8=5.0"
+    start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[losses, "die_in_rank:0:7"]).wait()
+    best = tmp_path / "run/checkpoints/step-00000002/model.safetensors"
+    best.write_bytes(best.read_bytes()[:-4] + b"\1\2\3\4")
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[losses])
+    assert run.wait() == 0, run.stderr
+    assert "was altered: its SHA-256 does not match the manifest. The last weights are exported instead" in run.stderr
+    last = load_file(tmp_path / "run/checkpoints/step-00000008/model.safetensors")
+    exported = load_file(tmp_path / "run/model/model.safetensors")
+    assert all((tensor == last[name]).all() for name, tensor in exported.items())
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["metrics_step"], result["metrics"]["eval/loss"]) == (8, 5.0)
+
+
 @pytest.mark.parametrize("changed", ["eval.goal=max", "eval.max_rows=3", "eval.metric=perplexity"])
 def test_best_is_not_compared_across_metrics_goals_or_rows(
     tmp_path: Path, documents: Path, cache: Path, changed: str
@@ -140,3 +160,27 @@ def test_metrics_that_cannot_be_flushed_do_not_end_a_run(tmp_path: Path, documen
     assert run.wait() == 0, run.stderr
     assert "metrics.jsonl: No space left on device; rows up to here may be lost" in run.stderr
     assert (tmp_path / "run/checkpoints/step-00000008/manifest.json").exists()
+
+
+def test_the_result_of_an_earlier_start_goes_when_training_goes_on(
+    tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    """Failed, started again and killed: result.json does not tell of the first failure any more."""
+    write_recipe(tmp_path, documents)
+    failed = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["raise_in_rank:0:6"])
+    assert failed.wait() == 1
+    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "failed"
+    start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["die_in_rank:0:7"]).wait()
+    assert not (tmp_path / "run/result.json").exists()
+
+
+def test_a_run_that_fails_keeps_the_points_of_tensorboard(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """A thread of TensorBoard writes the points, and a failing rank of several ends without waiting for threads."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    write_recipe(tmp_path, documents, save={"every": None}, eval={"every": None})
+    patches = ["slow_tensorboard:0.05", "raise_in_rank:0:6"]
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=patches)
+    assert run.wait() == 1
+    curves = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [point.step for point in curves.Scalars("train/loss")] == [1, 2, 3, 4, 5]
