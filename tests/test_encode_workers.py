@@ -85,6 +85,8 @@ def test_the_same_bytes_and_report_on_any_number_of_workers(tmp_path: Path, task
     if task in BAD_ROWS:
         dropped = sum(times for times, _ in report["dropped"].values())
         assert report["bad_rows"]["count"] + dropped == 2
+    if task == "sft":  # found where the rows are encoded, and sent back
+        assert isinstance(report["survey"]["end_of_turn"], int)
     if task == "classification":
         assert report["survey"]["rows"] == report["train"]["examples"] > 160
 
