@@ -345,8 +345,11 @@ def test_a_long_evaluation_is_waited_for(tmp_path: Path) -> None:
 
 
 def nobody_failed() -> str | None:
-    make_engine().barrier()
-    return first_failure()
+    engine = make_engine()
+    engine.barrier()
+    failure = first_failure()
+    engine.barrier()  # rank 0 has the store, and must not end before the other has asked
+    return failure
 
 
 def test_without_a_failure_nobody_is_named(tmp_path: Path) -> None:
