@@ -52,7 +52,7 @@ def test_ranks_with_another_recipe_are_named(tmp_path: Path, cache: Path) -> Non
     (tmp_path / "b/recipe.yaml").write_text(recipe.replace('"lr": 0.01', '"lr": 0.02'))
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=["a_folder_for_each_rank:a:b"])
     assert run.wait() == 3, run.stderr
-    assert "rank 1 and rank 0 do not hold the same data; what differs: recipe." in run.stderr
+    assert "rank 1 and rank 0 do not have the same data; different: recipe." in run.stderr
 
 
 def test_a_resume_with_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Path, documents: Path) -> None:
