@@ -272,7 +272,5 @@ def test_another_base_network_is_refused_where_weights_are_frozen(tmp_path: Path
     save_file({name: tensor + 1 for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert run.wait() == (4 if task == "plm" else 0), run.stderr
-    assert ("was trained on another base model: the files of model.path have changed" in run.stderr) is (
-        task == "plm"
-    )
+    assert ("was trained on another base model: the files of model.path have changed" in run.stderr) is (task == "plm")
     assert ("resumed from run/checkpoints/step-00000004" in run.stderr) is (task == "clm")
