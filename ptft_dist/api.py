@@ -30,15 +30,15 @@ Source = str | Path | Mapping[str, Any]
 """A recipe: a file, the name of a shipped recipe, or its contents as nested dictionaries."""
 Overrides = Mapping[str, Any] | Sequence[str]
 """Values that replace those of the recipe: {"optim.lr": 1e-4}, or ["optim.lr=1e-4"] as on the command line."""
-P = ParamSpec("P")
-R = TypeVar("R")
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 
-def _hiding_secrets(call: Callable[P, R]) -> Callable[P, R]:
-    """Mask values of the environment in the errors of `call`, because notebooks save tracebacks."""
+def _hiding_secrets(call: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorator: mask the values of `${env:...}` references in the errors of `call`. A notebook saves tracebacks."""
 
     @functools.wraps(call)
-    def hiding(*args: P.args, **kwargs: P.kwargs) -> R:
+    def hiding(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         try:
             return call(*args, **kwargs)
         except PtftError as error:

@@ -211,7 +211,7 @@ def prompt_tensorboard() -> None:
 
 
 def slow_tensorboard(seconds: str) -> None:
-    """Each point takes this long until it is in its file."""
+    """Delay the writing of each TensorBoard event by this time."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     write = RecordWriter.write

@@ -111,7 +111,7 @@ def test_an_evaluation_needs_no_optimizer_and_writes_nothing(recipe: dict[str, A
 def test_evaluations_have_micro_batches_of_their_own_size(
     recipe: dict[str, Any], changes: dict[str, Any], rows: int
 ) -> None:
-    """eval.micro_size; batch.micro_size, which is 3, where it is not given."""
+    """eval.micro_size; the default is batch.micro_size, which is 3 here."""
     with libraries_restored():
         session = Session(ptft_dist.load_recipe(recipe, changes), place())
         session.start(training=False)

@@ -79,7 +79,7 @@ def test_gradients_are_exchanged_once_an_update(tmp_path: Path) -> None:
 
 
 def exchanged_under_fsdp2() -> list[bool]:
-    """After each of three micro-batches, whether the gradients of the shards are there."""
+    """For each of three micro-batches: whether the sharded parameters have a gradient afterwards."""
     engine, seen = make_engine(), []
     engine.prepare(llama(), section())
     for i in range(3):
@@ -91,7 +91,7 @@ def exchanged_under_fsdp2() -> list[bool]:
 
 
 def test_fsdp2_exchanges_gradients_once_an_update(tmp_path: Path) -> None:
-    """Until it does, each rank keeps the sum of its own micro-batches, and no shard has a gradient."""
+    """Gradients are reduced after the last micro-batch only. Before that, no sharded parameter has a gradient."""
     assert on_ranks(exchanged_under_fsdp2, folder=tmp_path, kind="fsdp2") == [[False, False, True]] * 2
 
 

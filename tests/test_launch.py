@@ -168,7 +168,7 @@ def test_a_rank_checks_its_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fsdp_without_a_version_is_version_1() -> None:
-    """As Accelerate's launcher has it."""
+    """The same default as in Accelerate's launcher."""
     assert settings_of_environment({"ACCELERATE_USE_FSDP": "true"}).fsdp_version == 1
     assert settings_of_environment({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}).fsdp_version == 2
     assert settings_of_environment({}).fsdp_version is None
@@ -208,10 +208,8 @@ def test_the_known_keys_are_accelerates() -> None:
     assert set(BLOCKS["deepspeed_config"]) <= options
 
 
-def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`accelerate launch` sets no variable for them; our launcher does."""
-    inline = "{zero_stage: 3, offload_param_device: nvme, offload_param_nvme_path: /nvme}"
-    file = write(tmp_path, f"distributed_type: DEEPSPEED\ndeepspeed_config: {inline}")
+def environments_of_children(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The environments of the processes that our launcher starts from now on. Each ends at once."""
     environments: list[dict[str, str]] = []
 
     class Child:
@@ -222,6 +220,14 @@ def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.M
             return 0
 
     monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    return environments
+
+
+def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`accelerate launch` sets no variable for them; our launcher does."""
+    inline = "{zero_stage: 3, offload_param_device: nvme, offload_param_nvme_path: /nvme}"
+    file = write(tmp_path, f"distributed_type: DEEPSPEED\ndeepspeed_config: {inline}")
+    environments = environments_of_children(monkeypatch)
     previous = signal.getsignal(signal.SIGTERM)
     try:
         assert launch(command(file, None, None, []), tmp_path / "run", 1, file.variables) == 0
@@ -234,16 +240,7 @@ def test_inline_nvme_paths_reach_the_ranks(tmp_path: Path, monkeypatch: pytest.M
 def test_a_number_of_threads_of_the_user_stays(
     given: str | None, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environments: list[dict[str, str]] = []
-
-    class Child:
-        def __init__(self, _words: list[str], env: dict[str, str], **_options: Any) -> None:
-            environments.append(env)
-
-        def wait(self) -> int:
-            return 0
-
-    monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    environments = environments_of_children(monkeypatch)
     if given is None:
         monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     else:

@@ -111,7 +111,7 @@ def test_a_word_is_chosen_whole(tokenizers: dict[str, Any], algorithm: str) -> N
 
 
 def test_a_space_a_line_feed_and_a_tab_begin_a_word_in_bytes(tokenizers: dict[str, Any]) -> None:
-    """By the text of each token of byte-level BPE, which begins with the blank before a word."""
+    """Expected: byte-level BPE tokens whose text begins with the white space before a word."""
     tokenizer = tokenizers["bpe"]
     begins, seen = word_beginnings(tokenizer, "mlm"), set()
     for i, token in enumerate(tokenizer.convert_ids_to_tokens(range(len(tokenizer)))):

@@ -164,7 +164,7 @@ def test_a_manifest_whose_best_cannot_be_compared_starts_patience_again() -> Non
 
 
 def test_the_summary_compares_the_last_metrics_with_the_first(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The losses of three evaluations are made; a resume keeps the first."""
+    """The losses of the three evaluations are given by a patch; a resume keeps the first."""
     write_recipe(tmp_path, documents, eval={"every": 3})
     made = patch_of({3: 4.0, 6: 3.0, 8: 3.0})
     start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=[made, "die_in_rank:0:8"]).wait()

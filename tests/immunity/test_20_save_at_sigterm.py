@@ -50,7 +50,7 @@ def test_the_handler_saves_nothing_and_the_loop_does(tmp_path: Path) -> None:
 
 
 def test_a_second_ctrl_c_interrupts() -> None:
-    """The first asks for a stop after the update; whoever does not want to wait presses it again."""
+    """The first Ctrl-C requests a stop after the update; the second interrupts at once."""
     stop = StopRequest(None)
     with stop.listening():
         os.kill(os.getpid(), signal.SIGINT)

@@ -165,7 +165,7 @@ def test_metrics_that_cannot_be_flushed_do_not_end_a_run(tmp_path: Path, documen
 def test_the_result_of_an_earlier_start_goes_when_training_goes_on(
     tmp_path: Path, documents: Path, cache: Path
 ) -> None:
-    """Failed, started again and killed: result.json does not tell of the first failure any more."""
+    """A run fails, is started again and is killed: result.json no longer reports the first failure."""
     write_recipe(tmp_path, documents)
     failed = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["raise_in_rank:0:6"])
     assert failed.wait() == 1
@@ -175,7 +175,7 @@ def test_the_result_of_an_earlier_start_goes_when_training_goes_on(
 
 
 def test_a_run_that_fails_keeps_the_points_of_tensorboard(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """A thread of TensorBoard writes the points, and a failing rank of several ends without waiting for threads."""
+    """TensorBoard writes in a thread of its own, and a failing rank of several exits without waiting for threads."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     write_recipe(tmp_path, documents, save={"every": None}, eval={"every": None})
