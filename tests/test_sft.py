@@ -281,9 +281,9 @@ def test_a_long_text_of_few_tokens_is_tokenized_whole() -> None:
 
 def test_a_token_is_learned_if_it_shares_a_character_with_a_span() -> None:
     offsets = [(0, 2), (2, 5), (5, 5), (5, 9), (9, 12)]
-    assert learned_tokens(offsets, [(4, 6)]).tolist() == [0, 1, 1, 1, 0]
-    assert learned_tokens(offsets, [(2, 5), (9, 10)]).tolist() == [0, 1, 0, 0, 1]
-    assert learned_tokens(offsets, []).tolist() == [0, 0, 0, 0, 0]
+    assert learned_tokens(np.array(offsets), [(4, 6)]).tolist() == [0, 1, 1, 1, 0]
+    assert learned_tokens(np.array(offsets), [(2, 5), (9, 10)]).tolist() == [0, 1, 0, 0, 1]
+    assert learned_tokens(np.array(offsets), []).tolist() == [0, 0, 0, 0, 0]
 
 
 def test_the_end_is_learned_also_where_padding_is_spelt_like_it(tokenizer: Any) -> None:

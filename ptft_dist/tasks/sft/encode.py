@@ -202,14 +202,15 @@ class ConversationRows(RowEncoder):
         if in_part:
             notes.append(ENCODED_IN_PART)
         # Tokens after max_length are not used, and searching their offsets is slow for long texts.
-        ids, offsets = encoding.ids[: self.max_length], encoding.offsets[: self.max_length]
+        ids = encoding.ids[: self.max_length]
+        offsets = np.asarray(encoding.offsets[: self.max_length], dtype=np.int64).reshape(-1, 2)
         learned = learned_tokens(offsets, self._learned_spans(row.spans, len(row.text)))
         learned[:1] = 0
         if not learned.any():
             raise LeftOut(NO_ANSWER_LEFT)
         return [Example({"input_ids": ids, "learned": learned}, self._meta(row, ids, offsets), tuple(notes))]
 
-    def _meta(self, row: Rendering, ids: list[int], offsets: list[tuple[int, int]]) -> dict[str, Any]:
+    def _meta(self, row: Rendering, ids: list[int], offsets: np.ndarray) -> dict[str, Any]:
         """Meta for generation at evaluations: the last answer that begins within data.max_length, and its prompt."""
         parsed, spans = row.parsed, row.spans
         starts = [int(learned.argmax()) if (learned := learned_tokens(offsets, [s])).any() else len(ids) for s in spans]
@@ -232,17 +233,16 @@ class ConversationRows(RowEncoder):
         return spans[-1:] if self.settings.loss == "last" else spans
 
 
-def learned_tokens(offsets: Sequence[tuple[int, int]], spans: Sequence[Span]) -> np.ndarray:
+def learned_tokens(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
     """The label mask: uint8 [T], 1 from the first to the last token that overlaps a span.
 
     Args:
-        offsets: [start, end) of each token in the text, in characters.
+        offsets: [start, end) of each token in the text, in characters: int64 [T, 2].
         spans: [start, end) of the texts to learn, in characters.
     """
-    token_spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
-    learned = np.zeros(len(token_spans), np.uint8)
+    learned = np.zeros(len(offsets), np.uint8)
     for start, end in spans:
-        (inside,) = np.nonzero((token_spans[:, 0] < end) & (token_spans[:, 1] > start))
+        (inside,) = np.nonzero((offsets[:, 0] < end) & (offsets[:, 1] > start))
         if len(inside):
             learned[inside[0] : inside[-1] + 1] = 1  # some tokenizers return empty offsets for blanks in between
     return learned
