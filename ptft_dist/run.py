@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import time
 import warnings
@@ -21,9 +22,10 @@ from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
-from ptft_dist.engine import announce_failure, first_failure, reset_accelerate, why_not_loadable
+from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, tell_launcher
+from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
@@ -162,9 +164,16 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     say(
-        f"{engine.parameter_count:,} parameters, {describe_backend(engine.kind, os.environ)}, "
+        f"{_parameters(engine)}, {describe_backend(engine.kind, os.environ)}, "
         f"{engine.world_size} x {session.device_name}, {recipe.train.precision}, {trainer.total_steps:,} updates"
     )
+
+
+def _parameters(engine: Engine) -> str:
+    count, trained = engine.parameter_count, engine.trained_count
+    if trained == count:
+        return f"{count:,} parameters"
+    return f"{trained:,} of {count:,} parameters trained ({trained / count:.2%})"
 
 
 def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
@@ -266,6 +275,7 @@ def libraries_restored(deterministic: bool = False) -> Iterator[None]:
     was_deterministic = torch.are_deterministic_algorithms_enabled()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # missing kernels, at every import
     torch.use_deterministic_algorithms(deterministic)
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(enabled=True):
@@ -283,7 +293,7 @@ def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
     """Evaluate a model on the recipe's validation rows; see api.evaluate."""
     if not loaded.recipe.validated:
         raise RecipeError("data.validation: not set, so there are no rows to evaluate; give a fraction, or sources")
-    section = loaded.recipe.model.model_copy(update={"config": None, "path": model, "revision": None})
+    section = reading_section(loaded.recipe.model, model)
     with libraries_restored():
         session = Session(replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section})), place)
         session.start(training=False)

@@ -29,10 +29,20 @@ from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
+from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, require_float32
+from ptft_dist.networks.adapt.quantized import check_placement, heads
+from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
-from ptft_dist.networks.load import build_config, build_model, check_positions, flops_per_token, local_or_hub
+from ptft_dist.networks.load import (
+    build_config,
+    build_network,
+    check_positions,
+    flops_per_token,
+    local_or_hub,
+    read_config,
+)
 from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
@@ -103,7 +113,37 @@ class Session:
         self.task_class.fit_config(self.setup, self.config)
         self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
         check_weights(self.section)
-        check_positions(preview_network(self.section, self.config, self.task_class.auto_class), recipe.data.max_length)
+        self._preview()
+
+    def _preview(self) -> None:
+        """Check network and adapter on a copy without weights. Raises RecipeError."""
+        check_placement(self.section.quantize, self.kind, self.recipe.train.precision)
+        check_backend(self.section, self.kind)
+        model = preview_network(self.section, self.config, self.task_class.auto_class)
+        self.heads = heads(model)
+        network = adapted_facts(read_facts(model), self.section.adapt)
+        check_positions(network, self.recipe.data.max_length)
+        adapt_network(model, self.section.adapt, self._adapter_setup(), preview=True)
+
+    def _adapter_setup(self) -> Any:
+        """What the config of an adapter needs; None without an adapter."""
+        recipe, section = self.recipe, self.section
+        if not section.adapt.adds_adapter:
+            return None
+        from ptft_dist.networks.adapt.peft_configs import TASK_TYPES, AdapterSetup
+
+        assert section.path is not None
+        added: Any = self.tokenizer.convert_tokens_to_ids([*recipe.tokenizer.add, *recipe.settings.added_tokens])
+        beyond = range(read_config(section, {}).get_text_config().vocab_size, len(self.tokenizer))
+        return AdapterSetup(
+            task_type=TASK_TYPES.get(self.task_class.auto_class.__name__),
+            base=section.path,
+            revision=section.revision,
+            total_steps=self.plan.total_steps,
+            new_tokens=tuple(sorted({*added, *beyond})),
+            tokenizer_path=str(self.prepared.tokenizer_path),
+            seed=recipe.train.seed,
+        )
 
     # --- identity of the run ----------------------------------------------------------------------------
 
@@ -171,20 +211,43 @@ class Session:
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
         self.agree_on_data()
         with self.engine.building(pretrained=self.section.path is not None):
-            self.model = build_model(
-                self.section, self.config, recipe.train.seed, self.task_class.auto_class, len(self.tokenizer), say
+            base, fresh = build_network(
+                self.section,
+                self.config,
+                recipe.train.seed,
+                self.task_class.auto_class,
+                len(self.tokenizer),
+                say,
+                precision=recipe.train.precision,
+                whole=self.heads,
             )
-        self.network = read_facts(self.model)
+        adapt = self.section.adapt
+        self.network = adapted_facts(read_facts(base), adapt)
         self.task = self._make_task()
-        self.task.prepare_network(self.model)
+        self.task.prepare_network(base)
+        self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
+        require_float32(self.model)
         if self.section.compile:
             self.model.compile(dynamic=True)
         if training:
-            self.engine.prepare(self.model, recipe.optim, say)
+            self.engine.prepare(
+                self.model, recipe.optim, say, lr_scales(self.model, self.section, recipe.optim, self.network)
+            )
+            self._regularize()
         else:
             self.engine.prepare_reading(self.model)
         self._place_teacher()
         run_probe(self.engine, self.task)
+
+    def _regularize(self) -> None:
+        """Add the penalties on parameters, and what AdaLoRA does after each update."""
+        if self.section.adapt.adalora is None:
+            return
+        from ptft_dist.networks.adapt.adalora import Orthogonality
+
+        model: Any = self.model
+        self.engine.regularize_with(Orthogonality(model), "model.adapt.adalora")
+        self.engine.after_each_step(model.rank_state.after_step)
 
     def agree_on_data(self) -> None:
         """Raises DataError, with the ranks, unless all ranks have the same tokenizer, rows and plan."""
@@ -257,7 +320,9 @@ class Session:
             checkpoints,
             manifest,
             stop,
-            flops_per_token=flops_per_token(self.model, self.config, engine.parameter_count, store.tokens / len(store)),
+            flops_per_token=flops_per_token(
+                self.model, self.config, engine.parameter_count, engine.trained_count, store.tokens / len(store)
+            ),
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )
 

@@ -121,7 +121,7 @@ def test_a_network_that_exceeds_the_memory_is_refused() -> None:
 def test_a_preview_has_the_facts_of_the_network(keys: dict[str, Any]) -> None:
     auto = AUTO.get(keys["model_type"], AutoModelForCausalLM)
     section, config = ModelSection(config=keys), AutoConfig.for_model(**keys)
-    assert preview_network(section, config, auto) == read_facts(build_model(section, config, 0, auto))
+    assert read_facts(preview_network(section, config, auto)) == read_facts(build_model(section, config, 0, auto))
 
 
 def test_a_wrong_config_ends_a_run_before_it_trains(tmp_path: Path, documents: Path, cache: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
+from ptft_dist.config.adapt import AdaptSection, Quantization
 from ptft_dist.config.consistency import problems
 from ptft_dist.config.data_section import Augmentation, DataSection, Source
 from ptft_dist.config.distillation import DistillationSettings
@@ -45,6 +46,13 @@ class ModelSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time, the same results."""
     compile: bool = False
     """Compile the network with torch.compile."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Data type of the frozen weights. `auto`: that of model.path in bf16 and fp16 training, fp32 in fp32 training.
+    Trained weights are always fp32."""
+    quantize: Quantization | None = None
+    """Quantize the frozen weights: nf4 or int8."""
+    adapt: AdaptSection = AdaptSection(full=True)
+    """Which parameters of a pretrained network are trained. Default: all of them."""
     new_head: bool = False
     """Initialize weights at random if their shape does not fit the task, such as a head for other labels."""
     trust_remote_code: bool = False
@@ -55,7 +63,17 @@ class ModelSection(Section):
         exactly_one(self, "config", "path")
         if self.config is not None and not isinstance(self.config.get("model_type"), str):
             raise ValueError("config needs a model_type, such as llama, qwen3 or gpt2")
-        only_with(self, ("revision", "new_head"), self.path is not None, "model.path")
+        pretrained_only = ("revision", "new_head", "dtype", "quantize", "adapt")
+        only_with(self, pretrained_only, self.path is not None, "model.path")
+        frozen_only = f"it applies to frozen weights, and model.adapt: {self.adapt.method} freezes none"
+        if self.adapt.full and self.quantize is not None:
+            raise ValueError(f"quantize: quantized weights cannot be trained; {frozen_only}. Set adapt: lora")
+        if self.adapt.full and self.dtype not in ("auto", "fp32"):
+            raise ValueError(f"dtype: {frozen_only}. Trained weights are fp32; train.precision: bf16 saves memory")
+        if self.quantize is not None and not self.adapt.adds_adapter and self.adapt.last_layers is not None:
+            raise ValueError("quantize: last_layers would train quantized weights. Use an adapter, such as adapt: lora")
+        if self.quantize is not None and self.dtype != "auto":
+            raise ValueError("dtype: has no effect on quantized weights; quantize.compute_dtype sets their products")
         return self
 
 
@@ -158,6 +176,10 @@ class OptimSection(Section):
     """SGD's momentum. Default: 0."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameters with their own learning rate or weight decay."""
+    layer_decay: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Layer-wise learning rate decay: the learning rate of each block is this many times that of the next one."""
+    head_lr_scale: Positive | None = None
+    """The learning rate of the output head, such as a new classifier, is multiplied by this."""
     max_grad_norm: Positive | None = 1.0
     """Clip the gradient to this global 2-norm; null: no clipping."""
     schedule: ScheduleName = "cosine"

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from ptft_dist.engine.processes import (
     reset_accelerate,
     set_collective_timeout,
 )
+from ptft_dist.engine.regularizer import Regularizer
 from ptft_dist.engine.state import Files
 from ptft_dist.errors import RecipeError
 
@@ -75,6 +76,7 @@ class Engine:
         self.device = self.accelerator.device
         self.is_main, self._first_update = self.rank == 0, True
         self._reader: FrozenNetwork | None = None
+        self.regularizers: list[Regularizer] = []
         if self.world_size != expected:
             raise RuntimeError(f"the launcher started {expected} processes, but this one sees {self.world_size}")
 
@@ -101,12 +103,17 @@ class Engine:
             set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
 
     def prepare(
-        self, model: PreTrainedModel, optim: OptimSection, tell: Callable[[str], None] = lambda _text: None
+        self,
+        model: PreTrainedModel,
+        optim: OptimSection,
+        tell: Callable[[str], None] = lambda _text: None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         """Wrap the network, and build an optimizer for its parameters that require gradients.
 
         Args:
             tell: called with messages about the optimizer.
+            scales: parameter name -> factor of its learning rate.
 
         Raises:
             RecipeError: the optimizer does not support this backend, or a library has untied tied parameters.
@@ -115,7 +122,7 @@ class Engine:
         self.model, self.optim = model, optim
         self.trainable_names, ties = trainable_names(model), tied_groups(model)
         self.parameter_count, self.trained_count = element_counts(model)
-        groups = parameter_groups(model.named_parameters(), optim)
+        groups = parameter_groups(model.named_parameters(), optim, scales)
         optimizer = build_optimizer(groups, optim, self.device, tell)
         self.backend = backend_class(self.kind)(self.accelerator, model, LossModule(model), optimizer)
         require_tied(model, ties, self.kind)
@@ -130,6 +137,20 @@ class Engine:
         if offload.get("device", "none") != "none" and optim.name != "adamw":
             # Accelerate would silently replace it by Adam.
             raise RecipeError(f"optim.name: {optim.name} cannot be offloaded by DeepSpeed; use adamw, or no offload")
+
+    def regularize_with(self, regularizer: Regularizer, key: str) -> None:
+        """Add a penalty on trained parameters to the loss of every update. Raises RecipeError in fp16.
+
+        key: the recipe's key that asks for it, for messages.
+        """
+        if self.precision == "fp16":
+            raise RecipeError(f"{key}: its gradient is not scaled as fp16 needs; use train.precision: bf16 or fp32")
+        self.regularizers.append(regularizer)
+
+    def after_each_step(self, hook: Callable[[], None]) -> None:
+        """Call `hook` after each update of the weights, while the gradients still exist. Not for sharded state."""
+        assert self.kind in ("single", "ddp"), self.kind
+        self.backend.optimizer.register_step_post_hook(lambda *_: hook())
 
     def prepare_frozen(self, model: PreTrainedModel) -> FrozenNetwork:
         """Place a frozen network in evaluation mode. Its data type does not change.
@@ -174,6 +195,10 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         self.backend.backward(loss)
+
+    def regularize(self) -> torch.Tensor | None:
+        """Add the gradients of the regularizers, after the last backward pass; return the penalty, fp32, or None."""
+        return self.backend.regularize(self.regularizers) if self.regularizers else None
 
     def clip_gradients(self) -> torch.Tensor | None:
         """Clip the gradients and return their global 2-norm before clipping; None under DeepSpeed, see `step`."""
@@ -286,6 +311,10 @@ class Engine:
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights by name on rank 0; undefined on other ranks. All ranks must call it."""
         return self.backend.full_state_dict()
+
+    def trained_state_dict(self) -> dict[str, torch.Tensor]:
+        """Trained parameters and buffers by name on rank 0; undefined on other ranks. All ranks must call it."""
+        return self.backend.trained_state_dict()
 
 
 def _mix_seed(*numbers: int) -> int:

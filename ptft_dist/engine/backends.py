@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from ptft_dist.engine.regularizer import Regularizer
 from ptft_dist.engine.state import Files
 
 
@@ -35,6 +36,9 @@ class Backend(Protocol):
 
     def backward(self, loss: torch.Tensor) -> None: ...
 
+    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
+        """Add the gradients of penalties to those of the loss, after the last backward pass; return their sum."""
+
     def clip(self, limit: float) -> torch.Tensor | None:
         """Clip the gradients and return their global 2-norm before clipping; None if `step` does this."""
 
@@ -52,6 +56,9 @@ class Backend(Protocol):
 
     def full_state_dict(self) -> dict[str, Any]:
         """The unsharded state of the network, including frozen parameters, on rank 0; undefined on other ranks."""
+
+    def trained_state_dict(self) -> dict[str, Any]:
+        """The unsharded trained parameters and persistent buffers on rank 0; undefined on other ranks."""
 
 
 def backend_class(kind: str) -> type[Backend]:

@@ -18,10 +18,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
 
 
@@ -43,6 +45,18 @@ class Fsdp2:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
+    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
+        total = torch.zeros((), device=self.accelerator.device)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            shard: Any = parameter
+            if (found := penalty_and_gradient(regularizers, name, shard.full_tensor())) is not None:
+                total += found[0]
+                gradient = distribute_tensor(found[1], shard.device_mesh, shard.placements)
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return total
+
     def clip(self, limit: float) -> torch.Tensor | None:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
         full: torch.Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -59,12 +73,10 @@ class Fsdp2:
 
     def save(self, folder: Path) -> Files:
         gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        of_trained = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-        weights: dict[str, Any] = get_model_state_dict(self.model, options=of_trained)
+        stored = self.trained_state_dict()
         state = get_optimizer_state_dict(self.module, self.optimizer, options=gathered)
         if not self.accelerator.is_main_process:
             return {}
-        stored = {name: weights[name] for name in stored_tensors(self.model)}  # a tied parameter has two names here
         return write_tensors(folder / WEIGHTS, stored) | write_optimizer(folder, state)
 
     def load(self, folder: Path) -> None:
@@ -86,3 +98,10 @@ class Fsdp2:
 
     def full_state_dict(self) -> dict[str, Any]:
         return get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+    def trained_state_dict(self) -> dict[str, Any]:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        if not self.accelerator.is_main_process:
+            return {}
+        return {name: weights[name] for name in stored_tensors(self.model)}  # a tied parameter has two names here

@@ -22,7 +22,7 @@ class LossModule(torch.nn.Module):
         super().__init__()
         self.model = model
         self.config = model.config  # DeepSpeed's "auto" bucket sizes read it
-        self._no_split_modules = getattr(model, "_no_split_modules", None)  # FSDP's wrapping reads it
+        self._no_split_modules = _wrapped_classes(model)  # FSDP's wrapping reads it
 
     def forward(self, inputs: dict[str, torch.Tensor], call: Callable[..., Any]) -> Any:
         """Return call(network, inputs). A named tuple becomes a plain tuple."""
@@ -47,3 +47,17 @@ class LossModule(torch.nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         return bool(self.model.is_gradient_checkpointing)
+
+
+def _wrapped_classes(model: PreTrainedModel) -> list[str] | None:
+    """The names of the classes whose modules FSDP wraps, without those that contain the token embeddings, such as
+    BertEmbeddings: Accelerate wraps the embeddings itself, with the output head if both are tied."""
+    names = getattr(model, "_no_split_modules", None)
+    if names is None:
+        return None
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # a network without token embeddings
+        return list(names)
+    around = {type(part).__name__ for part in model.modules() if any(inner is embedding for inner in part.modules())}
+    return [name for name in names if name not in around]

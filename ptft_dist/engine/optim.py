@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,9 +13,14 @@ from ptft_dist.errors import RecipeError
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]], optim: OptimSection
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    optim: OptimSection,
+    scales: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups with `lr_scale` and `weight_decay`. Parameters with fewer than two dimensions get no decay.
+
+    Args:
+        scales: parameter name -> factor of its learning rate, on top of those of optim.groups. Default: 1.
 
     Raises:
         RecipeError: a group of the recipe matches no parameter, so it would have no effect.
@@ -34,6 +39,7 @@ def parameter_groups(
             lr_scale = chosen.lr_scale
             if chosen.weight_decay is not None:
                 weight_decay = chosen.weight_decay
+        lr_scale *= (scales or {}).get(name, 1.0)
         groups.setdefault((lr_scale, weight_decay), []).append(parameter)
     if unused:
         raise RecipeError(f"optim.groups: no parameter's name matches {', '.join(map(repr, sorted(unused)))}")

@@ -18,8 +18,15 @@ def trainable_names(model: torch.nn.Module) -> list[str]:
 def element_counts(model: torch.nn.Module) -> tuple[int, int]:
     """Number of elements of all parameters and of the trained ones, over all ranks. Tied parameters count once."""
     # Under ZeRO-3 a parameter is an empty placeholder; DeepSpeed stores its real size in ds_numel.
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
+    sizes = [(_numel(p), p.requires_grad) for p in model.parameters()]
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
+
+
+def _numel(parameter: torch.nn.Parameter) -> int:
+    quantized = getattr(parameter, "quant_state", None)
+    if quantized is not None:  # a 4-bit parameter holds several weights in each element
+        return int(torch.Size(quantized.shape).numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def tied_groups(model: torch.nn.Module) -> list[list[str]]:

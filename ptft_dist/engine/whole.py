@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
 
 
@@ -37,6 +38,16 @@ class Whole:
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
+        total = torch.zeros((), device=self.accelerator.device)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if (found := penalty_and_gradient(regularizers, name, parameter)) is not None:
+                total += found[0]
+                parameter.grad = found[1] if parameter.grad is None else parameter.grad.add_(found[1])
+        return total
 
     def clip(self, limit: float) -> torch.Tensor | None:
         if self.scaler is not None:
@@ -78,3 +89,6 @@ class Whole:
 
     def full_state_dict(self) -> dict[str, Any]:
         return self.model.state_dict()
+
+    def trained_state_dict(self) -> dict[str, Any]:
+        return stored_tensors(self.model)

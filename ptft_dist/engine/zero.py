@@ -9,16 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import Files
 from ptft_dist.errors import CheckpointError, ShardWriteError
 
@@ -104,6 +107,17 @@ class Zero:
     def backward(self, loss: torch.Tensor) -> None:
         self.module.backward(loss, scale_wrt_gas=False)
 
+    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
+        total = torch.zeros((), device=self.accelerator.device)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if (found := penalty_and_gradient(regularizers, name, safe_get_full_fp32_param(parameter))) is not None:
+                total += found[0]
+                gradient = safe_get_full_grad(parameter)
+                safe_set_full_grad(parameter, found[1].to(gradient.dtype) + gradient)
+        return total
+
     def clip(self, limit: float) -> torch.Tensor | None:  # noqa: ARG002
         return None  # the step clips, to the limit in DeepSpeed's config
 
@@ -138,6 +152,17 @@ class Zero:
     def full_state_dict(self) -> dict[str, Any]:
         state = self.accelerator.get_state_dict(self.module) or {}
         return {name.removeprefix("model."): value for name, value in state.items()}
+
+    def trained_state_dict(self) -> dict[str, Any]:
+        stored = stored_tensors(self.model)
+        if not self.module.zero_optimization_partition_weights():
+            return stored
+        whole: dict[str, Any] = {}
+        for name, tensor in stored.items():  # one after the other, so that at most one is whole on the device
+            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                if self.accelerator.is_main_process:
+                    whole[name] = tensor.detach().cpu().clone()
+        return whole
 
 
 @contextlib.contextmanager

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.networks.load import DTYPES
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NO_LIMIT = 10**9
 """Tokenizers without a limit have model_max_length 10^30."""
 _ROPE_KEYS: dict[str, dict[str, str]] = {
@@ -39,12 +39,16 @@ class Writer(Protocol):
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights by name on rank 0; undefined on other ranks. All ranks must call it."""
 
+    def trained_state_dict(self) -> dict[str, torch.Tensor]:
+        """Trained parameters and buffers by name on rank 0; undefined on other ranks. All ranks must call it."""
+
 
 @dataclass(frozen=True)
 class Export:
     """The contents of an exported directory."""
 
-    model: PreTrainedModel
+    model: Any
+    """The network; a PeftModel if an adapter was trained, which is exported without its base."""
     tokenizer: PreTrainedTokenizerBase
     network: NetworkFacts
     dtype: torch.dtype
@@ -61,9 +65,16 @@ def export(engine: Writer, content: Export, target: Path) -> None:
     if engine.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     engine.barrier()
-    state = engine.full_state_dict()
+    adapter = hasattr(content.model, "peft_config")
+    state = engine.trained_state_dict() if adapter else engine.full_state_dict()
     if engine.is_main:
-        write_model(content, state, partial)
+        if adapter:
+            from ptft_dist.networks.adapt.adapters import write_adapter
+
+            write_adapter(content.model, cast_weights(state, content.dtype), partial)
+            _write_tokenizer(content, partial)
+        else:
+            write_model(content, state, partial)
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
@@ -85,23 +96,29 @@ def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path
         model.save_pretrained(folder, state_dict=cast_weights(state, content.dtype))
     finally:
         model.config = training_config
-    content.tokenizer.save_pretrained(folder)
     more = {"dtype": str(content.dtype).removeprefix("torch."), **renamed_keys(model.config)}
     _edit(folder / "config.json", lambda config: with_legacy_rope(config) | more)
+    _write_tokenizer(content, folder)
+
+
+def _write_tokenizer(content: Export, folder: Path) -> None:
+    """Write the tokenizer, and give all files the mode that follows from the umask."""
+    content.tokenizer.save_pretrained(folder)
     _edit(folder / "tokenizer_config.json", lambda config: portable_tokenizer(config, content.network.max_positions))
-    mode = (folder / "config.json").stat().st_mode
+    mode = (folder / "tokenizer_config.json").stat().st_mode
     for file in folder.iterdir():
-        file.chmod(mode)  # safetensors writes 0600; the config's mode follows the umask
+        file.chmod(mode)  # safetensors writes 0600
 
 
 def export_dtype(wanted: str, section: ModelSection, config: PretrainedConfig) -> torch.dtype:
-    """The data type of exported weights: `save.dtype`; `auto` is that of the weights in model.path.
+    """The data type of exported weights: `save.dtype`; `auto` is that of the weights in model.path, and fp32 for an
+    adapter.
 
     config: the config as it was read, before a network was built from it in fp32.
     """
     if wanted != "auto":
         return DTYPES[wanted]
-    source = None if section.path is None else config.dtype
+    source = None if section.path is None or section.adapt.adds_adapter else config.dtype
     return source if isinstance(source, torch.dtype) and source in DTYPES.values() else torch.float32
 
 

@@ -17,7 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
-from ptft_dist.networks.load import build_model, local_or_hub, read_config
+from ptft_dist.networks.load import build_network, local_or_hub, read_config
 from ptft_dist.networks.preview import check_weights
 
 Digests = Callable[[Sequence[Path]], list[str]]
@@ -48,7 +48,7 @@ class FrozenSource:
 
     def load(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
         """The network in evaluation mode, without gradients, on the CPU. Raises RecipeError if it cannot be loaded."""
-        model = build_model(self.section, self.config(), 0, auto_class, key=self.key)
+        model = build_network(self.section, self.config(), 0, auto_class, key=self.key).model
         return model.eval().requires_grad_(False).to(dtype=dtype)
 
 

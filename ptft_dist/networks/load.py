@@ -3,9 +3,9 @@ Hub."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -14,6 +14,8 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.config_keys import config_from_keys
 from ptft_dist.networks.facts import NetworkFacts, input_embedding
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
@@ -130,7 +132,24 @@ def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, m
         )
 
 
-def build_model(
+def base_dtype(section: ModelSection, config: PretrainedConfig, precision: str) -> torch.dtype:
+    """The data type in which weights are loaded; trained ones become fp32. precision: train.precision."""
+    if section.dtype != "auto":
+        return DTYPES[section.dtype]
+    own = config.dtype
+    frozen = section.path is not None and not section.adapt.full
+    return own if frozen and precision != "fp32" and isinstance(own, torch.dtype) else torch.float32
+
+
+class Built(NamedTuple):
+    """A network, and which of its parameters are new."""
+
+    model: PreTrainedModel
+    fresh: frozenset[str]
+    """Names of the parameters that model.path has no weights for, and that are initialized at random."""
+
+
+def build_network(
     section: ModelSection,
     config: PretrainedConfig,
     seed: int,
@@ -138,24 +157,34 @@ def build_model(
     tokens: int = 0,
     tell: Callable[[str], None] = lambda _text: None,
     key: str = "model.path",
-) -> PreTrainedModel:
-    """Build the network with a transformers auto class, in fp32 and training mode.
+    precision: str = "fp32",
+    whole: Sequence[str] = (),
+) -> Built:
+    """Build the network with a transformers auto class, in training mode.
 
     Args:
         seed: random weights depend only on it, on every machine.
         tokens: embeddings are added up to this number of tokens.
         tell: called with a message about weights that the pretrained network lacks and that are initialized at random.
         key: the recipe's key that names the network, for messages.
+        precision: train.precision, for the data type of frozen weights.
+        whole: names of layers that are not quantized.
 
     Raises:
         RecipeError: the weights cannot be loaded, or do not fit the task.
     """
-    kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+    options: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
+    options["dtype"] = base_dtype(section, config, precision)
+    if section.quantize is not None:
+        from ptft_dist.networks.adapt.quantized import keep_layout, quantization_config
+
+        options["quantization_config"] = quantization_config(section.quantize, precision, list(whole))
     torch.manual_seed(seed)
+    fresh: set[str] = set()
     try:
         if section.path is None:
             model: PreTrainedModel = auto_class.from_config(
-                config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
+                config, trust_remote_code=section.trust_remote_code, **options
             )
         else:
             model, info = auto_class.from_pretrained(
@@ -163,11 +192,12 @@ def build_model(
                 config=config,
                 revision=section.revision,
                 trust_remote_code=section.trust_remote_code,
-                dtype=torch.float32,
                 ignore_mismatched_sizes=section.new_head,
                 output_loading_info=True,
-                **kernel,
+                **options,
             )
+            if section.quantize is not None:
+                keep_layout(model)
             fresh = {*info["missing_keys"], *(key[0] for key in info["mismatched_keys"])}
             if section.new_head and _is_classifier(read_config(section, {})):
                 fresh |= _renew_head(model, seed)
@@ -188,7 +218,12 @@ def build_model(
     if section.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.config.use_cache = False
-    return model.train()
+    return Built(model.train(), frozenset(fresh))
+
+
+def build_model(section: ModelSection, config: PretrainedConfig, seed: int, auto_class: Any) -> PreTrainedModel:
+    """The network of `build_network`."""
+    return build_network(section, config, seed, auto_class).model
 
 
 def _renew_head(model: PreTrainedModel, seed: int) -> set[str]:
@@ -205,14 +240,19 @@ def _renew_head(model: PreTrainedModel, seed: int) -> set[str]:
     return names
 
 
-def flops_per_token(model: PreTrainedModel, config: PretrainedConfig, parameters: int, length: float) -> float:
+def flops_per_token(
+    model: PreTrainedModel, config: PretrainedConfig, parameters: int, trained: int, length: float
+) -> float:
     """FLOPs per training token, forward and backward pass (Chowdhery et al. 2022, appendix B).
 
     6 N + 12 layers x heads x head size x length. N is the number of parameters without the input embedding, unless
-    it is tied to the output projection. Recomputation by gradient checkpointing is not counted.
+    it is tied to the output projection. A frozen parameter has no gradient of its own: it counts 4 instead of 6.
+    Recomputation by gradient checkpointing is not counted.
     """
     text = config.get_text_config()
+    frozen = parameters - trained
     if input_embedding(model) is not None and not text.tie_word_embeddings:
         parameters -= text.vocab_size * text.hidden_size
+        frozen -= min(frozen, text.vocab_size * text.hidden_size)
     layers = getattr(text, "num_hidden_layers", 0)
-    return 6.0 * parameters + 12.0 * layers * text.hidden_size * length
+    return 6.0 * parameters - 2.0 * frozen + 12.0 * layers * text.hidden_size * length

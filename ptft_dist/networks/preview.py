@@ -14,11 +14,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.facts import NetworkFacts, read_facts
 
 
-def preview_network(section: ModelSection, config: PretrainedConfig, auto_class: Any) -> NetworkFacts:
-    """The properties of the network that will be built, from a copy without weights (on PyTorch's meta device).
+def preview_network(section: ModelSection, config: PretrainedConfig, auto_class: Any) -> PreTrainedModel:
+    """The network that will be built, without weights (on PyTorch's meta device).
 
     Properties that depend on files of a pretrained network, such as its generation config, may still differ.
 
@@ -28,7 +27,7 @@ def preview_network(section: ModelSection, config: PretrainedConfig, auto_class:
     kernel: dict[str, Any] = {} if section.attention == "auto" else {"attn_implementation": section.attention}
     try:
         with torch.device("meta"):
-            model = auto_class.from_config(
+            model: PreTrainedModel = auto_class.from_config(
                 config, dtype=torch.float32, trust_remote_code=section.trust_remote_code, **kernel
             )
     except Exception as error:  # the architecture's code may raise anything, and only the config can cause it
@@ -39,7 +38,7 @@ def preview_network(section: ModelSection, config: PretrainedConfig, auto_class:
         ) from error
     if section.path is None:
         _check_memory(model)
-    return read_facts(model)
+    return model
 
 
 def _check_memory(model: PreTrainedModel) -> None:

@@ -131,13 +131,16 @@ class Trainer:
                 engine.backward((loss.reshape(-1) * scale.to(loss.dtype)).sum())
             averages.add(loss, metrics)
         reduced = engine.all_sum(*averages.sums())
+        penalty = engine.regularize()
         norm = engine.clip_gradients()
-        parts = [totals, reduced] if norm is None else [totals, reduced, norm.double().reshape(1)]
+        parts = [totals, reduced, *(x.double().reshape(1) for x in (penalty, norm) if x is not None)]
         # The only wait for the device in an update. All ranks learn here whether the loss is finite.
         numbers = torch.cat(parts).tolist()
         counts, (tokens, stop, *rest) = numbers[: len(counts)], numbers[len(counts) :]
         grad_norm = None if norm is None else rest.pop()
+        of_penalty = {} if penalty is None else {"penalty": rest.pop()}
         loss_mean, metrics = averages.read(rest, counts)
+        metrics |= of_penalty
         self.require_finite("loss", loss_mean)
         if engine.precision != "fp16":  # the fp16 loss scaler skips such a step and lowers its scale
             self.require_finite("gradient norm", grad_norm)

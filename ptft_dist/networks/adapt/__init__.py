@@ -1,0 +1,98 @@
+"""Adapts a pretrained network: sets which of its parameters are trained, or adds an adapter of peft.
+
+The network is adapted after the task has prepared it and before the engine wraps it. `AdaptedFacts` tell the task what
+an adapter changes in the network's interface.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ptft_dist.config.adapt import PROMPTS, AdaptSection
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt.partial import train_part
+from ptft_dist.networks.facts import NetworkFacts
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def adapted_facts(network: NetworkFacts, adapt: AdaptSection) -> NetworkFacts:
+    """The facts of the network with the adapter. Virtual tokens take positions, so positions cannot be given."""
+    if adapt.method not in PROMPTS:
+        return network
+    virtual = adapt.settings.tokens
+    positions = None if network.max_positions is None else network.max_positions - virtual
+    arguments = network.arguments - {"position_ids", "logits_to_keep"}
+    return replace(network, arguments=arguments, max_positions=positions)
+
+
+def adapt_network(
+    model: PreTrainedModel, adapt: AdaptSection, setup: Any, fresh: Collection[str] = (), *, preview: bool = False
+) -> Any:
+    """Set which parameters of `model` are trained; return it, or the PeftModel around it.
+
+    Args:
+        setup: an AdapterSetup.
+        fresh: names of parameters with random weights.
+        preview: `model` has no weights, and the adapter's initial values do not matter.
+
+    Raises:
+        RecipeError: the method does not fit the network.
+    """
+    if not adapt.adds_adapter:
+        train_part(model, adapt, fresh)
+        return model
+    from ptft_dist.networks.adapt.adapters import add_adapter
+
+    return add_adapter(model, adapt, setup, sorted(fresh), preview=preview)
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a local directory contains an adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def check_backend(section: ModelSection, kind: str) -> None:
+    """Check that a backend can run the method. kind: single, ddp, zero1, zero2, zero3 or fsdp2. Raises RecipeError."""
+    if section.adapt.adalora is not None and kind not in ("single", "ddp"):
+        raise RecipeError(
+            f"model.adapt: adalora reads and changes whole matrices after every update, and {kind} shards their state. "
+            "Use DDP (--launch ddp), or lora"
+        )
+
+
+def adapter_base(path: str | Path) -> tuple[str, str | None]:
+    """Directory or Hub name of an adapter's base, and its revision. Raises RecipeError if its config is unreadable."""
+    file = Path(path) / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{file} cannot be read: {error}. Export the adapter again") from None
+
+
+def reading_section(section: ModelSection, path: str) -> ModelSection:
+    """The section for reading a trained model: a model directory or Hub name, or an adapter directory."""
+    plain = {"config": None, "new_head": False, "quantize": None, "dtype": "auto"}
+    if not is_adapter(path):
+        full = AdaptSection(full=True)
+        return section.model_copy(update={**plain, "path": path, "revision": None, "adapt": full})
+    base, revision = adapter_base(path)
+    adapt = AdaptSection(adapter=path)
+    kept = {"quantize": section.quantize, "dtype": section.dtype}
+    return section.model_copy(update={**plain, **kept, "path": base, "revision": revision, "adapt": adapt})
+
+
+def require_float32(model: torch.nn.Module) -> None:
+    """Convert trained parameters to fp32. Frozen ones keep their data type."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()

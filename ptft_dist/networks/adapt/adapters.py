@@ -1,0 +1,182 @@
+"""Adds an adapter to a network with peft, and returns its state for the exported adapter directory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PeftType, PromptEmbedding, PromptTuningInit, get_peft_model, get_peft_model_state_dict
+from peft.config import PeftConfig
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from ptft_dist.config.adapt import AdaptSection
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import bottleneck
+from ptft_dist.networks.adapt.adalora import RankState
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def add_adapter(
+    model: PreTrainedModel, adapt: AdaptSection, setup: AdapterSetup, fresh: Sequence[str], *, preview: bool
+) -> PeftModel:
+    """The network with the adapter of model.adapt. Its random weights follow from the seed only.
+
+    Raises:
+        RecipeError: the method does not fit the network, or the adapter cannot be loaded.
+    """
+    checkpointing = model.is_gradient_checkpointing
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if adapt.adapter is not None:
+            adapted = load_adapter(model, adapt.adapter, adapt.name, trained=True, preview=preview)
+        else:
+            config = peft_config(model, adapt, setup, fresh)
+            if preview and getattr(config, "init_lora_weights", None) not in (None, False, True):
+                config.init_lora_weights = True  # type: ignore[attr-defined]  # others read the weights
+            torch.manual_seed(setup.seed)
+            try:
+                adapted = get_peft_model(model, config, adapter_name=adapt.name)
+            except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
+                raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
+    if getattr(adapted.active_peft_config, "init_lora_weights", None) not in (None, True, False, "gaussian"):
+        adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
+    if adapted.active_peft_config.peft_type == PeftType.ADALORA and not preview:
+        adapted.rank_state = RankState(adapted)
+    if adapted.active_peft_config.is_prompt_learning and not model.config.is_encoder_decoder:
+        adapted.register_forward_hook(_without_virtual_tokens)
+    if checkpointing:  # peft may have switched to the reentrant kind
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return adapted
+
+
+def load_adapter(
+    model: PreTrainedModel, path: str, name: str = "default", *, trained: bool, preview: bool = False
+) -> PeftModel:
+    """The network with a saved adapter.
+
+    Raises:
+        RecipeError: there is no adapter, or it belongs to another network.
+    """
+    bottleneck.register()
+    key = "model.adapt.adapter"
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (OSError, ValueError, TypeError) as error:
+        raise RecipeError(f"{key}: {path} is no adapter: {error}") from None
+    config.inference_mode = not trained
+    try:
+        if preview:
+            return get_peft_model(model, config, adapter_name=name)
+        adapted: PeftModel = PeftModel.from_pretrained(
+            model, path, adapter_name=name, is_trainable=trained, config=config
+        )
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
+        ) from None
+    return adapted
+
+
+def adapter_state(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of adapter_model.safetensors, under peft's names.
+
+    trained: the unsharded trained parameters and buffers by name.
+    """
+    name = model.active_adapter
+    config: Any = model.peft_config[name]
+    if not config.is_prompt_learning:
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(
+            model, state_dict=dict(trained), adapter_name=name, save_embedding_layers=False
+        )
+        return state
+    # peft computes the prompt in place, from parameters that may be sharded; so it is computed by a new encoder.
+    encoder, prefix = _prompt_encoder(model, config), f"prompt_encoder.{name}."
+    own = {key.removeprefix(prefix): value.float().cpu() for key, value in trained.items() if key.startswith(prefix)}
+    encoder.load_state_dict(own)
+    tokens = model.prompt_tokens[name].unsqueeze(0).cpu()
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        tokens = tokens[:, : config.num_virtual_tokens]
+    with torch.no_grad():
+        prompt = encoder(tokens)
+    state = {"prompt_embeddings": prompt[0].detach()}
+    for wrapper, module in model.named_modules():
+        if hasattr(module, "modules_to_save") and hasattr(module, "adapter_state_dict"):
+            inner = {key.removeprefix(f"{wrapper}."): v for key, v in trained.items() if key.startswith(f"{wrapper}.")}
+            state |= {f"{wrapper}.{key}": value for key, value in module.adapter_state_dict(name, inner).items()}
+    return state
+
+
+def _prompt_encoder(model: PeftModel, config: Any) -> torch.nn.Module:
+    """A new encoder of virtual tokens, with random weights."""
+    kind: Any = type(model.prompt_encoder[model.active_adapter])
+    plain = copy.deepcopy(config)
+    if config.peft_type != PeftType.PROMPT_TUNING:
+        encoder: torch.nn.Module = kind(plain)
+        return encoder
+    plain.prompt_tuning_init = PromptTuningInit.RANDOM
+    return PromptEmbedding(plain, torch.nn.Embedding(1, config.token_dim))
+
+
+def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write an adapter directory that plain peft loads."""
+    name = model.active_adapter
+    if hasattr(model, "rank_state"):
+        model.rank_state.set_rank_pattern()
+    state = adapter_state(model, trained)
+    config = copy.deepcopy(model.peft_config[name])
+    if changes_base(config):
+        state = _relative_to_base(model, config, state)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    save_file(
+        {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
+    )
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether the initialization of the adapter has changed the base's weights (PiSSA, OLoRA)."""
+    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
+
+
+def _low_rank(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Copies of all A and B."""
+    return {
+        name: parameter.detach().cpu().clone()
+        for name, parameter in model.named_parameters()
+        if "lora_A" in name or "lora_B" in name
+    }
+
+
+def _relative_to_base(model: PeftModel, config: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter for the unchanged base: of rank 2 r, since W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]."""
+    initial = {key.replace(f".{model.active_adapter}.", "."): value for key, value in model.initial_adapter.items()}
+    for key, start in initial.items():
+        if "lora_A" in key:
+            state[key] = torch.cat([state[key].cpu(), start.to(state[key].dtype)], 0)
+        elif "lora_B" in key:
+            state[key] = torch.cat([state[key].cpu(), -start.to(state[key].dtype)], 1)
+    factor = 2**0.5 if config.use_rslora else 2
+    config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor
+    config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}
+    config.alpha_pattern = {key: alpha * factor for key, alpha in config.alpha_pattern.items()}
+    config.init_lora_weights = True
+    return state
+
+
+def _without_virtual_tokens(model: Any, _inputs: Any, output: Any) -> Any:
+    """Forward hook: remove the outputs at virtual tokens, so that outputs have the positions of the input."""
+    virtual = model.active_peft_config.num_virtual_tokens
+    for name in ("logits", "start_logits", "end_logits", "log_probs"):
+        values = getattr(output, name, None)
+        if values is None or model.active_peft_config.peft_type in ("PREFIX_TUNING",):
+            continue
+        if values.dim() == 3 or name in ("start_logits", "end_logits", "log_probs"):
+            output[name] = values[:, virtual:]
+    return output
