@@ -142,12 +142,16 @@ WITH_THE_ROWS = {"clm.bos"}  # named as the reason if the prepared rows differ
 MUST_STAY = {
     "task",
     "model.config.model_type", "model.config.hidden_size", "model.path", "model.revision", "model.new_head",
-    "model.trust_remote_code",
+    "model.trust_remote_code", "model.dtype", "model.quantize",
+    "model.adapt.last_layers", "model.adapt.match", "model.adapt.bitfit", "model.adapt.lora", "model.adapt.adalora",
+    "model.adapt.ia3", "model.adapt.prompt_tuning", "model.adapt.p_tuning", "model.adapt.prefix_tuning",
+    "model.adapt.bottleneck", "model.adapt.peft", "model.adapt.adapter", "model.adapt.name", "model.adapt.embeddings",
     "data.folds", "data.fold", "data.max_length", "data.bad_rows", "data.augment",
     "distillation",
     "batch.global_size", "batch.global_tokens",
     "optim.name", "optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "optim.momentum", "optim.groups",
-    "optim.max_grad_norm", "optim.schedule", "optim.warmup", "optim.min_lr_ratio", "optim.decay", "optim.power",
+    "optim.layer_decay", "optim.head_lr_scale", "optim.max_grad_norm",
+    "optim.schedule", "optim.warmup", "optim.min_lr_ratio", "optim.decay", "optim.power",
     "train.max_steps", "train.epochs", "train.max_tokens", "train.seed", "train.precision",
 }  # fmt: skip
 OWN_MUST_STAY = {

@@ -203,7 +203,7 @@ class BottleneckSettings(Section):
 
 
 METHODS = (
-    *("full", "last_layers", "match", "bitfit", "lora", "adalora", "ia3"),
+    *("last_layers", "match", "bitfit", "lora", "adalora", "ia3"),
     *("prompt_tuning", "p_tuning", "prefix_tuning", "bottleneck", "peft", "adapter"),
 )
 PARTIAL = ("full", "last_layers", "match", "bitfit")
@@ -213,10 +213,9 @@ _DEFAULTS = ("lora", "adalora", "ia3", "prompt_tuning", "p_tuning", "prefix_tuni
 
 
 class AdaptSection(Section):
-    """Which parameters are trained. Exactly one method is set; `adapt: lora` selects a method with its defaults."""
+    """Which parameters are trained, by one method. `adapt: lora` selects a method with its defaults; `adapt: full`, the
+    default, trains all parameters."""
 
-    full: bool = False
-    """Train all parameters."""
     last_layers: PositiveInt | None = None
     """Train the last blocks of the network, this many, and everything after them."""
     match: Text | None = None
@@ -250,18 +249,16 @@ class AdaptSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            return {value: {} if value in _DEFAULTS else True}
-        if isinstance(value, dict):
-            return {key: {} if key in _DEFAULTS and each is True else each for key, each in value.items()}
-        return value
+        given = {value: True} if isinstance(value, str) else value
+        if not isinstance(given, dict):
+            return value
+        others = {key: each for key, each in given.items() if (key, each) != ("full", True)}
+        return {key: {} if key in _DEFAULTS and each is True else each for key, each in others.items()}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        given = [name for name in METHODS if getattr(self, name) not in (None, False)]
-        if len(given) != 1:
-            state = "none is given" if not given else "given: " + ", ".join(given)
-            raise ValueError(f"exactly one of {', '.join(METHODS)} is needed; {state}")
+        if len(given := self._given()) > 1:
+            raise ValueError(f"only one of {', '.join(METHODS)} can be set; given: {', '.join(given)}")
         only_with(self, ("name", "embeddings"), self.adds_adapter, "an adapter, such as lora")
         if self.embeddings and self.method in PROMPTS:
             raise ValueError(f"embeddings: {self.method} cannot train token embeddings; use lora")
@@ -273,7 +270,15 @@ class AdaptSection(Section):
     @property
     def method(self) -> str:
         """The name of the method."""
-        return next(name for name in METHODS if getattr(self, name) not in (None, False))
+        return next(iter(self._given()), "full")
+
+    @property
+    def full(self) -> bool:
+        """All parameters are trained."""
+        return self.method == "full"
+
+    def _given(self) -> list[str]:
+        return [name for name in METHODS if getattr(self, name) not in (None, False)]
 
     @property
     def settings(self) -> Any:

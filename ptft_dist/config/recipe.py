@@ -51,7 +51,7 @@ class ModelSection(Section):
     Trained weights are always fp32."""
     quantize: Quantization | None = None
     """Quantize the frozen weights: nf4 or int8."""
-    adapt: AdaptSection = AdaptSection(full=True)
+    adapt: AdaptSection = AdaptSection()
     """Which parameters of a pretrained network are trained. Default: all of them."""
     new_head: bool = False
     """Initialize weights at random if their shape does not fit the task, such as a head for other labels."""

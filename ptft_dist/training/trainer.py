@@ -131,29 +131,26 @@ class Trainer:
                 engine.backward((loss.reshape(-1) * scale.to(loss.dtype)).sum())
             averages.add(loss, metrics)
         reduced = engine.all_sum(*averages.sums())
-        penalty = engine.regularize()
-        norm = engine.clip_gradients()
-        parts = [totals, reduced, *(x.double().reshape(1) for x in (penalty, norm) if x is not None)]
+        penalty, norm = engine.regularize(), engine.clip_gradients()
+        more = [x.double().reshape(1) for x in (penalty, norm) if x is not None]
         # The only wait for the device in an update. All ranks learn here whether the loss is finite.
-        numbers = torch.cat(parts).tolist()
+        numbers = torch.cat([totals, reduced, *more]).tolist()
         counts, (tokens, stop, *rest) = numbers[: len(counts)], numbers[len(counts) :]
         grad_norm = None if norm is None else rest.pop()
-        of_penalty = {} if penalty is None else {"penalty": rest.pop()}
         loss_mean, metrics = averages.read(rest, counts)
-        metrics |= of_penalty
+        metrics |= {} if penalty is None else {"penalty": rest.pop()}
         self.require_finite("loss", loss_mean)
-        if engine.precision != "fp16":  # the fp16 loss scaler skips such a step and lowers its scale
-            self.require_finite("gradient norm", grad_norm)
+        self.require_finite("gradient norm", grad_norm)
         # An update without labels must not change the weights, not even by weight decay.
         lr = lr_at(step, self.recipe.optim, self.total_steps) if any(counts) else 0.0
         stepped_norm = engine.step(lr)
-        if engine.precision != "fp16":
-            self.require_finite("gradient norm", stepped_norm)
+        self.require_finite("gradient norm", stepped_norm)
         norm_value = stepped_norm if grad_norm is None else grad_norm
         return UpdateReport(step + 1, loss_mean, lr, norm_value, round(counts[0]), round(tokens), stop > 0, metrics)
 
     def require_finite(self, what: str, value: float | None) -> None:
-        if value is not None and not math.isfinite(value):
+        skipped = what == "gradient norm" and self.engine.precision == "fp16"  # the loss scaler lowers its scale then
+        if value is not None and not math.isfinite(value) and not skipped:
             raise NonFiniteLossError(
                 f"the {what} at update {self.progress.step + 1} is {value}; nothing was saved after it. Resume from "
                 "the last checkpoint with a lower optim.lr, more warmup, a smaller max_grad_norm or cleaner data"

@@ -83,8 +83,7 @@ def reading_section(section: ModelSection, path: str) -> ModelSection:
     """The section for reading a trained model: a model directory or Hub name, or an adapter directory."""
     plain = {"config": None, "new_head": False, "quantize": None, "dtype": "auto"}
     if not is_adapter(path):
-        full = AdaptSection(full=True)
-        return section.model_copy(update={**plain, "path": path, "revision": None, "adapt": full})
+        return section.model_copy(update={**plain, "path": path, "revision": None, "adapt": AdaptSection()})
     base, revision = adapter_base(path)
     adapt = AdaptSection(adapter=path)
     kept = {"quantize": section.quantize, "dtype": section.dtype}
