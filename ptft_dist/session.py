@@ -29,7 +29,7 @@ from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
-from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, require_float32
+from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.export import export_dtype
@@ -226,7 +226,7 @@ class Session:
         self.task = self._make_task()
         self.task.prepare_network(base)
         self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
-        require_float32(self.model)
+        convert_trained(self.model, self.engine.trained_dtype)
         if self.section.compile:
             self.model.compile(dynamic=True)
         if training:

@@ -415,7 +415,7 @@ def outcome(run_dir: Path) -> dict[str, Any]:
     return {
         "checkpoint": newest.name,
         "state": state_digest(newest),
-        "model": file_digest(run_dir / "model/model.safetensors"),
+        "model": [file_digest(path) for path in sorted((run_dir / "model").glob("*.safetensors"))],
         "rows": rows(run_dir),
         "status": json.loads((run_dir / "result.json").read_text())["status"],
     }

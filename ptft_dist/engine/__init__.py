@@ -85,6 +85,11 @@ class Engine:
         """The data type of frozen networks."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
 
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """The data type of trained parameters: fp32; under DeepSpeed that of the precision, with fp32 copies."""
+        return self.dtype if self.kind.startswith("zero") else torch.float32
+
     @contextlib.contextmanager
     def building(self, pretrained: bool) -> Iterator[None]:
         """The context in which a network is built. Under ZeRO-3, pretrained weights are sharded while they are read.

@@ -90,8 +90,8 @@ def reading_section(section: ModelSection, path: str) -> ModelSection:
     return section.model_copy(update={**plain, **kept, "path": base, "revision": revision, "adapt": adapt})
 
 
-def require_float32(model: torch.nn.Module) -> None:
-    """Convert trained parameters to fp32. Frozen ones keep their data type."""
+def convert_trained(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Convert trained parameters. Frozen ones keep their data type, and those that ZeRO-3 has sharded already."""
     for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point() and parameter.dtype != torch.float32:
-            parameter.data = parameter.data.float()
+        if parameter.requires_grad and not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(dtype)

@@ -1,0 +1,98 @@
+"""P1 and P2 for the methods of adapting a network, as test_tasks.py for the tasks."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapt_support import METHODS, write_adapted, write_base
+from support import eval_rows, outcome, start, train_rows
+
+RUNS = {"ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3"), "fsdp2": (2, "fsdp2")}
+PROMISED = ("lora", "qlora", "bitfit", "prompt_tuning", "bottleneck", "adalora")
+CASES = [(method, name) for method in PROMISED for name in RUNS if method != "adalora" or name == "ddp"]
+CASES += [(method, "zero3") for method in ("dora", "pissa", "ia3", "last_layers")]
+TRAIN: dict[str, Any] = {"train": {"max_steps": 6}, "save": {"every": 3}, "eval": {"every": 3}}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"), cache, "classification")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path, base: Path) -> Any:
+    """The run of one process, which is started once for each method."""
+    folders: dict[str, Path] = {}
+
+    def provide(method: str) -> Path:
+        if method not in folders:
+            folder = tmp_path_factory.mktemp(method)
+            write_adapted(folder, base, "classification", METHODS[method], **TRAIN)
+            run = start("train", "recipe.yaml", cwd=folder, cache=cache)
+            assert run.wait() == 0, run.stderr
+            folders[method] = folder / "run"
+        return folders[method]
+
+    return provide
+
+
+@pytest.mark.parametrize(("method", "name"), CASES)
+def test_any_split_has_the_same_losses_and_a_killed_run_goes_on_exactly(
+    tmp_path: Path, cache: Path, base: Path, whole: Any, method: str, name: str
+) -> None:
+    """The run is ended after its last save but one, and goes on from there with the same bits."""
+    ranks, kind = RUNS[name]
+    place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": ranks, "kind": kind}
+    write_adapted(tmp_path, base, "classification", METHODS[method], **TRAIN)
+    first = start("train", "recipe.yaml", **place)
+    assert first.wait() == 0, first.stderr
+    reference, run_dir = whole(method), tmp_path / "run"
+    for ours, expected in zip(train_rows(run_dir), train_rows(reference), strict=True):
+        assert ours["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    assert eval_rows(run_dir)[-1]["eval/loss"] == pytest.approx(eval_rows(reference)[-1]["eval/loss"], rel=1e-5)
+
+    expected_outcome = outcome(run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step-00000006")
+    shutil.rmtree(run_dir / "model")
+    again = start("train", "recipe.yaml", **place)
+    assert again.wait() == 0, again.stderr
+    assert "resumed from" in again.stderr
+    assert outcome(run_dir) == expected_outcome
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [RUNS["zero2"], RUNS["fsdp2"]], ids=["zero2", "fsdp2"])
+def test_adalora_is_refused_where_matrices_are_sharded(
+    tmp_path: Path, cache: Path, base: Path, ranks: int, kind: str
+) -> None:
+    write_adapted(tmp_path, base, "classification", METHODS["adalora"])
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=ranks, kind=kind)
+    assert run.wait() == 2
+    assert "adalora reads and changes whole matrices" in run.stderr
+
+
+@pytest.mark.parametrize("quantize", [{"type": "nf4"}, {"type": "int8"}, {"type": "nf4", "storage_dtype": "bf16"}])
+def test_what_fsdp2_cannot_shard_is_refused(tmp_path: Path, cache: Path, base: Path, quantize: dict[str, Any]) -> None:
+    write_adapted(tmp_path, base, "classification", {"adapt": "lora", "quantize": quantize})
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, kind="fsdp2")
+    assert run.wait() == 2
+    assert "FSDP2 cannot shard" in run.stderr
+    assert "storage_dtype: fp32" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])
+def test_a_base_in_16_bits_under_an_adapter_in_fp32(tmp_path: Path, cache: Path, base: Path, name: str) -> None:
+    """Without sharding the same losses; ZeRO keeps trained weights in bf16 too, with fp32 copies in the optimizer."""
+    losses = []
+    for folder, (ranks, kind) in (("one", (1, "cpu")), ("two", RUNS[name])):
+        (tmp_path / folder).mkdir()
+        changes: dict[str, Any] = {"train": {"max_steps": 3, "precision": "bf16"}, "save": {"every": None}}
+        model = {"adapt": {"lora": {"r": 4}}, "dtype": "bf16"}
+        write_adapted(tmp_path / folder, base, "classification", model, **changes)
+        run = start("train", "recipe.yaml", cwd=tmp_path / folder, cache=cache, ranks=ranks, kind=kind)
+        assert run.wait() == 0, run.stderr
+        losses.append([row["loss"] for row in train_rows(tmp_path / folder / "run")])
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
