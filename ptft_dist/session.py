@@ -29,7 +29,7 @@ from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import peak_flops
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
-from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, convert_trained
+from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.export import export_dtype
@@ -123,6 +123,7 @@ class Session:
         self.heads = heads(model)
         network = adapted_facts(read_facts(model), self.section.adapt)
         check_positions(network, self.recipe.data.max_length)
+        check_positions_left(network, self.section.adapt, self.recipe.data.max_length)
         adapt_network(model, self.section.adapt, self._adapter_setup(), preview=True)
 
     def _adapter_setup(self) -> Any:

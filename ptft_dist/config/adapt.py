@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from ptft_dist.config.section import BelowOne, Positive, Section, Text, only_with
 
-Targets = Literal["all-linear"] | tuple[Text, ...] | Text
+
+def _as_tuple(value: Any) -> Any:
+    """A list as a tuple. Validation is strict, and knows that lists are tuples only outside of short forms."""
+    return tuple(value) if isinstance(value, list) else value
+
+
+Names = Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)]
+Targets = Literal["all-linear"] | Names | Text
 Rank = Annotated[int, Field(ge=1, le=65536)]
 
 
@@ -37,6 +45,8 @@ class Quantization(Section):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in ("nf4", "int8"):
+            raise ValueError(f"there is no type {value!r}; the types are nf4 and int8")
         return {"type": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
@@ -57,9 +67,9 @@ class LoraSettings(Section):
     targets: Targets = "all-linear"
     """The adapted layers: `all-linear`, every linear layer except the output head; a list of names, each the end of a
     layer's full name; or a regular expression that matches a full name."""
-    exclude: tuple[Text, ...] = ()
+    exclude: Names = ()
     """Names of layers that are not adapted, although `targets` selects them."""
-    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    layers: Annotated[tuple[Annotated[int, Field(ge=0)], ...], BeforeValidator(_as_tuple)] = ()
     """Adapt only these blocks of the network, counted from 0. Default: all."""
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Regular expression of layer names -> their rank, instead of `r`."""
@@ -75,7 +85,7 @@ class LoraSettings(Section):
     exported adapter has twice the rank and refers to the unchanged base."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Also train biases: of all layers, or of the adapted ones. The base without the adapter then differs too."""
-    target_parameters: tuple[Text, ...] = ()
+    target_parameters: Names = ()
     """Parameters that are not in a linear layer, such as `mlp.experts.gate_up_proj` of a mixture of experts."""
     plus_ratio: Positive | None = None
     """LoRA+ (Hayou et al. 2024): the learning rate of B is this many times that of A. The paper recommends 16."""
@@ -135,9 +145,9 @@ class AdaLoraSettings(Section):
 class Ia3Settings(Section):
     """IA3 (Liu et al. 2022): trained vectors that scale keys, values and inner activations of feed-forward layers."""
 
-    targets: tuple[Text, ...] = ()
+    targets: Names = ()
     """The scaled layers. Default: those that peft lists for this type of network."""
-    feedforward: tuple[Text, ...] = ()
+    feedforward: Names = ()
     """Those of `targets` whose input is scaled instead of the output."""
 
     @model_validator(mode="after")
@@ -193,7 +203,7 @@ class BottleneckSettings(Section):
     only (Pfeiffer et al. 2021)."""
     activation: Literal["relu", "gelu", "silu"] = "relu"
     """The nonlinearity f."""
-    targets: tuple[Text, ...] = ()
+    targets: Names = ()
     """The layers after which adapters are inserted, instead of `placement`."""
 
     @model_validator(mode="after")
@@ -249,6 +259,11 @@ class AdaptSection(Section):
     @model_validator(mode="before")
     @classmethod
     def _short(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in (*_DEFAULTS, "full", "bitfit"):
+            near = get_close_matches(value, METHODS, 1)
+            hint = f"; did you mean {near[0]}?" if near else f"; the methods are full, {', '.join(METHODS)}"
+            needs = " needs a value: " + value + ": ..." if value in METHODS else f": there is no such method{hint}"
+            raise ValueError(f"{value!r}{needs}")
         given = {value: True} if isinstance(value, str) else value
         if not isinstance(given, dict):
             return value

@@ -24,6 +24,9 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.tokenizer.path is None and recipe.tokenizer.train is None:
         text = "required with model.config: train one with tokenizer.train, or name one with tokenizer.path"
         yield Problem(("tokenizer",), text)
+    if recipe.model.dtype not in ("auto", "fp32", recipe.train.precision) and recipe.model.path is not None:
+        dtype = recipe.model.dtype
+        yield Problem(("model", "dtype"), f"{dtype} needs train.precision: {dtype}, which is {recipe.train.precision}")
     yield from _task(recipe)
     yield from _sources(recipe)
     yield from _batch(recipe)

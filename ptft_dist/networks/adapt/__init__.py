@@ -34,6 +34,15 @@ def adapted_facts(network: NetworkFacts, adapt: AdaptSection) -> NetworkFacts:
     return replace(network, arguments=arguments, max_positions=positions)
 
 
+def check_positions_left(network: NetworkFacts, adapt: AdaptSection, max_length: int) -> None:
+    """Raises RecipeError if rows and virtual tokens together exceed the network's positions. network: adapted facts."""
+    if adapt.method in PROMPTS and network.max_positions is not None and network.max_positions < max_length:
+        raise RecipeError(
+            f"model.adapt.{adapt.method}.tokens: {adapt.settings.tokens} virtual tokens leave {network.max_positions} "
+            f"positions, and data.max_length is {max_length}: lower one of them"
+        )
+
+
 def adapt_network(
     model: PreTrainedModel, adapt: AdaptSection, setup: Any, fresh: Collection[str] = (), *, preview: bool = False
 ) -> Any:

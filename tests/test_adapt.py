@@ -1,0 +1,453 @@
+"""model.adapt in one process: which parameters are trained, against plain peft, and requests that cannot work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from adapt_support import write_adapted, write_base
+from peft.optimizers import create_loraplus_optimizer
+from support import start, train_rows
+from tiny import BERT, LLAMA, T5
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+
+import ptft_dist
+from ptft_dist.config.adapt import AdaptSection
+from ptft_dist.config.recipe import ModelSection, OptimSection
+from ptft_dist.engine.optim import parameter_groups
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import adapt_network
+from ptft_dist.networks.adapt.adalora import Orthogonality
+from ptft_dist.networks.adapt.adapters import adapter_state, write_adapter
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup
+from ptft_dist.networks.adapt.rates import lr_scales
+from ptft_dist.networks.facts import read_facts
+
+CAUSAL = {**LLAMA, "vocab_size": 64, "pad_token_id": 0}
+
+
+def network(config: dict[str, Any], auto_class: Any) -> Any:
+    torch.manual_seed(1)
+    return auto_class.from_config(AutoConfig.for_model(**config)).eval()
+
+
+def bert() -> Any:
+    return network({**BERT, "vocab_size": 64, "num_labels": 2}, AutoModelForSequenceClassification)
+
+
+def llama(**more: Any) -> Any:
+    return network({**CAUSAL, **more}, AutoModelForCausalLM)
+
+
+def setup(task_type: str | None = "CAUSAL_LM", **changes: Any) -> AdapterSetup:
+    values: dict[str, Any] = {"base": "nowhere", "revision": None, "total_steps": 10, "new_tokens": ()}
+    return AdapterSetup(task_type=task_type, tokenizer_path="nowhere", **{"seed": 0, **values, **changes})
+
+
+def adapted(model: Any, adapt: Any, *, task_type: str | None = "CAUSAL_LM", fresh: Any = (), **changes: Any) -> Any:
+    return adapt_network(model, AdaptSection.model_validate(adapt), setup(task_type, **changes), fresh)
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+IDS = torch.tensor([[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]])
+
+
+# --- parts of the network ---------------------------------------------------------------------------------------------
+
+
+def test_last_layers_are_the_last_blocks_and_what_follows() -> None:
+    names = trained(adapted(bert(), {"last_layers": 1}))
+    assert names
+    assert all(name.startswith(("bert.encoder.layer.1.", "bert.pooler.", "classifier.")) for name in names)
+    assert {"classifier.bias", "bert.pooler.dense.weight", "bert.encoder.layer.1.output.dense.bias"} <= names
+
+
+def test_a_tied_output_head_stays_frozen_with_the_embeddings() -> None:
+    names = trained(adapted(llama(tie_word_embeddings=True), {"last_layers": 1}))
+    assert "model.norm.weight" in names
+    assert not any("embed" in name or "lm_head" in name for name in names)
+    assert "lm_head.weight" in trained(adapted(llama(tie_word_embeddings=False), {"last_layers": 1}))
+
+
+def test_of_an_encoder_decoder_the_decoders_last_layers_are_trained() -> None:
+    model = network({**T5, "vocab_size": 64, "decoder_start_token_id": 0}, AutoModelForSeq2SeqLM)
+    names = trained(adapted(model, {"last_layers": 1}))
+    assert {name.split(".block.")[1][0] for name in names if ".block." in name} == {"1"}
+    assert not any(name.startswith("encoder.") for name in names)
+
+
+def test_bitfit_trains_biases_and_new_weights() -> None:
+    names = trained(adapted(bert(), "bitfit", fresh=["classifier.weight", "classifier.bias"]))
+    assert names == {name for name, _ in bert().named_parameters() if name.endswith("bias")} | {"classifier.weight"}
+
+
+def test_match_trains_what_it_matches() -> None:
+    names = trained(adapted(bert(), {"match": r"attention\.self"}))
+    assert names == {name for name, _ in bert().named_parameters() if "attention.self" in name}
+
+
+def test_full_trains_everything() -> None:
+    assert trained(adapted(bert(), "full")) == {name for name, _ in bert().named_parameters()}
+
+
+# --- learning rates ---------------------------------------------------------------------------------------------------
+
+
+def scales_of(model: Any, adapt: Any = "full", **optim: Any) -> dict[str, float]:
+    facts = read_facts(model)
+    changed = adapted(model, adapt, task_type="SEQ_CLS" if "classifier" in dict(model.named_modules()) else "CAUSAL_LM")
+    section = ModelSection.model_validate({"path": "x", "adapt": adapt})
+    return lr_scales(changed, section, OptimSection(**optim), facts)
+
+
+def test_layer_decay_counts_blocks_from_the_head() -> None:
+    """Two blocks: the last has decay^1, the first decay^2, the embeddings decay^3, everything after the blocks 1."""
+    scales = scales_of(bert(), layer_decay=0.5)
+    assert scales["classifier.weight"] == scales["bert.pooler.dense.weight"] == 1.0
+    assert scales["bert.encoder.layer.1.output.dense.weight"] == 0.5
+    assert scales["bert.encoder.layer.0.output.dense.weight"] == 0.25
+    assert scales["bert.embeddings.word_embeddings.weight"] == 0.125
+
+
+def test_the_head_has_its_own_learning_rate() -> None:
+    scales = scales_of(bert(), head_lr_scale=10.0)
+    assert {name for name, scale in scales.items() if scale == 10.0} == {"classifier.weight", "classifier.bias"}
+    with_adapter = scales_of(bert(), "lora", head_lr_scale=10.0)
+    assert {name.split(".")[-1] for name, scale in with_adapter.items() if scale == 10.0} == {"weight", "bias"}
+    assert all("classifier" in name for name, scale in with_adapter.items() if scale == 10.0)
+
+
+def test_lora_plus_scales_b_as_peft_does() -> None:
+    model = llama()
+    scales = scales_of(model, {"lora": {"plus_ratio": 16.0}})
+    assert {scale for name, scale in scales.items() if "lora_B" in name} == {16.0}
+    assert {scale for name, scale in scales.items() if "lora_A" in name} == {1.0}
+    other = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    theirs = create_loraplus_optimizer(other, torch.optim.AdamW, lr=1.0, loraplus_lr_ratio=16.0)
+    of = {id(p): group["lr"] for group in theirs.param_groups for p in group["params"]}
+    expected = {name: of[id(p)] for name, p in other.named_parameters() if p.requires_grad}
+    assert scales == expected
+
+
+def test_scales_multiply_those_of_groups() -> None:
+    model = bert()
+    optim = OptimSection(groups=({"match": "classifier", "lr_scale": 3.0},), weight_decay=0.0)  # type: ignore[arg-type]
+    groups = parameter_groups(model.named_parameters(), optim, {"classifier.weight": 2.0})
+    of = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert of[id(model.classifier.weight)] == 6.0
+    assert of[id(model.classifier.bias)] == 3.0
+
+
+# --- against plain peft -----------------------------------------------------------------------------------------------
+
+THEIRS: dict[str, tuple[Any, Any]] = {
+    "lora": (
+        {"lora": {"r": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}},
+        lambda: peft.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"]),
+    ),
+    "rslora and dora on all linear layers": (
+        {"lora": {"r": 4, "rslora": True, "dora": True, "rank_pattern": {"q_proj": 2}}},
+        lambda: peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            lora_alpha=8,
+            target_modules="all-linear",
+            use_rslora=True,
+            use_dora=True,
+            rank_pattern={"q_proj": 2},
+        ),
+    ),
+    "ia3": ("ia3", lambda: peft.IA3Config(task_type="CAUSAL_LM")),
+    "prompt tuning": (
+        {"prompt_tuning": {"tokens": 3}},
+        lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ),
+    "prefix tuning": (
+        {"prefix_tuning": {"tokens": 3}},
+        lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+    ),
+    "vera by its type": (
+        {"peft": {"type": "vera", "r": 8, "target_modules": ["q_proj"]}},
+        lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"]),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", THEIRS)
+def test_losses_and_gradients_are_those_of_plain_peft(case: str) -> None:
+    ours, make = THEIRS[case]
+    mine = adapted(llama(), ours).train()
+    theirs = plain(llama(), make()).train()
+    with torch.no_grad():  # B is zero at first, and then A has no gradient
+        for one, other in zip(parameters(mine), parameters(theirs), strict=True):
+            assert one.equal(other)
+            one.copy_(torch.randn_like(one))
+            other.copy_(one)
+    logits = mine(input_ids=IDS).logits
+    assert logits.shape == (2, 6, 64)  # without those of virtual tokens
+    loss = torch.nn.functional.cross_entropy(logits[:, :-1].reshape(-1, 64), IDS[:, 1:].reshape(-1))
+    labels = IDS.clone()
+    labels[:, 0] = -100  # the first token is predicted from virtual tokens only, and is no target here
+    expected = theirs(input_ids=IDS, labels=labels).loss
+    loss.backward()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    gradients = [(one.grad, other.grad) for one, other in zip(parameters(mine), parameters(theirs), strict=True)]
+    assert any(bool(one.abs().max() > 0) for one, _ in gradients)
+    for one, other in gradients:
+        torch.testing.assert_close(one, other)
+
+
+def plain(base: Any, config: Any) -> Any:
+    """The base with an adapter that peft makes from the seed 0."""
+    torch.manual_seed(0)
+    return peft.get_peft_model(base, config)
+
+
+def parameters(model: Any) -> list[Any]:
+    return [parameter for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
+
+
+def test_the_orthogonality_penalty_is_that_of_peft() -> None:
+    """peft adds it to the loss that the network computes with labels."""
+    model = adapted(llama(), {"adalora": {"r": 4, "target_r": 2, "orthogonality": 0.7}})
+    with torch.no_grad():
+        entropy = torch.nn.functional.cross_entropy(
+            model(input_ids=IDS).logits[:, :-1].reshape(-1, 64), IDS[:, 1:].reshape(-1)
+        )
+        theirs = model(input_ids=IDS, labels=IDS).loss - entropy
+        penalty = Orthogonality(model)
+        terms = [penalty.term(name, parameter) for name, parameter in model.named_parameters()]
+    assert sum(term.item() for term in terms if term is not None) == pytest.approx(theirs.item(), rel=1e-5)
+
+
+def test_adalora_allocates_as_a_plain_loop_with_peft() -> None:
+    """Ranks, importance and masks after every update, with the state going through buffers as at a resume."""
+    adapt = {"adalora": {"r": 4, "target_r": 2, "start": 0.1, "end": 0.3, "alpha": 8}}
+    mine, losses = adapted(llama(), adapt), []
+    config = peft.AdaLoraConfig(
+        task_type="CAUSAL_LM", init_r=4, target_r=2, lora_alpha=8, tinit=1, tfinal=3, total_step=10,
+        target_modules="all-linear",
+    )  # fmt: skip
+    theirs = plain(llama(), config)
+    for step in range(1, 11):
+        for model in (mine, theirs):
+            optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            optimizer.step()
+            if model is mine:
+                mine.rank_state.load_state_dict({k: v.clone() for k, v in mine.rank_state.state_dict().items()})
+                mine.rank_state.after_step()
+            else:
+                theirs.base_model.update_and_allocate(step)
+            model.zero_grad()
+            losses.append(loss.item())
+        for (name, one), other in zip(mine.base_model.named_parameters(), theirs.base_model.parameters(), strict=True):
+            assert one.equal(other), (step, name)
+    assert mine.active_peft_config.rank_pattern == theirs.active_peft_config.rank_pattern
+    kept = [sum(pattern) for pattern in theirs.active_peft_config.rank_pattern.values()]
+    assert sum(kept) == 2 * len(kept)  # target_r on average
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_changed_the_base_is_saved_for_the_unchanged_base(tmp_path: Path, init: str) -> None:
+    model = adapted(llama(), {"lora": {"r": 4, "init": init, "rslora": init == "olora"}})
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_adapter(model, state, tmp_path)
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_bottleneck_adapters_compute_the_papers_formula() -> None:
+    """h + up(relu(down(h))) after the feed-forward layer; houlsby also after attention."""
+    model = adapted(bert(), {"bottleneck": {"size": 4, "placement": "houlsby"}}, task_type="SEQ_CLS")
+    names = [name for name, module in model.named_modules() if type(module).__name__ == "BottleneckLayer"]
+    assert [name.split("layer.")[1] for name in names] == [
+        f"{i}.{place}" for i in (0, 1) for place in ("attention.output.dense", "output.dense")
+    ]
+    layer = model.get_submodule(names[0])
+    hidden = torch.randn(3, 32)
+    assert layer(hidden).equal(layer.base_layer(hidden))  # up is zero at first
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+        down, up, h = layer.bottleneck_down["default"], layer.bottleneck_up["default"], layer.base_layer(hidden)
+        expected = h + (h @ down.weight.T + down.bias).clamp(min=0) @ up.weight.T + up.bias
+        torch.testing.assert_close(layer(hidden), expected)
+    pfeiffer = adapted(bert(), "bottleneck", task_type="SEQ_CLS")
+    names = [name for name, module in pfeiffer.named_modules() if type(module).__name__ == "BottleneckLayer"]
+    assert [name.split("layer.")[1] for name in names] == ["0.output.dense", "1.output.dense"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_are_trained_and_saved_with_the_adapter(tmp_path: Path, tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied)
+    model.resize_token_embeddings(66, mean_resizing=False)
+    changed = adapted(model, "lora", new_tokens=(64, 65))
+    with torch.no_grad():
+        for parameter in parameters(changed):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    state = {name: parameter for name, parameter in changed.named_parameters() if parameter.requires_grad}
+    write_adapter(changed, state, tmp_path)
+    saved = adapter_state(changed, state)
+    assert sum(value.numel() for name, value in saved.items() if "token" in name) == (1 if tied else 2) * 2 * 32
+    base = llama(tie_word_embeddings=tied)
+    torch.manual_seed(3)  # other values of the new rows
+    base.resize_token_embeddings(66, mean_resizing=False)
+    again = peft.PeftModel.from_pretrained(base, tmp_path)
+    ids = torch.tensor([[5, 64, 65, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=ids).logits, changed.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("adapt", ["lora", "bottleneck", {"prompt_tuning": {"tokens": 2}}, "bitfit"])
+def test_gradient_checkpointing_of_a_frozen_base_really_trains(adapt: Any) -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        model = llama(attention_bias=True)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        changed = adapted(model, adapt).train()
+        with torch.no_grad():
+            torch.manual_seed(5)
+            for parameter in parameters(changed):
+                parameter.copy_(torch.randn_like(parameter))
+        assert model.is_gradient_checkpointing == checkpointing
+        changed(input_ids=IDS).logits.square().sum().backward()
+        gradients.append([parameter.grad for parameter in parameters(changed)])
+    for one, other in zip(*gradients, strict=True):
+        assert bool(one.abs().max() > 0)
+        torch.testing.assert_close(one, other)
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_another() -> None:
+    one, same, other = (parameters(adapted(llama(), "lora", **more)) for more in ({}, {}, {"seed": 1}))
+    assert all(a.equal(b) for a, b in zip(one, same, strict=True))
+    assert not all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+# --- requests that cannot work ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Path]:
+    """A classifier (BERT), a masked language model without a classifier (BERT), and a chat model (Llama)."""
+    tasks = {"bert": "classification", "mlm": "mlm", "llama": "sft"}
+    return {name: write_base(tmp_path_factory.mktemp(name), cache, task) for name, task in tasks.items()}
+
+
+BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
+    ("bert", {"adapt": {"lora": {"targets": ["qury"]}}}, {}, "no layer of this network is called 'qury'; did you mean"),
+    ("bert", {"adapt": {"lora": {"targets": "nothing.*"}}}, {}, "Its linear layers end in: query, key, value, dense"),
+    ("bert", {"adapt": {"lora": {"targets": "("}}}, {}, "targets is not a regular expression"),
+    ("bert", {"adapt": {"lora": {"r": 0}}}, {}, "lora.r: "),
+    ("bert", {"adapt": {"lora": {"rang": 4}}}, {}, "rang"),
+    ("bert", {"adapt": {"lora": {"init": "pizza"}}}, {}, "'pizza' is not one of default, gaussian, pissa"),
+    ("bert", {"adapt": {"lora": {"layers": [2]}}}, {}, "there is no block 2; the network has 2, from 0"),
+    ("bert", {"adapt": {"lora": {"rank_pattern": {"keyy": 2}}}}, {}, "no layer of this network is called 'keyy'"),
+    ("bert", {"adapt": {"lora": {"target_parameters": ["experts.up"]}}}, {}, "no parameter is called 'experts.up'"),
+    ("bert", {"adapt": {"lora": {"eva_rows": 8}}}, {}, "eva_rows: has no effect here: it needs init: eva"),
+    ("bert", {"adapt": {"lora": {}, "bitfit": True}}, {}, "only one of last_layers, match"),
+    ("bert", {"adapt": "lara"}, {}, "'lara': there is no such method; did you mean lora?"),
+    ("bert", {"adapt": {"last_layers": 3}}, {}, "3 is more than the network's 2 blocks"),
+    ("bert", {"adapt": {"match": "atention"}}, {}, "no parameter matches 'atention'. Some names: "),
+    ("mlm", {"adapt": {"match": "query"}}, {}, "would keep random weights"),
+    ("llama", {"adapt": "bitfit"}, {}, "this network has no biases. Use lora or last_layers"),
+    ("bert", {"adapt": {"adalora": {"r": 4, "target_r": 4}}}, {}, "target_r: 4 is not below r (4)"),
+    ("bert", {"adapt": {"adalora": {"start": 0.6, "end": 0.5}}}, {}, "leave no update in which ranks change"),
+    ("bert", {"adapt": {"peft": {"type": "verra"}}}, {}, "peft has no method 'verra'; did you mean vera"),
+    ("bert", {"adapt": {"peft": {"type": "vera", "rank": 4}}}, {}, "VeraConfig has no such key"),
+    ("bert", {"adapt": {"bottleneck": {"targets": ["outputs"]}}}, {}, "no layer of this network is called 'outputs'"),
+    ("bert", {"adapt": {"adapter": "no/such/adapter"}}, {}, "no/such/adapter"),
+    ("bert", {"adapt": {"lora": {}, "embeddings": "new"}}, {}, "embeddings: new has no effect: no tokens are added"),
+    ("llama", {"adapt": {"prompt_tuning": {}}}, {"sft": {"packing": True}}, "packing"),
+    ("llama", {"adapt": {"prompt_tuning": {"tokens": 60}}}, {}, "60 virtual tokens leave 4 positions"),
+    ("bert", {"quantize": "nf4"}, {}, "quantized weights cannot be trained"),
+    ("bert", {"quantize": "nf4", "adapt": {"last_layers": 1}}, {}, "last_layers would train quantized weights"),
+    ("bert", {"quantize": {"type": "int8", "double": True}, "adapt": "lora"}, {}, "double: has no effect here"),
+    ("bert", {"quantize": "nf5", "adapt": "lora"}, {}, "there is no type 'nf5'; the types are nf4 and int8"),
+    ("bert", {"dtype": "bf16"}, {}, "dtype: it applies to frozen weights"),
+    ("bert", {"dtype": "bf16", "adapt": "lora"}, {}, "bf16 needs train.precision: bf16, which is fp32"),
+    ("bert", {"adapt": "lora"}, {"optim": {"layer_decay": 1.5}}, "layer_decay"),
+    ("bert", {"config": BERT, "path": None, "adapt": "lora"}, {}, "adapt: has no effect here: it needs model.path"),
+]
+
+
+@pytest.mark.parametrize(("base", "model", "changes", "said"), BROKEN, ids=[case[3][:40] for case in BROKEN])
+def test_a_broken_request_has_one_clear_message(
+    tmp_path: Path,
+    bases: dict[str, Path],
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: str,
+    model: dict[str, Any],
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    task = "sft" if base == "llama" else "classification"
+    recipe = write_adapted(tmp_path, bases[base], task, model, **{"run_dir": str(tmp_path / "run"), **changes})
+    with pytest.raises(RecipeError) as caught:
+        ptft_dist.train(str(recipe), quiet=True)
+    assert said in str(caught.value)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_an_adapter_for_another_network_is_refused(
+    tmp_path: Path, bases: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    other = tmp_path / "adapter"
+    wide = network({**BERT, "hidden_size": 48, "vocab_size": 64}, AutoModelForSequenceClassification)
+    peft.get_peft_model(wide, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])).save_pretrained(other)
+    model = {"adapt": {"adapter": str(other)}}
+    recipe = write_adapted(tmp_path, bases["bert"], "classification", model, run_dir=str(tmp_path / "run"))
+    with pytest.raises(RecipeError, match="does not fit this network"):
+        ptft_dist.train(str(recipe), quiet=True)
+
+
+def test_a_changed_base_is_refused_at_a_resume(tmp_path: Path, bases: dict[str, Path], cache: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    for file in bases["bert"].iterdir():
+        (base / file.name).write_bytes(file.read_bytes())
+    write_adapted(tmp_path, base, "classification", {"adapt": "lora"}, train={"max_steps": 4})
+    first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    weights = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+    with torch.no_grad():
+        weights.bert.embeddings.word_embeddings.weight.add_(1.0)
+    weights.save_pretrained(base)
+    again = start("train", "recipe.yaml", "save.keep=5", cwd=tmp_path, cache=cache)
+    assert again.wait() == 4, again.stderr
+    assert "another base model" in again.stderr
+
+
+def test_training_goes_on_from_an_adapter(tmp_path: Path, bases: dict[str, Path], cache: Path) -> None:
+    """The first loss of the second run is that of the adapter, which plain peft computes too."""
+    write_adapted(tmp_path, bases["llama"], "sft", {"adapt": "lora"}, run_dir="one", eval={"every": 8})
+    first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    more = {"adapt": {"adapter": str(tmp_path / "one/model")}}
+    changes: dict[str, Any] = {"run_dir": "two", "eval": {"every": 8, "at_start": True}}
+    write_adapted(tmp_path, bases["llama"], "sft", more, **changes)
+    second = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert second.wait() == 0, second.stderr
+    rows = {name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").open()] for name in ("one", "two")}
+    last = [row for row in rows["one"] if "eval/loss" in row][-1]
+    start_row = next(row for row in rows["two"] if "eval/loss" in row)
+    assert start_row["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-6)
+    assert train_rows(tmp_path / "two")[0]["loss"] < train_rows(tmp_path / "one")[0]["loss"]
