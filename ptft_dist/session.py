@@ -227,6 +227,8 @@ class Session:
         self.task = self._make_task()
         self.task.prepare_network(base)
         self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
+        if training and adapt.lora is not None and adapt.lora.init == "eva":
+            self._initialize_from_activations(adapt.lora.eva_rows)
         convert_trained(self.model, self.engine.trained_dtype)
         if self.section.compile:
             self.model.compile(dynamic=True)
@@ -239,6 +241,21 @@ class Session:
             self.engine.prepare_reading(self.model)
         self._place_teacher()
         run_probe(self.engine, self.task)
+
+    def _initialize_from_activations(self, count: int) -> None:
+        """Initialize the adapter from the first `count` training rows, the same on every rank."""
+        from ptft_dist.networks.adapt.adapters import initialize_from_activations
+        from ptft_dist.tasks.common.losses import network_inputs
+
+        if self.network.encoder_decoder:
+            raise RecipeError("model.adapt.lora.init: eva works for encoders and decoders only; use init: pissa")
+        store = self.prepared.train
+        keys = [(0, row) for row in range(min(count, len(store)))]
+        rows = [store.row(row) for _, row in keys]
+        inputs = network_inputs(self.task.collate(rows, keys).inputs)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
+        model: Any = self.model
+        initialize_from_activations(model, {**inputs, "tokens": torch.arange(inputs["input_ids"].shape[1]) < lengths})
 
     def _regularize(self) -> None:
         """Add the penalties on parameters, and what AdaLoRA does after each update."""

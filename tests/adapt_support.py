@@ -14,6 +14,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapt": {"lora": {"r": 4}}},
     "dora": {"adapt": {"lora": {"r": 4, "dora": True}}},
     "pissa": {"adapt": {"lora": {"r": 4, "init": "pissa"}}},
+    "eva": {"adapt": {"lora": {"r": 4, "init": "eva", "eva_rows": 16}}},
     "qlora": {"adapt": {"lora": {"r": 4}}, "quantize": {"type": "nf4", "storage_dtype": "fp32"}},
     "adalora": {"adapt": {"adalora": {"r": 4, "target_r": 2}}},
     "ia3": {"adapt": {"ia3": {}}},

@@ -106,6 +106,8 @@ class LoraSettings(Section):
                 f"init: {self.init!r} is not one of default, gaussian, pissa, pissa_niter_N, olora, orthogonal, eva"
             )
         only_with(self, ("eva_rows",), self.init == "eva", "init: eva")
+        if self.init == "eva" and self.eva_rows < 2 * max((self.r, *self.rank_pattern.values())):
+            raise ValueError(f"eva_rows: {self.eva_rows} is less than twice the rank, which the decomposition needs")
         if self.target_parameters and (self.dropout or self.dora or self.bias != "none"):
             raise ValueError("target_parameters work without dropout, dora and bias only; remove these keys")
         return self

@@ -76,6 +76,11 @@ def check_backend(section: ModelSection, kind: str) -> None:
             f"model.adapt: adalora reads and changes whole matrices after every update, and {kind} shards their state. "
             "Use DDP (--launch ddp), or lora"
         )
+    if section.adapt.lora is not None and section.adapt.lora.init == "eva" and kind == "zero3":
+        raise RecipeError(
+            "model.adapt.lora.init: eva runs the base before training, and zero3 has sharded it by then. Use ZeRO-2, "
+            "DDP or FSDP2, or init: pissa"
+        )
 
 
 def adapter_base(path: str | Path) -> tuple[str, str | None]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType, PromptEmbedding, PromptTuningInit, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftModel,
+    PeftType,
+    PromptEmbedding,
+    PromptTuningInit,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_lora_eva_weights,
+)
 from peft.config import PeftConfig
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
@@ -54,6 +62,36 @@ def add_adapter(
     if checkpointing:  # peft may have switched to the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
+
+
+def initialize_from_activations(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:
+    """Set the A matrices and the ranks of `init: eva` from the activations of some rows (Paischer et al. 2024).
+
+    inputs: inputs of the network [B, T], with `tokens`, which is false at padding.
+    """
+
+    def forward(network: PeftModel, given: dict[str, torch.Tensor]) -> Any:
+        return network(**{name: value for name, value in given.items() if name != "tokens"})
+
+    def of_tokens(layer_input: Any, places: torch.Tensor, _name: str) -> torch.Tensor:
+        x: torch.Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+        return x[places.T.unbind()] if x.dim() == 3 else x  # a pooler has one input for each row
+
+    training = model.training
+    initialize_lora_eva_weights(
+        model.eval(),
+        [inputs],
+        forward_fn=forward,
+        prepare_model_inputs_fn=lambda given, _config: given["tokens"].nonzero(),
+        prepare_layer_inputs_fn=of_tokens,
+        adapter_name=model.active_adapter,
+        gather_distributed_inputs=False,
+        show_progress_bar=False,
+    )
+    model.train(training)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.is_contiguous():  # a transposed matrix of the decomposition
+            parameter.data = parameter.data.contiguous()
 
 
 def load_adapter(
