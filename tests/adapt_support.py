@@ -34,5 +34,7 @@ def write_base(folder: Path, cache: Path, task: str) -> Path:
 
 def write_adapted(folder: Path, base: Path, task: str, model: dict[str, Any], **changes: Any) -> Path:
     """The tiny recipe of a task, which adapts `base`."""
+    if task == "span_corruption":
+        changes = {"span_corruption": {"sentinels": 100}, **changes}  # the default; they are in the base's tokenizer
     section = {"config": None, "path": str(base), **model}
     return write_tiny(folder, task, model=section, tokenizer={"train": None, "path": str(base)}, **changes)

@@ -12,8 +12,8 @@ import torch
 import transformers
 from adapt_support import write_adapted, write_base
 from peft.optimizers import create_loraplus_optimizer
-from support import start, train_rows
-from tiny import BERT, LLAMA, T5
+from support import eval_rows, start, train_rows
+from tiny import ALL, BERT, LLAMA, T5
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 import ptft_dist
@@ -337,6 +337,23 @@ def test_the_same_seed_gives_the_same_adapter_and_another_seed_another() -> None
     one, same, other = (parameters(adapted(llama(), "lora", **more)) for more in ({}, {}, {"seed": 1}))
     assert all(a.equal(b) for a, b in zip(one, same, strict=True))
     assert not all(a.equal(b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("task", sorted(ALL))
+def test_every_task_trains_an_adapter_and_evaluates_the_exported_one(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    base = write_base(tmp_path / "base", cache, task)
+    short: dict[str, Any] = {"train": {"max_steps": 2}, "save": {"every": None}, "eval": {"every": None}}
+    recipe = write_adapted(tmp_path, base, task, {"adapt": {"lora": {"r": 2}}}, **short)
+    run = start("train", recipe.name, cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    assert (tmp_path / "run/model/adapter_config.json").is_file()
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    metrics = ptft_dist.evaluate(str(recipe))
+    last = eval_rows(tmp_path / "run")[-1]
+    assert metrics["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
 
 
 # --- requests that cannot work ----------------------------------------------------------------------------------------

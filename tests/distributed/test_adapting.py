@@ -14,6 +14,7 @@ RUNS = {"ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3"),
 PROMISED = ("lora", "qlora", "bitfit", "prompt_tuning", "bottleneck", "adalora")
 CASES = [(method, name) for method in PROMISED for name in RUNS if method != "adalora" or name == "ddp"]
 CASES += [(method, "zero3") for method in ("dora", "pissa", "ia3", "last_layers")]
+CASES += [("eva", "ddp")]
 TRAIN: dict[str, Any] = {"train": {"max_steps": 6}, "save": {"every": 3}, "eval": {"every": 3}}
 
 

@@ -75,7 +75,7 @@ def initialize_from_activations(model: PeftModel, inputs: dict[str, torch.Tensor
 
     def of_tokens(layer_input: Any, places: torch.Tensor, _name: str) -> torch.Tensor:
         x: torch.Tensor = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
-        return x[places.T.unbind()] if x.dim() == 3 else x  # a pooler has one input for each row
+        return (x[places.T.unbind()] if x.dim() == 3 else x).contiguous()  # a pooler has one input for each row
 
     training = model.training
     initialize_lora_eva_weights(

@@ -58,7 +58,7 @@ class AdapterSetup:
     digests: Callable[..., Any] | None = None
 
 
-def peft_config(model: torch.nn.Module, adapt: AdaptSection, setup: AdapterSetup, fresh: Sequence[str]) -> PeftConfig:
+def peft_config(model: Any, adapt: AdaptSection, setup: AdapterSetup, fresh: Sequence[str]) -> PeftConfig:
     """The config of a new adapter.
 
     Args:
@@ -78,12 +78,19 @@ def peft_config(model: torch.nn.Module, adapt: AdaptSection, setup: AdapterSetup
         "peft": _any,
     }[adapt.method]
     try:
-        config = build(model, adapt.settings, setup)
+        config: Any = build(model, adapt.settings, setup)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
     config.task_type, config.base_model_name_or_path, config.revision = setup.task_type, setup.base, setup.revision
     _save_embeddings(model, config, adapt, setup)
-    if whole := whole_layers(fresh):
+    whole = whole_layers(fresh)
+    if getattr(config, "target_modules", None) == "all-linear":  # layers that are trained as a whole get no adapter
+        heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+        classifies = setup.task_type in ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+        config.exclude_modules = (
+            sorted({*(config.exclude_modules or ()), *whole, *(heads if classifies else ())}) or None
+        )
+    if whole:
         if not hasattr(config, "modules_to_save"):
             raise RecipeError(
                 f"model.adapt.{adapt.method}: it cannot train {', '.join(whole)}, which model.path has no weights for. "
