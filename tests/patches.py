@@ -433,3 +433,35 @@ def fork_local_runs() -> None:
             return self.process.exitcode
 
     local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
+
+
+def fork_launched_ranks() -> None:
+    """The ranks that `accelerate launch` would start are forked from this process, which has imported everything."""
+    import multiprocessing
+
+    from support import free_port, rank_variables
+
+    from ptft_dist.cli import main
+    from ptft_dist.launch import local
+
+    def run(words: list[str], variables: dict[str, str]) -> None:
+        os.environ.update(variables)
+        sys.argv = ["ptft", *words]
+        main()
+
+    class Forked:
+        def __init__(self, words: list[str], env: dict[str, str], **_: Any) -> None:
+            ranks, port = int(words[words.index("--num_processes") + 1]), free_port()
+            arguments = [word.replace("$$", "$") for word in words[words.index("ptft_dist") + 1 :]]
+            variables = [env | rank_variables(rank, ranks, port, "cpu") for rank in range(ranks)]
+            context = multiprocessing.get_context("fork")
+            self.processes = [context.Process(target=run, args=(arguments, each)) for each in variables]
+            for process in self.processes:
+                process.start()
+
+        def wait(self) -> int:
+            for process in self.processes:
+                process.join()
+            return max(process.exitcode or 0 for process in self.processes)
+
+    local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]

@@ -193,15 +193,12 @@ def test_a_fold_that_fails_ends_all_with_its_code(tmp_path: Path) -> None:
 
 
 def test_options_reach_every_fold(tmp_path: Path, cache: Path) -> None:
-    """Two processes of the stock launcher in each fold."""
+    """Two processes in each fold, as the words for the stock launcher say."""
     small = {"train": {"max_steps": 1}, "eval": {"every": None}, "save": {"every": None}}
     write_tiny(tmp_path, "classification", data=FOLDS | {"folds": 2}, **small)
-    ended = ptft(
-        *("train", "recipe.yaml", "--launch", "cpu", "--processes", "2", "--accept", "optim.lr"),
-        cwd=tmp_path,
-        env={"PTFT_CACHE": str(cache)},
-    )
-    assert ended.returncode == 0, ended.stderr
+    words = ("train", "recipe.yaml", "--launch", "cpu", "--processes", "2", "--accept", "optim.lr")
+    ended = start(*words, cwd=tmp_path, cache=cache, patches=["fork_local_runs", "fork_launched_ranks"])
+    assert ended.wait() == 0, ended.stderr
     assert ended.stderr.count("--num_processes 2") == 2
     assert ended.stderr.count("--accept optim.lr") == 2
     for fold in range(2):

@@ -30,7 +30,7 @@ TEXTS = [path.read_text() for path in sorted((ROOT / "ptft_dist").rglob("*.py"))
 @pytest.fixture(scope="module")
 def tokenizers() -> dict[str, PreTrainedTokenizerFast]:
     return {
-        algorithm: train_tokenizer(TokenizerTraining(algorithm=algorithm, vocab_size=600), TEXTS, ROLES)
+        algorithm: train_tokenizer(TokenizerTraining(algorithm=algorithm, vocab_size=600), TEXTS[:40], ROLES)
         for algorithm in ("bpe", "wordpiece", "unigram")
     }
 

@@ -105,11 +105,11 @@ def test_minilm_learns_to_classify(tmp_path: Path) -> None:
             "model": {"path": str(MINILM)},
             "tokenizer": {"path": str(MINILM)},
             "data": {
-                "train": [{"path": str(SST2 / "train.tsv"), "limit": 320}],
-                "validation": [{"path": str(SST2 / "dev.tsv"), "limit": 150}],
+                "train": [{"path": str(SST2 / "train.tsv"), "limit": 240}],
+                "validation": [{"path": str(SST2 / "dev.tsv"), "limit": 100}],
                 "max_length": 48,
             },
-            "batch": {"global_size": 16, "micro_size": 16},
+            "batch": {"global_size": 12, "micro_size": 12},
             "optim": {"lr": 3e-4, "schedule": "linear", "warmup": 3},
             "train": {"epochs": 1, "precision": "fp32"},
             "eval": {"every": 20},
@@ -117,7 +117,7 @@ def test_minilm_learns_to_classify(tmp_path: Path) -> None:
             "run_dir": "run",
         },
     )
-    rows = [line.split("\t") for line in (SST2 / "dev.tsv").read_text().splitlines()[1:151]]
+    rows = [line.split("\t") for line in (SST2 / "dev.tsv").read_text().splitlines()[1:101]]
     gold = [label for label, _ in rows]
     majority = max(gold.count(label) for label in set(gold)) / len(gold)
     (scored,) = eval_rows(run_dir)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from prepare_support import prepare, recipe, save_tokenizer, write_text
-from support import ptft
+from support import start
 from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
@@ -130,10 +130,14 @@ def test_a_store_of_an_earlier_version_is_used(tmp_path: Path) -> None:
         prepare(wanted, base)
 
 
-def test_the_command_says_it_once(tmp_path: Path) -> None:
+def test_the_command_says_it_once(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification")
     arguments = ("prepare", "recipe.yaml", "data.cache_dir=cache")
-    first, second = (ptft(*arguments, cwd=tmp_path).stdout for _ in range(2))
+    runs = []
+    for _ in range(2):
+        runs.append(start(*arguments, cwd=tmp_path, cache=cache))
+        assert runs[-1].wait() == 0, runs[-1].stderr
+    first, second = (run.stdout for run in runs)
     assert first.count("prepared") == second.count("prepared") == 1
     assert ("loaded from the cache" in first, "loaded from the cache" in second) == (False, True)
     assert first.splitlines()[:-1] == second.splitlines()[:-1]

@@ -57,12 +57,15 @@ def test_the_files_of_a_run(tmp_path: Path, documents: Path, cache: Path) -> Non
     assert [row["step"] for row in eval_rows(run_dir)] == [0, 4, 8]
     assert result["metrics"]["eval/loss"] == eval_rows(run_dir)[-1]["eval/loss"]
     assert (run_dir / "recipe.yaml").read_text() == (tmp_path / "recipe-run/recipe.yaml").read_text()
-    assert ptft("config", "check", str(run_dir / "resolved.yaml")).returncode == 0
+    checked = start("config", "check", str(run_dir / "resolved.yaml"), cwd=tmp_path, cache=cache)
+    assert checked.wait() == 0, checked.stderr
 
-    text = ptft("generate", str(run_dir), "--prompt", "abc", "--max-new-tokens", "4")
+    generate = ("generate", str(run_dir), "--prompt", "abc", "--max-new-tokens", "4")
+    text = ptft(*generate)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("abc")
-    again = ptft("generate", str(run_dir), "--prompt", "abc", "--max-new-tokens", "4")
+    again = start(*generate, cwd=tmp_path, cache=cache)
+    assert again.wait() == 0, again.stderr
     assert text.stdout == again.stdout
 
 
@@ -74,9 +77,11 @@ def test_gradient_checkpointing_and_workers_change_no_loss(tmp_path: Path, docum
 
 
 def test_a_compiled_network_has_the_same_losses_and_names(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """One layer: each kernel costs seconds of a C++ compiler."""
     short: dict[str, Any] = {"train": {"max_steps": 2}, "data": {"validation": None}, "eval": {"every": None}}
-    plain = run(tmp_path, documents, cache, "plain", **short)
-    compiled = run(tmp_path, documents, cache, "compiled", **short, model={"compile": True})
+    small = {"config": {"num_hidden_layers": 1}}
+    plain = run(tmp_path, documents, cache, "plain", **short, model=small)
+    compiled = run(tmp_path, documents, cache, "compiled", **short, model=small | {"compile": True})
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     names = set(load_file(compiled / "model/model.safetensors"))
     assert names == set(load_file(tmp_path / "plain/model/model.safetensors"))
@@ -239,4 +244,5 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, documents: Path
     assert (result["status"], result["exit_code"]) == ("failed", 5)
     assert "optim.lr" in result["error"]
     assert all(abs(loss) < float("inf") for loss in losses(run_dir))
-    assert ptft("checkpoints", str(run_dir)).returncode == 0
+    listed = start("checkpoints", str(run_dir), cwd=tmp_path, cache=cache)
+    assert listed.wait() == 0, listed.stderr

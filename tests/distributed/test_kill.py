@@ -24,7 +24,7 @@ def prepare_folder(folder: Path, documents: Path, ranks: int, **changes: Any) ->
         "batch": {"global_size": 12, "micro_size": 12 // ranks // 3},
         "train": {"max_steps": STEPS},
         "save": {"every": SAVE_EVERY},
-        "eval": {"every": EVAL_EVERY},
+        "eval": {"every": EVAL_EVERY, "micro_size": 12},
     }
     write_recipe(folder, documents, **recipe | changes)
 

@@ -43,16 +43,20 @@ def same_curves(run_dir: Path, reference: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: Path) -> Path:
-    """A recipe of 20 updates, and its run by one process without accumulation in `whole`."""
+    """A recipe of 12 updates, and its run by one process without accumulation in `whole`."""
     folder = tmp_path_factory.mktemp("split")
-    changes: dict[str, Any] = {"train": {"max_steps": 20}, "eval": {"every": 5}, "save": {"every": None}}
-    write_recipe(folder, documents, **changes, optim={"warmup": 5})
+    changes: dict[str, Any] = {
+        "train": {"max_steps": 12},
+        "eval": {"every": 4},
+        "save": {"every": None},
+    }
+    write_recipe(folder, documents, **changes, optim={"warmup": 3})
     one = start("train", "recipe.yaml", "run_dir=whole", "batch.micro_size=12", cwd=folder, cache=cache)
     assert one.wait() == 0, one.stderr
     first = train_rows(folder / "whole")
-    assert len(first) == 20
-    assert sum(row["grad_norm"] > 0.4 for row in first) > 10  # clipping does something
-    assert len({row["loss_tokens"] for row in first}) > 10  # and rows are ragged
+    assert len(first) == 12
+    assert sum(row["grad_norm"] > 0.4 for row in first) > 6  # clipping does something
+    assert len({row["loss_tokens"] for row in first}) > 6  # and rows are ragged
     return folder
 
 
@@ -65,20 +69,25 @@ def test_one_process_split_otherwise(folder: Path, cache: Path, batch: str) -> N
     same_curves(run_dir, folder / "whole")
 
 
-def test_two_processes(folder: Path, cache: Path) -> None:
-    run = start("train", "recipe.yaml", "run_dir=two", cwd=folder, cache=cache, ranks=2)
+def same_run_on_two(run_dir: Path, kind: str) -> None:
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert (environment["kind"], environment["world_size"]) == (KINDS[kind], 2)
+    same_curves(run_dir, run_dir.parent / "whole")
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cpu_zero1", "cpu_zero2"])
+def test_two_processes(folder: Path, cache: Path, kind: str) -> None:
+    run = start("train", "recipe.yaml", f"run_dir={kind}", cwd=folder, cache=cache, ranks=2, kind=kind)
     assert run.wait() == 0, run.stderr
-    same_curves(folder / "two", folder / "whole")
+    same_run_on_two(folder / kind, kind)
 
 
-@pytest.mark.parametrize("kind", ["cpu_zero1", "cpu_zero2", "cpu_zero3"])
-def test_two_processes_by_the_command_line(folder: Path, cache: Path, kind: str) -> None:
-    words = ["train", "recipe.yaml", f"run_dir={kind}", "--launch", kind, "--processes", "2"]
+def test_two_processes_by_the_command_line(folder: Path, cache: Path) -> None:
+    """With the shipped config of ZeRO stage 3, for which `start` has one of its own."""
+    words = ["train", "recipe.yaml", "run_dir=cpu_zero3", "--launch", "cpu_zero3", "--processes", "2"]
     run = ptft(*words, cwd=folder, env={"PTFT_CACHE": str(cache)})
     assert run.returncode == 0, run.stderr
-    environment = json.loads((folder / kind / "environment.json").read_text())
-    assert (environment["kind"], environment["world_size"]) == (KINDS[kind], 2)
-    same_curves(folder / kind, folder / "whole")
+    same_run_on_two(folder / "cpu_zero3", "cpu_zero3")
 
 
 # --- against a loop that knows nothing of batches ---------------------------------------------------------------------

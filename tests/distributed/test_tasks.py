@@ -12,6 +12,7 @@ from tiny import TINY, write_tiny
 
 from ptft_dist.tasks.registry import TASKS
 
+SHORT: dict[str, Any] = {"train": {"max_steps": 6}, "eval": {"every": 3, "micro_size": 6}, "save": {"every": 3}}
 RUNS = {"ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3")}
 
 
@@ -27,7 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
     def provide(task: str) -> Path:
         if task not in folders:
             folder = tmp_path_factory.mktemp(task)
-            write_tiny(folder, task)
+            write_tiny(folder, task, **SHORT)
             run = start("train", "recipe.yaml", "run_dir=whole", cwd=folder, cache=cache)
             assert run.wait() == 0, run.stderr
             folders[task] = folder
@@ -43,13 +44,13 @@ def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task:
     run = start("train", "recipe.yaml", f"run_dir={name}", cwd=folder, cache=cache, ranks=ranks, kind=kind)
     assert run.wait() == 0, run.stderr
     ours, theirs = train_rows(folder / name), train_rows(folder / "whole")
-    assert len(ours) == len(theirs) == 8
+    assert len(ours) == len(theirs) == 6
     for row, expected in zip(ours, theirs, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), row
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), row
         assert row["tokens"] == expected["tokens"]
     evaluations = [eval_rows(folder / each) for each in (name, "whole")]
-    assert [[row["step"] for row in each] for each in evaluations] == [[4, 8], [4, 8]]
+    assert [[row["step"] for row in each] for each in evaluations] == [[3, 6], [3, 6]]
     for row, expected in zip(*evaluations, strict=True):
         assert row.keys() == expected.keys()
         for key, value in expected.items():
@@ -59,11 +60,11 @@ def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task:
 @pytest.mark.parametrize("task", TINY)
 def test_killed_and_resumed_is_never_killed(tmp_path: Path, cache: Path, task: str) -> None:
     """With dropout, on two ranks: a run whose last checkpoint is lost ends with the same bits and the same log."""
-    write_tiny(tmp_path, task, dropout=0.1)
+    write_tiny(tmp_path, task, dropout=0.1, **SHORT)
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert first.wait() == 0, first.stderr
     expected = outcome(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000006")
     shutil.rmtree(tmp_path / "run/model")
     again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert again.wait() == 0, again.stderr
