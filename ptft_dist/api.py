@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import CheckpointError, PtftError
+from ptft_dist.errors import CheckpointError, PtftError, RecipeError
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
@@ -149,25 +149,48 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     raw: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+    use: str | None = None,
 ) -> str:
     """Generate text with a trained model: continue a text, answer a message, or rewrite a source.
 
     Args:
-        model_dir: a model directory, or the directory of a finished run.
+        model_dir: the directory of a finished run, a model directory, or an adapter directory.
         temperature: 0 decodes greedily.
         top_p: nucleus sampling (Holtzman et al. 2020).
         seed: the same seed gives the same text.
         raw: continue the prompt itself, without the chat template or the prefix of a seq2seq model.
+        adapters: name -> adapter directory, or run with one. All have the same base: that of the adapter in model_dir,
+            which is called `default`, or model_dir itself.
+        use: the name of the adapter that is active. Default: the last one.
 
     Raises:
         CheckpointError: there is no model, or it cannot generate text.
-        RecipeError: the prompt has no token.
+        RecipeError: the prompt has no token, or an adapter or its base cannot be loaded.
     """
-    given = Path(model_dir)
-    model = given / "model" if (given / "model").is_dir() else given
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
+    if use is not None and not adapters:
+        raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
+    model, named = _model_of(model_dir), {name: _model_of(path) for name, path in (adapters or {}).items()}
 
     from ptft_dist.generation import generate as run
 
-    return run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw)
+    return run(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        raw=raw,
+        adapters=named,
+        use=use,
+    )
+
+
+def _model_of(path: str | Path) -> Path:
+    """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
+    given = Path(path)
+    model = given / "model" if (given / "model").is_dir() else given
+    if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
+    return model

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     },
     "run": {"checkpoint", "config", "engine", "errors", "launch", "networks", "reporting", "session", "training"},
     "api": {"checkpoint", "config", "data", "errors", "generation", "launch", "reporting", "run", "tasks"},
-    "generation": {"data", "errors"},
+    "generation": {"data", "errors", "networks"},
     "runs": {"api", "config", "errors", "reporting"},
     "cli": None,
     "__main__": {"cli"},
