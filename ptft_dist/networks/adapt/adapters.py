@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import (
@@ -120,7 +120,7 @@ def load_adapter(
             model, path, adapter_name=name, is_trainable=trained and not prompt, config=config
         )
         if trained and prompt:
-            adapted.prompt_encoder[name].embedding.weight.requires_grad_(True)
+            adapted.get_parameter(f"prompt_encoder.{name}.embedding.weight").requires_grad_(True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
@@ -184,11 +184,23 @@ def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder:
         state = _relative_to_base(model, config, state)
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    keys = json.dumps(task_keys(model.get_base_model()), indent=2, sort_keys=True, ensure_ascii=False)
+    _sort_names(folder / "adapter_config.json")
+    keys = json.dumps(
+        task_keys(cast(PreTrainedModel, model.get_base_model())), indent=2, sort_keys=True, ensure_ascii=False
+    )
     (folder / TASK_CONFIG).write_text(f"{keys}\n", encoding="utf-8")
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
     )
+
+
+def _sort_names(file: Path) -> None:
+    """Sort the lists that peft writes from sets, whose order is another in every process."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def changes_base(config: PeftConfig) -> bool:

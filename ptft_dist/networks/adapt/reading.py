@@ -1,7 +1,7 @@
 """Loads adapter directories for reading: the base, with embeddings for all tokens, and one or several adapters on it.
 
-A directory that ptft has written also contains TASK_CONFIG: the keys of the network's config that its task has set. peft
-stores no such keys, and needs none. (A config.json in this place would make transformers take the adapter for a model.)
+A directory that ptft has written also contains TASK_CONFIG: the keys of the network's config that its task has set.
+peft stores no such keys. With a config.json, transformers would take the directory for a complete model.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ class AdapterFiles:
             raise RecipeError(f"{self.path}: transformers has no class {name!r} for its base. Load it in Python")
         return getattr(transformers, name)
 
-    def load_base(self, tokens: int, dtype: torch.dtype | str) -> PreTrainedModel:
-        """The base in evaluation mode, with at least `tokens` embeddings. Raises RecipeError if it cannot be loaded."""
+    def load_base(self, dtype: torch.dtype | str) -> PreTrainedModel:
+        """The base in evaluation mode, with the labels of the adapter. Raises RecipeError if it cannot be loaded."""
         config = self.base_config()
         labels = {key: self.keys[key] for key in _LABELS if key in self.keys}
         if "id2label" in labels:
@@ -100,7 +100,8 @@ class AdapterFiles:
         if self.quantize is not None:
             from ptft_dist.networks.adapt.quantized import quantization_config
 
-            options["quantization_config"] = quantization_config(self.quantize, "fp32", list(self.whole))
+            exact = self.quantize.model_copy(update={"compute_dtype": "fp32"} if self.quantize.type == "nf4" else {})
+            options["quantization_config"] = quantization_config(exact, "fp32", list(self.whole))
         torch.manual_seed(0)
         try:
             model: PreTrainedModel = self.auto_class.from_pretrained(
@@ -118,12 +119,13 @@ class AdapterFiles:
             from ptft_dist.networks.adapt.quantized import keep_layout
 
             keep_layout(model)
-        if model.config.get_text_config().vocab_size < tokens:
-            model.resize_token_embeddings(tokens, mean_resizing=False)
+        return model.eval()
+
+    def set_task_keys(self, model: PreTrainedModel) -> None:
+        """Set the ids and other keys of the task in the config of a base that has embeddings for all tokens."""
         model.config.update({key: self.keys[key] for key in _OTHER_KEYS if key in self.keys})
         if "eos_token_id" in self.keys and model.generation_config is not None:
             model.generation_config.eos_token_id = self.keys["eos_token_id"]
-        return model.eval()
 
     def _no_base(self, reason: str) -> str:
         if Path(self.base).is_absolute() and not Path(self.base).is_dir():
@@ -156,8 +158,12 @@ def read_adapter(path: Path, *, check_base: bool = True) -> AdapterFiles:
     return files
 
 
-def load_adapters(adapters: Mapping[str, AdapterFiles], use: str, dtype: torch.dtype | str) -> PeftModel:
+def load_adapters(
+    adapters: Mapping[str, AdapterFiles], use: str, dtype: torch.dtype | str, base: PreTrainedModel | None = None
+) -> PeftModel:
     """One base with adapters by name; `use` is active. In evaluation mode, on the CPU.
+
+    base: the base, if it is already loaded.
 
     Raises:
         RecipeError: the adapters have different bases, or one does not fit.
@@ -173,7 +179,11 @@ def load_adapters(adapters: Mapping[str, AdapterFiles], use: str, dtype: torch.d
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         raise RecipeError(f"adapters need different numbers of token embeddings ({counts}). Load them one by one")
-    model: Any = chosen.load_base(sizes[use], dtype)
+    model: Any = chosen.load_base(dtype) if base is None else base
+    if model.config.get_text_config().vocab_size < sizes[use]:
+        torch.manual_seed(0)
+        model.resize_token_embeddings(sizes[use], mean_resizing=False)
+    chosen.set_task_keys(model)
     for name, files in adapters.items():
         files.config.inference_mode = True
         try:
