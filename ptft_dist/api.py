@@ -187,6 +187,76 @@ def generate(
     )
 
 
+@_hiding_secrets
+def merge(run: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """Fold an adapter into its base, and write a plain model directory with the tokenizer.
+
+    The logits of the merged model are compared with those of base and adapter on a few token rows.
+
+    Args:
+        run: the directory of a finished run, or an adapter directory. If the run has quantized its base, the quantized
+            base is dequantized and merged. An adapter directory does not say this, so the base itself is merged.
+        out: the target; must not exist, or be empty.
+        dtype: fp32, bf16 or fp16. Default: bf16 if the run has quantized its base, otherwise that of the base.
+
+    Raises:
+        RecipeError: the adapter cannot be merged, its base is missing, the logits differ, or `out` is not empty.
+        CheckpointError: there is no adapter, or the base has changed since the training.
+    """
+    _check_dtype(dtype)
+    from ptft_dist.merging import merge_run
+    from ptft_dist.reporting.messages import messages
+
+    with messages(0):
+        return merge_run(Path(run), Path(out).absolute(), dtype=dtype)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise RecipeError(f"dtype: expected fp32, bf16 or fp16, got {dtype!r}")
+
+
+@_hiding_secrets
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    license_id: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> Path:
+    """Export the weights of a checkpoint as a model directory, or as an adapter directory if the run trains an adapter.
+
+    The directory also has the tokenizer and a model card (README.md). Needs the run directory, and the base of a
+    pretrained network, but no data.
+
+    Args:
+        run: a run directory.
+        out: the target; must not exist, or be empty.
+        step: the update of the checkpoint. Default: the newest one.
+        license_id: an identifier of the Hub for the model card, such as apache-2.0.
+        push: upload the directory to this repository of the Hub, with the token in HF_TOKEN or of `hf auth login`.
+        private: the repository is private, if it is created.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or the base has changed.
+        RecipeError: the base is missing, or `out` is not empty.
+        PtftError: the upload failed.
+    """
+    if private and push is None:
+        raise RecipeError("private: applies to a repository of the Hub. Name it with `push`")
+    from ptft_dist.exporting import export_run
+    from ptft_dist.exporting import push as upload
+    from ptft_dist.reporting.messages import messages
+
+    with messages(0):
+        folder = export_run(Path(run), Path(out).absolute(), step=step, license_id=license_id)
+        if push is not None:
+            upload(folder, push, private=private)
+    return folder
+
+
 def _model_of(path: str | Path) -> Path:
     """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
     given = Path(path)

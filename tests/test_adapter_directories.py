@@ -1,4 +1,4 @@
-"""Adapter directories: those of ptft are loaded by plain peft, and those of peft by ptft; text is generated with both."""
+"""Adapter directories: plain peft loads those of ptft, ptft loads those of peft, and both generate the same text."""
 
 from __future__ import annotations
 
