@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -172,6 +173,7 @@ def generate(
         raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
     model, named = _model_of(model_dir), {name: _model_of(path) for name, path in (adapters or {}).items()}
 
+    _quiet_imports()
     from ptft_dist.generation import generate as run
 
     return run(
@@ -204,11 +206,17 @@ def merge(run: str | Path, out: str | Path, *, dtype: str | None = None) -> Path
         CheckpointError: there is no adapter, or the base has changed since the training.
     """
     _check_dtype(dtype)
+    _quiet_imports()
     from ptft_dist.merging import merge_run
     from ptft_dist.reporting.messages import messages
 
     with messages(0):
         return merge_run(Path(run), Path(out).absolute(), dtype=dtype)
+
+
+def _quiet_imports() -> None:
+    """Hide warnings about kernels that are missing on a CPU, which bitsandbytes logs when it is imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _check_dtype(dtype: str | None) -> None:
@@ -246,6 +254,7 @@ def export(
     """
     if private and push is None:
         raise RecipeError("private: applies to a repository of the Hub. Name it with `push`")
+    _quiet_imports()
     from ptft_dist.exporting import export_run
     from ptft_dist.exporting import push as upload
     from ptft_dist.reporting.messages import messages

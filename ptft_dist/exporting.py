@@ -18,6 +18,7 @@ from ptft_dist.engine import SavedState
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
 from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.export import Export, export, require_free
+from ptft_dist.networks.frozen import read_digests
 from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.run import libraries_restored
@@ -48,6 +49,10 @@ class SavedRun(Session):
 
     def _make_task(self) -> Any:
         return self.task_class(self.setup, self.network, self.engine.device)
+
+    @property
+    def _digests(self) -> Any:
+        return read_digests  # the cache of the run may be on another machine
 
     def load(self) -> SavedState:
         """Build the network and load the weights of the checkpoint.

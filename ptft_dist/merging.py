@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints, read_checkpoint
-from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.errors import CheckpointError, RecipeError
 from ptft_dist.exporting import load_run
 from ptft_dist.networks.adapt import is_adapter
@@ -17,7 +16,7 @@ from ptft_dist.networks.adapt.merging import check_mergeable, merge
 from ptft_dist.networks.adapt.quantized import heads
 from ptft_dist.networks.adapt.reading import AdapterFiles, read_adapter
 from ptft_dist.networks.export import require_free
-from ptft_dist.networks.frozen import files_identity
+from ptft_dist.networks.frozen import files_identity, read_digests
 from ptft_dist.networks.load import DTYPES
 from ptft_dist.networks.preview import preview_network
 from ptft_dist.reporting.messages import say
@@ -72,8 +71,7 @@ def _adapter_of(run: Path) -> AdapterFiles:
     section = loaded.recipe.model.model_copy(update={"path": files.base, "revision": files.revision})
     paths = Checkpoints(run / "checkpoints").paths()
     saved = read_checkpoint(paths[-1]).manifest.get("base") if paths else None
-    memo = HashMemo(cache_root(loaded.recipe.data.cache_dir, loaded.base) / "hashes.json")
-    if saved is not None and files_identity(section, memo.digests) != saved:
+    if saved is not None and files_identity(section, read_digests) != saved:
         raise CheckpointError(
             f"{files.base} has changed since {run} was trained on it. Restore its files, or merge {run / 'model'}, for "
             "which this is not checked"

@@ -19,6 +19,7 @@ from ptft_dist.config.recipe import ModelSection, TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.engine.parameters import stored_tensors
 from ptft_dist.errors import CheckpointError, RecipeError
+from ptft_dist.generation import source_prefix
 from ptft_dist.networks.adapt import adapt_network, bottleneck, reading_section
 from ptft_dist.networks.adapt.adapters import load_adapter, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
@@ -212,6 +213,21 @@ def test_a_missing_base(base: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=f"its base {gone} does not exist"):
         api.generate(folder, PROMPT)
     assert api.generate(base, PROMPT, adapters={"a": folder}, max_new_tokens=4, temperature=0) == expected
+
+
+def test_what_the_task_has_set_in_the_network(base: Path, tmp_path: Path) -> None:
+    """The end token of a chat, the prefix of sources, labels and padding, which are in no file of peft."""
+    model, tokenizer = adapted(base, "lora", added=1)
+    network = model.get_base_model()
+    network.generation_config.eos_token_id = [5, 6]
+    network.config.update({"pad_token_id": len(tokenizer) - 1, "task_specific_params": {"ptft": {"prefix": "sort: "}}})
+    network.config.id2label = {0: "animal", 1: "thing", 2: "none"}
+    export(model, tokenizer, tmp_path)
+    read = load_adapters({"a": read_adapter(tmp_path)}, "a", torch.float32).get_base_model()
+    assert read.generation_config.eos_token_id == [5, 6]
+    assert (read.config.pad_token_id, read.config.num_labels) == (len(tokenizer) - 1, 3)
+    assert read.config.id2label[2] == "none"
+    assert source_prefix(read.config) == "sort: "
 
 
 def test_the_section_for_reading_an_adapter(base: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ MAY_IMPORT = {
         "session",
         "tasks",
     },
-    "merging": {"checkpoint", "data", "errors", "exporting", "networks", "reporting", "run"},
+    "merging": {"checkpoint", "errors", "exporting", "networks", "reporting", "run"},
     "runs": {"api", "config", "errors", "reporting"},
     "cli": None,
     "__main__": {"cli"},

@@ -73,7 +73,7 @@ def test_a_merged_model_that_differs_is_not_left(base: Path, tmp_path: Path, mon
         write(content, {**state, name: state[name] * 1.001}, target)
 
     monkeypatch.setattr(merging, "write_model", wrong)
-    with pytest.raises(RecipeError, match=r"logits by .* of the largest logit; the tolerance for fp32 is 1.0e-05"):
+    with pytest.raises(RecipeError, match=r"logits by .* of the largest logit; the tolerance for fp32 is 1.4e-05"):
         api.merge(folder, tmp_path / "merged")
     assert {path.name for path in tmp_path.iterdir()} == {"adapter"}
 

@@ -62,8 +62,12 @@ def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, lice
 def metrics_at(run_dir: Path, step: int) -> dict[str, float]:
     """The metrics of the evaluation after this update, by name; empty if there was none."""
     file = run_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    for row in reversed(rows):
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that a full disk has cut
+            continue
         if row.get("step") == step and any(key.startswith("eval/") for key in row):
             return {key: row[key] for key in row if key.startswith("eval/") and key not in TIMING_KEYS}
     return {}
