@@ -66,7 +66,13 @@ class SavedRun(Session):
             raise CheckpointError(
                 f"{self.section.path} has changed since {self.run_dir} was trained on it. Restore the files of the base"
             )
-        self._build()
+        lora = self.section.adapt.lora
+        if lora is not None and lora.init == "eva":
+            raise RecipeError(
+                f"{self.run_dir}: init: eva computes the ranks from training rows, so a checkpoint cannot be exported "
+                "without them. Resume the run to its end; it then writes the adapter to its model directory"
+            )
+        self._build(training=False)
         kind, precision = self.checkpoint.entry("kind", str), self.recipe.train.precision
         state.load(self.model, self.checkpoint.path, kind, precision)
         return state

@@ -223,7 +223,7 @@ class Session:
         recipe = self.recipe
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
         self.agree_on_data()
-        self._build()
+        self._build(training=training)
         if self.section.compile:
             self.model.compile(dynamic=True)
         if training:
@@ -236,7 +236,7 @@ class Session:
         self._place_teacher()
         run_probe(self.engine, self.task)
 
-    def _build(self) -> None:
+    def _build(self, *, training: bool) -> None:
         """Build network and task, and adapt the network. Raises RecipeError."""
         recipe = self.recipe
         with self.engine.building(pretrained=self.section.path is not None):
