@@ -244,7 +244,7 @@ def test_a_run_with_an_adapter_generates_and_is_merged(tmp_path: Path, cache: Pa
 
 def test_ranks_from_data_are_refused(tmp_path: Path, cache: Path, bases: Any) -> None:
     model = {"adapt": {"lora": {"r": 4, "init": "eva", "eva_rows": 12}}}
-    write_adapted(tmp_path, bases("classification"), "classification", model, **SHORT)
+    write_adapted(tmp_path, bases("clm"), "clm", model, **SHORT)
     run = train(tmp_path, cache)
     with pytest.raises(RecipeError, match="init: eva computes the ranks from training rows"):
         api.export(run, tmp_path / "out")
