@@ -11,11 +11,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptft_dist.api import checkpoints, evaluate, generate, load_recipe, prepare, train
+    from ptft_dist.api import checkpoints, evaluate, export, generate, load_recipe, merge, prepare, train
     from ptft_dist.run import Result
 
 __version__ = "0.1.0"
-__all__ = ["Result", "__version__", "checkpoints", "evaluate", "generate", "load_recipe", "prepare", "train"]
+__all__ = [
+    "Result",
+    "__version__",
+    "checkpoints",
+    "evaluate",
+    "export",
+    "generate",
+    "load_recipe",
+    "merge",
+    "prepare",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import CheckpointError, PtftError
+from ptft_dist.errors import CheckpointError, PtftError, RecipeError
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
@@ -149,25 +150,126 @@ def generate(
     top_p: float = 0.95,
     seed: int = 0,
     raw: bool = False,
+    adapters: Mapping[str, str | Path] | None = None,
+    use: str | None = None,
 ) -> str:
     """Generate text with a trained model: continue a text, answer a message, or rewrite a source.
 
     Args:
-        model_dir: a model directory, or the directory of a finished run.
+        model_dir: the directory of a finished run, a model directory, or an adapter directory.
         temperature: 0 decodes greedily.
         top_p: nucleus sampling (Holtzman et al. 2020).
         seed: the same seed gives the same text.
         raw: continue the prompt itself, without the chat template or the prefix of a seq2seq model.
+        adapters: name -> adapter directory, or run with one. All have the same base: that of the adapter in model_dir,
+            which is called `default`, or model_dir itself.
+        use: the name of the adapter that is active. Default: the last one.
 
     Raises:
         CheckpointError: there is no model, or it cannot generate text.
-        RecipeError: the prompt has no token.
+        RecipeError: the prompt has no token, or an adapter or its base cannot be loaded.
     """
-    given = Path(model_dir)
-    model = given / "model" if (given / "model").is_dir() else given
-    if not (model / "config.json").is_file():
-        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
+    if use is not None and not adapters:
+        raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
+    model, named = _model_of(model_dir), {name: _model_of(path) for name, path in (adapters or {}).items()}
 
+    _quiet_imports()
     from ptft_dist.generation import generate as run
 
-    return run(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw)
+    return run(
+        model,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        raw=raw,
+        adapters=named,
+        use=use,
+    )
+
+
+@_hiding_secrets
+def merge(run: str | Path, out: str | Path, *, dtype: str | None = None) -> Path:
+    """Fold an adapter into its base, and write a plain model directory with the tokenizer.
+
+    The logits of the merged model are compared with those of base and adapter on a few token rows.
+
+    Args:
+        run: the directory of a finished run, or an adapter directory. If the run has quantized its base, the quantized
+            base is dequantized and merged. An adapter directory does not say this, so the base itself is merged.
+        out: the target; must not exist, or be empty.
+        dtype: fp32, bf16 or fp16. Default: bf16 if the run has quantized its base, otherwise that of the base.
+
+    Raises:
+        RecipeError: the adapter cannot be merged, its base is missing, the logits differ, or `out` is not empty.
+        CheckpointError: there is no adapter, or the base has changed since the training.
+    """
+    _check_dtype(dtype)
+    _quiet_imports()
+    from ptft_dist.merging import merge_run
+    from ptft_dist.reporting.messages import messages
+
+    with messages(0):
+        return merge_run(Path(run), Path(out).absolute(), dtype=dtype)
+
+
+def _quiet_imports() -> None:
+    """Hide warnings about kernels that are missing on a CPU, which bitsandbytes logs when it is imported."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def _check_dtype(dtype: str | None) -> None:
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise RecipeError(f"dtype: expected fp32, bf16 or fp16, got {dtype!r}")
+
+
+@_hiding_secrets
+def export(
+    run: str | Path,
+    out: str | Path,
+    *,
+    step: int | None = None,
+    license_id: str | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> Path:
+    """Export the weights of a checkpoint as a model directory, or as an adapter directory if the run trains an adapter.
+
+    The directory also has the tokenizer and a model card (README.md). Needs the run directory, and the base of a
+    pretrained network, but no data.
+
+    Args:
+        run: a run directory.
+        out: the target; must not exist, or be empty.
+        step: the update of the checkpoint. Default: the newest one.
+        license_id: an identifier of the Hub for the model card, such as apache-2.0.
+        push: upload the directory to this repository of the Hub, with the token in HF_TOKEN or of `hf auth login`.
+        private: the repository is private, if it is created.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or the base has changed.
+        RecipeError: the base is missing, or `out` is not empty.
+        PtftError: the upload failed.
+    """
+    if private and push is None:
+        raise RecipeError("private: applies to a repository of the Hub. Name it with `push`")
+    _quiet_imports()
+    from ptft_dist.exporting import export_run
+    from ptft_dist.exporting import push as upload
+    from ptft_dist.reporting.messages import messages
+
+    with messages(0):
+        folder = export_run(Path(run), Path(out).absolute(), step=step, license_id=license_id)
+        if push is not None:
+            upload(folder, push, private=private)
+    return folder
+
+
+def _model_of(path: str | Path) -> Path:
+    """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
+    given = Path(path)
+    model = given / "model" if (given / "model").is_dir() else given
+    if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
+    return model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,21 +16,30 @@ from transformers.utils import logging
 
 from ptft_dist.data.tokenizer import added_around
 from ptft_dist.errors import CheckpointError, RecipeError
+from ptft_dist.networks.adapt import is_adapter
 
 _CAUSAL, _SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditionalGeneration": _SEQ2SEQ}
 
 
 def generate(
-    model_dir: Path, prompt: str, *, max_new_tokens: int, temperature: float, top_p: float, seed: int, raw: bool
+    model_dir: Path,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    raw: bool,
+    adapters: Mapping[str, Path] | None = None,
+    use: str | None = None,
 ) -> str:
     """Generate one text; see `api.generate`."""
-    auto_class = _auto_class(model_dir)
-    source = auto_class == _SEQ2SEQ
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with _libraries_restored():
-        tokenizer = AutoTokenizer.from_pretrained(model_dir)
-        model = getattr(transformers, auto_class).from_pretrained(model_dir).eval().to(device)
+        model, tokenizer = _load(model_dir, adapters or {}, use)
+        source = bool(model.config.is_encoder_decoder)
+        model.to(device)
         torch.manual_seed(seed)
         chat = bool(tokenizer.chat_template) and not raw and not source
         prefix = source_prefix(model.config) if source and not raw else ""
@@ -41,9 +50,43 @@ def generate(
         if temperature:
             sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
         pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        output = model.generate(ids, max_new_tokens=max_new_tokens, pad_token_id=pad_id, **sampling)
+        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
+        if hasattr(model, "peft_config"):
+            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+        else:
+            output = model.generate(ids, **options)
     begin = ids.shape[1] if chat else 0  # an answer is returned without the question
     return str(tokenizer.decode(output[0][begin:], skip_special_tokens=True)).strip()
+
+
+def _load(model_dir: Path, adapters: Mapping[str, Path], use: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The network with its active adapter, if any, in evaluation mode, and the tokenizer.
+
+    Raises:
+        CheckpointError: there is no model that generates text.
+        RecipeError: an adapter or its base cannot be loaded.
+    """
+    own = {"default": model_dir} if is_adapter(model_dir) else {}
+    if not own and not adapters:
+        auto_class = _auto_class(model_dir)
+        tokenizer = AutoTokenizer.from_pretrained(model_dir)
+        return getattr(transformers, auto_class).from_pretrained(model_dir).eval(), tokenizer
+    from ptft_dist.networks.adapt.reading import load_adapters, on_base, read_adapter
+
+    if twice := own.keys() & adapters.keys():
+        raise RecipeError(
+            f"adapter {', '.join(twice)}: this is the name of the adapter in {model_dir}. Use another name"
+        )
+    files = {name: read_adapter(path, check_base=bool(own)) for name, path in {**own, **adapters}.items()}
+    if not own:
+        files = {name: on_base(each, model_dir) for name, each in files.items()}
+    chosen = next(reversed(files)) if use is None else use
+    if chosen not in files:
+        raise RecipeError(f"there is no adapter {use}. Adapters: {', '.join(files)}")
+    network, file = files[chosen].auto_class.__name__, files[chosen]
+    _check_generates(network, file.base_config().model_type, file.path)
+    model = load_adapters(files, chosen, "auto")
+    return model, file.tokenizer
 
 
 def source_prefix(config: PretrainedConfig) -> str:
@@ -77,10 +120,17 @@ def _auto_class(model_dir: Path) -> str:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model_dir / 'config.json'} cannot be read: {error}. Export the model again.") from None
     architecture = str((config.get("architectures") or [""])[0])
-    name = next((auto for ending, auto in _AUTO_CLASSES.items() if architecture.endswith(ending)), None)
-    if name is None or architecture.startswith("XLNet"):  # XLNet's LMHeadModel is trained on permuted texts
+    return _check_generates(architecture, str(config.get("model_type")), model_dir)
+
+
+def _check_generates(architecture: str, model_type: str, path: Path) -> str:
+    """The auto class of an architecture, or the auto class itself. Raises CheckpointError if it generates no text."""
+    classes = {**_AUTO_CLASSES, _CAUSAL: _CAUSAL, _SEQ2SEQ: _SEQ2SEQ}
+    name = next((auto for ending, auto in classes.items() if architecture.endswith(ending)), None)
+    # XLNet's LMHeadModel is trained on permuted texts.
+    if name is None or architecture.startswith("XLNet") or model_type == "xlnet":
         raise CheckpointError(
-            f"{model_dir}: {architecture or 'a network of unknown architecture'} cannot generate text. Give a causal "
+            f"{path}: {architecture or 'a network of unknown architecture'} cannot generate text. Give a causal "
             "or sequence-to-sequence model."
         )
     return name

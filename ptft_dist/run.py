@@ -29,12 +29,14 @@ from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
+from ptft_dist.reporting.model_card import model_card
 from ptft_dist.reporting.run_files import (
     FailureReport,
     keep_tokenizer,
     kept_tokenizer,
     lock_run_dir,
     make_run_dir,
+    save_tokenizer,
     write_result,
     write_start,
 )
@@ -159,6 +161,8 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     write_start(run_dir, session.loaded, session.prepared.report.to_dict(), environment)
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
+    else:
+        save_tokenizer(session.tokenizer, run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
     trainer.samples = session.samples(progress.evaluated_step)
     if checkpoint is not None:
@@ -189,7 +193,7 @@ def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_step
 
 def _export(session: Session, trainer: Trainer, target: Path) -> None:
     """Export the last weights; with `save.export: best` those of the best checkpoint, if there is one."""
-    best, engine = trainer.progress.best_checkpoint, session.engine
+    best, engine, step = trainer.progress.best_checkpoint, session.engine, trainer.progress.step
     if session.recipe.save.export == "best" and best is None and engine.is_main:
         warn("save.export: best: no checkpoint of this run has the best weights; the last weights are exported")
     if session.recipe.save.export == "best" and best is not None and best.step != trainer.progress.step:
@@ -199,11 +203,15 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
             if problems := verify(checkpoint, engine):
                 raise CheckpointError("; ".join(problems))
             engine.load_state(checkpoint.path)
+            step = best.step
         except CheckpointError as error:
             trainer.progress.best_checkpoint = None
             if engine.is_main:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
-    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype), target)
+    card = None
+    if engine.is_main:
+        card = model_card(session.loaded, target.parent, step, task_type=session.task_class.auto_class.__name__)
+    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype, card), target)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:

@@ -7,7 +7,7 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -90,19 +90,26 @@ class Session:
             tokenizer_from=tokenizer_from if tokenizer_from is not None and tokenizer_from.is_dir() else None,
         )
         say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
-        self.tokenizer = load_tokenizer(
-            self.prepared.tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code
-        )
-        self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
-        self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup.of(recipe, self.tokenizer, self.prepared.survey)
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
+        self._describe_network(self.prepared.tokenizer_path, self.prepared.survey)
         if (settings := recipe.distillation) is not None:
             self.teacher = frozen_source(
                 "distillation.teacher", settings.teacher, settings.revision, recipe.model, loaded.base
             )
             self.teacher_order = teacher_order(self.setup, self.teacher)
+
+    def _describe_network(self, tokenizer_path: Path, survey: Mapping[str, Any]) -> None:
+        """Read the tokenizer, and compute and check the network's config.
+
+        survey: properties of the training rows, from the encoder.
+        """
+        loaded, recipe = self.loaded, self.recipe
+        self.tokenizer_path = tokenizer_path
+        self.tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
+        self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
+        self.task_class = task_class(recipe.task)
+        self.setup = TaskSetup.of(recipe, self.tokenizer, survey)
         self.config = build_config(
             self.section,
             self.tokenizer,
@@ -140,9 +147,9 @@ class Session:
             task_type=TASK_TYPES.get(self.task_class.auto_class.__name__),
             base=section.path,
             revision=section.revision,
-            total_steps=self.plan.total_steps,
+            total_steps=self.total_steps,
             new_tokens=tuple(sorted({*added, *beyond})),
-            tokenizer_path=str(self.prepared.tokenizer_path),
+            tokenizer_path=str(self.tokenizer_path),
             seed=recipe.train.seed,
         )
 
@@ -163,6 +170,11 @@ class Session:
     def base_identity(self) -> str | None:
         """A hash of the files of the pretrained network; None for a network with random weights."""
         return None if self.section.path is None else files_identity(self.section, self._digests)
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer updates of the run."""
+        return self.plan.total_steps
 
     @cached_property
     def plan(self) -> Plan:
@@ -211,6 +223,22 @@ class Session:
         recipe = self.recipe
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
         self.agree_on_data()
+        self._build(training=training)
+        if self.section.compile:
+            self.model.compile(dynamic=True)
+        if training:
+            self.engine.prepare(
+                self.model, recipe.optim, say, lr_scales(self.model, self.section, recipe.optim, self.network)
+            )
+            self._regularize()
+        else:
+            self.engine.prepare_reading(self.model)
+        self._place_teacher()
+        run_probe(self.engine, self.task)
+
+    def _build(self, *, training: bool) -> None:
+        """Build network and task, and adapt the network. Raises RecipeError."""
+        recipe = self.recipe
         with self.engine.building(pretrained=self.section.path is not None):
             base, fresh = build_network(
                 self.section,
@@ -230,17 +258,6 @@ class Session:
         if training and adapt.lora is not None and adapt.lora.init == "eva":
             self._initialize_from_activations(adapt.lora.eva_rows)
         convert_trained(self.model, self.engine.trained_dtype)
-        if self.section.compile:
-            self.model.compile(dynamic=True)
-        if training:
-            self.engine.prepare(
-                self.model, recipe.optim, say, lr_scales(self.model, self.section, recipe.optim, self.network)
-            )
-            self._regularize()
-        else:
-            self.engine.prepare_reading(self.model)
-        self._place_teacher()
-        run_probe(self.engine, self.task)
 
     def _initialize_from_activations(self, count: int) -> None:
         """Initialize the adapter from the first `count` training rows, the same on every rank."""

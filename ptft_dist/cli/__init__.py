@@ -25,6 +25,8 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
     ("generate", "ptft_dist.cli.generate", "generate"),
+    ("merge", "ptft_dist.cli.merge", "merge"),
+    ("export", "ptft_dist.cli.export", "export"),
 )
 
 # Rich markup is slow to import and wraps lines. Typer's tracebacks print local variables, which may contain secrets.

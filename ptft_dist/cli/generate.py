@@ -9,18 +9,41 @@ import typer
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run directory, or a model directory.")],
+    run: Annotated[Path, typer.Argument(help="A run directory, a model directory, or an adapter directory.")],
     prompt: Annotated[str, typer.Option(help="A text to continue, a message to answer, or a source.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     raw: Annotated[bool, typer.Option(help="Continue the prompt itself: no chat template, no seq2seq prefix.")] = False,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter on the same base (repeatable).")
+    ] = None,
+    use: Annotated[str | None, typer.Option(help="The name of the active adapter. Default: the last one.")] = None,
 ) -> None:
-    """Generate text with the final model of a run: continue a text, answer a message, or rewrite a source."""
+    """Generate text with the final model of a run: continue a text, answer a message, or rewrite a source.
+
+    With --adapter, RUN is the base of the adapters, or has an adapter on the same base, which is called `default`.
+    """
     from ptft_dist import api
+    from ptft_dist.errors import RecipeError
+
+    adapters: dict[str, str | Path] = {}
+    for given in adapter or ():
+        name, separator, path = given.partition("=")
+        if not (name and separator and path) or name in adapters:
+            raise RecipeError(f"--adapter {given}: expected NAME=DIR, each NAME once, as in --adapter french=runs/fr")
+        adapters[name] = path
 
     text = api.generate(
-        run, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed, raw=raw
+        run,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        raw=raw,
+        adapters=adapters,
+        use=use,
     )
     print(text)

@@ -6,7 +6,7 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ptft_dist.errors import RecipeError
 
 DICTIONARY = Path("recipe")
 """The path shown for a recipe that was given as a dictionary."""
+_STARTS_AT = "Its relative data paths start at "
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,15 @@ def dump_resolved(loaded: Loaded) -> str:
     stream = io.StringIO()
     yaml.dump(public_values(loaded), stream)
     base = json.dumps(str(loaded.base))  # JSON escapes line breaks in the directory's name
-    return f"# All values of a recipe. Its relative data paths start at {base}.\n{stream.getvalue()}"
+    return f"# All values of a recipe. {_STARTS_AT}{base}\n{stream.getvalue()}"
+
+
+def read_resolved(path: Path, schema: type[Recipe]) -> Loaded:
+    """Read the file of `dump_resolved`, with the directory where its relative data paths start. Raises RecipeError."""
+    loaded = read_recipe(str(path), (), schema)
+    first, _, _ = loaded.text.partition("\n")
+    _, found, base = first.partition(_STARTS_AT)
+    return replace(loaded, base=Path(json.loads(base))) if found else loaded
 
 
 def describe(loaded: Loaded) -> str:

@@ -40,6 +40,7 @@ from ptft_dist.engine.processes import (
     set_collective_timeout,
 )
 from ptft_dist.engine.regularizer import Regularizer
+from ptft_dist.engine.saved import SavedState
 from ptft_dist.engine.state import Files
 from ptft_dist.errors import RecipeError
 
@@ -47,6 +48,7 @@ __all__ = [
     "Engine",
     "FrozenNetwork",
     "Precision",
+    "SavedState",
     "announce_failure",
     "complete_deepspeed_config",
     "first_failure",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,15 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
 from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import Files
+from ptft_dist.engine.zero_files import PREFIX, load_safely
 from ptft_dist.errors import CheckpointError, ShardWriteError
-
-# The classes in DeepSpeed's files. Loading refuses all other classes, because a pickle can call any function.
-_KNOWN_CLASSES: list[Any] = [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 class SafeFiles(TorchCheckpointEngine):
@@ -47,14 +41,7 @@ class SafeFiles(TorchCheckpointEngine):
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file. Raises CheckpointError if it contains code, or the state of other parameters."""
-        try:
-            with torch.serialization.safe_globals(_KNOWN_CLASSES):
-                state = torch.load(path, map_location=map_location, weights_only=True)
-        except pickle.UnpicklingError:
-            raise CheckpointError(
-                f"{path} is not loaded: it contains more than tensors and numbers, and could run code. Resume from a "
-                "checkpoint of a run of your own"
-            ) from None
+        state = load_safely(path, map_location)
         if isinstance(state, dict) and state.get("module") is not None:
             self._require_stored(state, Path(path))
         return state
@@ -82,7 +69,7 @@ class Zero:
         self.optimizer: Optimizer = prepared.optimizer
         if type(self.module).__name__ != "DeepSpeedEngine":
             raise RuntimeError(f"DeepSpeed was requested, but the network became a {type(self.module).__name__}")
-        self.module.checkpoint_engine = SafeFiles(model, prefix="model.")
+        self.module.checkpoint_engine = SafeFiles(model, prefix=PREFIX)
         if self.module.zero_optimization_partition_weights():
             self._zero_padding()
 
@@ -151,7 +138,7 @@ class Zero:
 
     def full_state_dict(self) -> dict[str, Any]:
         state = self.accelerator.get_state_dict(self.module) or {}
-        return {name.removeprefix("model."): value for name, value in state.items()}
+        return {name.removeprefix(PREFIX): value for name, value in state.items()}
 
     def trained_state_dict(self) -> dict[str, Any]:
         stored = stored_tensors(self.model)

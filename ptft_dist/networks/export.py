@@ -53,6 +53,8 @@ class Export:
     network: NetworkFacts
     dtype: torch.dtype
     """Data type of the weights."""
+    card: str | None = None
+    """The text of README.md."""
 
 
 def export(engine: Writer, content: Export, target: Path) -> None:
@@ -61,7 +63,7 @@ def export(engine: Writer, content: Export, target: Path) -> None:
     Raises:
         RecipeError: the weights overflow the data type.
     """
-    partial, old = target.with_name("model.partial"), target.with_name("model.old")
+    partial, old = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "old"))
     if engine.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     engine.barrier()
@@ -75,11 +77,19 @@ def export(engine: Writer, content: Export, target: Path) -> None:
             _write_tokenizer(content, partial)
         else:
             write_model(content, state, partial)
+        if content.card is not None:
+            (partial / "README.md").write_text(content.card, encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)
         if target.exists():
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def require_free(target: Path) -> None:
+    """Raises RecipeError if `target` exists and is not an empty directory."""
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise RecipeError(f"{target}: already exists and is not empty. Choose another directory, or remove it")
 
 
 def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path) -> None:

@@ -24,6 +24,15 @@ Digests = Callable[[Sequence[Path]], list[str]]
 """The content hash of each file, such as HashMemo.digests, which remembers those of unchanged files."""
 
 
+def read_digests(files: Sequence[Path]) -> list[str]:
+    """The hashes of HashMemo.digests, without a cache."""
+    hashes = []
+    for path in files:
+        with path.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "blake2b").hexdigest())
+    return hashes
+
+
 @dataclass(frozen=True)
 class FrozenSource:
     """The location of a frozen network."""

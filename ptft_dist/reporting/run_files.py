@@ -89,6 +89,16 @@ def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) 
     (run_dir / _LEARNED_BY).write_text(json.dumps(settings))
 
 
+def save_tokenizer(tokenizer: Any, run_dir: Path) -> None:
+    """Write a tokenizer that was not trained for this run to run_dir/tokenizer, for later exports of checkpoints."""
+    target, partial = run_dir / TOKENIZER, run_dir / ".tokenizer.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    tokenizer.save_pretrained(partial)
+    (run_dir / _LEARNED_BY).unlink(missing_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
 def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
     """The tokenizer that `keep_tokenizer` copied, if it was trained with these settings; otherwise None."""
     try:

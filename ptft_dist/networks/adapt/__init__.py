@@ -26,9 +26,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 def adapted_facts(network: NetworkFacts, adapt: AdaptSection) -> NetworkFacts:
     """The facts of the network with the adapter. Virtual tokens take positions, so positions cannot be given."""
-    if adapt.method not in PROMPTS:
+    virtual = _virtual_tokens(adapt)
+    if not virtual:
         return network
-    virtual = adapt.settings.tokens
     positions = None if network.max_positions is None else network.max_positions - virtual
     arguments = network.arguments - {"position_ids", "logits_to_keep"}
     return replace(network, arguments=arguments, max_positions=positions)
@@ -41,6 +41,16 @@ def check_positions_left(network: NetworkFacts, adapt: AdaptSection, max_length:
             f"model.adapt.{adapt.method}.tokens: {adapt.settings.tokens} virtual tokens leave {network.max_positions} "
             f"positions, and data.max_length is {max_length}: lower one of them"
         )
+
+
+def _virtual_tokens(adapt: AdaptSection) -> int:
+    """Number of virtual tokens of a prompt method, also of a saved one; else 0."""
+    if adapt.method in PROMPTS:
+        return int(adapt.settings.tokens)
+    if adapt.adapter is None or not is_adapter(adapt.adapter):
+        return 0
+    config = json.loads((Path(adapt.adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    return int(config.get("num_virtual_tokens") or 0)
 
 
 def adapt_network(
@@ -100,7 +110,7 @@ def reading_section(section: ModelSection, path: str) -> ModelSection:
         return section.model_copy(update={**plain, "path": path, "revision": None, "adapt": AdaptSection()})
     base, revision = adapter_base(path)
     adapt = AdaptSection(adapter=path)
-    kept = {"quantize": section.quantize, "dtype": section.dtype}
+    kept = {"quantize": section.quantize, "dtype": section.dtype, "new_head": section.new_head}
     return section.model_copy(update={**plain, **kept, "path": base, "revision": revision, "adapt": adapt})
 
 

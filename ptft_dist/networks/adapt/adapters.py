@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import (
@@ -27,6 +28,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
+from ptft_dist.networks.adapt.reading import TASK_CONFIG, task_keys
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -108,13 +110,17 @@ def load_adapter(
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"{key}: {path} is no adapter: {error}") from None
-    config.inference_mode = not trained
+    # A saved prompt is the output of its encoder. peft refuses to train it; here its vectors themselves are trained.
+    prompt = config.is_prompt_learning
+    config.inference_mode = prompt or not trained
     try:
         if preview:
             return get_peft_model(model, config, adapter_name=name)
         adapted: PeftModel = PeftModel.from_pretrained(
-            model, path, adapter_name=name, is_trainable=trained, config=config
+            model, path, adapter_name=name, is_trainable=trained and not prompt, config=config
         )
+        if trained and prompt:
+            adapted.get_parameter(f"prompt_encoder.{name}.embedding.weight").requires_grad_(True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
@@ -134,21 +140,26 @@ def adapter_state(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict
             model, state_dict=dict(trained), adapter_name=name, save_embedding_layers=False
         )
         return state
-    # peft computes the prompt in place, from parameters that may be sharded; so it is computed by a new encoder.
-    encoder, prefix = _prompt_encoder(model, config), f"prompt_encoder.{name}."
+    prefix = f"prompt_encoder.{name}."
     own = {key.removeprefix(prefix): value.float().cpu() for key, value in trained.items() if key.startswith(prefix)}
-    encoder.load_state_dict(own)
-    tokens = model.prompt_tokens[name].unsqueeze(0).cpu()
-    if config.peft_type == PeftType.PREFIX_TUNING:
-        tokens = tokens[:, : config.num_virtual_tokens]
-    with torch.no_grad():
-        prompt = encoder(tokens)
-    state = {"prompt_embeddings": prompt[0].detach()}
+    state = {"prompt_embeddings": own["embedding.weight"] if config.inference_mode else _prompt(model, config, own)}
     for wrapper, module in model.named_modules():
         if hasattr(module, "modules_to_save") and hasattr(module, "adapter_state_dict"):
             inner = {key.removeprefix(f"{wrapper}."): v for key, v in trained.items() if key.startswith(f"{wrapper}.")}
             state |= {f"{wrapper}.{key}": value for key, value in module.adapter_state_dict(name, inner).items()}
     return state
+
+
+def _prompt(model: PeftModel, config: Any, own: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The virtual tokens. peft computes them in place, from parameters that may be sharded; here a new encoder does."""
+    encoder = _prompt_encoder(model, config)
+    encoder.load_state_dict(own)
+    tokens = model.prompt_tokens[model.active_adapter].unsqueeze(0).cpu()
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        tokens = tokens[:, : config.num_virtual_tokens]
+    with torch.no_grad():
+        prompt: torch.Tensor = encoder(tokens)[0]
+    return prompt
 
 
 def _prompt_encoder(model: PeftModel, config: Any) -> torch.nn.Module:
@@ -173,9 +184,23 @@ def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder:
         state = _relative_to_base(model, config, state)
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    _sort_names(folder / "adapter_config.json")
+    keys = json.dumps(
+        task_keys(cast(PreTrainedModel, model.get_base_model())), indent=2, sort_keys=True, ensure_ascii=False
+    )
+    (folder / TASK_CONFIG).write_text(f"{keys}\n", encoding="utf-8")
     save_file(
         {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
     )
+
+
+def _sort_names(file: Path) -> None:
+    """Sort the lists that peft writes from sets, whose order is another in every process."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save", "target_parameters"):
+        if isinstance(config.get(key), list):
+            config[key] = sorted(config[key])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def changes_base(config: PeftConfig) -> bool:

@@ -1,0 +1,178 @@
+"""The model card (README.md) of an exported model, from the files of its run. Equal runs have equal cards."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from ptft_dist.config.load import Loaded, public_values
+from ptft_dist.config.secrets import hide
+from ptft_dist.reporting.metrics import TIMING_KEYS
+
+CARD = "README.md"
+_LICENSE = "license: not set. Write it into the first lines of this file before you publish the model"
+_OF_THIS_MACHINE = {"run_dir": None, "log": None, "data": ("cache_dir", "workers")}
+"""Keys of the recipe that say nothing about the model."""
+
+
+def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, license_id: str | None = None) -> str:
+    """The card of the weights of one update: YAML front matter and Markdown.
+
+    Args:
+        step: the update. Its metrics are read from metrics.jsonl, if it was evaluated.
+        task_type: the transformers class that loads the model, or its base, such as AutoModelForCausalLM.
+        license_id: an identifier of the Hub, such as apache-2.0.
+    """
+    recipe = loaded.recipe
+    metrics = metrics_at(run_dir, step)
+    adapter = recipe.model.adapt.adds_adapter
+    base = recipe.model.path
+    local = base is not None and (Path(base).expanduser().is_absolute() or (loaded.base / base).is_dir())
+    hub = sorted({source.hub for source in _sources(recipe) if source.hub is not None})
+    head: dict[str, Any] = {
+        "license": license_id,
+        "library_name": "peft" if adapter else "transformers",
+        "base_model": None if base is None or local else base,
+        "tags": ["ptft", recipe.task, *([recipe.model.adapt.method] if base is not None else [])],
+        "datasets": hub or None,
+        "metrics": [name.removeprefix("eval/") for name in metrics] or None,
+    }
+    front = _yaml({key: value for key, value in head.items() if value is not None})
+    notice = "" if license_id else f"# {_LICENSE}\n"
+    what = "An adapter" if adapter else "A model"
+    parent = f" of {Path(base).name if local else base}" if base is not None else ", trained from random weights"
+    sections = [
+        f"---\n{notice}{front}---\n",
+        f"# {what}{parent}\n\nTask: `{recipe.task}`, after update {step:,}. Trained with ptft_dist.\n",
+        *([] if license_id else [f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n"]),
+        f"## Use\n\n{_usage(recipe, task_type, _report(run_dir))}",
+        f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
+        f"## Data\n\n{_data(_report(run_dir))}",
+        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{_yaml(_given(loaded))}```\n",
+        f"## Versions\n\n{_table(_versions(run_dir), 'package')}",
+    ]
+    return hide("\n".join(sections))
+
+
+def metrics_at(run_dir: Path, step: int) -> dict[str, float]:
+    """The metrics of the evaluation after this update, by name; empty if there was none."""
+    file = run_dir / "metrics.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:  # a line that a full disk has cut
+            continue
+        if row.get("step") == step and any(key.startswith("eval/") for key in row):
+            return {key: row[key] for key in row if key.startswith("eval/") and key not in TIMING_KEYS}
+    return {}
+
+
+def _sources(recipe: Any) -> list[Any]:
+    validation = recipe.data.validation
+    return [*recipe.data.train, *(validation if isinstance(validation, tuple | list) else ())]
+
+
+def _usage(recipe: Any, auto_class: str, report: Mapping[str, Any]) -> str:
+    """How to load the exported directory."""
+    adapt = recipe.model.adapt
+    imports = [f"from transformers import {auto_class}, AutoTokenizer"]
+    tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'
+    if not adapt.adds_adapter:
+        code = [*imports, "", f'model = {auto_class}.from_pretrained("DIRECTORY")', tokenizer]
+    else:
+        labels = (report.get("survey") or {}).get("labels")
+        count = f", num_labels={len(labels)}" if labels else ""
+        bottleneck = [
+            "from ptft_dist.networks.adapt import bottleneck",
+            "",
+            "bottleneck.register()  # peft has no bottleneck adapters",
+        ]
+        code = [
+            "from peft import PeftModel",
+            *imports,
+            *(bottleneck if adapt.bottleneck is not None else [""]),
+            f'base = {auto_class}.from_pretrained("{recipe.model.path}"{count})',
+            tokenizer,
+            "if base.config.get_text_config().vocab_size < len(tokenizer):",
+            "    base.resize_token_embeddings(len(tokenizer))",
+            'model = PeftModel.from_pretrained(base, "DIRECTORY")',
+        ]
+    text = "```python\n" + "\n".join(code) + "\n```\n"
+    return text + ("\nOr: `ptft generate DIRECTORY --prompt TEXT`\n" if recipe.settings.writes else "")
+
+
+def _report(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "data_report.json"
+    report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return report
+
+
+def _data(report: Mapping[str, Any]) -> str:
+    """Rows and tokens of both sides."""
+    if not report:
+        return "Unknown: the run has no data_report.json.\n"
+    lines = ["| side | examples | rows | tokens |", "|---|---|---|---|"]
+    lines += [
+        f"| {side} | {counts['examples']:,} | {counts['rows']:,} | {counts['tokens']:,} |"
+        for side in ("train", "validation")
+        if (counts := report.get(side)) is not None
+    ]
+    dropped = sum(entry[0] for entry in (report.get("dropped") or {}).values())
+    lines += ["", f"Rows have up to {report['max_length']:,} tokens; {dropped:,} {report['reads']}s were dropped."]
+    if labels := (report.get("survey") or {}).get("labels"):
+        lines += ["", "Labels: " + ", ".join(map(str, labels))]
+    return "\n".join(lines) + "\n"
+
+
+def _versions(run_dir: Path) -> dict[str, Any]:
+    file = run_dir / "environment.json"
+    if not file.is_file():
+        return {}
+    values = json.loads(file.read_text(encoding="utf-8"))
+    return {"ptft_dist": values["ptft_dist"], "python": values["python"], **values["packages"]}
+
+
+def _table(values: Mapping[str, Any], name: str) -> str:
+    lines = [f"| {name} | value |", "|---|---|"]
+    lines += [
+        f"| {key} | {value:.6g} |" if isinstance(value, float) else f"| {key} | {value} |"
+        for key, value in values.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _given(loaded: Loaded) -> dict[str, Any]:
+    """The recipe's values that are not defaults, with references as written."""
+    changed = loaded.recipe.model_dump(mode="json", exclude_defaults=True)
+    values: dict[str, Any] = _pruned(public_values(loaded), changed)
+    for section, keys in _OF_THIS_MACHINE.items():
+        if keys is None:
+            values.pop(section, None)
+        else:
+            for key in keys:
+                values.get(section, {}).pop(key, None)
+    return values
+
+
+def _pruned(values: Any, kept: Any) -> Any:
+    if isinstance(values, Mapping) and isinstance(kept, Mapping):
+        return {key: _pruned(values[key], kept[key]) for key in values if key in kept}
+    if isinstance(values, list | tuple) and isinstance(kept, list):
+        return [_pruned(*pair) for pair in zip(values, kept, strict=True)]
+    return values
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
+    yaml.width = 4096
+    stream = io.StringIO()
+    yaml.dump(dict(values), stream)
+    return stream.getvalue()
