@@ -128,6 +128,7 @@ MAY_CHANGE = {
     "log.every", "log.tensorboard",
     "data.train", "data.validation",  # their contents are compared instead
     "data.cache_dir", "data.workers",
+    "continual.ewc.data", "continual.replay.data",  # their contents are compared instead
     "tokenizer.path", "tokenizer.revision", "tokenizer.train.algorithm", "tokenizer.train.vocab_size",
     "tokenizer.train.min_frequency", "tokenizer.train.max_megabytes", "tokenizer.add", "tokenizer.trust_remote_code",
     "batch.micro_size", "batch.micro_tokens", "batch.group_by_length",
@@ -144,7 +145,7 @@ MUST_STAY = {
     "model.config.model_type", "model.config.hidden_size", "model.path", "model.revision", "model.new_head",
     "model.trust_remote_code",
     "data.folds", "data.fold", "data.max_length", "data.bad_rows", "data.augment",
-    "distillation",
+    "distillation", "continual",
     "batch.global_size", "batch.global_tokens",
     "optim.name", "optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "optim.momentum", "optim.groups",
     "optim.max_grad_norm", "optim.schedule", "optim.warmup", "optim.min_lr_ratio", "optim.decay", "optim.power",
