@@ -145,7 +145,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path: Path, base: Path, cache: P
     write(tmp_path, base, {"ewc": {**EWC, "rows": 21}, "replay": REPLAY})
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert first.wait() == 0, first.stderr
-    assert re.search(r"Fisher information of 21 old rows, [\d.]+ s\n", first.stderr), first.stderr
+    assert "Fisher information of 21 old rows" in first.stderr  # computed by the rank that came first
     expected = outcome(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
     shutil.rmtree(tmp_path / "run/model")
