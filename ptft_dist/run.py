@@ -158,7 +158,9 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
     environment["inputs"] = session.prepared.inputs
-    write_start(run_dir, session.loaded, session.prepared.report.to_dict(), environment)
+    report = session.prepared.report.to_dict()
+    report |= {key: old.report.to_dict() for key, old in session.prepared.old.items()}
+    write_start(run_dir, session.loaded, report, environment)
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
     else:

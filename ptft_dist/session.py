@@ -21,12 +21,14 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
+from ptft_dist.data.mixed_store import MixedStore
 from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
+from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
-from ptft_dist.engine.hardware import peak_flops
+from ptft_dist.engine.hardware import local_device, peak_flops
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
@@ -44,6 +46,7 @@ from ptft_dist.networks.load import (
     read_config,
 )
 from ptft_dist.networks.preview import check_weights, preview_network
+from ptft_dist.old_network import OldNetwork, add_penalties
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
@@ -55,6 +58,7 @@ from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
 from ptft_dist.training.validation import Validation
 
+EWC, REPLAY = "continual.ewc.data", "continual.replay.data"
 MOST_EPOCHS = 1_000_000
 """The maximum of train.epochs, so that the table of a run's updates fits into memory."""
 
@@ -90,9 +94,12 @@ class Session:
             tokenizer_from=tokenizer_from if tokenizer_from is not None and tokenizer_from.is_dir() else None,
         )
         say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
+        for key, old in self.prepared.old.items():
+            say(f"{key}:\n{describe(old.report, from_cache=old.from_cache)}")
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
         self._describe_network(self.prepared.tokenizer_path, self.prepared.survey)
+        self.store, self.sizes, self.weights = self._training_rows()
         if (settings := recipe.distillation) is not None:
             self.teacher = frozen_source(
                 "distillation.teacher", settings.teacher, settings.revision, recipe.model, loaded.base
@@ -121,6 +128,7 @@ class Session:
         self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
         check_weights(self.section)
         self._preview()
+        self.penalty_files: dict[str, Path] = {}
 
     def _preview(self) -> None:
         """Check network and adapter on a copy without weights. Raises RecipeError."""
@@ -153,6 +161,16 @@ class Session:
             seed=recipe.train.seed,
         )
 
+    def _training_rows(self) -> tuple[Store, list[int], tuple[int, ...]]:
+        """The store of the training rows, the numbers of new and of old rows in it, and their weights."""
+        prepared, continual = self.prepared, self.recipe.continual
+        if continual is None or continual.replay is None:
+            return prepared.train, [len(prepared.train)], (1,)
+        old = prepared.old[REPLAY]
+        stores = (prepared.train, old.train)
+        mixed = MixedStore(stores, prepared.train.path.parent / f"with-{old.fingerprint}")
+        return mixed, [len(store) for store in stores], continual.replay.shares
+
     # --- identity of the run ----------------------------------------------------------------------------
 
     @cached_property
@@ -161,11 +179,19 @@ class Session:
         files = {}
         if self.teacher is not None:
             files["distillation.teacher's files"] = self.teacher.identity(self._digests)
+        for key, old in self.prepared.old.items():
+            files[f"{key}'s contents"] = " ".join(old.parts["data.train"])
+        if self._penalized:  # they read the weights of model.path again at each start
+            files["model.path's files"] = str(self.base_identity())
         return run_identity(self.loaded, self.prepared.fingerprint, self.prepared.parts, files)
 
     @property
     def _digests(self) -> Any:
-        return HashMemo(cache_root(self.recipe.data.cache_dir, self.loaded.base.absolute()) / "hashes.json").digests
+        return HashMemo(self._cache / "hashes.json").digests
+
+    @property
+    def _cache(self) -> Path:
+        return cache_root(self.recipe.data.cache_dir, self.loaded.base.absolute())
 
     def base_identity(self) -> str | None:
         """A hash of the files of the pretrained network; None for a network with random weights."""
@@ -179,7 +205,7 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         """The rows of all updates. Raises DataError if the data have too few rows for one update."""
-        train, rows, tokens = self.recipe.train, len(self.prepared.train), self.prepared.train.tokens
+        train, rows, tokens = self.recipe.train, len(self.store), self.store.tokens
         if (self.shape.global_tokens or 0) > tokens:
             raise DataError(
                 f"batch.global_tokens: one update needs {self.shape.global_tokens:,} tokens, the training data have "
@@ -196,20 +222,42 @@ class Session:
                 "batch.global_size (or global_tokens) or data.max_length, or add data"
             )
         plan = make_plan(
-            rows,
-            self.prepared.train.lengths,
+            self.sizes,
+            self.store.lengths,
             train.seed,
+            weights=self.weights,
             global_size=self.shape.global_size,
             global_tokens=self.shape.global_tokens,
             max_steps=train.max_steps,
             epochs=train.epochs,
             max_tokens=train.max_tokens,
-            cache=self.prepared.train.path.parent / "plans",
+            cache=self.store.path.parent / ("plans" if len(self.sizes) == 1 else f"plans-{self.store.path.name}"),
         )
         warmup = warmup_steps(self.recipe.optim, plan.total_steps)
         if warmup >= plan.total_steps:
             say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}; optim.lr is never reached")
         return plan
+
+    @property
+    def _penalized(self) -> bool:
+        """Whether there is a penalty on changes of the weights of model.path."""
+        return self.recipe.continual is not None and bool(self.recipe.continual.penalties)
+
+    def prepare_penalties(self) -> None:
+        """Compute what penalties on changes of weights need, or find it in the cache. Needs no other process.
+
+        Raises:
+            RecipeError: the network of model.path does not fit the penalty.
+        """
+        continual = self.recipe.continual
+        if continual is None or not self._penalized:
+            return
+        identity, device = str(self.base_identity()), local_device(self.place.local_rank)
+        old = OldNetwork(self.section, identity, self.config, self.setup, self.task_class, self._cache, device)
+        self.penalty_files["start"] = old.start()
+        if continual.ewc is not None:
+            rows = self.prepared.old[EWC]
+            self.penalty_files["fisher"] = old.fisher(rows.train, rows.fingerprint, continual.ewc.rows)
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
@@ -221,6 +269,8 @@ class Session:
             DataError: the ranks have different data.
         """
         recipe = self.recipe
+        if training:
+            self.prepare_penalties()
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
         self.agree_on_data()
         self._build(training=training)
@@ -276,6 +326,9 @@ class Session:
 
     def _regularize(self) -> None:
         """Add the penalties on parameters, and what AdaLoRA does after each update."""
+        if self.recipe.continual is not None and self._penalized:
+            files = self.penalty_files
+            add_penalties(self.engine, self.recipe.continual, files["start"], files.get("fisher"))
         if self.section.adapt.adalora is None:
             return
         from ptft_dist.networks.adapt.adalora import Orthogonality
@@ -290,7 +343,9 @@ class Session:
         mine = {
             "tokenizer": _directory_hash(prepared.tokenizer_path),
             "prepared data": prepared.fingerprint,
-            "training rows": len(prepared.train),
+            "old data": [old.fingerprint for old in prepared.old.values()],
+            "old weights and Fisher information": self._digests(list(self.penalty_files.values())),
+            "training rows": len(self.store),
             "validation rows": 0 if prepared.validation is None else len(prepared.validation),
             "updates": self.plan.total_steps,
             "recipe": hashlib.sha256(repr(sorted(self.identity.items())).encode()).hexdigest(),
@@ -335,7 +390,7 @@ class Session:
 
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
         """The Trainer. Writers of metrics are added when the run begins."""
-        recipe, engine, store = self.recipe, self.engine, self.prepared.train
+        recipe, engine, store = self.recipe, self.engine, self.store
         workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
         dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
         manifest = {
@@ -380,7 +435,7 @@ class Session:
 
     def warm_up(self) -> None:
         """Run forward and backward on the largest micro-batch without an update; see Engine.warm_up."""
-        rows = self.prepared.train.largest(self.shape.largest_micro_batch(self.recipe.data.max_length))
+        rows = self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length))
         batch = self.task.collate(rows, [(0, i) for i in range(len(rows))])
         self.engine.warm_up(self.task.loss, batch.inputs)
 

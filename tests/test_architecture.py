@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "data": {"config", "errors", "reporting"},
     "tasks": {"config", "data", "errors", "networks"},
     "training": {"checkpoint", "config", "data", "engine", "errors", "reporting", "tasks"},
+    "old_network": {"config", "data", "engine", "errors", "networks", "reporting", "tasks", "training"},
     "session": {
         "checkpoint",
         "config",
@@ -35,6 +36,7 @@ MAY_IMPORT = {
         "errors",
         "launch",
         "networks",
+        "old_network",
         "reporting",
         "tasks",
         "training",

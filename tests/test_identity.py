@@ -128,6 +128,7 @@ MAY_CHANGE = {
     "log.every", "log.tensorboard",
     "data.train", "data.validation",  # their contents are compared instead
     "data.cache_dir", "data.workers",
+    "continual.ewc.data", "continual.replay.data",  # their contents are compared instead
     "tokenizer.path", "tokenizer.revision", "tokenizer.train.algorithm", "tokenizer.train.vocab_size",
     "tokenizer.train.min_frequency", "tokenizer.train.max_megabytes", "tokenizer.add", "tokenizer.trust_remote_code",
     "batch.micro_size", "batch.micro_tokens", "batch.group_by_length",
@@ -147,7 +148,7 @@ MUST_STAY = {
     "model.adapt.ia3", "model.adapt.prompt_tuning", "model.adapt.p_tuning", "model.adapt.prefix_tuning",
     "model.adapt.bottleneck", "model.adapt.peft", "model.adapt.adapter", "model.adapt.name", "model.adapt.embeddings",
     "data.folds", "data.fold", "data.max_length", "data.bad_rows", "data.augment",
-    "distillation",
+    "distillation", "continual",
     "batch.global_size", "batch.global_tokens",
     "optim.name", "optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "optim.momentum", "optim.groups",
     "optim.layer_decay", "optim.head_lr_scale", "optim.max_grad_norm",

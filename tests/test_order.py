@@ -430,7 +430,10 @@ def test_a_plan_over_several_stores_is_that_of_a_naive_loop(limits: dict[str, An
     plan = make_plan(sizes, lambda indices: lengths[indices], 3, weights=weights, **limits)
     stream = [row for _, row in naive_mixture(sizes, weights, 3, 500)]
     updates: list[list[int]] = [[]]
-    stop = round(limits["epochs"] * sum(sizes)) if "epochs" in limits else len(stream)
+    stop = len(stream)
+    if "epochs" in limits:  # until the first store has been read so often
+        stop = math.ceil(limits["epochs"] * sizes[0] * Fraction(sum(weights), weights[0]))
+        assert sum(row < sizes[0] for row in stream[:stop]) == limits["epochs"] * sizes[0]
     for row in stream[:stop]:
         filled = sum(lengths[r] for r in updates[-1])
         size, tokens = limits.get("global_size"), limits.get("global_tokens")

@@ -29,6 +29,8 @@ MAY_CHANGE = (
     "data.workers",
     "data.train",  # the contents of the sources are compared instead of their paths
     "data.validation",
+    "continual.ewc.data",
+    "continual.replay.data",
     "tokenizer",
     "batch.micro_size",
     "batch.micro_tokens",

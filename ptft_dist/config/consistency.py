@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
-from ptft_dist.config.section import Problem, is_default
+from ptft_dist.config.section import KeyPath, Problem, is_default
 from ptft_dist.config.task_settings import DocumentSettings
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("model", "dtype"), f"{dtype} needs train.precision: {dtype}, which is {recipe.train.precision}")
     yield from _task(recipe)
     yield from _sources(recipe)
+    yield from _continual(recipe)
     yield from _batch(recipe)
     yield from _evaluation(recipe)
 
@@ -62,10 +63,10 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
     """Keys of sources that the task does not use, and unknown roles."""
     task, settings = recipe.task, recipe.settings
     documents = isinstance(settings, DocumentSettings)
-    for side in ("train", "validation"):
-        sources = getattr(recipe.data, side)
+    named = {"data.train": recipe.data.train, "data.validation": recipe.data.validation, **recipe.old_data}
+    for key, sources in named.items():
         for index, source in enumerate(sources if isinstance(sources, list) else ()):
-            path = ("data", side, index)
+            path: KeyPath = (*key.split("."), index)
             if source.fields and documents:
                 text = f"{_NO_EFFECT} task {task} reads one column; name it with field"
                 yield Problem((*path, "fields"), text)
@@ -75,6 +76,31 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
                 if role not in settings.roles:
                     text = f"task {task} has no role {role!r}, only {_choice(role, settings.roles)}"
                     yield Problem((*path, "fields", role), text)
+
+
+def _continual(recipe: Recipe) -> Iterator[Problem]:
+    """Settings against forgetting that have no effect, or cannot be combined with others."""
+    continual, model = recipe.continual, recipe.model
+    if continual is None:
+        return
+    if model.path is None:
+        text = f"{_NO_EFFECT} it needs model.path, because a network with random weights has nothing to forget"
+        yield Problem(("continual",), text)
+        return
+    for name in continual.penalties:
+        path = ("continual", name)
+        if model.adapt.adds_adapter:
+            text = f"{_NO_EFFECT} model.adapt: {model.adapt.method} freezes the weights of model.path and trains others"
+            yield Problem(path, text + ". Use model.adapt: full, last_layers, match or bitfit, or remove the section")
+        if recipe.tokenizer.add or recipe.settings.added_tokens:
+            text = "tokens are added, and their embeddings have no old values. Start from a model that has these tokens"
+            yield Problem(path, text)
+        if recipe.train.precision == "fp16":
+            text = "its gradient is not scaled as fp16 needs; use train.precision: bf16 or fp32"
+            yield Problem(path, text)
+    if continual.ewc is not None and model.new_head:
+        text = "model.new_head: the new head cannot do the old task, so its Fisher information says nothing. Use the "
+        yield Problem(("continual", "ewc"), text + "labels of model.path and its head, or l2_sp")
 
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:

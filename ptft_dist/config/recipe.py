@@ -12,6 +12,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from ptft_dist.config.adapt import AdaptSection, Quantization
 from ptft_dist.config.consistency import problems
+from ptft_dist.config.continual import ContinualSection
 from ptft_dist.config.data_section import Augmentation, DataSection, Source
 from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.section import (
@@ -307,6 +308,8 @@ class Recipe(Section):
     data: DataSection
     distillation: DistillationSettings | None = None
     """Knowledge distillation from a teacher, for tasks that predict tokens or labels."""
+    continual: ContinualSection | None = None
+    """Continual learning: keep a pretrained network from forgetting old data."""
     batch: BatchSection
     optim: OptimSection = OptimSection()
     train: TrainSection
@@ -336,6 +339,11 @@ class Recipe(Section):
     def metric_names(self) -> tuple[str, ...]:
         """The metrics of an evaluation: the valid values of eval.metric."""
         return *self.settings.metric_names, *(self.distillation.metric_names if self.distillation else ())
+
+    @property
+    def old_data(self) -> dict[str, list[Source]]:
+        """Dotted key -> the sources of old data that it names."""
+        return {} if self.continual is None else self.continual.old_data
 
     @property
     def validated(self) -> bool:

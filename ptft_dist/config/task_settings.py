@@ -23,6 +23,8 @@ class TaskSettings(Section):
     """Settings that may differ in a resumed run, because they do not change the updates."""
     only_rows: ClassVar[tuple[str, ...]] = ()
     """Settings that affect only the prepared rows. A resume compares them only if the rows differ."""
+    not_likelihood: ClassVar[tuple[str, ...]] = ()
+    """Settings that make the loss differ from minus the log-likelihood of the labels."""
     distillable: ClassVar[bool] = False
     """The recipe may have a `distillation` section."""
     writes: ClassVar[bool] = False

@@ -131,6 +131,10 @@ class Stream:
             epochs[indices] = np.arange(first, first + len(indices)) // size
         return epochs
 
+    def position_after(self, drawn: int) -> int:
+        """The number of positions that contain at least this many rows of the first store. See `interleave`."""
+        return -(-drawn * sum(self.weights) // self.weights[0])
+
     def _draws(self, start: int, stop: int) -> list[tuple[np.ndarray, int]]:
         """For each store: its indices within [start, stop), and the number of its draws before `start`."""
         cycle = self._cycle
@@ -205,13 +209,12 @@ def make_plan(
         global_size: rows per update.
         global_tokens: maximum number of tokens per update; an update has at least one row.
         max_steps: number of updates.
-        epochs: an epoch has as many stream positions as all stores together have rows.
+        epochs: an epoch ends when as many rows of the first store have been drawn as it has.
         max_tokens: the run ends with the first update after which this many tokens have been read.
         cache: directory for plans that read lengths. It must belong to the data that `lengths` reads.
     """
     stream = Stream((rows,) if isinstance(rows, int) else tuple(rows), seed, tuple(weights))
-    size = sum(stream.sizes)
-    end = None if epochs is None else max(1, round(epochs * size))
+    end = None if epochs is None else stream.position_after(max(1, round(epochs * stream.sizes[0])))
     if global_size is not None and max_tokens is None:
         steps = max_steps if end is None else -(-end // global_size)
         assert steps is not None

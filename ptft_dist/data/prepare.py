@@ -15,7 +15,7 @@ import functools
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -58,6 +58,8 @@ class Prepared:
     """The report of when the stores were written; see `describe`."""
     from_cache: bool
     """The stores existed before."""
+    old: Mapping[str, Prepared] = field(default_factory=dict)
+    """The old data of continual learning, by the key that names them; all their rows are in `train`."""
 
     @property
     def survey(self) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def prepare(
 
     from_cache = build_once(directory, build)
     try:
-        return Prepared(
+        prepared = Prepared(
             tokenizer_path=tokenizer_path,
             train=encoder.store.open(directory / "train"),
             validation=encoder.store.open(directory / "validation") if recipe.validated else None,
@@ -129,6 +131,34 @@ def prepare(
         )
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
+    old = {}
+    for key, old_recipe in _old_recipes(recipe, prepared.survey).items():
+        try:
+            old[key] = prepare(old_recipe, base, encoder, tokenizer_from=tokenizer_path, workers=workers)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
+    return replace(prepared, old=old)
+
+
+def _old_recipes(recipe: Recipe, survey: Mapping[str, Any]) -> dict[str, Recipe]:
+    """Key -> a recipe whose training rows are the old data of that key, with the labels of the new data.
+
+    survey: of the new data.
+    """
+    settings = recipe.settings
+    if "labels" in survey and "labels" in type(settings).model_fields:
+        settings = settings.model_copy(update={"labels": tuple(survey["labels"])})
+    alone = {"validation": None, "folds": None, "fold": None, "augment": ()}
+    return {
+        key: recipe.model_copy(
+            update={
+                "data": recipe.data.model_copy(update={**alone, "train": sources}),
+                "continual": None,
+                recipe.task: settings,
+            }
+        )
+        for key, sources in recipe.old_data.items()
+    }
 
 
 def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str:
@@ -154,6 +184,7 @@ class _Job:
         # Cached, because fingerprint and encoder may load the same tokenizer. Neither changes it.
         self._load = functools.cache(partial(load_tokenizer, trust_remote_code=recipe.tokenizer.trust_remote_code))
         self._contents = self._fingerprint_contents()
+        self._old_contents = [self._prints(sources) for sources in recipe.old_data.values()]
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
         self._augment = Augmentations(recipe, base, self._usable) if recipe.data.augment else None
         self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
@@ -211,7 +242,8 @@ class _Job:
         """See `input_fingerprint`."""
         path = self.recipe.tokenizer.path
         tokenizer = None if path is None else self._tokenizers.fingerprint_local(path, self.base)
-        return fingerprint([self._contents, self._augment_print, tokenizer])
+        old = [self._old_contents] if self._old_contents else []
+        return fingerprint([self._contents, self._augment_print, tokenizer, *old])
 
     def _adds_bos(self, tokenizer_path: Path) -> bool:
         """Whether the tokenizer itself begins a text with BOS. One that is trained here does not."""
@@ -230,14 +262,13 @@ class _Job:
 
     def _fingerprint_contents(self) -> dict[str, Any]:
         """The contents of the sources, and the settings of the split."""
-
-        def prints(sources: list[Source]) -> list[str]:
-            return [fingerprint_source(source, self.base, self._memo) for source in sources]
-
         data = self.recipe.data
-        validation = prints(data.validation) if isinstance(data.validation, list) else data.validation
+        validation = self._prints(data.validation) if isinstance(data.validation, list) else data.validation
         folds = [data.folds, data.fold] if data.folds is not None else None
-        return {"train": prints(data.train), "validation": validation, "folds": folds}
+        return {"train": self._prints(data.train), "validation": validation, "folds": folds}
+
+    def _prints(self, sources: list[Source]) -> list[str]:
+        return [fingerprint_source(source, self.base, self._memo) for source in sources]
 
     def _trained_fingerprint(self) -> str:
         assert self.recipe.tokenizer.train is not None

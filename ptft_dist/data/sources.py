@@ -96,10 +96,10 @@ def check_sources(recipe: Recipe, base: Path) -> None:
 
 def recipe_sources(recipe: Recipe) -> list[tuple[str, Source]]:
     """All sources of the recipe with their keys, such as `data.train[0]`."""
-    sides = {"train": recipe.data.train, "validation": recipe.data.validation}
+    named = {"data.train": recipe.data.train, "data.validation": recipe.data.validation, **recipe.old_data}
     return [
-        (f"data.{side}[{i}]", source)
-        for side, sources in sides.items()
+        (f"{key}[{i}]", source)
+        for key, sources in named.items()
         if isinstance(sources, list)
         for i, source in enumerate(sources)
     ]

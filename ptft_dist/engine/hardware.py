@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -39,3 +40,9 @@ def measure_matmul_flops(size: int = 768, repeats: int = 4) -> float:
         torch.mm(a, a)
         best = min(best, time.perf_counter() - started)
     return 2.0 * size**3 / best
+
+
+def local_device(local_rank: int) -> torch.device:
+    """The device that this rank will use, before its engine exists."""
+    on_cpu = not torch.accelerator.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    return torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)

@@ -17,6 +17,7 @@ class ClassificationSettings(LabelledText):
 
     distillable = True
     after_prepare = ("class_weights", "label_smoothing")
+    not_likelihood = after_prepare
 
     labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
     """The labels in the order of their ids. Default: the labels of the training rows, sorted."""

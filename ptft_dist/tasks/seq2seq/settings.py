@@ -17,6 +17,7 @@ class Seq2SeqSettings(TaskSettings):
     may_change = ("generation",)
     writes = True
     after_prepare = ("label_smoothing", "generation")
+    not_likelihood = ("label_smoothing",)
     text_settings = ("prefix",)
 
     prefix: str = ""
