@@ -31,7 +31,7 @@ from ptft_dist.data.cache import build_once, fingerprint, writing
 from ptft_dist.data.store import Store
 from ptft_dist.engine import Engine
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import adapt_network, require_float32
+from ptft_dist.networks.adapt import adapt_network, convert_trained
 from ptft_dist.networks.continual import Ewc, L2Sp, read_tensors
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import build_network
@@ -136,7 +136,7 @@ class OldNetwork:
         task: Task = self.task_class(setup, replace(read_facts(model), router_loss_weight=0.0), self.device)
         task.prepare_network(model)
         adapt_network(model, section.adapt, None, fresh)
-        require_float32(model)
+        convert_trained(model, torch.float32)
         return _Loaded(model, task, fresh)
 
     def _cached(self, key: Any, build: Callable[[Path], object]) -> tuple[Path, bool]:

@@ -98,8 +98,8 @@ class Session:
             say(f"{key}:\n{describe(old.report, from_cache=old.from_cache)}")
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
-        self._describe_network(self.prepared.tokenizer_path, self.prepared.survey)
         self.store, self.sizes, self.weights = self._training_rows()
+        self._describe_network(self.prepared.tokenizer_path, self.prepared.survey)
         if (settings := recipe.distillation) is not None:
             self.teacher = frozen_source(
                 "distillation.teacher", settings.teacher, settings.revision, recipe.model, loaded.base

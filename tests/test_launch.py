@@ -400,7 +400,7 @@ def test_a_stock_deepspeed_config_under_our_launcher(tmp_path: Path, cache: Path
 def test_a_refusal_by_the_ranks_keeps_its_exit_code(tmp_path: Path, documents: Path, cache: Path) -> None:
     """The launcher process does not read checkpoints; torchrun ends with 1 for every failure."""
     write_recipe(tmp_path, documents)
-    words = ["train", "recipe.yaml", "--launch", "cpu", "--processes", "1", "--resume", "no/such/checkpoint"]
+    words = ["train", "recipe.yaml", "--launch", "cpu", "--resume", "no/such/checkpoint"]
     done = ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
     assert done.returncode == 4, done.stderr
     assert "no/such/checkpoint" in done.stderr
