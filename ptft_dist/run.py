@@ -27,7 +27,7 @@ from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftE
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, tell_launcher
 from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
-from ptft_dist.reporting.messages import plain, say, warn
+from ptft_dist.reporting.messages import messages_shown, plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.reporting.run_files import (
@@ -184,10 +184,9 @@ def _parameters(engine: Engine) -> str:
 
 def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
     run_dir = Path(loaded.recipe.run_dir)
-    sinks: list[Sink] = [
-        JsonLines(run_dir / "metrics.jsonl", first_step, last_evaluation),
-        Terminal(total_steps, first_step),
-    ]
+    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", first_step, last_evaluation)]
+    if messages_shown():
+        sinks.append(Terminal(total_steps, first_step))
     if loaded.recipe.log.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard", first_step, dump_resolved(loaded)))
     return sinks

@@ -78,6 +78,11 @@ def fail(text: str) -> None:
     LOGGER.critical("%s", text)
 
 
+def messages_shown() -> bool:
+    """Whether this process shows more than warnings."""
+    return LOGGER.isEnabledFor(logging.INFO)
+
+
 @contextlib.contextmanager
 def messages(rank: int = 0, *, quiet: bool = False) -> Iterator[None]:
     """Show messages within the block, unless they are shown already."""
@@ -108,7 +113,7 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self.shown < (0.5 if self.live else PLAIN_EVERY_S) or not LOGGER.isEnabledFor(logging.INFO):
+        if now - self.shown < (0.5 if self.live else PLAIN_EVERY_S) or not messages_shown():
             return
         self.shown = now
         if self.live:
