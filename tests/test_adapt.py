@@ -313,6 +313,40 @@ def test_new_tokens_are_trained_and_saved_with_the_adapter(tmp_path: Path, tied:
         torch.testing.assert_close(again(input_ids=ids).logits, changed.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_whole_table_is_trained_and_saved_if_asked_for(tmp_path: Path, tied: bool) -> None:
+    changed = adapted(llama(tie_word_embeddings=tied), {"lora": {}, "embeddings": "all"})
+    with torch.no_grad():
+        for parameter in parameters(changed):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    table = changed.get_input_embeddings().weight
+    assert table.requires_grad
+    assert (changed.get_output_embeddings().weight is table) == tied
+    state = {name: parameter for name, parameter in changed.named_parameters() if parameter.requires_grad}
+    write_adapter(changed, state, tmp_path)
+    again = peft.PeftModel.from_pretrained(llama(tie_word_embeddings=tied), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(again(input_ids=IDS).logits, changed.eval()(input_ids=IDS).logits)
+
+
+def test_the_experts_of_a_mixture_are_adapted_as_by_peft() -> None:
+    config = {**CAUSAL, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+    target = "mlp.experts.gate_up_proj"
+    mine = adapted(
+        network(config, AutoModelForCausalLM), {"lora": {"r": 2, "targets": [], "target_parameters": [target]}}
+    )
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=4, target_modules=[], target_parameters=[target])
+    theirs = plain(network(config, AutoModelForCausalLM), settings)
+    assert len(parameters(mine)) == 4  # A and B for all experts of each of two layers
+    for one, other in zip(parameters(mine), parameters(theirs), strict=True):
+        assert one.equal(other)
+        with torch.no_grad():
+            one.add_(0.1)
+            other.add_(0.1)
+    assert mine(input_ids=IDS).logits.equal(theirs(input_ids=IDS).logits)
+    assert not mine(input_ids=IDS).logits.equal(network(config, AutoModelForCausalLM)(input_ids=IDS).logits)
+
+
 @pytest.mark.parametrize("adapt", ["lora", "bottleneck", {"prompt_tuning": {"tokens": 2}}, "bitfit"])
 def test_gradient_checkpointing_of_a_frozen_base_really_trains(adapt: Any) -> None:
     gradients = []

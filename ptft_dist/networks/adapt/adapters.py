@@ -133,6 +133,7 @@ def adapter_state(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict
 
     trained: the unsharded trained parameters and buffers by name.
     """
+    trained = _with_tied_names(model, trained)
     name = model.active_adapter
     config: Any = model.peft_config[name]
     if not config.is_prompt_learning:
@@ -162,6 +163,13 @@ def _prompt(model: PeftModel, config: Any, own: Mapping[str, torch.Tensor]) -> t
     return prompt
 
 
+def _with_tied_names(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under all names of tied parameters: peft asks for each name, and they are listed under one."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    by_parameter = {id(parameter): trained[name] for name, parameter in named if name in trained}
+    return {**trained, **{name: by_parameter[id(p)] for name, p in named if id(p) in by_parameter}}
+
+
 def _prompt_encoder(model: PeftModel, config: Any) -> torch.nn.Module:
     """A new encoder of virtual tokens, with random weights."""
     kind: Any = type(model.prompt_encoder[model.active_adapter])
@@ -189,9 +197,9 @@ def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder:
         task_keys(cast(PreTrainedModel, model.get_base_model())), indent=2, sort_keys=True, ensure_ascii=False
     )
     (folder / TASK_CONFIG).write_text(f"{keys}\n", encoding="utf-8")
-    save_file(
-        {key: value.detach().cpu().contiguous() for key, value in state.items()}, folder / WEIGHTS, {"format": "pt"}
-    )
+    # safetensors refuses two names of one tensor, such as tied embeddings.
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    save_file(copies, folder / WEIGHTS, {"format": "pt"})
 
 
 def _sort_names(file: Path) -> None:
