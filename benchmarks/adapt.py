@@ -26,14 +26,14 @@ import ptft_dist
 
 METHODS: dict[str, tuple[Any, float]] = {
     "full": ("full", 1.0),
-    "last 2 layers": ({"last_layers": 2}, 2.0),
-    "bitfit": ("bitfit", 20.0),
-    "lora": ({"lora": {"r": 8}}, 10.0),
-    "dora": ({"lora": {"r": 8, "dora": True}}, 10.0),
-    "qlora": ({"lora": {"r": 8}}, 10.0),
-    "bottleneck": ({"bottleneck": {"size": 32}}, 10.0),
-    "prefix tuning": ({"prefix_tuning": {"tokens": 8}}, 50.0),
-    "prompt tuning": ({"prompt_tuning": {"tokens": 8}}, 100.0),
+    "last 2 layers": ({"last_layers": 2}, 5.0),
+    "bitfit": ("bitfit", 50.0),
+    "lora": ({"lora": {"r": 8}}, 30.0),
+    "dora": ({"lora": {"r": 8, "dora": True}}, 30.0),
+    "qlora": ({"lora": {"r": 8}}, 30.0),
+    "bottleneck": ({"bottleneck": {"size": 32}}, 30.0),
+    "prefix tuning": ({"prefix_tuning": {"tokens": 8}}, 100.0),
+    "prompt tuning": ({"prompt_tuning": {"tokens": 8}}, 200.0),
 }
 """Name -> model.adapt, and the factor of the learning rate of full training."""
 RATES = {"sst2": 1e-4, "wnut17": 1e-4, "alpaca": 1e-5}
