@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import queue
 import statistics
 import tempfile
 import time
@@ -118,6 +119,19 @@ def train(case: str, name: str, folder: Path, updates: int, answers: Any) -> Non
     )
 
 
+def answer_of(process: Any, answers: Any) -> Any:
+    """What a process has put into its queue, which must not wait for a process that failed."""
+    while True:
+        try:
+            answer = answers.get(timeout=1.0)
+        except queue.Empty:
+            if not process.is_alive():
+                raise SystemExit(f"a process ended with {process.exitcode}; see its error above") from None
+            continue
+        process.join()
+        return answer
+
+
 def trained_parameters(files: list[Path]) -> int:
     """The number of parameters in a checkpoint, which contains the trained ones only."""
     from safetensors import safe_open
@@ -135,8 +149,7 @@ def table(case: str, updates: int, methods: list[str]) -> None:
             answers = context.Queue()
             process = context.Process(target=train, args=(case, method, Path(name), updates, answers))
             process.start()
-            row = answers.get()
-            process.join()
+            row = answer_of(process, answers)
             if "refused" in row:
                 print(f"{method:<15} refused: {row['refused'].splitlines()[0][:100]}", flush=True)
                 continue
@@ -160,8 +173,7 @@ def beside_trl(updates: int, repeats: int) -> None:
                 answers = context.Queue()
                 process = context.Process(target=who, args=(Path(name), updates, answers))
                 process.start()
-                both[who.__name__] = answers.get()
-                process.join()
+                both[who.__name__] = answer_of(process, answers)
             ours, theirs = both["ours_beside_trl"], both["trl"]
             worst = max(abs(a / b - 1) for a, b in zip(ours["losses"], theirs["losses"], strict=True))
             ratios.append(theirs["seconds"] / ours["seconds"])
