@@ -80,7 +80,7 @@ def recipe(case: str, folder: Path, updates: int) -> dict[str, Any]:
     }
 
 
-SCORES = {"sst2": "eval/accuracy", "wnut17": "eval/f1", "alpaca": "eval/loss"}
+SCORES = {"sst2": "eval/accuracy", "wnut17": "eval/f1_micro", "alpaca": "eval/loss"}
 
 
 def train(case: str, name: str, folder: Path, updates: int, answers: Any) -> None:
