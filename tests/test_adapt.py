@@ -125,6 +125,23 @@ def test_the_head_has_its_own_learning_rate() -> None:
     assert all("classifier" in name for name, scale in with_adapter.items() if scale == 10.0)
 
 
+def test_neither_virtual_tokens_nor_a_trained_embedding_table_are_the_head() -> None:
+    scales = scales_of(bert(), {"prompt_tuning": {"tokens": 3}}, head_lr_scale=10.0)
+    assert {name for name, scale in scales.items() if scale == 1.0} == {"prompt_encoder.default.embedding.weight"}
+    assert any("classifier" in name for name, scale in scales.items() if scale == 10.0)
+    scales = scales_of(llama(), {"lora": {}, "embeddings": "all"}, head_lr_scale=10.0)
+    saved = {name: scale for name, scale in scales.items() if "modules_to_save" in name}
+    assert {name.split(".modules_to_save")[0].rpartition(".")[2]: scale for name, scale in saved.items()} == {
+        "embed_tokens": 1.0,
+        "lm_head": 10.0,
+    }
+
+
+def test_a_decay_over_parameters_of_one_depth_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"optim\.layer_decay: has no effect here"):
+        scales_of(llama(), {"prompt_tuning": {"tokens": 3}}, layer_decay=0.5)
+
+
 def test_lora_plus_scales_b_as_peft_does() -> None:
     model = llama()
     scales = scales_of(model, {"lora": {"plus_ratio": 16.0}})

@@ -160,16 +160,22 @@ def public_values(loaded: Loaded) -> dict[str, Any]:
     return values
 
 
-def dump_resolved(loaded: Loaded) -> str:
-    """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Nested values as YAML text, in their order."""
     yaml = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 4096
     stream = io.StringIO()
-    yaml.dump(public_values(loaded), stream)
+    yaml.dump(dict(values), stream)
+    return stream.getvalue()
+
+
+def dump_resolved(loaded: Loaded) -> str:
+    """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
+    text = to_yaml(public_values(loaded))
     base = json.dumps(str(loaded.base))  # JSON escapes line breaks in the directory's name
-    return f"# All values of a recipe. {_STARTS_AT}{base}\n{stream.getvalue()}"
+    return f"# All values of a recipe. {_STARTS_AT}{base}\n{text}"
 
 
 def read_resolved(path: Path, schema: type[Recipe]) -> Loaded:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
-from ptft_dist.config.load import Loaded, public_values
+from ptft_dist.config.load import Loaded, public_values, to_yaml
 from ptft_dist.config.secrets import hide
 from ptft_dist.reporting.metrics import TIMING_KEYS
 
@@ -42,7 +39,7 @@ def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, lice
         "datasets": hub or None,
         "metrics": [name.removeprefix("eval/") for name in metrics] or None,
     }
-    front = _yaml({key: value for key, value in head.items() if value is not None})
+    front = to_yaml({key: value for key, value in head.items() if value is not None})
     notice = "" if license_id else f"# {_LICENSE}\n"
     what = "An adapter" if adapter else "A model"
     parent = f" of {Path(base).name if local else base}" if base is not None else ", trained from random weights"
@@ -53,7 +50,7 @@ def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, lice
         f"## Use\n\n{_usage(recipe, task_type, _report(run_dir))}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
-        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{_yaml(_given(loaded))}```\n",
+        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(_given(loaded))}```\n",
         f"## Versions\n\n{_table(_versions(run_dir), 'package')}",
     ]
     return hide("\n".join(sections))
@@ -166,13 +163,3 @@ def _pruned(values: Any, kept: Any) -> Any:
     if isinstance(values, list | tuple) and isinstance(kept, list):
         return [_pruned(*pair) for pair in zip(values, kept, strict=True)]
     return values
-
-
-def _yaml(values: Mapping[str, Any]) -> str:
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
-    yaml.width = 4096
-    stream = io.StringIO()
-    yaml.dump(dict(values), stream)
-    return stream.getvalue()

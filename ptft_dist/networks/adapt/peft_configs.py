@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +55,6 @@ class AdapterSetup:
     """Ids of tokens whose embeddings are new."""
     tokenizer_path: str
     seed: int
-    digests: Callable[..., Any] | None = None
 
 
 def peft_config(model: Any, adapt: AdaptSection, setup: AdapterSetup, fresh: Sequence[str]) -> PeftConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from ptft_dist.config.recipe import ModelSection, OptimSection
@@ -28,6 +30,8 @@ def lr_scales(
         scales |= {name: lora.plus_ratio for name in trained if "lora_B" in name or "lora_embedding_B" in name}
     if optim.layer_decay is not None:
         depths = _depths(model, trained)
+        if len(set(depths.values())) == 1:
+            raise RecipeError("optim.layer_decay: has no effect here: all trained parameters have the same depth")
         scales = {name: scale * optim.layer_decay ** depths[name] for name, scale in scales.items()}
     if optim.head_lr_scale is not None:
         head = [name for name in trained if _in_head(name, model, network)]
@@ -59,9 +63,11 @@ def _depths(model: torch.nn.Module, names: list[str]) -> dict[str, int]:
 
 
 def _in_head(name: str, model: torch.nn.Module, network: NetworkFacts) -> bool:
-    """Whether a parameter lies outside of the network's body, in the layers that compute the task's output."""
+    """Whether a parameter of the network itself lies outside of its body, in the layers that compute the output."""
     base = getattr(model, "get_base_model", lambda: model)()
-    plain = name.split("base_model.model.", 1)[-1]
+    plain = name.removeprefix("base_model.model.").removeprefix("base_model.")
+    plain = re.sub(r"\.modules_to_save\.[^.]+", "", plain)
     if network.output_head is not None and plain.startswith(f"{network.output_head}."):
         return True
-    return "modules_to_save" in name or (not plain.startswith(f"{base.base_model_prefix}.") and "lora_" not in plain)
+    body = (f"{base.base_model_prefix}.", "prompt_encoder.")
+    return not plain.startswith(body) and "lora_" not in plain
