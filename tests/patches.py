@@ -298,6 +298,24 @@ def quote_environment(rank: str, step: str, name: str) -> None:
     Trainer.update = failing  # type: ignore[method-assign]
 
 
+def sigterm_after_updates() -> None:
+    """Send SIGTERM to this process once its updates have ended, by whatever cause, and wait a moment."""
+    from ptft_dist.training.stopping import StopRequest
+
+    listening = StopRequest.listening
+
+    @contextlib.contextmanager
+    def signalled(self: StopRequest) -> Any:
+        try:
+            with listening(self):
+                yield
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+
+    StopRequest.listening = signalled  # type: ignore[method-assign]
+
+
 def fail_evaluation(step: str) -> None:
     """The evaluation after this update fails, but not the one before training."""
     from ptft_dist.training.trainer import Trainer

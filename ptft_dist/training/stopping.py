@@ -2,7 +2,8 @@
 
 During training a signal handler only sets a flag. The ranks sum their flags together with the counts of each update,
 so that all of them stop after the same update. Before training there is nothing to save: the process exits at once,
-even while it waits in C code for other processes.
+even while it waits in C code for other processes. After training, while the model is exported or a failure is
+reported, signals are ignored.
 """
 
 from __future__ import annotations
@@ -39,13 +40,12 @@ class StopRequest:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        global _listening
+        global _training_began
         before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        _listening = True
+        _training_began = True
         try:
             yield
         finally:
-            _listening = False
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -69,7 +69,7 @@ class StopRequest:
 
 
 _ending_at_once = False
-_listening = False  # True while a StopRequest handles the signals
+_training_began = False  # from then on a StopRequest handles the signals, and afterwards nothing does
 
 
 def _in_forked_child() -> None:
@@ -85,7 +85,7 @@ os.register_at_fork(after_in_child=_in_forked_child)
 
 @contextlib.contextmanager
 def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
-    """Call `end(signal name)` at SIGTERM and SIGINT while no StopRequest handles them and nothing would be lost.
+    """Call `end(signal name)` at SIGTERM and SIGINT until a StopRequest handles them.
 
     A separate thread calls it, so that it works while the main thread waits in C code. Without effect outside of the
     main thread.
@@ -93,17 +93,17 @@ def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    global _ending_at_once
+    global _ending_at_once, _training_began
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # The handler only prevents KeyboardInterrupt; the thread does the work.
     before = {number: signal.signal(number, lambda _number, _frame: None) for number in SIGNALS}
-    _ending_at_once = True
+    _ending_at_once, _training_began = True, False
 
     def watch() -> None:
         while received := reader.recv(1):
-            if received[0] in SIGNALS and not _listening:
+            if received[0] in SIGNALS and not _training_began:
                 end(signal.Signals(received[0]).name)
 
     threading.Thread(target=watch, daemon=True, name="signals").start()

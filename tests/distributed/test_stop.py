@@ -103,6 +103,19 @@ def test_ranks_end_without_destroying_their_group(tmp_path: Path, documents: Pat
     assert [path.name for path in tmp_path.glob("destroyed-*")] == (["destroyed-0"] if ranks == 1 else [])
 
 
+@pytest.mark.parametrize(("patches", "code", "status"), [([], 0, "finished"), (["raise_in_rank:0:2"], 1, "failed")])
+def test_a_signal_after_the_updates_loses_nothing(
+    tmp_path: Path, documents: Path, cache: Path, patches: list[str], code: int, status: str
+) -> None:
+    """For example while the model is exported, or from torchrun while a rank reports its failure."""
+    prepare_folder(tmp_path, documents, steps=3)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["sigterm_after_updates", *patches])
+    assert run.wait() == code, run.stderr
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["status"], result["exit_code"]) == (status, code)
+    assert (tmp_path / "run/model").exists() == (status == "finished")
+
+
 # --- through the launcher ---------------------------------------------------------------------------------------------
 
 
