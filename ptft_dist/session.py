@@ -7,7 +7,6 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +29,7 @@ from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.facts import read_facts
-from ptft_dist.networks.frozen import FrozenSource, frozen_source
+from ptft_dist.networks.frozen import frozen_source
 from ptft_dist.networks.load import (
     flops_per_token,
 )
@@ -38,7 +37,7 @@ from ptft_dist.old_network import OldNetwork, add_penalties
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
-from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.protocol import FrozenRole, Task
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
@@ -47,6 +46,7 @@ from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
 from ptft_dist.training.validation import Validation
 
+TEACHER = "teacher"
 EWC, REPLAY = "continual.ewc.data", "continual.replay.data"
 MOST_EPOCHS = 1_000_000
 """The maximum of train.epochs, so that the table of a run's updates fits into memory."""
@@ -82,18 +82,26 @@ class Session:
         say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
         for key, old in self.prepared.old.items():
             say(f"{key}:\n{describe(old.report, from_cache=old.from_cache)}")
-        self.teacher: FrozenSource | None = None
-        self.teacher_order: Sequence[int] = ()
         self.store, self.sizes, self.weights = self._training_rows()
         self.trained = TrainedNetwork(
             loaded, self.prepared.tokenizer_path, self.prepared.survey, self.kind, lambda: self.plan.total_steps
         )
         self.penalty_files: dict[str, Path] = {}
-        if (settings := recipe.distillation) is not None:
-            self.teacher = frozen_source(
-                "distillation.teacher", settings.teacher, settings.revision, recipe.model, loaded.base
-            )
-            self.teacher_order = teacher_order(self.trained.setup, self.teacher)
+        self.frozen = {
+            role: frozen_source(each.key, each.path, each.revision, recipe.model, loaded.base)
+            for role, each in self.roles.items()
+        }
+        self.teacher_order = teacher_order(self.trained.setup, self.frozen[TEACHER]) if recipe.distillation else []
+
+    @cached_property
+    def roles(self) -> dict[str, FrozenRole]:
+        """The frozen networks of the run: those of the task, or the teacher."""
+        trained, settings = self.trained, self.recipe.distillation
+        if settings is None:
+            roles: dict[str, FrozenRole] = trained.task_class.frozen_roles(trained.setup, trained.section)
+            return roles
+        role = FrozenRole("distillation.teacher", settings.teacher, settings.revision, trained.task_class.auto_class)
+        return {TEACHER: role}
 
     def _training_rows(self) -> tuple[Store, list[int], tuple[int, ...]]:
         """The store of the training rows, the numbers of new and of old rows in it, and their weights."""
@@ -111,8 +119,8 @@ class Session:
     def identity(self) -> dict[str, Any]:
         """The identity of this run, which a checkpoint must share; see `run_identity`."""
         files = {}
-        if self.teacher is not None:
-            files["distillation.teacher's files"] = self.teacher.identity(self._digests)
+        for source in self.frozen.values():
+            files[f"{source.key}'s files"] = source.identity(self._digests)
         for key, old in self.prepared.old.items():
             files[f"{key}'s contents"] = " ".join(old.parts["data.train"])
         if self._penalized:  # they read the weights of model.path again at each start
@@ -219,7 +227,7 @@ class Session:
             self._regularize()
         else:
             self.engine.prepare_reading(model)
-        self._place_teacher()
+        self._place_frozen()
         run_probe(self.engine, self.task)
 
     @property
@@ -276,16 +284,15 @@ class Session:
         settings = self.recipe.distillation
         return task if settings is None else cast(Task, Distillation(task, settings, self.teacher_order))
 
-    def _place_teacher(self) -> None:
-        """Load and place the teacher, if any, after the student, because its DeepSpeed config has the bucket sizes."""
-        if self.teacher is None:
-            return
-        assert isinstance(self.task, Distillation)
-        with self.engine.building(pretrained=False):
-            teacher = self.teacher.load(self.task.auto_class, self.engine.dtype)
-        self.task.prepare_teacher(teacher)
-        network = read_facts(teacher)
-        self.task.adopt(self.engine.prepare_frozen(teacher), network)
+    def _place_frozen(self) -> None:
+        """Load and place the frozen networks, after the trained one, because its DeepSpeed config has the bucket
+        sizes."""
+        for role, source in self.frozen.items():
+            with self.engine.building(pretrained=False):
+                model = source.load(self.roles[role].auto_class, self.engine.dtype)
+            self.task.prepare_frozen(role, model, source)
+            facts = read_facts(model)
+            self.task.adopt(role, self.engine.prepare_frozen(model), facts)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
