@@ -8,8 +8,8 @@ data_report.json the survey of the training rows, such as the labels. The base o
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.config.load import Loaded, read_resolved
@@ -22,37 +22,25 @@ from ptft_dist.networks.frozen import read_digests
 from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.run import libraries_restored
-from ptft_dist.session import Session
 from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.trained_network import TrainedNetwork
 
 
-class SavedRun(Session):
-    """The network of a run, built from its run directory in one process. It has no data, no teacher and no Trainer."""
+class SavedRun:
+    """The network of a run, built from its run directory in one process, without its data."""
 
     def __init__(self, run_dir: Path, checkpoint: Checkpoint) -> None:
         """Raises CheckpointError if a file of the run is missing, RecipeError if its base is."""
         self.run_dir, self.checkpoint = run_dir, checkpoint
         self.loaded = load_run(run_dir)
-        self.recipe = self.loaded.recipe
-        self.kind = "single"
         try:
             report = Report.from_dict(json.loads((run_dir / "data_report.json").read_text(encoding="utf-8")))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{run_dir / 'data_report.json'} cannot be read: {error}. Restore it") from None
         if not (run_dir / "tokenizer").is_dir():
             raise CheckpointError(f"{run_dir} has no tokenizer directory; restore it")
-        self._describe_network(run_dir / "tokenizer", report.survey)
-
-    @property
-    def total_steps(self) -> int:
-        return self.checkpoint.entry("total_steps", int)
-
-    def _make_task(self) -> Any:
-        return self.task_class(self.setup, self.network, self.engine.device)
-
-    @property
-    def _digests(self) -> Any:
-        return read_digests  # the cache of the run may be on another machine
+        steps = partial(checkpoint.entry, "total_steps", int)
+        self.trained = TrainedNetwork(self.loaded, run_dir / "tokenizer", report.survey, "single", steps)
 
     def load(self) -> SavedState:
         """Build the network and load the weights of the checkpoint.
@@ -60,21 +48,21 @@ class SavedRun(Session):
         Raises:
             CheckpointError: the base has changed since the run, or the checkpoint belongs to another recipe.
         """
-        state = SavedState()
-        self.engine = cast(Any, state)
-        if (saved := self.checkpoint.manifest.get("base")) is not None and self.base_identity() != saved:
+        state, section = SavedState(), self.trained.section
+        saved = self.checkpoint.manifest.get("base")
+        # The cache of the run, with the hashes of files, may be on another machine.
+        if saved is not None and self.trained.base_identity(read_digests) != saved:
             raise CheckpointError(
-                f"{self.section.path} has changed since {self.run_dir} was trained on it. Restore the files of the base"
+                f"{section.path} has changed since {self.run_dir} was trained on it. Restore the files of the base"
             )
-        lora = self.section.adapt.lora
-        if lora is not None and lora.init == "eva":
+        if section.adapt.lora is not None and section.adapt.lora.init == "eva":
             raise RecipeError(
                 f"{self.run_dir}: init: eva computes the ranks from training rows, so a checkpoint cannot be exported "
                 "without them. Resume the run to its end; it then writes the adapter to its model directory"
             )
-        self._build(training=False)
-        kind, precision = self.checkpoint.entry("kind", str), self.recipe.train.precision
-        state.load(self.model, self.checkpoint.path, kind, precision)
+        self.trained.build(state)
+        kind, precision = self.checkpoint.entry("kind", str), self.loaded.recipe.train.precision
+        state.load(self.trained.model, self.checkpoint.path, kind, precision)
         return state
 
 
@@ -93,9 +81,10 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, license_id: str | 
     with libraries_restored():
         run = SavedRun(run_dir, checkpoint)
         state = run.load()
-        task_type = run.task_class.auto_class.__name__
+        trained = run.trained
+        task_type = trained.task_class.auto_class.__name__
         card = model_card(run.loaded, run_dir, checkpoint.step, task_type=task_type, license_id=license_id)
-        content = Export(run.model, run.tokenizer, run.network, run.export_dtype, card)
+        content = Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(state, content, out)
     say(f"exported update {checkpoint.step} of {run_dir} to {out}")

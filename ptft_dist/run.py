@@ -164,7 +164,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
     else:
-        save_tokenizer(session.tokenizer, run_dir)
+        save_tokenizer(session.trained.tokenizer, run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
     trainer.samples = session.samples(progress.evaluated_step)
     if checkpoint is not None:
@@ -211,8 +211,9 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
     card = None
     if engine.is_main:
-        card = model_card(session.loaded, target.parent, step, task_type=session.task_class.auto_class.__name__)
-    export(engine, Export(session.model, session.tokenizer, session.network, session.export_dtype, card), target)
+        card = model_card(session.loaded, target.parent, step, task_type=session.trained.task_class.auto_class.__name__)
+    trained = session.trained
+    export(engine, Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card), target)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:

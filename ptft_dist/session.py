@@ -7,18 +7,16 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import PreTrainedModel
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.checkpoint.identity import run_identity
 from ptft_dist.config.load import Loaded
-from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.mixed_store import MixedStore
@@ -26,32 +24,23 @@ from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Store
-from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import local_device, peak_flops
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
-from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
-from ptft_dist.networks.adapt.quantized import check_placement, heads
 from ptft_dist.networks.adapt.rates import lr_scales
-from ptft_dist.networks.export import export_dtype
-from ptft_dist.networks.facts import NetworkFacts, read_facts
-from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
+from ptft_dist.networks.facts import read_facts
+from ptft_dist.networks.frozen import FrozenSource, frozen_source
 from ptft_dist.networks.load import (
-    build_config,
-    build_network,
-    check_positions,
     flops_per_token,
-    local_or_hub,
-    read_config,
 )
-from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.old_network import OldNetwork, add_penalties
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
-from ptft_dist.tasks.protocol import Task, TaskSetup
-from ptft_dist.tasks.registry import encoder_class, task_class
+from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.registry import encoder_class
+from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -67,9 +56,6 @@ class Session:
     """The parts of one run on this process's rank."""
 
     engine: Engine
-    task: Task
-    model: PreTrainedModel
-    network: NetworkFacts
 
     def __init__(self, loaded: Loaded, place: Place, *, tokenizer_from: Path | None = None) -> None:
         """Prepare the data, and check recipe, data, model and launch config against each other.
@@ -99,67 +85,15 @@ class Session:
         self.teacher: FrozenSource | None = None
         self.teacher_order: Sequence[int] = ()
         self.store, self.sizes, self.weights = self._training_rows()
-        self._describe_network(self.prepared.tokenizer_path, self.prepared.survey)
+        self.trained = TrainedNetwork(
+            loaded, self.prepared.tokenizer_path, self.prepared.survey, self.kind, lambda: self.plan.total_steps
+        )
+        self.penalty_files: dict[str, Path] = {}
         if (settings := recipe.distillation) is not None:
             self.teacher = frozen_source(
                 "distillation.teacher", settings.teacher, settings.revision, recipe.model, loaded.base
             )
-            self.teacher_order = teacher_order(self.setup, self.teacher)
-
-    def _describe_network(self, tokenizer_path: Path, survey: Mapping[str, Any]) -> None:
-        """Read the tokenizer, and compute and check the network's config.
-
-        survey: properties of the training rows, from the encoder.
-        """
-        loaded, recipe = self.loaded, self.recipe
-        self.tokenizer_path = tokenizer_path
-        self.tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
-        self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
-        self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup.of(recipe, self.tokenizer, survey)
-        self.config = build_config(
-            self.section,
-            self.tokenizer,
-            recipe.data.max_length,
-            self.task_class.config_settings(self.setup),
-            grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
-        )
-        self.task_class.fit_config(self.setup, self.config)
-        self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
-        check_weights(self.section)
-        self._preview()
-        self.penalty_files: dict[str, Path] = {}
-
-    def _preview(self) -> None:
-        """Check network and adapter on a copy without weights. Raises RecipeError."""
-        check_placement(self.section.quantize, self.kind, self.recipe.train.precision)
-        check_backend(self.section, self.kind)
-        model = preview_network(self.section, self.config, self.task_class.auto_class)
-        self.heads = heads(model)
-        network = adapted_facts(read_facts(model), self.section.adapt)
-        check_positions(network, self.recipe.data.max_length)
-        check_positions_left(network, self.section.adapt, self.recipe.data.max_length)
-        adapt_network(model, self.section.adapt, self._adapter_setup(), preview=True)
-
-    def _adapter_setup(self) -> Any:
-        """What the config of an adapter needs; None without an adapter."""
-        recipe, section = self.recipe, self.section
-        if not section.adapt.adds_adapter:
-            return None
-        from ptft_dist.networks.adapt.peft_configs import TASK_TYPES, AdapterSetup
-
-        assert section.path is not None
-        added: Any = self.tokenizer.convert_tokens_to_ids([*recipe.tokenizer.add, *recipe.settings.added_tokens])
-        beyond = range(read_config(section, {}).get_text_config().vocab_size, len(self.tokenizer))
-        return AdapterSetup(
-            task_type=TASK_TYPES.get(self.task_class.auto_class.__name__),
-            base=section.path,
-            revision=section.revision,
-            total_steps=self.total_steps,
-            new_tokens=tuple(sorted({*added, *beyond})),
-            tokenizer_path=str(self.tokenizer_path),
-            seed=recipe.train.seed,
-        )
+            self.teacher_order = teacher_order(self.trained.setup, self.teacher)
 
     def _training_rows(self) -> tuple[Store, list[int], tuple[int, ...]]:
         """The store of the training rows, the numbers of new and of old rows in it, and their weights."""
@@ -195,12 +129,7 @@ class Session:
 
     def base_identity(self) -> str | None:
         """A hash of the files of the pretrained network; None for a network with random weights."""
-        return None if self.section.path is None else files_identity(self.section, self._digests)
-
-    @property
-    def total_steps(self) -> int:
-        """Number of optimizer updates of the run."""
-        return self.plan.total_steps
+        return self.trained.base_identity(self._digests)
 
     @cached_property
     def plan(self) -> Plan:
@@ -253,7 +182,15 @@ class Session:
         if continual is None or not self._penalized:
             return
         identity, device = str(self.base_identity()), local_device(self.place.local_rank)
-        old = OldNetwork(self.section, identity, self.config, self.setup, self.task_class, self._cache, device)
+        old = OldNetwork(
+            self.trained.section,
+            identity,
+            self.trained.config,
+            self.trained.setup,
+            self.trained.task_class,
+            self._cache,
+            device,
+        )
         self.penalty_files["start"] = old.start()
         if continual.ewc is not None:
             rows = self.prepared.old[EWC]
@@ -273,67 +210,32 @@ class Session:
             self.prepare_penalties()
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
         self.agree_on_data()
-        self._build(training=training)
-        if self.section.compile:
-            self.model.compile(dynamic=True)
+        self.trained.build(self.engine, wrap=self._with_teacher, rows=self.prepared.train if training else None)
+        model, section = self.trained.model, self.trained.section
+        if section.compile:
+            model.compile(dynamic=True)
         if training:
-            self.engine.prepare(
-                self.model, recipe.optim, say, lr_scales(self.model, self.section, recipe.optim, self.network)
-            )
+            self.engine.prepare(model, recipe.optim, say, lr_scales(model, section, recipe.optim, self.trained.facts))
             self._regularize()
         else:
-            self.engine.prepare_reading(self.model)
+            self.engine.prepare_reading(model)
         self._place_teacher()
         run_probe(self.engine, self.task)
 
-    def _build(self, *, training: bool) -> None:
-        """Build network and task, and adapt the network. Raises RecipeError."""
-        recipe = self.recipe
-        with self.engine.building(pretrained=self.section.path is not None):
-            base, fresh = build_network(
-                self.section,
-                self.config,
-                recipe.train.seed,
-                self.task_class.auto_class,
-                len(self.tokenizer),
-                say,
-                precision=recipe.train.precision,
-                whole=self.heads,
-            )
-        adapt = self.section.adapt
-        self.network = adapted_facts(read_facts(base), adapt)
-        self.task = self._make_task()
-        self.task.prepare_network(base)
-        self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
-        if training and adapt.lora is not None and adapt.lora.init == "eva":
-            self._initialize_from_activations(adapt.lora.eva_rows)
-        convert_trained(self.model, self.engine.trained_dtype)
-
-    def _initialize_from_activations(self, count: int) -> None:
-        """Initialize the adapter from the first `count` training rows, the same on every rank."""
-        from ptft_dist.networks.adapt.adapters import initialize_from_activations
-        from ptft_dist.tasks.common.losses import network_inputs
-
-        if self.network.encoder_decoder:
-            raise RecipeError("model.adapt.lora.init: eva works for encoders and decoders only; use init: pissa")
-        store = self.prepared.train
-        keys = [(0, row) for row in range(min(count, len(store)))]
-        rows = [store.row(row) for _, row in keys]
-        inputs = network_inputs(self.task.collate(rows, keys).inputs)
-        lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
-        model: Any = self.model
-        initialize_from_activations(model, {**inputs, "tokens": torch.arange(inputs["input_ids"].shape[1]) < lengths})
+    @property
+    def task(self) -> Task:
+        return self.trained.task
 
     def _regularize(self) -> None:
         """Add the penalties on parameters, and what AdaLoRA does after each update."""
         if self.recipe.continual is not None and self._penalized:
             files = self.penalty_files
             add_penalties(self.engine, self.recipe.continual, files["start"], files.get("fisher"))
-        if self.section.adapt.adalora is None:
+        if self.trained.section.adapt.adalora is None:
             return
         from ptft_dist.networks.adapt.adalora import Orthogonality
 
-        model: Any = self.model
+        model: Any = self.trained.model
         self.engine.regularize_with(Orthogonality(model), "model.adapt.adalora")
         self.engine.after_each_step(model.rank_state.after_step)
 
@@ -369,11 +271,10 @@ class Session:
             self.zero_config, recipe.train.precision, recipe.optim.max_grad_norm, micro_size, self.shape.accumulation
         )
 
-    def _make_task(self) -> Task:
-        task = self.task_class(self.setup, self.network, self.engine.device)
-        if self.recipe.distillation is not None:
-            task = Distillation(task, self.recipe.distillation, self.teacher_order)
-        return cast(Task, task)
+    def _with_teacher(self, task: Any) -> Task:
+        """The task, with the divergence from the teacher if the recipe has one."""
+        settings = self.recipe.distillation
+        return task if settings is None else cast(Task, Distillation(task, settings, self.teacher_order))
 
     def _place_teacher(self) -> None:
         """Load and place the teacher, if any, after the student, because its DeepSpeed config has the bucket sizes."""
@@ -411,7 +312,11 @@ class Session:
             manifest,
             stop,
             flops_per_token=flops_per_token(
-                self.model, self.config, engine.parameter_count, engine.trained_count, store.tokens / len(store)
+                self.trained.model,
+                self.trained.config,
+                engine.parameter_count,
+                engine.trained_count,
+                store.tokens / len(store),
             ),
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )

@@ -1,0 +1,161 @@
+"""The network that a run trains: its config, checks without weights, and how it is built and adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from transformers import PreTrainedModel
+
+from ptft_dist.config.load import Loaded
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.data.store import Store
+from ptft_dist.data.tokenizer import load_tokenizer
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
+from ptft_dist.networks.adapt.quantized import check_placement, heads
+from ptft_dist.networks.export import export_dtype
+from ptft_dist.networks.facts import NetworkFacts, read_facts
+from ptft_dist.networks.frozen import Digests, files_identity
+from ptft_dist.networks.load import build_config, build_network, check_positions, local_or_hub, read_config
+from ptft_dist.networks.preview import check_weights, preview_network
+from ptft_dist.reporting.messages import say
+from ptft_dist.tasks.common.losses import network_inputs
+from ptft_dist.tasks.protocol import Task, TaskSetup
+from ptft_dist.tasks.registry import task_class
+
+
+class Builder(Protocol):
+    """What decides how the weights are placed while they are read: an Engine, or a SavedState."""
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def trained_dtype(self) -> torch.dtype: ...
+    def building(self, pretrained: bool) -> AbstractContextManager[None]: ...
+
+
+class TrainedNetwork:
+    """The network of a run, and its task. `model`, `facts` and `task` exist after `build`."""
+
+    model: PreTrainedModel
+    facts: NetworkFacts
+    task: Task
+
+    def __init__(
+        self, loaded: Loaded, tokenizer_path: Path, survey: Mapping[str, Any], kind: str, steps: Callable[[], int]
+    ) -> None:
+        """Compute the config, and check network and adapter on a copy without weights.
+
+        Args:
+            survey: properties of the training rows, from the encoder.
+            kind: the engine's backend.
+            steps: returns the number of updates of the run; called only if the adapter depends on it.
+
+        Raises:
+            RecipeError: the network does not exist, or does not fit the task, the tokenizer or the backend.
+        """
+        recipe = self.recipe = loaded.recipe
+        self.tokenizer_path, self.steps = tokenizer_path, steps
+        self.tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
+        self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
+        self.task_class = task_class(recipe.task)
+        self.setup = TaskSetup.of(recipe, self.tokenizer, survey)
+        self.config = build_config(
+            self.section,
+            self.tokenizer,
+            recipe.data.max_length,
+            self.task_class.config_settings(self.setup),
+            grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
+        )
+        self.task_class.fit_config(self.setup, self.config)
+        self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
+        check_weights(self.section)
+        check_placement(self.section.quantize, kind, recipe.train.precision)
+        check_backend(self.section, kind)
+        self._preview()
+
+    def _preview(self) -> None:
+        """Check network and adapter on a copy without weights. Raises RecipeError."""
+        model, adapt, max_length = self._network_without_weights(), self.section.adapt, self.recipe.data.max_length
+        self.heads = heads(model)
+        facts = adapted_facts(read_facts(model), adapt)
+        check_positions(facts, max_length)
+        check_positions_left(facts, adapt, max_length)
+        adapt_network(model, adapt, self._adapter_setup(), preview=True)
+
+    def _network_without_weights(self) -> PreTrainedModel:
+        return preview_network(self.section, self.config, self.task_class.auto_class)
+
+    def _adapter_setup(self) -> Any:
+        """What the config of an adapter needs; None without an adapter."""
+        recipe, section = self.recipe, self.section
+        if not section.adapt.adds_adapter:
+            return None
+        from ptft_dist.networks.adapt.peft_configs import TASK_TYPES, AdapterSetup
+
+        assert section.path is not None
+        added: Any = self.tokenizer.convert_tokens_to_ids([*recipe.tokenizer.add, *recipe.settings.added_tokens])
+        beyond = range(read_config(section, {}).get_text_config().vocab_size, len(self.tokenizer))
+        return AdapterSetup(
+            task_type=TASK_TYPES.get(self.task_class.auto_class.__name__),
+            base=section.path,
+            revision=section.revision,
+            total_steps=self.steps(),
+            new_tokens=tuple(sorted({*added, *beyond})),
+            tokenizer_path=str(self.tokenizer_path),
+            seed=recipe.train.seed,
+        )
+
+    def base_identity(self, digests: Digests) -> str | None:
+        """A hash of the files of the pretrained network; None for a network with random weights."""
+        return None if self.section.path is None else files_identity(self.section, digests)
+
+    def build(
+        self, builder: Builder, *, wrap: Callable[[Any], Task] = lambda task: task, rows: Store | None = None
+    ) -> None:
+        """Build network and task, and adapt the network.
+
+        Args:
+            wrap: what is put around the task, such as distillation.
+            rows: training rows, from which EVA initializes the adapter; None: they are not there, and not needed.
+
+        Raises:
+            RecipeError: the network does not fit the task.
+        """
+        recipe, section = self.recipe, self.section
+        with builder.building(pretrained=section.path is not None):
+            base, fresh = build_network(
+                section,
+                self.config,
+                recipe.train.seed,
+                self.task_class.auto_class,
+                len(self.tokenizer),
+                say,
+                precision=recipe.train.precision,
+                whole=self.heads,
+            )
+        adapt = section.adapt
+        self.facts = adapted_facts(read_facts(base), adapt)
+        self.task = wrap(self.task_class(self.setup, self.facts, builder.device))
+        self.task.prepare_network(base)
+        self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
+        if rows is not None and adapt.lora is not None and adapt.lora.init == "eva":
+            self._initialize_from_activations(rows, adapt.lora.eva_rows)
+        convert_trained(self.model, builder.trained_dtype)
+
+    def _initialize_from_activations(self, store: Store, count: int) -> None:
+        """Initialize the adapter from the first `count` training rows, the same on every rank."""
+        from ptft_dist.networks.adapt.adapters import initialize_from_activations
+
+        if self.facts.encoder_decoder:
+            raise RecipeError("model.adapt.lora.init: eva works for encoders and decoders only; use init: pissa")
+        keys = [(0, row) for row in range(min(count, len(store)))]
+        rows = [store.row(row) for _, row in keys]
+        inputs = network_inputs(self.task.collate(rows, keys).inputs)
+        lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
+        tokens = torch.arange(inputs["input_ids"].shape[1]) < lengths
+        initialize_from_activations(cast(Any, self.model), {**inputs, "tokens": tokens})
