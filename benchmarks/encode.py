@@ -25,8 +25,8 @@ from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
+from ptft_dist.tasks.common.chat_template import CHATML
 from ptft_dist.tasks.registry import encoder_class, recipe_class
-from ptft_dist.tasks.sft.chat_template import CHATML
 
 MAX_LENGTH = 512
 

@@ -24,9 +24,10 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.tasks.common.chat import Conversation, Plain
+from ptft_dist.tasks.common.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
 from ptft_dist.tasks.registry import recipe_class
-from ptft_dist.tasks.sft.chat import Conversation, Plain, read_row, shape_of
-from ptft_dist.tasks.sft.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
+from ptft_dist.tasks.sft.chat import read_row, shape_of
 from ptft_dist.tasks.sft.encode import ConversationRows, learned_tokens
 from ptft_dist.tasks.sft.task import EmbeddingNoise, conversation_lengths
 
@@ -406,18 +407,18 @@ def test_a_template_without_markers_is_read_turn_by_turn(tokenizer: Any) -> None
 def test_a_template_that_loses_a_message_is_refused(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "be kind"}, USER, ASSISTANT]
     with pytest.raises(TemplateRefused, match="drops this system message: 'be kind'"):
-        ChatTemplate(with_template(tokenizer, NO_SYSTEM)).render(messages, None)
+        ChatTemplate(with_template(tokenizer, NO_SYSTEM), "sft").render(messages, None)
 
 
 def test_a_template_that_shows_no_tools_is_refused(tokenizer: Any) -> None:
     with pytest.raises(TemplateRefused, match="drops the tool look"):
-        ChatTemplate(with_template(tokenizer, UNMARKED)).render([USER, ASSISTANT], [TOOL])
+        ChatTemplate(with_template(tokenizer, UNMARKED), "sft").render([USER, ASSISTANT], [TOOL])
 
 
 def test_a_template_that_changes_its_beginning_is_refused(tokenizer: Any) -> None:
     counted = "{{ messages | length }}" + UNMARKED
     with pytest.raises(TemplateRefused, match="its rendering of a turn depends on the turns that follow"):
-        ChatTemplate(with_template(tokenizer, counted)).render([USER, ASSISTANT, *SECOND], None)
+        ChatTemplate(with_template(tokenizer, counted), "sft").render([USER, ASSISTANT, *SECOND], None)
 
 
 def test_a_template_whose_turns_do_not_end_is_refused(tokenizer: Any) -> None:

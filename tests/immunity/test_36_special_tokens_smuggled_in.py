@@ -12,8 +12,8 @@ from ptft_dist.config.recipe import Recipe, TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.tasks.common.chat_template import CHATML, trl_templates
 from ptft_dist.tasks.registry import recipe_class
-from ptft_dist.tasks.sft.chat_template import CHATML, trl_templates
 from ptft_dist.tasks.sft.encode import ConversationRows
 
 END, USER, ASSISTANT = "<|im_end|>", {"role": "user", "content": "a cat"}, {"role": "assistant", "content": "it sleeps"}

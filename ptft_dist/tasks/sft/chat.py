@@ -1,16 +1,13 @@
-"""Converts rows of the common shapes to conversations: lists of {role, content}, with tool calls as in transformers."""
+"""Converts rows for supervised fine-tuning to conversations or plain texts."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
-from ptft_dist.data.formats import json_type, text_problem
+from ptft_dist.data.formats import text_problem
 from ptft_dist.data.row_encoder import RowError, require, require_list, require_text
-
-Message = dict[str, Any]
+from ptft_dist.tasks.common.chat import Conversation, Message, Plain, as_message, from_sharegpt, tools_of
 
 SHAPES = {
     "messages": ("messages",),
@@ -20,44 +17,6 @@ SHAPES = {
     "text": ("text",),
 }
 """Shape -> its required columns."""
-
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "function_call": "function_call",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool": "tool",
-}
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One conversation."""
-
-    messages: list[Message]
-    """{role, content}, as in transformers."""
-    tools: list[Any] | None = None
-    """JSON schemas of functions."""
-    given: int = 0
-    """Number of messages at the beginning that belong to the prompt and are not learned."""
-    unanswered: int = 0
-    """Number of messages that were truncated after the last assistant message."""
-
-
-@dataclass(frozen=True)
-class Plain:
-    """A text without a chat template."""
-
-    prompt: str
-    """The beginning of the text, which is not learned; may be empty."""
-    completion: str
 
 
 def shape_of(values: Mapping[str, Any]) -> str:
@@ -91,14 +50,14 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
         return Plain(require_text(values, "prompt", empty=True), require_text(values, "completion"))
     given = 0
     if shape == "messages":
-        messages = [_message(m, i) for i, m in enumerate(require_list(values, "messages"))]
+        messages = [as_message(m, i) for i, m in enumerate(require_list(values, "messages"))]
     elif shape == "sharegpt":
-        messages = [_from_sharegpt(m, i) for i, m in enumerate(require_list(values, "conversations"))]
+        messages = [from_sharegpt(m, i) for i, m in enumerate(require_list(values, "conversations"))]
     elif shape == "alpaca":
         messages = _from_alpaca(values)
     else:
-        before = [_message(m, i) for i, m in enumerate(require_list(values, "prompt"))]
-        messages = before + [_message(m, i) for i, m in enumerate(require_list(values, "completion"), len(before))]
+        before = [as_message(m, i) for i, m in enumerate(require_list(values, "prompt"))]
+        messages = before + [as_message(m, i) for i, m in enumerate(require_list(values, "completion"), len(before))]
         given = len(before)
     own = values.get("system")
     if own is not None and text_problem("system", own):
@@ -106,7 +65,7 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
     if (own or system) and not (messages and messages[0]["role"] == "system"):
         messages.insert(0, {"role": "system", "content": own or system})
         given += given > 0
-    return _complete(messages, _tools(values), given)
+    return _complete(messages, tools_of(values), given)
 
 
 def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> Conversation:
@@ -122,85 +81,6 @@ def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> C
     return Conversation(kept, tools, given, len(messages) - len(kept))
 
 
-def _message(message: Any, number: int) -> Message:
-    """A validated message: a known role, text content, and checked tool calls. number: index of the message, from 0.
-
-    Raises:
-        RowError: the message is invalid.
-    """
-    where = f"message {number + 1}"
-    if not isinstance(message, dict):
-        raise RowError(
-            f"{where} is {json_type(message)} and not an object with role and content. Correct or remove the row."
-        )
-    role = message.get("role")
-    if role == "developer":
-        role = "system"
-    if role not in ROLES:
-        role_problem = "has no role" if role is None else f"has the role {role!r}"
-        raise RowError(f"{where} {role_problem}; known roles are {', '.join(ROLES)}. Correct or remove the row.")
-    content = _content(message.get("content"), where)
-    calls = message.get("tool_calls") or []
-    if not isinstance(calls, list):
-        raise RowError(f"{where}: tool_calls is {json_type(calls)} and not a list. Correct or remove the row.")
-    calls = [_call(call, where) for call in calls]
-    if calls and role != "assistant":
-        raise RowError(
-            f"{where}: a {role} message has tool_calls; only assistant messages can. Correct or remove the row."
-        )
-    if not content.strip() and not calls and role != "tool":
-        raise RowError(f"{where} ({role}) is empty. Fill it in, or remove the row.")
-    kept = {key: message[key] for key in ("name", "tool_call_id", "reasoning_content") if message.get(key)}
-    for key, value in kept.items():
-        if problem := text_problem(key, value):
-            raise RowError(f"{where}: {problem}")
-    return {"role": role, "content": content, **({"tool_calls": calls} if calls else {}), **kept}
-
-
-def _content(content: Any, where: str) -> str:
-    """The text of a message's content, which is a text or a list of text parts."""
-    if content is None:
-        return ""
-    if isinstance(content, list):
-        parts = []
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise RowError(
-                    f"{where} has a part that is not text; only text is supported. Correct or remove the row."
-                )
-            parts.append(part["text"])
-        content = "".join(parts)
-    if problem := text_problem("content", content):
-        raise RowError(f"{where}: {problem}")
-    return content
-
-
-def _call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise RowError(f"{where}: a tool call needs a function with name and arguments. Correct or remove the row.")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}", many=True)
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
-
-
-def _from_sharegpt(turn: Any, number: int) -> Message:
-    where = f"turn {number + 1}"
-    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        raise RowError(f"{where} is not an object with from and value. Correct or remove the row.")
-    role = SHAREGPT.get(turn["from"]) if isinstance(turn["from"], str) else None
-    if role is None:
-        raise RowError(
-            f"{where} is from {turn['from']!r}; known roles are {', '.join(SHAREGPT)}. Correct or remove the row."
-        )
-    if role == "function_call":
-        call = _json(turn["value"], f"{where}, a function_call,")
-        calls = call if isinstance(call, list) else [call]
-        return {"role": "assistant", "content": "", "tool_calls": [_call(each, where) for each in calls]}
-    return _message({"role": role, "content": turn["value"]}, number)
-
-
 def _from_alpaca(values: Mapping[str, Any]) -> list[Message]:
     instruction = require_text(values, "instruction")
     if values.get("input") is not None and (extra := require_text(values, "input", empty=True)).strip():
@@ -211,22 +91,3 @@ def _from_alpaca(values: Mapping[str, Any]) -> list[Message]:
     if not answer.strip():
         raise RowError("the field 'output' is empty, so there is nothing to learn. Fill it in, or remove the row.")
     return [{"role": "user", "content": instruction}, {"role": "assistant", "content": answer}]
-
-
-def _tools(values: Mapping[str, Any]) -> list[Any] | None:
-    tools = values.get("tools")
-    if isinstance(tools, str):
-        tools = _json(tools, "the field 'tools'") if tools.strip() else None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError("the field 'tools' is not a list of JSON schemas. Correct or remove the row.")
-    return tools
-
-
-def _json(text: Any, what: str, *, many: bool = False) -> Any:
-    try:
-        return json.loads(text)
-    except (TypeError, ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise RowError(f"{what} {'are' if many else 'is'} not JSON ({why}). Correct or remove the row.") from None

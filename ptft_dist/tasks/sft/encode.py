@@ -15,8 +15,8 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder
 from ptft_dist.data.tokenizer import adds_bos
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.sft.chat import SHAPES, Conversation, Plain, read_row, shape_of
-from ptft_dist.tasks.sft.chat_template import (
+from ptft_dist.tasks.common.chat import Conversation, Plain
+from ptft_dist.tasks.common.chat_template import (
     ChatTemplate,
     Span,
     TemplateRefused,
@@ -24,7 +24,8 @@ from ptft_dist.tasks.sft.chat_template import (
     missing_template,
     saved_template,
 )
-from ptft_dist.tasks.sft.control_tokens import ControlTokens
+from ptft_dist.tasks.common.control_tokens import ControlTokens
+from ptft_dist.tasks.sft.chat import SHAPES, read_row, shape_of
 from ptft_dist.tasks.sft.settings import SftSettings
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class ConversationRows(RowEncoder):
         super().__init__(context)
         tokenizer = self.tokenizer
         if tokenizer.eos_token is None:
-            template_hint = "" if self.settings.shape == "text" else missing_template(tokenizer)
+            template_hint = "" if self.settings.shape == "text" else missing_template(tokenizer, self.settings.section)
             raise RecipeError(
                 "tokenizer: it has no EOS token, so the end of an answer cannot be learned. Name one as eos_token in "
                 "its tokenizer_config.json." + (f"\n{template_hint}" if template_hint else "")
@@ -88,7 +89,7 @@ class ConversationRows(RowEncoder):
             RecipeError: there is none, or it does not end the assistant's turns with a special token.
         """
         if self._template is None:
-            self._template = ChatTemplate(self.tokenizer)
+            self._template = ChatTemplate(self.tokenizer, self.settings.section)
             end = self._end_of_turn(self._template)
             self.discovered = {"end_of_turn": self.tokenizer.convert_tokens_to_ids(end)}
         return self._template
@@ -108,7 +109,8 @@ class ConversationRows(RowEncoder):
             return special_tokens[-1]
         raise RecipeError(
             f"sft.template: the assistant's turn ends without a special token ({probe.text[start:end]!r}), so the "
-            "model would never learn to stop. " + missing_end_of_turn(self.tokenizer, template.template)
+            "model would never learn to stop. "
+            + missing_end_of_turn(self.tokenizer, template.template, self.settings.section)
         )
 
     @classmethod

@@ -6,31 +6,24 @@ from typing import Literal, Self
 
 from pydantic import model_validator
 
-from ptft_dist.config.section import Positive, Text, only_with
-from ptft_dist.config.task_settings import TaskSettings
+from ptft_dist.config.section import Positive, only_with
+from ptft_dist.tasks.common.chat_settings import ChatSettings
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 
-CHATML = ("<|im_start|>", "<|im_end|>")
 
-
-class SftSettings(TaskSettings):
+class SftSettings(ChatSettings):
     """Settings of supervised fine-tuning on conversations."""
 
+    section = "sft"
     may_change = ("head", "generation")
     distillable = True
     writes = True
     after_prepare = ("neftune_alpha", "head", "generation")
-    text_settings = ("shape", "system")
 
     shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """The format of the rows. `messages`: role and content; `sharegpt`: conversations of from and value; `alpaca`:
     instruction, input, output; `prompt_completion`: two texts, or two lists of messages; `text`: plain text. `auto`:
     from the columns of each file's first row, which all its rows must share."""
-    template: Text | None = None
-    """The chat template: a name that TRL knows (chatml, llama3, qwen3, ...), or a Jinja file. Default: the tokenizer's
-    own, and `chatml` for a tokenizer that is trained here."""
-    system: Text | None = None
-    """A system message for conversations without one."""
     loss: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained on: all assistant turns, the last one only, or all tokens. A turn includes its end."""
     too_long: Literal["cut", "drop"] = "cut"
@@ -73,14 +66,6 @@ class SftSettings(TaskSettings):
             "system",
             "tools",
         )
-
-    @property
-    def special_tokens(self) -> tuple[str, ...]:
-        return f"eos={CHATML[1]}", "bos", "pad"
-
-    @property
-    def extra_special_tokens(self) -> tuple[str, ...]:
-        return CHATML[:1]
 
     @property
     def metric_names(self) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptft_dist.data.encoder import RowError
-from ptft_dist.tasks.sft.chat import Conversation, Plain
+from ptft_dist.tasks.common.chat import Conversation, Plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

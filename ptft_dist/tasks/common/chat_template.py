@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.sft.settings import CHATML as CHATML_TOKENS
-from ptft_dist.tasks.sft.settings import SftSettings
+from ptft_dist.tasks.common.chat_settings import CHATML as CHATML_TOKENS
+from ptft_dist.tasks.common.chat_settings import ChatSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,21 +59,24 @@ _LIBRARY_ERRORS = (TypeError, ValueError, LookupError, AttributeError, Arithmeti
 {% include %} raises TypeError, because no loader is set."""
 
 
-def missing_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The message for a tokenizer without a chat template, with the settings to add; empty if it has one."""
+def missing_template(tokenizer: PreTrainedTokenizerBase, section: str) -> str:
+    """The message for a tokenizer without a chat template, with the settings to add; empty if it has one.
+
+    section: the task's section in the recipe.
+    """
     if tokenizer.chat_template:
         return ""
     add = [token for token in CHATML_TOKENS if token not in tokenizer.get_vocab()]
-    steps = ["sft.template: chatml"] + ([f"tokenizer.add: {add}"] if add else [])
+    steps = [f"{section}.template: chatml"] + ([f"tokenizer.add: {add}"] if add else [])
     return (
-        "sft.template: this tokenizer has no chat template, and rows with turns need one. Set in the recipe:\n  "
+        f"{section}.template: this tokenizer has no chat template, and rows with turns need one. Set in the recipe:\n  "
         + "\n  ".join(steps)
         + f"\nThe end of a turn is then {CHATML_TOKENS[1]}, which is learned and ends generated texts. Any other "
         "template that TRL knows by name, or a .jinja file, needs its own special tokens in tokenizer.add."
     )
 
 
-def missing_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def missing_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str, section: str) -> str:
     """The remedy for a template whose turns do not end with a special token."""
     special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     add = [token for token in dict.fromkeys(re.findall(r"<\|\w+\|>", template)) if token not in special]
@@ -81,11 +84,11 @@ def missing_end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> st
         return f"Add the template's tokens to the tokenizer: tokenizer.add: {add}."
     return (
         "Put the token that ends a turn inside the template's {% generation %} markers; if it is not a special token "
-        "of the tokenizer, add it with tokenizer.add. Or use another template, such as sft.template: chatml."
+        f"of the tokenizer, add it with tokenizer.add. Or use another template, such as {section}.template: chatml."
     )
 
 
-def saved_template(settings: SftSettings, base: Path, *, learned: bool) -> str | None:
+def saved_template(settings: ChatSettings, base: Path, *, learned: bool) -> str | None:
     """The template to save with the tokenizer; None: keep its own.
 
     Args:
@@ -106,12 +109,13 @@ def saved_template(settings: SftSettings, base: Path, *, learned: bool) -> str |
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(
-                f"sft.template: {path} cannot be read ({error}). Paths are relative to the recipe."
+                f"{settings.section}.template: {path} cannot be read ({error}). Paths are relative to the recipe."
             ) from None
     known = trl_templates()
     if name not in known:
         raise RecipeError(
-            f"sft.template: unknown template {name!r}. Use one of chatml, {', '.join(known)}, or a .jinja file"
+            f"{settings.section}.template: unknown template {name!r}. Use one of chatml, {', '.join(known)}, or a "
+            ".jinja file"
         )
     return known[name].read_text(encoding="utf-8")
 
@@ -147,25 +151,36 @@ class ChatTemplate:
     of the messages that follow.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, section: str, *, with_spans: bool = True) -> None:
         """Take the tokenizer's template.
+
+        Args:
+            section: the task's section in the recipe, for messages.
+            with_spans: `render` is used. False: `text` only; the template stays the tokenizer's own.
 
         Raises:
             RecipeError: the tokenizer has no template.
         """
+        if missing := missing_template(tokenizer, section):
+            raise RecipeError(missing)
+        self.section = section
+        template = tokenizer.chat_template
+        self.template: str = template["default"] if isinstance(template, dict) else template
+        self.special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self.marked = False
+        if with_spans:
+            self._find_markers(tokenizer)
+
+    def _find_markers(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Take TRL's training variant of a template without markers."""
         from jinja2 import TemplateError
         from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
-        if missing := missing_template(tokenizer):
-            raise RecipeError(missing)
-        template = tokenizer.chat_template
-        self.template: str = template["default"] if isinstance(template, dict) else template
         self.marked = has_generation_markers(self.template)
         if not self.marked:
             # TRL does not know the template (ValueError), or the template fails in TRL's trial: render() reports it.
             with contextlib.suppress(TemplateError, *_LIBRARY_ERRORS):
                 self.template, self.marked = get_training_chat_template(tokenizer) or self.template, True
-        self.special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
 
     def render(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> Rendered:
         """Render a conversation as text with the assistant's spans.
@@ -178,18 +193,18 @@ class ChatTemplate:
         else:
             text, _ = self._text(messages, tools)
             spans = self._turn_by_turn(messages, tools, text)
-        _nothing_lost(messages, tools, text)
+        check_nothing_lost(messages, tools, text)
         if not spans:
             raise TemplateRefused("the chat template does not render the assistant's messages")
         return Rendered(text, spans)
 
-    def text(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None) -> str:
-        """The conversation as text.
+    def text(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
+        """The conversation as text. prompt: ends with the beginning of an assistant's turn.
 
         Raises:
             TemplateRefused: the template raises an error.
         """
-        return self._text(messages, tools)[0]
+        return self._text(messages, tools, prompt=prompt)[0]
 
     def _text(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, marked: bool = False, prompt: bool = False
@@ -225,14 +240,14 @@ class ChatTemplate:
                 if not (after.startswith(before) and text.startswith(after)):
                     raise TemplateRefused(
                         "the chat template has no {% generation %} markers, and its rendering of a turn depends on the "
-                        "turns that follow, so the assistant's text cannot be located: set sft.template to a template "
-                        "with markers"
+                        f"turns that follow, so the assistant's text cannot be located: set {self.section}.template to "
+                        "a template with markers"
                     )
                 spans.append((len(before), len(after)))
         return spans
 
 
-def _nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
+def check_nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
     """Check that the template rendered every message, tool and call.
 
     Raises:
