@@ -40,7 +40,8 @@ from ptft_dist.tasks.common.distillation import Distillation, teacher_order
 from ptft_dist.tasks.protocol import FrozenRole, Task
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.trained_network import TrainedNetwork
-from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.batches import Batches, Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.rollouts import RollingTask, RolloutBatches
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -158,6 +159,8 @@ class Session:
                 f"batch: one update needs {self.shape.global_size} rows, the training data have {rows}. Lower "
                 "batch.global_size (or global_tokens) or data.max_length, or add data"
             )
+        if self.recipe.settings.rollout_prompts is not None:
+            return self._plan_of_rollouts(self.recipe.settings.rollout_prompts)
         plan = make_plan(
             self.sizes,
             self.store.lengths,
@@ -174,6 +177,19 @@ class Session:
         if warmup >= plan.total_steps:
             say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}; optim.lr is never reached")
         return plan
+
+    def _plan_of_rollouts(self, prompts: int) -> Plan:
+        """The prompts of each rollout; total_steps is the number of updates. All rollouts have the same size."""
+        train, rows, global_size = self.recipe.train, len(self.store), self.shape.global_size
+        assert global_size is not None
+        if rows < prompts:
+            raise DataError(
+                f"{self.recipe.task}.prompts: a rollout needs {prompts} prompts, the training data have {rows}. Lower "
+                "it, or add data"
+            )
+        updates = self.recipe.settings.updates_of_rollout(global_size)
+        total = train.max_steps or max(1, int((train.epochs or 1) * rows / prompts)) * updates
+        return make_plan(self.sizes, self.store.lengths, train.seed, global_size=prompts, max_steps=total)
 
     @property
     def _penalized(self) -> bool:
@@ -299,8 +315,6 @@ class Session:
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
         """The Trainer. Writers of metrics are added when the run begins."""
         recipe, engine, store = self.recipe, self.engine, self.store
-        workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
-        dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
         manifest = {
             "identity": self.identity,
             "kind": engine.kind,
@@ -312,7 +326,7 @@ class Session:
             recipe,
             engine,
             self.task,
-            SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
+            self._batches(),
             self.plan.total_steps,
             self.validation,
             checkpoints,
@@ -327,6 +341,16 @@ class Session:
             ),
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )
+
+    def _batches(self) -> Batches:
+        recipe, engine, shape = self.recipe, self.engine, self.layout
+        if recipe.settings.rollout_prompts is not None:
+            assert self.shape.global_size is not None
+            task = cast(RollingTask, self.task)
+            return RolloutBatches(task, self.store, self.plan, shape, recipe.train.seed, self.shape.global_size)
+        workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
+        dataset = UpdateDataset(self.store, self.plan, shape, self.task.collate)
+        return SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda")
 
     @property
     def layout(self) -> Shape:
@@ -347,15 +371,17 @@ class Session:
 
     def warm_up(self) -> None:
         """Run forward and backward on the largest micro-batch without an update; see Engine.warm_up."""
-        rows = self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length))
+        rows = self.task.longest_rows(self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length)))
         batch = self.task.collate(rows, [(0, i) for i in range(len(rows))])
         self.engine.warm_up(self.task.loss, batch.inputs)
 
-    def samples(self, last_evaluation: int) -> JsonLines | None:
+    def samples(self, last_step: int, last_evaluation: int) -> JsonLines | None:
         """The writer of generated texts; None if the task generates none."""
-        if getattr(self.recipe.settings, "generation", None) is None or not self.recipe.validated:
+        settings = self.recipe.settings
+        evaluated = getattr(settings, "generation", None) is not None and self.recipe.validated
+        if not evaluated and settings.rollout_prompts is None:
             return None
-        return JsonLines(Path(self.recipe.run_dir) / "samples.jsonl", last_evaluation, last_evaluation)
+        return JsonLines(Path(self.recipe.run_dir) / "samples.jsonl", last_step, last_evaluation)
 
     @property
     def device_name(self) -> str:

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "checkpoint": {"config", "errors"},
     "networks": {"config", "errors"},
     "data": {"config", "errors", "reporting"},
-    "tasks": {"config", "data", "errors", "networks"},
-    "training": {"checkpoint", "config", "data", "engine", "errors", "reporting", "tasks"},
+    "rl": {"config", "data", "errors", "networks"},
+    "tasks": {"config", "data", "errors", "networks", "rl"},
+    "training": {"checkpoint", "config", "data", "engine", "errors", "reporting", "rl", "tasks"},
     "old_network": {"config", "data", "engine", "errors", "networks", "reporting", "tasks", "training"},
     "trained_network": {"config", "data", "errors", "networks", "reporting", "tasks"},
     "session": {

@@ -63,7 +63,9 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
         if recipe.train.max_tokens is not None:
             yield Problem(("train", "max_tokens"), f"task {task} makes its own tokens; set max_steps or epochs")
         if recipe.continual is not None:
-            yield Problem(("continual",), f"{_NO_EFFECT} task {task} stays near model.path by its own setting {task}.kl")
+            yield Problem(
+                ("continual",), f"{_NO_EFFECT} task {task} stays near model.path by its own setting {task}.kl"
+            )
 
 
 def _sources(recipe: Recipe) -> Iterator[Problem]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ptft_dist.config.rollouts import RewardSource, RolloutSettings
+from ptft_dist.config.rollouts import RewardSource
 from ptft_dist.errors import DataError, PtftError, RecipeError
 
 RewardFunction = Callable[..., Sequence[float | None]]
@@ -52,7 +52,7 @@ def load_function(source: RewardSource, key: str, base: Path) -> RewardFunction:
         function = functools.partial(function, **source.arguments)
     if inspect.iscoroutinefunction(function) or not callable(function):
         raise RecipeError(f"{key}: {name} is not an ordinary function")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _import(name: str, base: Path) -> Any:
@@ -147,24 +147,35 @@ class RunningMoments:
 
 
 def shaped(
-    scores: np.ndarray, lengths: np.ndarray, ended: np.ndarray, settings: RolloutSettings, moments: RunningMoments
+    scores: np.ndarray,
+    lengths: np.ndarray,
+    ended: np.ndarray,
+    *,
+    moments: RunningMoments | None = None,
+    clip: float | None = None,
+    missing_eos_penalty: float | None = None,
+    length_target: int | None = None,
+    length_penalty: float | None = None,
 ) -> np.ndarray:
-    """The scores that are learned from: normalized, clipped, and with the penalties of the recipe: fp32 [N].
+    """The scores that are learned from: normalized, clipped, then lowered by penalties: fp32 [N].
 
     Args:
         lengths: response tokens [N].
         ended: whether the response has an EOS [N].
-        moments: those of all scores so far; these are added.
+        moments: normalize with the moments of all scores so far, to which these are added.
+        clip: to [-clip, clip].
+        missing_eos_penalty: subtracted from the score of a response without EOS.
+        length_target, length_penalty: the penalty is subtracted for each token above the target.
     """
-    if settings.normalize_rewards:
+    if moments is not None:
         moments.add(scores)
         scores = (scores - moments.mean) / (moments.deviation + 1e-8)
-    if settings.clip_rewards is not None:
-        scores = scores.clip(-settings.clip_rewards, settings.clip_rewards)
-    if settings.missing_eos_penalty is not None:
-        scores = scores - settings.missing_eos_penalty * ~ended
-    if settings.length_target is not None and settings.length_penalty is not None:
-        scores = scores - settings.length_penalty * np.maximum(lengths - settings.length_target, 0)
+    if clip is not None:
+        scores = scores.clip(-clip, clip)
+    if missing_eos_penalty is not None:
+        scores = scores - missing_eos_penalty * ~ended
+    if length_target is not None and length_penalty is not None:
+        scores = scores - length_penalty * np.maximum(lengths - length_target, 0)
     return scores.astype(np.float32)
 
 

@@ -139,7 +139,8 @@ def sample_responses(
     padded: pads prompts on the left: input_ids and attention_mask [B, P].
     """
     wanted = [(prompt, number) for prompt in prompts for number in range(group_size)]
-    lengths, mine = np.array([len(prompt.ids) for prompt, _ in wanted]), {}
+    lengths = np.array([len(prompt.ids) for prompt, _ in wanted])
+    mine: dict[int, tuple[np.ndarray, bool]] = {}
     with phase.processes.generating():
         for rows, count in phase.micro_batches(lengths, phase.split_sampling):
             seeds = [response_seed(seed, phase.number, wanted[i][0].row, wanted[i][1]) for i in rows]
@@ -166,7 +167,8 @@ def look_up(
         forward: inputs -> name -> [B, R], padded on the right.
         collate: the inputs of a micro-batch.
     """
-    lengths, mine = np.array([len(each) for each in trajectories]), {}
+    lengths = np.array([len(each) for each in trajectories])
+    mine: dict[int, dict[str, np.ndarray]] = {}
     for rows, count in phase.micro_batches(lengths, phase.split):
         found = {name: x.float().cpu().numpy() for name, x in forward(collate([trajectories[i] for i in rows])).items()}
         for b, i in enumerate(rows if count else ()):
@@ -190,7 +192,8 @@ def judge(
         forward: inputs -> scores [B].
         padded: pads them on the right: input_ids and attention_mask [B, T].
     """
-    lengths, mine = np.array([len(ids) for ids in texts]), {}
+    lengths = np.array([len(ids) for ids in texts])
+    mine: dict[int, float] = {}
     for rows, count in phase.micro_batches(lengths, phase.split):
         scores = forward(padded([texts[i] for i in rows])).tolist()
         if count:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -13,7 +13,10 @@ from ptft_dist.data.store import Row, Store
 from ptft_dist.engine import Engine
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
 from ptft_dist.tasks.protocol import Batch, Task
-from ptft_dist.training.batches import PhaseContext, Shape, UpdateReport, mask_all
+from ptft_dist.training.batches import PhaseContext, Shape, mask_all
+
+if TYPE_CHECKING:
+    from ptft_dist.training.report import UpdateReport
 
 
 class RollingTask(Task, Protocol):
@@ -31,9 +34,7 @@ class RollingTask(Task, Protocol):
 class RolloutBatches:
     """Rollouts follow from the seed, the number of the phase and the weights, so a resume repeats them."""
 
-    def __init__(
-        self, task: RollingTask, store: Store, plan: Plan, shape: Shape, seed: int, global_size: int
-    ) -> None:
+    def __init__(self, task: RollingTask, store: Store, plan: Plan, shape: Shape, seed: int, global_size: int) -> None:
         """plan: the prompts of each phase. global_size: responses of one update, over all ranks."""
         self.task, self.store, self.plan, self.shape = task, store, plan, shape
         self.seed, self.global_size = seed, global_size
@@ -69,6 +70,10 @@ class RolloutBatches:
             batch = self.task.collate([rows[i] for i in own or [0]], [])
             batches.append(batch if own else Batch(mask_all(batch.inputs), 0, 0, tuple(0.0 for _ in batch.more_counts)))
         return batches
+
+    def take_samples(self) -> list[dict[str, Any]]:
+        taken, self.samples = self.samples, []
+        return taken
 
     def observe(self, report: UpdateReport) -> None:
         self.over = self.over or self.task.phase_is_over(report.metrics)

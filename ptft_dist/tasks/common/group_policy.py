@@ -8,10 +8,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ptft_dist.config.rollouts import GroupSettings
 from ptft_dist.rl.advantages import group_advantages
 from ptft_dist.rl.losses import clipped_policy_loss, detached
 from ptft_dist.rl.rollout import Trajectory
+from ptft_dist.tasks.common.group_settings import GroupSettings
 from ptft_dist.tasks.common.rollouts import RolloutTask
 from ptft_dist.tasks.protocol import IGNORE, LossOut
 
@@ -23,8 +23,12 @@ class GroupPolicyTask(RolloutTask):
     clip_high: float
 
     def spread(
-        self, trajectories: Sequence[Trajectory], scores: np.ndarray, baseline: Literal["group_mean", "leave_one_out"],
-        *, scale: bool,
+        self,
+        trajectories: Sequence[Trajectory],
+        scores: np.ndarray,
+        baseline: Literal["group_mean", "leave_one_out"],
+        *,
+        scale: bool,
     ) -> dict[str, float]:
         """Give all tokens of each response its advantage; return metrics. scores: [N]."""
         advantages = group_advantages(scores, self.settings.group_size, baseline, scale=scale)
@@ -45,9 +49,7 @@ class GroupPolicyTask(RolloutTask):
         shown = detached(entropy=((entropy * mask).sum(), count), policy_loss=(policy.losses.sum(), count))
         return LossOut((losses * self.token_weights(mask)).sum(), {**shown, **policy.metrics})
 
-    def penalty(
-        self, logprobs: torch.Tensor, inputs: dict[str, torch.Tensor], mask: torch.Tensor  # noqa: ARG002
-    ) -> torch.Tensor:
+    def penalty(self, _logprobs: torch.Tensor, _inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         """What is added to the loss of each token: [B, R]."""
         return torch.zeros_like(mask)
 

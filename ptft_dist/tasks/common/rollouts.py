@@ -12,7 +12,6 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
-from ptft_dist.config.rollouts import RolloutSettings
 from ptft_dist.data.store import Row, Store
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.switching import adapters_off, check_start_is_base
@@ -26,6 +25,7 @@ from ptft_dist.rl.rollout import Clock, Phase, Processes, Prompt, Rollout, Traje
 from ptft_dist.rl.sampling import response_seed, sample, until_end
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
+from ptft_dist.tasks.common.rollout_settings import RolloutSettings
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, FrozenRole, LossOut, TaskSetup
 
 REFERENCE = "reference"
@@ -144,7 +144,7 @@ class RolloutTask(BaseTask):
         """Prompts with responses of max_new_tokens."""
         tokens = self.settings.sampling.max_new_tokens
         response, zeros = np.full(tokens, self.fill_id, np.int64), np.zeros(tokens, np.float32)
-        columns = {"response": np.array([tokens]), **{name: zeros for name in self.token_columns}}
+        columns = {"response": np.array([tokens]), **dict.fromkeys(self.token_columns, zeros)}
         return [Row(np.concatenate([row.input_ids, response]), row.document_starts, columns) for row in rows]
 
     @property
@@ -154,7 +154,10 @@ class RolloutTask(BaseTask):
 
     def as_row(self, each: Trajectory) -> Row:
         """A trajectory as a row for `collate`."""
-        columns = {"response": np.array([len(each.response)]), **{name: each.tokens[name] for name in self.token_columns}}
+        columns = {
+            "response": np.array([len(each.response)]),
+            **{name: each.tokens[name] for name in self.token_columns},
+        }
         return Row(np.concatenate([each.prompt.ids, each.response]), np.zeros(1, np.int64), columns)
 
     def count_of(self, rows: Sequence[Row]) -> float:
@@ -209,8 +212,8 @@ class RolloutTask(BaseTask):
     def ask_reference(self, processes: Processes, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The reference's log-probabilities: those of a network of its own, or of the base under the adapter."""
         if self.reference is None:
-            return processes.forward(self.base_as_reference, inputs)  # type: ignore[no-any-return]
-        return self.reference.forward(self.look_at_reference, inputs)  # type: ignore[no-any-return]
+            return processes.forward(self.base_as_reference, inputs)
+        return self.reference.forward(self.look_at_reference, inputs)
 
     def base_as_reference(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         with adapters_off(model):
@@ -223,11 +226,11 @@ class RolloutTask(BaseTask):
         clock = Clock()
         # 1. Sample responses with the policy.
         prompts = [prompt_of(store.row(row), row) for row in rows]
-        group, settings = self.settings.group_size, self.settings
+        settings = self.settings
         trajectories = sample_responses(
             phase,
             prompts,
-            group,
+            settings.samples_per_prompt,
             settings.sampling,
             self.setup.seed,
             padded=lambda ids: left_padded(ids, self.pad_id, self.pad_multiple),
@@ -254,7 +257,17 @@ class RolloutTask(BaseTask):
         raw = self.mix(trajectories)
         lengths = np.array([len(each.response) for each in trajectories])
         ended = np.array([each.ended for each in trajectories])
-        for each, score in zip(trajectories, shaped(raw, lengths, ended, settings, self.moments), strict=True):
+        scores = shaped(
+            raw,
+            lengths,
+            ended,
+            moments=self.moments if settings.normalize_rewards else None,
+            clip=settings.clip_rewards,
+            missing_eos_penalty=settings.missing_eos_penalty,
+            length_target=settings.length_target,
+            length_penalty=settings.length_penalty,
+        )
+        for each, score in zip(trajectories, scores, strict=True):
             each.score = float(score)
         clock.lap("scoring_s")
         # 4. From scores to advantages.
@@ -304,7 +317,7 @@ class RolloutTask(BaseTask):
         return mixed(rewards, self.weights)
 
     def write_texts(self, trajectories: Sequence[Trajectory]) -> None:
-        texts = self.tokenizer.batch_decode([t.response for t in trajectories], skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode([t.response.tolist() for t in trajectories], skip_special_tokens=True)
         for each, text in zip(trajectories, texts, strict=True):
             each.text = text
 
@@ -317,7 +330,7 @@ class RolloutTask(BaseTask):
         }
         if len(self.weights) > 1:
             for name in self.weights:
-                given = [each.rewards[name] for each in trajectories if each.rewards[name] is not None]
+                given = [value for each in trajectories if (value := each.rewards[name]) is not None]
                 metrics[f"reward/{name}"] = float(np.mean(given)) if given else 0.0
         return metrics
 
@@ -336,6 +349,10 @@ class RolloutTask(BaseTask):
             }
             for each in trajectories
         ]
+
+    def phase_is_over(self, metrics: Mapping[str, float]) -> bool:  # noqa: ARG002
+        """Whether no more updates follow on this rollout. metrics: of the last update."""
+        return False
 
     # --- state that a resume restores --------------------------------------------------------------------------------
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ptft_dist.config.rollouts import GrpoSettings
 from ptft_dist.data.store import Row
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.rl.losses import kl_loss
 from ptft_dist.rl.rollout import Trajectory
 from ptft_dist.tasks.common.group_policy import GroupPolicyTask
+from ptft_dist.tasks.grpo.settings import GrpoSettings
 from ptft_dist.tasks.protocol import TaskSetup
 
 
@@ -29,10 +29,10 @@ class Grpo(GroupPolicyTask):
         scores = np.array([each.score for each in trajectories], np.float32)
         return self.spread(trajectories, scores, "group_mean", scale=self.settings.scale_rewards)
 
-    def penalty(self, logprobs: torch.Tensor, inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
+    def penalty(self, _logprobs: torch.Tensor, _inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> torch.Tensor:
         if not self.settings.kl:
             return torch.zeros_like(mask)
-        return self.settings.kl * kl_loss(logprobs, inputs["reference"], mask)
+        return self.settings.kl * kl_loss(_logprobs, _inputs["reference"], mask)
 
     def token_weights(self, mask: torch.Tensor) -> torch.Tensor:
         """`dapo`: 1; `grpo`: 1 / tokens of the response; `dr_grpo`: 1 / max_new_tokens."""

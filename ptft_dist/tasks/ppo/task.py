@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ptft_dist.config.rollouts import PpoSettings
 from ptft_dist.networks.value_head import add_value_head
 from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, gae, token_rewards, whiten
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
 from ptft_dist.rl.rollout import Trajectory
 from ptft_dist.tasks.common.rollouts import RolloutTask
+from ptft_dist.tasks.ppo.settings import PpoSettings
 from ptft_dist.tasks.protocol import IGNORE, LossOut
 
 
@@ -62,9 +62,9 @@ class Ppo(RolloutTask):
             for each, advantages in zip(trajectories, whitened, strict=True):
                 each.tokens["advantages"] = advantages
         if settings.kl_target is not None:
-            kl = float(np.mean([self.kl_of(each).sum() for each in trajectories]))
+            mean_kl = float(np.mean([self.kl_of(each).sum() for each in trajectories]))
             self.kl_coefficient = adapted_kl_coefficient(
-                self.kl_coefficient, kl, settings.kl_target, len(trajectories), settings.kl_horizon
+                self.kl_coefficient, mean_kl, settings.kl_target, len(trajectories), settings.kl_horizon
             )
         return metrics
 
@@ -92,7 +92,7 @@ class Ppo(RolloutTask):
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"kl_coefficient": self.kl_coefficient}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.kl_coefficient = float(state["kl_coefficient"])
 

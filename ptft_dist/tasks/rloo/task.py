@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from ptft_dist.config.rollouts import RlooSettings
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.rl.advantages import whiten
 from ptft_dist.rl.rollout import Trajectory
 from ptft_dist.tasks.common.group_policy import GroupPolicyTask
 from ptft_dist.tasks.protocol import TaskSetup
+from ptft_dist.tasks.rloo.settings import RlooSettings
 
 
 class Rloo(GroupPolicyTask):
