@@ -22,6 +22,7 @@ from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 from ptft_dist.tasks.plm.settings import PlmSettings
 from ptft_dist.tasks.question_answering.settings import QuestionAnsweringSettings
 from ptft_dist.tasks.regression.settings import RegressionSettings
+from ptft_dist.tasks.reward.settings import RewardSettings
 from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 from ptft_dist.tasks.sft.settings import SftSettings
 from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
@@ -53,6 +54,7 @@ TASKS: dict[str, TaskSpec] = {
     "regression": TaskSpec(RegressionSettings, "task:Regression", "encode:RegressionRows"),
     "token_classification": TaskSpec(TokenClassificationSettings, "task:TokenClassification", "encode:TaggedRows"),
     "question_answering": TaskSpec(QuestionAnsweringSettings, "task:QuestionAnswering", "encode:QuestionRows"),
+    "reward": TaskSpec(RewardSettings, "task:RewardModelling", "encode:RewardRows"),
 }
 
 
