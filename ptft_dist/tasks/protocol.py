@@ -4,10 +4,12 @@ When each hook of a task is called, and on which ranks:
 
     once, before a process group exists, on every rank
         frozen_roles(setup, model)  frozen networks that the task reads, such as a reference or reward models
+        start_column(setup, model)  numbers about each row that the network gives before it is trained
         config_settings(setup)      keys of the network's config that follow from the task
         fit_config(setup, config)   refuse networks and tokenizers that cannot learn the task
     once, after the network was built and before it is wrapped, on every rank
         Task(setup, network, device)
+        start_values(model, inputs) the numbers of start_column; once for all rows, on a copy of the network
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
         extend_network(model)       after it was adapted: parts that are trained beside it, such as a value head
     once, after the network was wrapped, on every rank
@@ -15,6 +17,7 @@ When each hook of a task is called, and on which ranks:
         probe()                     a check on test input, such as: does attention stay within packed documents?
     every update, on every rank (collate also in data-loader workers)
         collate(rows, keys)         rows of one micro-batch -> Batch
+        baseline(model, inputs)     a mean over the whole update that its loss needs, without gradients
         loss(model, inputs)         forward pass -> summed loss
     every evaluation, on every rank
         collate, evaluate(model, inputs), predictions(output)
@@ -40,6 +43,8 @@ from ptft_dist.networks.frozen import FrozenSource
 
 IGNORE = -100
 """The target id of positions without a label."""
+BASELINE = "baseline"
+"""Name of the batch input with the mean of Task.baseline over the rows of the update: a scalar."""
 EVALUATION_EPOCH = 2**32 - 1
 """The epoch of validation rows, so that random masks are the same at every evaluation."""
 
@@ -55,6 +60,14 @@ class FrozenRole:
     revision: str | None
     auto_class: Any
     """The transformers class that builds it."""
+
+
+class StartColumn(NamedTuple):
+    """A column of the rows that is computed with the network that training starts from."""
+
+    name: str
+    width: int
+    """The number of values of each row."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +169,16 @@ class Task(Protocol):
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
         """The frozen networks by role. section: model, of the trained network. Raises RecipeError."""
 
+    @classmethod
+    def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:
+        """The column that `start_values` computes for all rows, before training and once for all runs; None: no column.
+
+        section: model, of the network that training starts from.
+        """
+
+    def start_values(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The values of `start_column` for the rows of a batch: fp32 [B, width]."""
+
     def prepare_network(self, model: PreTrainedModel) -> None:
         """Change the unwrapped network as the task needs it. Raises RecipeError."""
 
@@ -176,6 +199,13 @@ class Task(Protocol):
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The summed loss of one micro-batch, whose inputs are on the device. It must not wait for the device."""
+
+    @property
+    def needs_baseline(self) -> bool:
+        """Whether `loss` needs the mean of `baseline` over all rows of the update, as the input `baseline`."""
+
+    def baseline(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Total and count over the rows of one micro-batch: fp32 [2], in evaluation mode and without gradients."""
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """As `loss`, in evaluation mode, with predictions if the task scores them."""
@@ -208,6 +238,7 @@ class Probe(Protocol):
 class BaseTask:
     """Default implementations of the hooks."""
 
+    needs_baseline = False
     adds_router_loss = False
     """The loss includes the load balancing loss of a mixture of experts."""
 
@@ -233,6 +264,13 @@ class BaseTask:
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:  # noqa: ARG003
         return {}
 
+    @classmethod
+    def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:  # noqa: ARG003
+        return None
+
+    def start_values(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
     def prepare_network(self, model: PreTrainedModel) -> None: ...
 
     def extend_network(self, model: Any) -> None: ...
@@ -246,6 +284,9 @@ class BaseTask:
         return rows
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        raise NotImplementedError
+
+    def baseline(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:

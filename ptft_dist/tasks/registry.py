@@ -17,7 +17,9 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.task_settings import TaskSettings
 from ptft_dist.tasks.classification.settings import ClassificationSettings
 from ptft_dist.tasks.clm.settings import ClmSettings
+from ptft_dist.tasks.dpo.settings import DpoSettings
 from ptft_dist.tasks.grpo.settings import GrpoSettings
+from ptft_dist.tasks.kto.settings import KtoSettings
 from ptft_dist.tasks.mlm.settings import MlmSettings
 from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 from ptft_dist.tasks.plm.settings import PlmSettings
@@ -61,6 +63,8 @@ TASKS: dict[str, TaskSpec] = {
     "grpo": TaskSpec(GrpoSettings, "task:Grpo", ".common.prompt_rows:PromptRows"),
     "rloo": TaskSpec(RlooSettings, "task:Rloo", ".common.prompt_rows:PromptRows"),
     "reward": TaskSpec(RewardSettings, "task:RewardModelling", "encode:RewardRows"),
+    "dpo": TaskSpec(DpoSettings, "task:DirectPreference", ".common.preference_rows:PreferenceRows"),
+    "kto": TaskSpec(KtoSettings, "task:KahnemanTversky", "encode:LabelledAnswerRows"),
 }
 
 

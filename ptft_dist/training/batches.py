@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ptft_dist.data.order import Plan, split_update
 from ptft_dist.data.store import Store
-from ptft_dist.tasks.protocol import Batch, Collate
+from ptft_dist.tasks.protocol import BASELINE, Batch, Collate, Task
 
 if TYPE_CHECKING:
     from ptft_dist.engine import Engine
@@ -153,3 +153,24 @@ class SupervisedBatches:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self._updates = int(state["step"]), None
+
+
+class BaselineBatches(SupervisedBatches):
+    """A phase first measures, without gradients, a mean over all rows of its update, which the update's loss needs."""
+
+    def __init__(self, dataset: UpdateDataset, workers: int, pin_memory: bool, task: Task) -> None:
+        super().__init__(dataset, workers, pin_memory)
+        self.task = task
+
+    def next_phase(self, context: PhaseContext) -> Iterator[Sequence[Batch]]:
+        for group in super().next_phase(context):
+            yield with_baseline(context.engine, self.task, group)
+
+
+def with_baseline(engine: Engine, task: Task, group: Sequence[Batch]) -> list[Batch]:
+    """The micro-batches of an update, with the mean of `task.baseline` over all of them and all ranks as an input."""
+    with engine.evaluating():
+        parts = [engine.forward(task.baseline, batch.inputs) for batch in group]
+    total, count = engine.all_sum(*torch.stack(parts).double().sum(0))
+    mean = (total / count.clamp(min=1)).float()
+    return [replace(batch, inputs={**batch.inputs, BASELINE: mean}) for batch in group]

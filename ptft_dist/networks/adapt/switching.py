@@ -21,6 +21,7 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    assert layers, "this network has no adapter"
     before = [part._disable_adapters for part in layers]
     for part in layers:
         part._disable_adapters = True
@@ -31,10 +32,12 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
             part._disable_adapters = value
 
 
-def check_start_is_base(adapt: AdaptSection, key: str) -> None:
+def check_start_is_base(adapt: AdaptSection, key: str, otherwise: str = ", or set it to 0") -> None:
     """Check that the network without its adapter is the one that training starts from.
 
-    key: the recipe's key that needs it, for messages.
+    Args:
+        key: the recipe's key that needs it, for messages.
+        otherwise: what the user can do instead.
 
     Raises:
         RecipeError: the start is another network: it begins with an adapter, or the initialization changes the base.
@@ -42,15 +45,15 @@ def check_start_is_base(adapt: AdaptSection, key: str) -> None:
     if adapt.adapter is not None:
         raise RecipeError(
             f"{key}: the reference is the network that training starts from, and with model.adapt.adapter that is not "
-            "the base. Merge the adapter into its base first (ptft merge), or set it to 0"
+            f"the base. Merge the adapter into its base first (ptft merge){otherwise}"
         )
     if adapt.lora is not None and adapt.lora.init not in ("default", "gaussian", "orthogonal", "eva"):
         raise RecipeError(
             f"{key}: model.adapt.lora.init: {adapt.lora.init} changes the weights of the base, so the network without "
-            "its adapter is not the one that training starts from. Use init: default, or set it to 0"
+            f"its adapter is not the one that training starts from. Use init: default{otherwise}"
         )
     if any(each is not None for each in (adapt.prompt_tuning, adapt.p_tuning, adapt.prefix_tuning)):
         raise RecipeError(
             f"{key}: model.adapt: {adapt.method} changes the input of the network, and the reference needs the base "
-            "without it. Use lora, or set it to 0"
+            f"without it. Use lora{otherwise}"
         )

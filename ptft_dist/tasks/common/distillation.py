@@ -58,6 +58,7 @@ class Distillation:
             RecipeError: the student is a mixture of experts, whose router loss is not added here.
         """
         self.task, self.settings, self.auto_class = task, settings, task.auto_class
+        self.needs_baseline = False
         self.order = torch.tensor(list(order))
         if task.network.router_loss_weight and hasattr(task, "balances_experts"):
             raise RecipeError(
