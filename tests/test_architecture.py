@@ -55,8 +55,10 @@ MAY_IMPORT = {
         "merging",
         "reporting",
         "run",
+        "scoring",
         "tasks",
     },
+    "scoring": {"data", "errors", "generation", "networks", "reporting", "tasks"},
     "generation": {"data", "errors", "networks"},
     "exporting": {
         "checkpoint",
