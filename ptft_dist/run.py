@@ -166,7 +166,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     else:
         save_tokenizer(session.trained.tokenizer, run_dir)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
-    trainer.samples = session.samples(progress.evaluated_step)
+    trainer.samples = session.samples(progress.step, progress.evaluated_step)
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
     say(

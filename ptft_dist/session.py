@@ -7,7 +7,6 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -30,7 +29,7 @@ from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.facts import read_facts
-from ptft_dist.networks.frozen import FrozenSource, frozen_source
+from ptft_dist.networks.frozen import frozen_source
 from ptft_dist.networks.load import (
     flops_per_token,
 )
@@ -38,15 +37,17 @@ from ptft_dist.old_network import OldNetwork, add_penalties
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
-from ptft_dist.tasks.protocol import Task
+from ptft_dist.tasks.protocol import FrozenRole, Task
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.trained_network import TrainedNetwork
-from ptft_dist.training.batches import Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.batches import Batches, Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.rollouts import RollingTask, RolloutBatches
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
 from ptft_dist.training.validation import Validation
 
+TEACHER = "teacher"
 EWC, REPLAY = "continual.ewc.data", "continual.replay.data"
 MOST_EPOCHS = 1_000_000
 """The maximum of train.epochs, so that the table of a run's updates fits into memory."""
@@ -82,18 +83,26 @@ class Session:
         say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
         for key, old in self.prepared.old.items():
             say(f"{key}:\n{describe(old.report, from_cache=old.from_cache)}")
-        self.teacher: FrozenSource | None = None
-        self.teacher_order: Sequence[int] = ()
         self.store, self.sizes, self.weights = self._training_rows()
         self.trained = TrainedNetwork(
             loaded, self.prepared.tokenizer_path, self.prepared.survey, self.kind, lambda: self.plan.total_steps
         )
         self.penalty_files: dict[str, Path] = {}
-        if (settings := recipe.distillation) is not None:
-            self.teacher = frozen_source(
-                "distillation.teacher", settings.teacher, settings.revision, recipe.model, loaded.base
-            )
-            self.teacher_order = teacher_order(self.trained.setup, self.teacher)
+        self.frozen = {
+            role: frozen_source(each.key, each.path, each.revision, recipe.model, loaded.base)
+            for role, each in self.roles.items()
+        }
+        self.teacher_order = teacher_order(self.trained.setup, self.frozen[TEACHER]) if recipe.distillation else []
+
+    @cached_property
+    def roles(self) -> dict[str, FrozenRole]:
+        """The frozen networks of the run: those of the task, or the teacher."""
+        trained, settings = self.trained, self.recipe.distillation
+        if settings is None:
+            roles: dict[str, FrozenRole] = trained.task_class.frozen_roles(trained.setup, trained.section)
+            return roles
+        role = FrozenRole("distillation.teacher", settings.teacher, settings.revision, trained.task_class.auto_class)
+        return {TEACHER: role}
 
     def _training_rows(self) -> tuple[Store, list[int], tuple[int, ...]]:
         """The store of the training rows, the numbers of new and of old rows in it, and their weights."""
@@ -111,8 +120,8 @@ class Session:
     def identity(self) -> dict[str, Any]:
         """The identity of this run, which a checkpoint must share; see `run_identity`."""
         files = {}
-        if self.teacher is not None:
-            files["distillation.teacher's files"] = self.teacher.identity(self._digests)
+        for source in self.frozen.values():
+            files[f"{source.key}'s files"] = source.identity(self._digests)
         for key, old in self.prepared.old.items():
             files[f"{key}'s contents"] = " ".join(old.parts["data.train"])
         if self._penalized:  # they read the weights of model.path again at each start
@@ -150,6 +159,8 @@ class Session:
                 f"batch: one update needs {self.shape.global_size} rows, the training data have {rows}. Lower "
                 "batch.global_size (or global_tokens) or data.max_length, or add data"
             )
+        if self.recipe.settings.rollout_prompts is not None:
+            return self._plan_of_rollouts(self.recipe.settings.rollout_prompts)
         plan = make_plan(
             self.sizes,
             self.store.lengths,
@@ -166,6 +177,19 @@ class Session:
         if warmup >= plan.total_steps:
             say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}; optim.lr is never reached")
         return plan
+
+    def _plan_of_rollouts(self, prompts: int) -> Plan:
+        """The prompts of each rollout; total_steps is the number of updates. All rollouts have the same size."""
+        train, rows, global_size = self.recipe.train, len(self.store), self.shape.global_size
+        assert global_size is not None
+        if rows < prompts:
+            raise DataError(
+                f"{self.recipe.task}.prompts: a rollout needs {prompts} prompts, the training data have {rows}. Lower "
+                "it, or add data"
+            )
+        updates = self.recipe.settings.updates_of_rollout(global_size)
+        total = train.max_steps or max(1, int((train.epochs or 1) * rows / prompts)) * updates
+        return make_plan(self.sizes, self.store.lengths, train.seed, global_size=prompts, max_steps=total)
 
     @property
     def _penalized(self) -> bool:
@@ -219,7 +243,7 @@ class Session:
             self._regularize()
         else:
             self.engine.prepare_reading(model)
-        self._place_teacher()
+        self._place_frozen()
         run_probe(self.engine, self.task)
 
     @property
@@ -276,24 +300,21 @@ class Session:
         settings = self.recipe.distillation
         return task if settings is None else cast(Task, Distillation(task, settings, self.teacher_order))
 
-    def _place_teacher(self) -> None:
-        """Load and place the teacher, if any, after the student, because its DeepSpeed config has the bucket sizes."""
-        if self.teacher is None:
-            return
-        assert isinstance(self.task, Distillation)
-        with self.engine.building(pretrained=False):
-            teacher = self.teacher.load(self.task.auto_class, self.engine.dtype)
-        self.task.prepare_teacher(teacher)
-        network = read_facts(teacher)
-        self.task.adopt(self.engine.prepare_frozen(teacher), network)
+    def _place_frozen(self) -> None:
+        """Load and place the frozen networks, after the trained one, because its DeepSpeed config has the bucket
+        sizes."""
+        for role, source in self.frozen.items():
+            with self.engine.building(pretrained=False):
+                model = source.load(self.roles[role].auto_class, self.engine.dtype)
+            self.task.prepare_frozen(role, model, source)
+            facts = read_facts(model)
+            self.task.adopt(role, self.engine.prepare_frozen(model), facts)
 
     # --- training ----------------------------------------------------------------------------------------------------
 
     def make_trainer(self, checkpoints: Checkpoints, stop: StopRequest, base: str | None) -> Trainer:
         """The Trainer. Writers of metrics are added when the run begins."""
         recipe, engine, store = self.recipe, self.engine, self.store
-        workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
-        dataset = UpdateDataset(store, self.plan, self.layout, self.task.collate)
         manifest = {
             "identity": self.identity,
             "kind": engine.kind,
@@ -305,7 +326,7 @@ class Session:
             recipe,
             engine,
             self.task,
-            SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda"),
+            self._batches(),
             self.plan.total_steps,
             self.validation,
             checkpoints,
@@ -320,6 +341,16 @@ class Session:
             ),
             peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
         )
+
+    def _batches(self) -> Batches:
+        recipe, engine, shape = self.recipe, self.engine, self.layout
+        if recipe.settings.rollout_prompts is not None:
+            assert self.shape.global_size is not None
+            task = cast(RollingTask, self.task)
+            return RolloutBatches(task, self.store, self.plan, shape, recipe.train.seed, self.shape.global_size)
+        workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
+        dataset = UpdateDataset(self.store, self.plan, shape, self.task.collate)
+        return SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda")
 
     @property
     def layout(self) -> Shape:
@@ -340,15 +371,17 @@ class Session:
 
     def warm_up(self) -> None:
         """Run forward and backward on the largest micro-batch without an update; see Engine.warm_up."""
-        rows = self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length))
+        rows = self.task.longest_rows(self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length)))
         batch = self.task.collate(rows, [(0, i) for i in range(len(rows))])
         self.engine.warm_up(self.task.loss, batch.inputs)
 
-    def samples(self, last_evaluation: int) -> JsonLines | None:
+    def samples(self, last_step: int, last_evaluation: int) -> JsonLines | None:
         """The writer of generated texts; None if the task generates none."""
-        if getattr(self.recipe.settings, "generation", None) is None or not self.recipe.validated:
+        settings = self.recipe.settings
+        evaluated = getattr(settings, "generation", None) is not None and self.recipe.validated
+        if not evaluated and settings.rollout_prompts is None:
             return None
-        return JsonLines(Path(self.recipe.run_dir) / "samples.jsonl", last_evaluation, last_evaluation)
+        return JsonLines(Path(self.recipe.run_dir) / "samples.jsonl", last_step, last_evaluation)
 
     @property
     def device_name(self) -> str:

@@ -63,7 +63,7 @@ class TrainedNetwork:
         self.tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
-        self.setup = TaskSetup.of(recipe, self.tokenizer, survey)
+        self.setup = TaskSetup.of(recipe, self.tokenizer, survey, loaded.base)
         self.config = build_config(
             self.section,
             self.tokenizer,
@@ -145,6 +145,7 @@ class TrainedNetwork:
         self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
         if rows is not None and adapt.lora is not None and adapt.lora.init == "eva":
             self._initialize_from_activations(rows, adapt.lora.eva_rows)
+        self.task.extend_network(self.model)
         convert_trained(self.model, builder.trained_dtype)
 
     def _initialize_from_activations(self, store: Store, count: int) -> None:

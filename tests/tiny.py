@@ -118,6 +118,17 @@ def written(chance: random.Random) -> dict[str, Any]:
     return {"text": " ".join(f"{' '.join(sentence(chance, 8))}." for _ in range(chance.randint(1, 6)))}
 
 
+def prompted(chance: random.Random) -> dict[str, Any]:
+    return {"prompt": " ".join(sentence(chance, 8)), "wanted": chance.choice("aeiou")}
+
+
+REWARDS = """
+def vowels(completions, wanted, **columns):
+    return [text.count(letter) / 4 - len(text) / 40 for text, letter in zip(completions, wanted)]
+"""
+"""A module with a reward function, which write_tiny puts beside the recipes of ROLLING."""
+ROLLOUTS: dict[str, Any] = {"kl": 0.0, "sampling": {"max_new_tokens": 6}, "rewards": [{"function": "rewarding:vowels"}]}
+
 TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]] = {
     "mlm_nsp": ({"model": {"config": BERT}, "mlm_nsp": {"unit": "word"}}, written),
     "plm": ({"model": {"config": XLNET}, "plm": {"packing": False}}, written),
@@ -141,6 +152,15 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]
         asked,
     ),
     "reward": ({"model": {"config": LLAMA}, "reward": {"center_rewards_coefficient": 0.01}}, preferred),
+    "ppo": ({"model": {"config": LLAMA}, "ppo": {**ROLLOUTS, "prompts": 12, "epochs": 3}}, prompted),
+    "grpo": (
+        {"model": {"config": LLAMA}, "grpo": {**ROLLOUTS, "prompts": 3, "group_size": 4, "epochs": 3}},
+        prompted,
+    ),
+    "rloo": (
+        {"model": {"config": LLAMA}, "rloo": {**ROLLOUTS, "prompts": 6, "group_size": 2, "epochs": 3}},
+        prompted,
+    ),
 }
 """Task -> what is special in its recipe, and how a row is made."""
 
@@ -149,12 +169,16 @@ ALL = TINY | {
     "mlm": ({"model": {"config": BERT}, "mlm": {"packing": False}}, written),
 }
 """With the tasks whose promise tests lie elsewhere."""
+ROLLING = ("ppo", "grpo", "rloo")
+"""Tasks that learn from their own responses."""
 
 
 def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) -> Path:
     """recipe.yaml and rows.jsonl in `folder`: 160 ragged rows, 8 updates of 12 rows, evaluation and save every 4."""
     special, row = ALL[task]
     write_rows(folder / "rows.jsonl", made(160, row))
+    if task in ROLLING:
+        (folder / "rewarding.py").write_text(REWARDS)
     config = dict(special["model"]["config"])
     for key in ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "dropout"):
         if _has(config["model_type"], key):

@@ -57,6 +57,15 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
                 yield Problem((task, name), f"{_NO_EFFECT} it needs tokenizer.train")
     for name, text in settings.length_problems(recipe.data.max_length):
         yield Problem((task, name), text)
+    for name, text in settings.batch_problems(recipe.batch.global_size):
+        yield Problem((task, name), text)
+    if settings.rollout_prompts is not None:
+        if recipe.train.max_tokens is not None:
+            yield Problem(("train", "max_tokens"), f"task {task} makes its own tokens; set max_steps or epochs")
+        if recipe.continual is not None:
+            yield Problem(
+                ("continual",), f"{_NO_EFFECT} task {task} stays near model.path by its own setting {task}.kl"
+            )
 
 
 def _sources(recipe: Recipe) -> Iterator[Problem]:

@@ -43,6 +43,19 @@ class TaskSettings(Section):
         """Settings that are invalid for rows of data.max_length tokens: (name, problem)."""
         yield from ()
 
+    def batch_problems(self, global_size: int | None) -> Iterator[tuple[str, str]]:  # noqa: ARG002
+        """Settings that do not fit batch.global_size: (name, problem)."""
+        yield from ()
+
+    @property
+    def rollout_prompts(self) -> int | None:
+        """Rows of one rollout, for tasks that learn from their own responses; None: rows are learned from directly."""
+        return None
+
+    def updates_of_rollout(self, global_size: int) -> int:
+        """Updates that follow one rollout."""
+        raise NotImplementedError
+
     @property
     def full_rows(self) -> bool:
         """Whether every row except the last has exactly data.max_length tokens."""

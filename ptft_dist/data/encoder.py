@@ -125,6 +125,8 @@ class Encoder:
     """Libraries besides `tokenizers` whose versions affect the rows."""
     surveys: ClassVar[bool] = False
     """Call `survey_of`, which takes a pass over the data."""
+    keeps_meta: ClassVar[bool] = False
+    """The meta of training examples is stored too."""
     numbered: ClassVar[str | None] = None
     """The key of `Example.meta` for the number of the record, counted from 1 over all records with examples."""
     store: ClassVar[type[Any]]

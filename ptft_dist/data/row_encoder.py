@@ -134,11 +134,11 @@ class RowEncoder(Encoder):
 
 
 class RowWriter:
-    """Writes examples to an example store. The validation store also contains the meta of each example."""
+    """Writes examples to an example store, with meta in the validation store, and in both with `keeps_meta`."""
 
     def __init__(self, encoder: RowEncoder, path: Path, side: Side) -> None:
         self.notes: dict[str, Entry] = {}
-        self._with_meta = side == "validation"
+        self._with_meta = side == "validation" or encoder.keeps_meta
         self._store = ExampleWriter(
             path,
             encoder.dtypes | {META: "u1"} if self._with_meta else encoder.dtypes,

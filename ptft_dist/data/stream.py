@@ -208,7 +208,7 @@ def _encoded(
         outcomes = iter(encoder.outcomes([record for _, record in chunk if isinstance(record, Record)]))
         all_outcomes = [item if isinstance(item, Outcome) else next(outcomes) for _, item in chunk]
         kept = [
-            outcome.without_meta() if side == "train" else outcome
+            outcome.without_meta() if side == "train" and not encoder.keeps_meta else outcome
             for (side, _), outcome in zip(chunk, all_outcomes, strict=True)
         ]
         return _Encoded(kept, encoder.discovered)

@@ -239,6 +239,16 @@ class Engine:
         finally:
             self.module.train()
 
+    @contextlib.contextmanager
+    def generating(self) -> Iterator[None]:
+        """As `evaluating`, with the complete weights on every rank, so that ranks may call the network independently.
+
+        Under ZeRO-3 and FSDP2 the weights are gathered when this context begins and released when it ends, whatever
+        happens. All ranks must enter and leave it together.
+        """
+        with self.evaluating(), self.backend.whole_weights():
+            yield
+
     def seed(self, seed: int, step: int, micro_step: int) -> None:
         """Seed the random numbers of a micro-batch (dropout) by its position, so that no generator state is saved."""
         torch.manual_seed(_mix_seed(seed, step, self.rank, micro_step))

@@ -45,6 +45,9 @@ class Backend(Protocol):
     def step(self) -> float | None:
         """Update the weights and clear the gradients; return the gradient norm if `clip` returns None."""
 
+    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        """The context in which each rank has the complete weights. All ranks must enter and leave it together."""
+
     def warm_up_backward(self, loss: torch.Tensor) -> None:
         """Run a backward pass and discard the gradients."""
 

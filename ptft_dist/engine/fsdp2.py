@@ -67,6 +67,23 @@ class Fsdp2:
         self.optimizer.zero_grad(set_to_none=True)
         return None
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Gather all parameters, and keep them after the forward pass of each layer."""
+        parts: list[Any] = [part for part in self.module.modules() if isinstance(part, FSDPModule)]
+        groups = [group for part in parts for group in part._get_fsdp_state()._fsdp_param_groups]
+        resharding = [group.post_forward_mesh_info for group in groups]
+        try:
+            for group in groups:
+                group.post_forward_mesh_info = None  # no resharding
+            for part in parts:
+                part.unshard()
+            yield
+        finally:
+            for group, mesh in zip(groups, resharding, strict=True):
+                group.post_forward_mesh_info = mesh
+            self._reshard()
+
     def warm_up_backward(self, loss: torch.Tensor) -> None:
         (loss * 0.0).backward()
         self.optimizer.zero_grad(set_to_none=True)

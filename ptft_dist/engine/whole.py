@@ -63,6 +63,9 @@ class Whole:
         self.optimizer.zero_grad(set_to_none=True)
         return None
 
+    def whole_weights(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
     def warm_up_backward(self, loss: torch.Tensor) -> None:
         (loss * 0.0).backward()
         self.optimizer.zero_grad(set_to_none=True)

@@ -113,6 +113,25 @@ class Zero:
         norm = self.module.get_global_grad_norm()
         return None if norm is None else float(norm)
 
+    @contextlib.contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Under stage 3, gather all parameters, and remove the hooks that gather and release those of each layer."""
+        if not self.module.zero_optimization_partition_weights():
+            yield
+            return
+        parameters, offload = list(self.module.parameters()), self.module.optimizer.parameter_offload
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()
+            for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                hook.remove()
+            offload.forward_hooks.clear()
+            offload.backward_hooks.clear()
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
+
     def warm_up_backward(self, loss: torch.Tensor) -> None:
         """Do nothing: DeepSpeed cannot discard reduced gradients, and its order of summation is fixed."""
 

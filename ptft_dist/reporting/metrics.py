@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 # Keys of metrics.jsonl that depend on time or machine; all others are equal in a repeated run.
-TIMING_KEYS = frozenset({"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s"})
+TIMING_KEYS = frozenset(
+    {"time_s", "tokens_per_s", "mfu", "memory_bytes", "eval/time_s", "generation_s", "scoring_s", "samples_per_s"}
+)
 
 
 class Sink(Protocol):
     def write(self, row: Mapping[str, Any]) -> None: ...
+    def show(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Show generated texts of one update."""
+
     def flush(self) -> None: ...
     def close(self) -> None: ...
 
@@ -65,6 +70,8 @@ class JsonLines:
         os.close(descriptor)
         self.file = self._open()
 
+    def show(self, samples: Sequence[Mapping[str, Any]]) -> None: ...
+
     def flush(self) -> None:
         """Flush all rows to the disk. Called before a checkpoint is committed."""
         try:
@@ -91,7 +98,7 @@ def _cut_after(path: Path, last_step: int, last_evaluation: int) -> None:
             row = json.loads(line)
         except ValueError:
             continue
-        newest = last_step if "loss" in row else min(last_step, last_evaluation)
+        newest = last_step if "loss" in row or "phase" in row else min(last_step, last_evaluation)
         if last_step and row["step"] <= newest:
             kept.append(line + b"\n")
     replacement = path.with_name(path.name + ".new")
@@ -123,6 +130,10 @@ class TensorBoard:
 
         self._try(add)
 
+    def show(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        text = "\n\n---\n\n".join(_as_markdown(sample) for sample in samples)
+        self._try(lambda writer: writer.add_text("samples", text, samples[0]["step"]))
+
     def flush(self) -> None:
         self._try(lambda writer: writer.flush())
 
@@ -137,6 +148,15 @@ class TensorBoard:
         except OSError as error:
             warn(f"{self.folder}: {error.strerror}; TensorBoard gets no more points until the next start")
             self.writer = None
+
+
+def _as_markdown(sample: Mapping[str, Any]) -> str:
+    """The fields of a sample, each text in a block of its own, since it may contain any characters."""
+    parts = []
+    for key, value in sample.items():
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+        parts.append(f"**{key}**\n\n" + "\n".join("    " + line for line in text.splitlines() or [""]))
+    return "\n\n".join(parts)
 
 
 class Terminal:
@@ -168,6 +188,8 @@ class Terminal:
     def _line(self, text: str, keep: bool) -> None:
         start, end = ("\r\x1b[2K", "\n" if keep else "") if self.live else ("", "\n")
         print(start + text, end=end, file=self.stream, flush=True)
+
+    def show(self, samples: Sequence[Mapping[str, Any]]) -> None: ...
 
     def flush(self) -> None:
         pass

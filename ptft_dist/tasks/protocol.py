@@ -3,12 +3,15 @@
 When each hook of a task is called, and on which ranks:
 
     once, before a process group exists, on every rank
+        frozen_roles(setup, model)  frozen networks that the task reads, such as a reference or reward models
         config_settings(setup)      keys of the network's config that follow from the task
         fit_config(setup, config)   refuse networks and tokenizers that cannot learn the task
     once, after the network was built and before it is wrapped, on every rank
         Task(setup, network, device)
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
+        extend_network(model)       after it was adapted: parts that are trained beside it, such as a value head
     once, after the network was wrapped, on every rank
+        prepare_frozen, adopt       each frozen network, before and after the engine has placed it
         probe()                     a check on test input, such as: does attention stay within packed documents?
     every update, on every rank (collate also in data-loader workers)
         collate(rows, keys)         rows of one micro-batch -> Batch
@@ -23,20 +26,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.recipe import ModelSection, Recipe
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.networks.frozen import FrozenSource
 
 IGNORE = -100
 """The target id of positions without a label."""
 EVALUATION_EPOCH = 2**32 - 1
 """The epoch of validation rows, so that random masks are the same at every evaluation."""
+
+
+@dataclass(frozen=True)
+class FrozenRole:
+    """A frozen network that a task reads."""
+
+    key: str
+    """The recipe's key that names it, for messages."""
+    path: str
+    """A directory or a Hub name."""
+    revision: str | None
+    auto_class: Any
+    """The transformers class that builds it."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +77,11 @@ class TaskSetup:
     """The keys of model.config in the recipe; None: the network is pretrained."""
     learned_tokenizer: bool
     """The tokenizer was trained on the training texts."""
+    base: Path = Path()
+    """The recipe's directory, where relative paths start."""
 
     @classmethod
-    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any]) -> TaskSetup:
+    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any], base: Path) -> TaskSetup:
         """The setup of a recipe. survey: properties of the training rows, from the encoder."""
         return cls(
             name=recipe.task,
@@ -73,6 +93,7 @@ class TaskSetup:
             precision=recipe.train.precision,
             config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
             learned_tokenizer=recipe.tokenizer.train is not None,
+            base=base,
         )
 
 
@@ -131,11 +152,27 @@ class Task(Protocol):
         """Set special token ids in a network's config. Raises RecipeError if this type of network or tokenizer is not
         suitable for the task."""
 
+    @classmethod
+    def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
+        """The frozen networks by role. section: model, of the trained network. Raises RecipeError."""
+
     def prepare_network(self, model: PreTrainedModel) -> None:
         """Change the unwrapped network as the task needs it. Raises RecipeError."""
 
+    def extend_network(self, model: Any) -> None:
+        """Add parts that are trained to the adapted network."""
+
+    def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
+        """Change a frozen network as the task needs it, before the engine places it. Raises RecipeError."""
+
+    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:
+        """Take a frozen network that the engine has placed: an engine.FrozenNetwork."""
+
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
         """Collate rows into a batch. keys: (epoch, row) of each row; random choices depend only on key and seed."""
+
+    def longest_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Rows for `collate` that need the most memory in an update. rows: the longest ones of the store."""
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The summed loss of one micro-batch, whose inputs are on the device. It must not wait for the device."""
@@ -192,7 +229,21 @@ class BaseTask:
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None: ...
 
+    @classmethod
+    def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:  # noqa: ARG003
+        return {}
+
     def prepare_network(self, model: PreTrainedModel) -> None: ...
+
+    def extend_network(self, model: Any) -> None: ...
+
+    def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None: ...
+
+    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:
+        raise NotImplementedError
+
+    def longest_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return rows
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         raise NotImplementedError

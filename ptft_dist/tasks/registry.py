@@ -17,12 +17,15 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.task_settings import TaskSettings
 from ptft_dist.tasks.classification.settings import ClassificationSettings
 from ptft_dist.tasks.clm.settings import ClmSettings
+from ptft_dist.tasks.grpo.settings import GrpoSettings
 from ptft_dist.tasks.mlm.settings import MlmSettings
 from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 from ptft_dist.tasks.plm.settings import PlmSettings
+from ptft_dist.tasks.ppo.settings import PpoSettings
 from ptft_dist.tasks.question_answering.settings import QuestionAnsweringSettings
 from ptft_dist.tasks.regression.settings import RegressionSettings
 from ptft_dist.tasks.reward.settings import RewardSettings
+from ptft_dist.tasks.rloo.settings import RlooSettings
 from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 from ptft_dist.tasks.sft.settings import SftSettings
 from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
@@ -55,6 +58,9 @@ TASKS: dict[str, TaskSpec] = {
     "token_classification": TaskSpec(TokenClassificationSettings, "task:TokenClassification", "encode:TaggedRows"),
     "question_answering": TaskSpec(QuestionAnsweringSettings, "task:QuestionAnswering", "encode:QuestionRows"),
     "reward": TaskSpec(RewardSettings, "task:RewardModelling", "encode:RewardRows"),
+    "ppo": TaskSpec(PpoSettings, "task:Ppo", ".common.prompt_rows:PromptRows"),
+    "grpo": TaskSpec(GrpoSettings, "task:Grpo", ".common.prompt_rows:PromptRows"),
+    "rloo": TaskSpec(RlooSettings, "task:Rloo", ".common.prompt_rows:PromptRows"),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +17,7 @@ from ptft_dist.tasks.protocol import Batch, Collate
 
 if TYPE_CHECKING:
     from ptft_dist.engine import Engine
-    from ptft_dist.training.trainer import UpdateReport
+    from ptft_dist.training.report import UpdateReport
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,13 @@ class Batches(Protocol):
 
     def next_phase(self, context: PhaseContext) -> Iterator[Sequence[Batch]]:
         """The groups of the next phase, one for each optimizer update."""
+
+    @property
+    def metrics(self) -> Mapping[str, float]:
+        """What is logged with each update of the present phase."""
+
+    def take_samples(self) -> list[dict[str, Any]]:
+        """Texts of the present phase to show, once."""
 
     def observe(self, report: UpdateReport) -> None:
         """Called after each update with the same report on every rank, so that a phase can adapt or end early."""
@@ -111,6 +118,8 @@ def ignore_sigterm(_worker: int) -> None:
 class SupervisedBatches:
     """Batches for training on prepared rows; a phase is one update."""
 
+    metrics: Mapping[str, float] = {}
+
     def __init__(self, dataset: UpdateDataset, workers: int, pin_memory: bool) -> None:
         self.dataset, self.workers, self.pin_memory = dataset, workers, pin_memory
         self.step = 0
@@ -133,6 +142,9 @@ class SupervisedBatches:
         group = next(self._updates)
         self.step += 1
         yield group
+
+    def take_samples(self) -> list[dict[str, Any]]:
+        return []
 
     def observe(self, report: UpdateReport) -> None: ...
 

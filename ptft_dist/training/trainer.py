@@ -20,23 +20,10 @@ from ptft_dist.tasks.protocol import Batch, Task
 from ptft_dist.training.averages import Averages
 from ptft_dist.training.batches import Batches, PhaseContext
 from ptft_dist.training.progress import Best, Judge, RunProgress
+from ptft_dist.training.report import UpdateReport
 from ptft_dist.training.schedule import lr_at
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.validation import Validation
-
-
-@dataclass(frozen=True)
-class UpdateReport:
-    """The result of one optimizer update, the same on every rank. loss: mean over `count` labels, in nats."""
-
-    step: int
-    loss: float
-    lr: float
-    grad_norm: float | None
-    count: int
-    tokens: int
-    stop: bool
-    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -112,7 +99,8 @@ class Trainer:
             seconds, started = time.perf_counter() - started, time.perf_counter()
             self.tokens_here, self.seconds_here = self.tokens_here + report.tokens, self.seconds_here + seconds
             if report.step % self.recipe.log.every == 0 or report.step == self.total_steps:
-                self.log(self.train_row(report, seconds))
+                self.log(self.train_row(report, seconds) | dict(self.batches.metrics))
+            self.show(self.batches.take_samples())
             if report.step == self.total_steps:
                 return
 
@@ -198,9 +186,7 @@ class Trainer:
         metrics, samples = scores
         self.stop_agreed = self.stop_agreed or self.anyone_asked_to_stop()
         self.require_finite("validation loss", metrics["loss"])
-        for sample in samples if self.samples is not None else ():
-            assert self.samples is not None
-            self.samples.write({"step": progress.step, **sample})
+        self.show(samples)
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
         progress.metrics, progress.first_metrics = row, progress.first_metrics or row
@@ -274,6 +260,16 @@ class Trainer:
         """Evaluate one micro-batch, generation included, so that a failing evaluation fails before training."""
         if self.validation is not None:
             self.validation.rehearse(self.engine, self.task, self.recipe.eval.metric)
+
+    def show(self, samples: Sequence[dict[str, Any]]) -> None:
+        """Write texts that the network has generated."""
+        if self.samples is None or not samples:
+            return
+        rows = [{"step": self.progress.step, **sample} for sample in samples]
+        for row in rows:
+            self.samples.write(row)
+        for sink in self.sinks:
+            sink.show(rows)
 
     def log(self, row: dict[str, Any]) -> None:
         for sink in self.sinks:

@@ -46,7 +46,7 @@ def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task:
     ours, theirs = train_rows(folder / name), train_rows(folder / "whole")
     assert len(ours) == len(theirs) == 6
     for row, expected in zip(ours, theirs, strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), row
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-7), row  # that of a policy is near 0
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), row
         assert row["tokens"] == expected["tokens"]
     evaluations = [eval_rows(folder / each) for each in (name, "whole")]

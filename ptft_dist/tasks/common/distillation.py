@@ -68,16 +68,16 @@ class Distillation:
         self.teacher: Teacher | None = None
         self.teacher_has_types = False
 
-    def adopt(self, teacher: Teacher, network: NetworkFacts) -> None:
-        """Set the teacher after the engine has placed it. network: the facts of the teacher."""
-        self.teacher, self.teacher_has_types = teacher, network.has_token_types
+    def adopt(self, role: str, network: Teacher, facts: NetworkFacts) -> None:  # noqa: ARG002
+        """Set the teacher after the engine has placed it."""
+        self.teacher, self.teacher_has_types = network, facts.has_token_types
         self.student_has_types = self.task.network.has_token_types
         if self.teacher_has_types:
             self.task.has_types = True  # `loss` removes them for a student without token types
-        if not network.takes("logits_to_keep"):
+        if not facts.takes("logits_to_keep"):
             self.task.takes_positions = False  # both must give logits at the same positions
 
-    def prepare_teacher(self, model: PreTrainedModel) -> None:
+    def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:  # noqa: ARG002
         """Set the padding token of the rows in the teacher's config."""
         for config in (model.config, model.config.get_text_config()):
             config.pad_token_id = self.task.pad_id
@@ -116,6 +116,12 @@ class Distillation:
 
     def prepare_network(self, model: PreTrainedModel) -> None:
         self.task.prepare_network(model)
+
+    def extend_network(self, model: Any) -> None:
+        self.task.extend_network(model)
+
+    def longest_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
+        return self.task.longest_rows(rows)
 
     def probe(self) -> Probe | None:
         return self.task.probe()

@@ -1,0 +1,106 @@
+"""Reward models: frozen networks that score a prompt with its response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptft_dist.data.tokenizer import load_tokenizer
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.rl.rollout import Trajectory
+
+
+class RewardModel:
+    """A reward model. `network` is set once the engine has placed it."""
+
+    network: Any
+
+    def __init__(
+        self, source: FrozenSource, model: PreTrainedModel, policy: PreTrainedTokenizerBase, longest: int
+    ) -> None:
+        """Compare tokenizers, and check the network.
+
+        Args:
+            policy: the policy's tokenizer.
+            longest: the most tokens of a prompt with its response.
+
+        Raises:
+            RecipeError: it has another number of labels than 1, too few positions, or no usable tokenizer.
+        """
+        self.key, self.path = source.key, source.path
+        if model.config.num_labels != 1:
+            raise RecipeError(
+                f"{self.key}: {self.path} has {model.config.num_labels} labels; a reward model has one. Train one with "
+                "task: reward"
+            )
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(positions, int) and 0 < positions < longest:
+            raise RecipeError(
+                f"{self.key}: {self.path} has {positions} positions, and a prompt with its response has up to "
+                f"{longest} tokens: lower data.max_length or sampling.max_new_tokens, or use another reward model"
+            )
+        own = load_tokenizer(self.path, revision=source.section.revision)
+        self.tokenizer = None if own.get_vocab() == policy.get_vocab() else own
+        """The reward model's tokenizer, if it differs from the policy's: texts are then tokenized again."""
+        pad = (self.tokenizer or policy).pad_token_id
+        self.pad_id = 0 if pad is None else int(pad)
+
+    def texts(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
+        """The token ids of each prompt with its response, for this network."""
+        if self.tokenizer is None:
+            return [np.concatenate([each.prompt.ids, each.response]) for each in trajectories]
+        return [self._tokenized_again(self.tokenizer, each) for each in trajectories]
+
+    def _tokenized_again(self, tokenizer: PreTrainedTokenizerBase, each: Trajectory) -> np.ndarray:
+        if isinstance(each.prompt.text, str):
+            ids = tokenizer(each.prompt.text + each.text)["input_ids"]
+            eos = tokenizer.eos_token_id
+            ids = ids + [eos] * (each.ended and eos is not None and ids[-1:] != [eos])
+        else:
+            if not tokenizer.chat_template:
+                raise RecipeError(
+                    f"{self.key}: {self.path} has another tokenizer than the policy, and no chat template, so a "
+                    "conversation cannot be written for it. Give its tokenizer a chat template"
+                )
+            messages = [*each.prompt.text, {"role": "assistant", "content": each.text}]
+            ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)[
+                "input_ids"
+            ]
+        return np.array(ids, np.int64)
+
+    def padded(self, texts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """Texts padded on the right: input_ids and attention_mask, int64 [B, T]."""
+        width = max(map(len, texts))
+        ids, mask = np.full((len(texts), width), self.pad_id, np.int64), np.zeros((len(texts), width), np.int64)
+        for i, text in enumerate(texts):
+            ids[i, : len(text)], mask[i, : len(text)] = text, 1
+        return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
+
+    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The scores of padded texts: fp32 [B]. All ranks must call it together."""
+        scores: torch.Tensor = self.network.forward(read_scores, inputs)
+        return scores
+
+
+def read_scores(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The scores of a reward model: fp32 [B], read at the last token of each row by the mask.
+
+    transformers looks for the last token that is not the padding token, and so passes over an EOS that is one too.
+
+    Args:
+        model: a sequence classifier with one label.
+        inputs: input_ids and attention_mask [B, T], padded on the right.
+    """
+    head = getattr(model, "score", None)
+    if head is None:  # an encoder, whose classifier reads the first token
+        logits: torch.Tensor = model(**inputs).logits
+        return logits.float().squeeze(-1)
+    hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+    last = inputs["attention_mask"].sum(1) - 1
+    score: torch.Tensor = head(hidden[torch.arange(len(hidden), device=hidden.device), last])
+    return score.float().squeeze(-1)

@@ -1,0 +1,432 @@
+"""The base class of tasks that learn from rewards of their own responses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.data.store import Row, Store
+from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt.switching import adapters_off, check_start_is_base
+from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.rl.advantages import kl_per_token
+from ptft_dist.rl.losses import token_logprobs
+from ptft_dist.rl.reward_model import RewardModel
+from ptft_dist.rl.rewards import RunningMoments, call_function, load_function, mixed, shaped
+from ptft_dist.rl.rollout import Clock, Phase, Processes, Prompt, Rollout, Trajectory, judge, look_up, sample_responses
+from ptft_dist.rl.sampling import response_seed, sample, until_end
+from ptft_dist.tasks.common.generation import left_padded
+from ptft_dist.tasks.common.padding import pad_id, pad_multiple
+from ptft_dist.tasks.common.rollout_settings import RolloutSettings
+from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, FrozenRole, LossOut, TaskSetup
+
+REFERENCE = "reference"
+PROMPT = "prompt/"
+"""Prefix of the batch inputs of prompts, at evaluations."""
+
+
+class RolloutTask(BaseTask):
+    """Samples responses, scores them, and turns them into rows for updates.
+
+    A subclass defines `advantages` (from scores to what each token learns) and `loss`.
+    """
+
+    auto_class = AutoModelForCausalLM
+    rolls_out: ClassVar[bool] = True
+    settings: RolloutSettings
+
+    # --- before there is a network -----------------------------------------------------------------------------------
+
+    @classmethod
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
+        """Switch dropout off, because the same tokens must have the same probabilities at every pass.
+
+        Raises:
+            RecipeError: the network is no decoder, or has too few positions for prompt and response.
+        """
+        if config.is_encoder_decoder:
+            raise RecipeError(f"model: task {setup.name} needs a decoder such as llama, qwen3 or gpt2")
+        text = config.get_text_config()
+        for name, value in list(text.to_dict().items()):
+            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+                setattr(text, name, 0.0)
+        positions = getattr(text, "max_position_embeddings", None)
+        longest = setup.max_length + setup.settings.sampling.max_new_tokens
+        if isinstance(positions, int) and 0 < positions < longest:
+            raise RecipeError(
+                f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to "
+                f"{longest} tokens, more than the model's max_position_embeddings ({positions}): lower one of them"
+            )
+
+    @classmethod
+    def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
+        """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
+        roles: dict[str, FrozenRole] = {}
+        if setup.settings.kl and not section.adapt.adds_adapter:
+            if section.path is None:
+                raise RecipeError(f"{setup.name}.kl: the reference is the network of model.path, and there is none")
+            roles[REFERENCE] = FrozenRole("model.path", section.path, section.revision, AutoModelForCausalLM)
+        elif setup.settings.kl:
+            check_start_is_base(section.adapt, f"{setup.name}.kl")
+        for i, source in enumerate(setup.settings.rewards):
+            if source.model is not None:
+                key = f"{setup.name}.rewards.{i}.model"
+                roles[source.label] = FrozenRole(key, source.model, source.revision, AutoModelForSequenceClassification)
+        return roles
+
+    # --- the networks ------------------------------------------------------------------------------------------------
+
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.pad_id, self.pad_multiple = pad_id(self.tokenizer.pad_token_id), pad_multiple(device)
+        end_of_turn = setup.survey.get("end_of_turn")
+        own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
+        self.eos_ids = [i for i in dict.fromkeys([*own, *network.eos_ids]) if i is not None]
+        if not self.eos_ids:
+            raise RecipeError("tokenizer: it has no EOS token, so no response would end; name one as its eos_token")
+        self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
+        self.moments = RunningMoments()
+        self.models: dict[str, RewardModel] = {}
+        self.reference: Any = None
+        self.functions = {
+            source.label: load_function(source, f"{setup.name}.rewards.{i}", setup.base)
+            for i, source in enumerate(self.settings.rewards)
+            if source.function is not None
+        }
+        self.weights = {source.label: source.weight for source in self.settings.rewards}
+
+    def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
+        if role == REFERENCE:
+            return
+        longest = self.setup.max_length + self.settings.sampling.max_new_tokens
+        self.models[role] = RewardModel(source, model, self.tokenizer, longest)
+
+    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
+        if role == REFERENCE:
+            self.reference = network
+        else:
+            self.models[role].network = network
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:
+        """Rows of a rollout: see `padded_responses`, and the columns of `columns` as fp32 [B, R].
+
+        Validation rows are prompts: prompt/input_ids, prompt/attention_mask [B, P], and prompt/seeds [B].
+        """
+        tokens = sum(len(row.input_ids) for row in rows)
+        if "response" not in rows[0].columns:
+            prompts = left_padded([row.input_ids for row in rows], self.pad_id, self.pad_multiple)
+            inputs = {PROMPT + name: x for name, x in prompts.items()}
+            number = 2**32 - 1  # no phase has this number
+            seeds = [response_seed(self.setup.seed, number, row, 0) for _, row in keys] or [0] * len(rows)
+            return Batch(inputs | {PROMPT + "seeds": torch.tensor(seeds)}, len(rows), tokens)
+        split = [(row.input_ids, int(row.columns["response"][0])) for row in rows]
+        inputs = self.padded_responses([ids[:-n] for ids, n in split], [ids[-n:] for ids, n in split])
+        width = inputs["targets"].shape[1]
+        for name in rows[0].columns:
+            if name != "response":
+                padded = np.zeros((len(rows), width), np.float32)
+                for i, row in enumerate(rows):
+                    padded[i, : len(row.columns[name])] = row.columns[name]
+                inputs[name] = torch.from_numpy(padded)
+        return Batch(inputs, self.count_of(rows), tokens)
+
+    def longest_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """Prompts with responses of max_new_tokens."""
+        tokens = self.settings.sampling.max_new_tokens
+        response, zeros = np.full(tokens, self.fill_id, np.int64), np.zeros(tokens, np.float32)
+        columns = {"response": np.array([tokens]), **dict.fromkeys(self.token_columns, zeros)}
+        return [Row(np.concatenate([row.input_ids, response]), row.document_starts, columns) for row in rows]
+
+    @property
+    def token_columns(self) -> tuple[str, ...]:
+        """The numbers of each response token that `loss` reads: keys of Trajectory.tokens."""
+        return ("logprobs", "advantages", *(["reference"] if self.settings.kl else []))
+
+    def as_row(self, each: Trajectory) -> Row:
+        """A trajectory as a row for `collate`."""
+        columns = {
+            "response": np.array([len(each.response)]),
+            **{name: each.tokens[name] for name in self.token_columns},
+        }
+        return Row(np.concatenate([each.prompt.ids, each.response]), np.zeros(1, np.int64), columns)
+
+    def count_of(self, rows: Sequence[Row]) -> float:
+        """The denominator of the mean loss: by default the number of response tokens."""
+        return float(sum(int(row.columns["response"][0]) for row in rows))
+
+    def padded_responses(
+        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
+    ) -> dict[str, torch.Tensor]:
+        """Prompts padded on the left and responses on the right, so that all responses begin in the same column.
+
+        Returns:
+            input_ids, attention_mask and position_ids [B, P + R], and targets [B, R]: the response tokens, -100 at
+            padding.
+        """
+        inputs = left_padded(prompts, self.pad_id, self.pad_multiple)
+        width = -(-max(map(len, responses)) // self.pad_multiple) * self.pad_multiple
+        targets = np.full((len(responses), width), IGNORE, np.int64)
+        for i, response in enumerate(responses):
+            targets[i, : len(response)] = response
+        padded = torch.from_numpy(targets)
+        ids = torch.cat([inputs["input_ids"], padded.where(padded != IGNORE, self.pad_id)], 1)
+        mask = torch.cat([inputs["attention_mask"], (padded != IGNORE).long()], 1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.network.position_offset
+        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "targets": padded}
+
+    # --- the policy --------------------------------------------------------------------------------------------------
+
+    def policy(
+        self, model: Any, inputs: Mapping[str, torch.Tensor], *, hidden: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Log-probabilities of the response tokens and entropies, fp32 [B, R], and with `hidden` the last hidden
+        states [B, R, H] of the positions before the tokens."""
+        names = ["input_ids", "attention_mask"] + ["position_ids"] * self.network.takes("position_ids")
+        plain = {name: inputs[name] for name in names}
+        width = inputs["targets"].size(1)
+        if self.network.takes("logits_to_keep"):
+            plain["logits_to_keep"] = width + 1  # type: ignore[assignment]
+        output = model(**plain, use_cache=False, output_hidden_states=hidden)
+        logits = output.logits[:, -width - 1 : -1]
+        logprobs, entropy = token_logprobs(logits, inputs["targets"], self.settings.sampling.temperature)
+        states = output.hidden_states[-1][:, -width - 1 : -1] if hidden else None
+        return logprobs, entropy, states
+
+    def look_at_policy(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is remembered of the policy that sampled: its log-probabilities."""
+        return {"logprobs": self.policy(model, inputs)[0]}
+
+    def look_at_reference(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"reference": self.policy(model, inputs)[0]}
+
+    def ask_reference(self, processes: Processes, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The reference's log-probabilities: those of a network of its own, or of the base under the adapter."""
+        if self.reference is None:
+            return processes.forward(self.base_as_reference, inputs)
+        return self.reference.forward(self.look_at_reference, inputs)
+
+    def base_as_reference(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        with adapters_off(model):
+            return self.look_at_reference(model, inputs)
+
+    # --- a rollout ---------------------------------------------------------------------------------------------------
+
+    def rollout(self, phase: Phase, store: Store, rows: Sequence[int]) -> Rollout:
+        """The rollout of one phase: responses to the prompts `rows` of `store`. All ranks return the same."""
+        clock = Clock()
+        # 1. Sample responses with the policy.
+        prompts = [prompt_of(store.row(row), row) for row in rows]
+        settings = self.settings
+        trajectories = sample_responses(
+            phase,
+            prompts,
+            settings.samples_per_prompt,
+            settings.sampling,
+            self.setup.seed,
+            padded=lambda ids: left_padded(ids, self.pad_id, self.pad_multiple),
+            pad_id=self.fill_id,
+            eos_ids=self.eos_ids,
+        )
+        clock.lap("generation_s")
+        # 2. What do the policy, the critic and the reference say about the sampled tokens?
+        with phase.processes.evaluating():
+            look_up(phase, trajectories, lambda x: phase.processes.forward(self.look_at_policy, x), self._inputs_of)
+            if self.reference is not None:
+                look_up(
+                    phase, trajectories, lambda x: self.reference.forward(self.look_at_reference, x), self._inputs_of
+                )
+            elif settings.kl:
+                look_up(
+                    phase, trajectories, lambda x: phase.processes.forward(self.base_as_reference, x), self._inputs_of
+                )
+        # 3. Score the responses.
+        self.write_texts(trajectories)
+        for name, model in self.models.items():
+            judge(phase, trajectories, name, model.texts(trajectories), model.scores, model.padded)
+        self._call_functions(phase, trajectories)
+        raw = self.mix(trajectories)
+        lengths = np.array([len(each.response) for each in trajectories])
+        ended = np.array([each.ended for each in trajectories])
+        scores = shaped(
+            raw,
+            lengths,
+            ended,
+            moments=self.moments if settings.normalize_rewards else None,
+            clip=settings.clip_rewards,
+            missing_eos_penalty=settings.missing_eos_penalty,
+            length_target=settings.length_target,
+            length_penalty=settings.length_penalty,
+        )
+        for each, score in zip(trajectories, scores, strict=True):
+            each.score = float(score)
+        clock.lap("scoring_s")
+        # 4. From scores to advantages.
+        metrics = self.describe(trajectories, raw)
+        metrics["reward_std"], metrics["score"] = float(raw.std()), float(np.mean([t.score for t in trajectories]))
+        if settings.kl:
+            metrics["kl"] = float(np.mean([self.kl_of(each).sum() for each in trajectories]))
+        metrics |= self.advantages(trajectories)
+        return Rollout(trajectories, metrics | clock.laps, self.samples_of(trajectories[: settings.show]))
+
+    def advantages(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        """Add `advantages` to the tokens of each trajectory, and what else the loss needs; return metrics."""
+        raise NotImplementedError
+
+    def _inputs_of(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
+        return self.padded_responses([t.prompt.ids for t in trajectories], [t.response for t in trajectories])
+
+    def _call_functions(self, phase: Phase, trajectories: Sequence[Trajectory]) -> None:
+        """Add the rewards of the functions. Each rank calls them for its share, since they may be slow."""
+        if not self.functions:
+            return
+        ranks = len(phase.processes.gather_objects(None))
+        mine = list(range(phase.processes.rank, len(trajectories), ranks))
+        rewards = self.function_rewards([trajectories[i] for i in mine])
+        by_row = {i: {name: values[n] for name, values in rewards.items()} for n, i in enumerate(mine)}
+        for each, found in zip(trajectories, phase.gathered(by_row, len(trajectories)), strict=True):
+            each.rewards |= found
+
+    def function_rewards(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float | None]]:
+        """The rewards of each function; empty lists without trajectories."""
+        if not trajectories:
+            return {name: [] for name in self.functions}
+        names = sorted({name for each in trajectories for name in each.prompt.columns})
+        columns = {name: [each.prompt.columns.get(name) for each in trajectories] for name in names}
+        prompts = [each.prompt.text for each in trajectories]
+        completions = [_completion(each) for each in trajectories]
+        ids = [each.response.tolist() for each in trajectories]
+        keys = {source.label: f"{self.setup.name}.rewards.{i}" for i, source in enumerate(self.settings.rewards)}
+        return {
+            name: call_function(function, keys[name], prompts, completions, ids, columns)
+            for name, function in self.functions.items()
+        }
+
+    def mix(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
+        """The weighted sum of the rewards of each response: fp32 [N]."""
+        rewards = {name: [each.rewards[name] for each in trajectories] for name in self.weights}
+        return mixed(rewards, self.weights)
+
+    def write_texts(self, trajectories: Sequence[Trajectory]) -> None:
+        texts = self.tokenizer.batch_decode([t.response.tolist() for t in trajectories], skip_special_tokens=True)
+        for each, text in zip(trajectories, texts, strict=True):
+            each.text = text
+
+    def describe(self, trajectories: Sequence[Trajectory], raw: np.ndarray) -> dict[str, float]:
+        """Averages over responses. raw: the scores before they are shaped [N]."""
+        metrics = {
+            "reward": float(raw.mean()),
+            "response_tokens": float(np.mean([len(each.response) for each in trajectories])),
+            "without_eos": float(np.mean([not each.ended for each in trajectories])),
+        }
+        if len(self.weights) > 1:
+            for name in self.weights:
+                given = [value for each in trajectories if (value := each.rewards[name]) is not None]
+                metrics[f"reward/{name}"] = float(np.mean(given)) if given else 0.0
+        return metrics
+
+    def kl_of(self, each: Trajectory) -> np.ndarray:
+        """The estimated KL from the reference at each token of a response: nats [R]."""
+        return kl_per_token(each.tokens["logprobs"], each.tokens["reference"], self.settings.kl_estimator)
+
+    def samples_of(self, trajectories: Sequence[Trajectory]) -> list[dict[str, Any]]:
+        return [
+            {
+                "row": each.prompt.row,
+                "prompt": each.prompt.text,
+                "response": each.text,
+                "score": each.score,
+                "rewards": each.rewards,
+            }
+            for each in trajectories
+        ]
+
+    def phase_is_over(self, metrics: Mapping[str, float]) -> bool:  # noqa: ARG002
+        """Whether no more updates follow on this rollout. metrics: of the last update."""
+        return False
+
+    # --- state that a resume restores --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"moments": asdict(self.moments)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.moments = RunningMoments(**state["moments"])
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        """Sample a response to each prompt, with the same random numbers at every evaluation.
+
+        Returns predictions [B, N + M], fp64: the response's ids padded with -1, and the scores of the M reward models.
+        """
+        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items()}
+        seeds = prompts.pop("seeds").tolist()
+        together = dist.is_initialized() and dist.get_world_size() > 1
+        ids = sample(
+            model, prompts, self.settings.sampling, seeds, pad_id=self.fill_id, eos_ids=self.eos_ids, together=together
+        )
+        found = [until_end(each, self.eos_ids) for each in ids.cpu().numpy()]
+        masks = prompts["attention_mask"].bool()
+        trajectories = [
+            Trajectory(Prompt(0, row[mask].cpu().numpy(), "", {}), 0, response, ended)
+            for row, mask, (response, ended) in zip(prompts["input_ids"], masks, found, strict=True)
+        ]
+        metrics = {}
+        if self.settings.kl:
+            given = {name: x.to(ids.device) for name, x in self._inputs_of(trajectories).items()}
+            logprobs = self.look_at_policy(model, given)["logprobs"]
+            if self.reference is not None:
+                reference = self.reference.forward(self.look_at_reference, given)["reference"]
+            else:
+                reference = self.base_as_reference(model, given)["reference"]
+            kl = ((logprobs - reference) * (given["targets"] != IGNORE)).sum()
+            metrics["kl"] = (kl, torch.tensor(len(trajectories), device=ids.device))
+        self.write_texts(trajectories)
+        columns = [torch.full((len(found), self.settings.sampling.max_new_tokens), -1.0, dtype=torch.float64)]
+        for i, (response, _) in enumerate(found):
+            columns[0][i, : len(response)] = torch.from_numpy(response).double()
+        for reward_model in self.models.values():
+            scores = reward_model.scores(reward_model.padded(reward_model.texts(trajectories)))
+            columns.append(scores.double().cpu()[:, None])
+        return LossOut(ids.new_zeros((), dtype=torch.float32), metrics, torch.cat(columns, 1))
+
+    def scores(
+        self, predictions: Mapping[int, Any], row: Callable[[int], Row]
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """The rewards of all responses. predictions: see `evaluate`."""
+        width, trajectories = self.settings.sampling.max_new_tokens, []
+        for number, numbers in predictions.items():
+            ids = np.array([i for i in numbers[:width] if i >= 0], np.int64)
+            response, ended = until_end(ids, self.eos_ids)
+            each = Trajectory(prompt_of(row(number), number), 0, response, ended)
+            each.rewards = dict(zip(self.models, numbers[width:], strict=True))
+            trajectories.append(each)
+        self.write_texts(trajectories)
+        for name, values in self.function_rewards(trajectories).items():
+            for each, value in zip(trajectories, values, strict=True):
+                each.rewards[name] = value
+        raw = self.mix(trajectories)
+        for each, score in zip(trajectories, raw, strict=True):
+            each.score = float(score)
+        shown = self.describe(trajectories, raw)
+        return {**shown, "loss": -shown["reward"]}, self.samples_of(trajectories[: self.settings.show])
+
+
+def prompt_of(row: Row, number: int) -> Prompt:
+    """The prompt of a row of `PromptRows`. number: of the row in its store."""
+    return Prompt(number, row.input_ids, row.meta["prompt"], row.meta["columns"])
+
+
+def _completion(each: Trajectory) -> Any:
+    """The response as reward functions get it: a text, or a list with one message if the prompt is a conversation."""
+    return each.text if isinstance(each.prompt.text, str) else [{"role": "assistant", "content": each.text}]
