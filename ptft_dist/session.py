@@ -371,7 +371,7 @@ class Session:
 
     def warm_up(self) -> None:
         """Run forward and backward on the largest micro-batch without an update; see Engine.warm_up."""
-        rows = self.task.longest_rows(self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length)))
+        rows = self.task.longest_rows(self.store.largest(self.shape.largest_micro_batch(self.recipe.longest_row)))
         batch = self.task.collate(rows, [(0, i) for i in range(len(rows))])
         self.engine.warm_up(self.task.loss, batch.inputs)
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from support import merge, start
 from task_support import for_model, make_task
 from tiny import BERT, LLAMA, T5, WORDS, made, preferred, write_rows, write_tiny
@@ -23,6 +24,7 @@ from transformers import (
 
 import ptft_dist
 from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.encoder import EncoderContext
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import prepare
@@ -518,3 +520,15 @@ def test_the_command_prints_a_summary(trained: Path, tmp_path: Path, cache: Path
     assert "accuracy" in run.stdout
     assert "scores in scores.jsonl" in run.stdout
     assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_row_of_a_micro_batch_has_two_texts() -> None:
+    values = recipe().model_dump(exclude_unset=True) | {"batch": {"global_size": 4, "micro_tokens": 300}}
+    settings = recipe_class().model_validate(values)
+    shape = batch_shape(settings, 1)
+    assert settings.longest_row == 128  # two texts of 64 tokens
+    assert shape.largest_micro_batch(settings.longest_row) == 2
+    assert shape.accumulation == 2
+    values["batch"]["micro_tokens"] = 127
+    with pytest.raises(ValidationError, match=r"127 is less than one row \(data\.max_length: 64, 2 texts\)"):
+        recipe_class().model_validate(values)

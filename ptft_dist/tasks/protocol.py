@@ -81,7 +81,9 @@ class TaskSetup:
     """The recipe's directory, where relative paths start."""
 
     @classmethod
-    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any], base: Path) -> TaskSetup:
+    def of(
+        cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any], base: Path = Path()
+    ) -> TaskSetup:
         """The setup of a recipe. survey: properties of the training rows, from the encoder."""
         return cls(
             name=recipe.task,
