@@ -98,6 +98,19 @@ def regression(run: Finished) -> float:
     )
 
 
+def reward(run: Finished) -> float:
+    """Bradley-Terry with margins, and the centring term with its weight in TINY."""
+    parts = []
+    for row in run.rows:
+        rewards = []
+        for side in ("chosen", "rejected"):
+            said = run.tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=True)
+            rewards.append(run.output({"input_ids": said["input_ids"]}).logits[0, 0].double())
+        difference = rewards[0] - rewards[1] - row.get("margin", 0)
+        parts.append((torch.log1p(torch.exp(-difference)) + 0.01 * (rewards[0] + rewards[1]) ** 2, 1.0))
+    return mean(parts)
+
+
 def token_classification(run: Finished) -> float:
     """A word's first token has its tag."""
     parts = []
@@ -225,6 +238,7 @@ REFERENCES: dict[str, Callable[[Finished], float]] = {
         sft,
         classification,
         regression,
+        reward,
         token_classification,
         question_answering,
         seq2seq,

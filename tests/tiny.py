@@ -74,6 +74,17 @@ def talked(chance: random.Random) -> dict[str, Any]:
     return {"messages": turns + more * chance.randint(0, 1)}
 
 
+def preferred(chance: random.Random) -> dict[str, Any]:
+    """An answer with an animal is better than one without; some rows have a margin."""
+    prompt = [{"role": "user", "content": " ".join(sentence(chance, 4))}]
+    words = sentence(chance, 5)
+    chosen, rejected = (
+        [{"role": "assistant", "content": " ".join(each)}] for each in ([*words, "cat"], [*words, "house"])
+    )
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return row | ({"margin": chance.random()} if chance.random() < 0.5 else {})
+
+
 def rated(chance: random.Random) -> dict[str, Any]:
     words = sentence(chance)
     return {"text": " ".join(words), "text_pair": " ".join(sentence(chance)), "label": len(words) / 10}
@@ -140,6 +151,7 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]
         {"model": {"config": BERT}, "data": {"max_length": 20}, "question_answering": {"stride": 4}},
         asked,
     ),
+    "reward": ({"model": {"config": LLAMA}, "reward": {"center_rewards_coefficient": 0.01}}, preferred),
     "ppo": ({"model": {"config": LLAMA}, "ppo": {**ROLLOUTS, "prompts": 12, "epochs": 3}}, prompted),
     "grpo": (
         {"model": {"config": LLAMA}, "grpo": {**ROLLOUTS, "prompts": 3, "group_size": 4, "epochs": 3}},

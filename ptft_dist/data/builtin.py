@@ -14,9 +14,11 @@ import re
 import sysconfig
 import tokenize
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 from ptft_dist.data.formats import Record
 from ptft_dist.errors import DataError
@@ -27,6 +29,7 @@ BUILTIN = ("python-stdlib", "python-functions")
 _NOT_STDLIB = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 _WORD = re.compile(r"\w+|[^\w\s]")
 _SHORTEST_SUMMARY = 3  # words
+_NEARBY = 256  # functions
 
 
 def read_builtin(name: str) -> Iterator[Record]:
@@ -63,6 +66,23 @@ def _modules() -> Iterator[Record]:
 
 
 def _functions() -> Iterator[Record]:
+    return _with_other_answers(_documented_functions())
+
+
+def _with_other_answers(records: Iterable[Record]) -> Iterator[Record]:
+    """Add `other_answer`: the answer about another function nearby, chosen by a hash of the signature."""
+    records, before = iter(records), list[Record]()
+    while block := list(islice(records, _NEARBY)):
+        answers = sorted({record.values["answer"] for record in (*before, *block)})
+        for record in block:
+            others = [answer for answer in answers if answer != record.values["answer"]]
+            if others:
+                record.values["other_answer"] = others[crc32(record.values["signature"].encode()) % len(others)]
+            yield record
+        before = block
+
+
+def _documented_functions() -> Iterator[Record]:
     for module in _modules():
         text = module.values["text"]
         try:
@@ -94,6 +114,7 @@ def _columns(node: ast.FunctionDef | ast.AsyncFunctionDef, kind: str, path: Path
     arguments, lines: number of arguments, number of source lines.
     traits: multi-label; some of arguments, defaults, returns, raises, decorated.
     question, answer, messages: what the function does, as two texts and as a conversation.
+    other_answer: what another function does; added by `_with_other_answers`.
     tokens, tags: the words of signature and summary; IOB2 tags of function and argument names.
     context, answers: extractive question answering: signature and summary; the span of the arguments.
     text, head, tail, relation: relation extraction: signature and summary; the spans of the function's name and of

@@ -24,6 +24,7 @@ from ptft_dist.tasks.plm.settings import PlmSettings
 from ptft_dist.tasks.ppo.settings import PpoSettings
 from ptft_dist.tasks.question_answering.settings import QuestionAnsweringSettings
 from ptft_dist.tasks.regression.settings import RegressionSettings
+from ptft_dist.tasks.reward.settings import RewardSettings
 from ptft_dist.tasks.rloo.settings import RlooSettings
 from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 from ptft_dist.tasks.sft.settings import SftSettings
@@ -56,6 +57,7 @@ TASKS: dict[str, TaskSpec] = {
     "regression": TaskSpec(RegressionSettings, "task:Regression", "encode:RegressionRows"),
     "token_classification": TaskSpec(TokenClassificationSettings, "task:TokenClassification", "encode:TaggedRows"),
     "question_answering": TaskSpec(QuestionAnsweringSettings, "task:QuestionAnswering", "encode:QuestionRows"),
+    "reward": TaskSpec(RewardSettings, "task:RewardModelling", "encode:RewardRows"),
     "ppo": TaskSpec(PpoSettings, "task:Ppo", ".common.prompt_rows:PromptRows"),
     "grpo": TaskSpec(GrpoSettings, "task:Grpo", ".common.prompt_rows:PromptRows"),
     "rloo": TaskSpec(RlooSettings, "task:Rloo", ".common.prompt_rows:PromptRows"),
