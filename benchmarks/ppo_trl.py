@@ -10,7 +10,8 @@ how to make it.
 An update (TRL: batch) is one rollout of --batch prompts, then --epochs passes of --minibatches optimizer steps each.
 fp32, AdamW, no gradient checkpointing, sampling at temperature 1, EOS ends a response. With --lora R the policy has a
 LoRA of rank R on q, k, v and o, and the reference is the policy without it; the value network is trained whole, since
-TRL's peft_config is for the policy only. samples_per_second leaves out the start and the first update.
+TRL's peft_config is for the policy only. samples_per_second leaves out the start and the first update; compare
+samples_per_cpu_second where other work runs on the machine.
 """
 
 from __future__ import annotations
@@ -47,10 +48,12 @@ class TimedTrainer(PPOTrainer):
         self.generated: list[tuple[float, float]] = []
         self.scored: list[float] = []
         self.updated: list[float] = []
+        self.cpu: list[float] = []
         self.metrics: list[dict[str, float]] = []
 
     def log(self, logs: dict[str, float], *_: Any, **__: Any) -> None:
         self.updated.append(time.perf_counter())
+        self.cpu.append(time.process_time())
         self.metrics.append(dict(logs))
 
     @contextlib.contextmanager
@@ -138,6 +141,7 @@ def report(trainer: TimedTrainer, options: argparse.Namespace, start_bytes: int)
     return {
         "trainer": f"trl {trl.__version__}",
         "samples_per_second": count * options.batch / elapsed,
+        "samples_per_cpu_second": count * options.batch / (trainer.cpu[-1] - trainer.cpu[0]),
         "seconds_per_update": elapsed / count,
         "phase_seconds_per_update": phases,
         "peak_rss_bytes": memory_bytes("VmHWM"),
@@ -169,6 +173,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     start_bytes = memory_bytes("VmRSS")
     np.random.seed(options.seed)
+    torch.manual_seed(options.seed)  # peft draws the adapter's weights before PPOTrainer seeds anything
     with contextlib.redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(options, folder)
         with trainer.timed():
