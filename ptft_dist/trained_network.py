@@ -145,7 +145,7 @@ class TrainedNetwork:
         self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
         if rows is not None and adapt.lora is not None and adapt.lora.init == "eva":
             self._initialize_from_activations(rows, adapt.lora.eva_rows)
-        self.task.extend_network(self.model)
+        self.task.extend_network(self.model, section)
         convert_trained(self.model, builder.trained_dtype)
 
     def _initialize_from_activations(self, store: Store, count: int) -> None:

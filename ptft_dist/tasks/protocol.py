@@ -9,7 +9,7 @@ When each hook of a task is called, and on which ranks:
     once, after the network was built and before it is wrapped, on every rank
         Task(setup, network, device)
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
-        extend_network(model)       after it was adapted: parts that are trained beside it, such as a value head
+        extend_network(model, ...)  after it was adapted: parts that are trained beside it, such as a value head
     once, after the network was wrapped, on every rank
         prepare_frozen, adopt       each frozen network, before and after the engine has placed it
         probe()                     a check on test input, such as: does attention stay within packed documents?
@@ -55,6 +55,8 @@ class FrozenRole:
     revision: str | None
     auto_class: Any
     """The transformers class that builds it."""
+    shared: bool = False
+    """It is an adapter on the base of the trained network, which the task adds there itself."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +163,8 @@ class Task(Protocol):
     def prepare_network(self, model: PreTrainedModel) -> None:
         """Change the unwrapped network as the task needs it. Raises RecipeError."""
 
-    def extend_network(self, model: Any) -> None:
-        """Add parts that are trained to the adapted network."""
+    def extend_network(self, model: Any, section: ModelSection) -> None:
+        """Add parts to the adapted network. section: model, of the recipe. Raises RecipeError."""
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         """Change a frozen network as the task needs it, before the engine places it. Raises RecipeError."""
@@ -237,7 +239,7 @@ class BaseTask:
 
     def prepare_network(self, model: PreTrainedModel) -> None: ...
 
-    def extend_network(self, model: Any) -> None: ...
+    def extend_network(self, model: Any, section: ModelSection) -> None: ...
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None: ...
 
