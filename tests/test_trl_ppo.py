@@ -2,7 +2,31 @@
 
 recorded/make_ppo_reference.py made the numbers. TRL gives the score one state after the EOS and learns a value there
 too; here it is given at the EOS (docs/alignment.md). So our functions get TRL's rewards here, of one state more.
-"""One case: settings, ids [B, P] and [B, R], and arrays [B, R]."""
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recorded.ppo_networks import EOS, PAD, build, sha256
+from support import ROOT
+
+from ptft_dist.rl.advantages import gae, kl_per_token, whiten
+from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, token_logprobs
+from ptft_dist.rl.reward_model import read_scores
+from ptft_dist.rl.rewards import shaped
+from ptft_dist.rl.sampling import until_end
+
+RECORDED: dict[str, Any] = json.loads((ROOT / "tests/recorded/trl_ppo.json").read_text())
+CASES = list(RECORDED["cases"])
+
+
+class Recording:
+    """One case: settings, ids [B, P] and [B, R], and arrays [B, R]."""
 
     def __init__(self, name: str) -> None:
         case = RECORDED["cases"][name]
