@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptft_dist.api import checkpoints, evaluate, export, generate, load_recipe, merge, prepare, train
+    from ptft_dist.api import checkpoints, evaluate, export, generate, load_recipe, merge, prepare, score, train
     from ptft_dist.run import Result
 
 __version__ = "0.1.0"
@@ -25,6 +25,7 @@ __all__ = [
     "load_recipe",
     "merge",
     "prepare",
+    "score",
     "train",
 ]
 

@@ -15,11 +15,12 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import CheckpointError, PtftError, RecipeError
+from ptft_dist.errors import CheckpointError, DataError, PtftError, RecipeError
+from ptft_dist.tasks.common.preference_settings import PreferenceSettings
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
@@ -187,6 +188,41 @@ def generate(
         adapters=named,
         use=use,
     )
+
+
+@_hiding_secrets
+def score(
+    model_dir: str | Path, file: str | Path, out: str | Path, *, shape: str | None = None, batch_tokens: int = 8192
+) -> dict[str, float]:
+    """Score the rows of a file with a reward model, and write them with their scores as JSON lines, atomically.
+
+    Pairs (chosen, rejected) get `score_chosen` and `score_rejected`; conversations and texts get `score`.
+
+    Args:
+        model_dir: the directory of a finished run, a model directory, or an adapter directory.
+        file: in any format that recipes read.
+        shape: how rows become texts, as in the settings of preference pairs. Default: as in training.
+        batch_tokens: maximum number of tokens of a batch, padding included.
+
+    Returns:
+        A summary: number of rows, mean and standard deviation of the scores; for pairs also the metrics of an
+        evaluation, such as accuracy.
+
+    Raises:
+        CheckpointError: there is no model, or it has no scalar head.
+        RecipeError: `shape` is unknown, or an adapter or its base cannot be loaded.
+        DataError: the file cannot be read, or rows are invalid.
+    """
+    shapes = get_args(PreferenceSettings.model_fields["shape"].annotation)
+    if shape is not None and shape not in shapes:
+        raise RecipeError(f"shape: {shape!r} is none of {', '.join(shapes)}")
+    model = _model_of(model_dir)
+    if not Path(file).is_file():
+        raise DataError(f"{file} does not exist. Give a file with rows to score.")
+    _quiet_imports()
+    from ptft_dist.scoring import score as run
+
+    return run(model, Path(file), Path(out), shape=shape, batch_tokens=batch_tokens)
 
 
 @_hiding_secrets

@@ -36,7 +36,7 @@ def generate(
 ) -> str:
     """Generate one text; see `api.generate`."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    with _libraries_restored():
+    with libraries_restored():
         model, tokenizer = _load(model_dir, adapters or {}, use)
         source = bool(model.config.is_encoder_decoder)
         model.to(device)
@@ -137,7 +137,7 @@ def _check_generates(architecture: str, model_type: str, path: Path) -> str:
 
 
 @contextlib.contextmanager
-def _libraries_restored() -> Iterator[None]:
+def libraries_restored() -> Iterator[None]:
     """Hide the progress bars of transformers, and restore them and PyTorch's random state afterwards."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -304,10 +304,15 @@ class Session:
         """Load and place the frozen networks, after the trained one, because its DeepSpeed config has the bucket
         sizes."""
         for role, source in self.frozen.items():
+            if self.roles[role].shared:
+                continue
             with self.engine.building(pretrained=False):
                 model = source.load(self.roles[role].auto_class, self.engine.dtype)
             self.task.prepare_frozen(role, model, source)
-            facts = read_facts(model)
+            facts, count = read_facts(model), sum(p.numel() for p in model.parameters())
+            size = sum(p.numel() * p.element_size() for p in model.parameters())
+            placed = "sharded over the processes" if self.kind in ("zero3", "fsdp2") else "on each process"
+            say(f"{role}: {source.path}, {count:,} parameters, frozen, {size / 1e6:,.1f} MB {placed}")
             self.task.adopt(role, self.engine.prepare_frozen(model), facts)
 
     # --- training ----------------------------------------------------------------------------------------------------
@@ -371,7 +376,7 @@ class Session:
 
     def warm_up(self) -> None:
         """Run forward and backward on the largest micro-batch without an update; see Engine.warm_up."""
-        rows = self.task.longest_rows(self.store.largest(self.shape.largest_micro_batch(self.recipe.data.max_length)))
+        rows = self.task.longest_rows(self.store.largest(self.shape.largest_micro_batch(self.recipe.longest_row)))
         batch = self.task.collate(rows, [(0, i) for i in range(len(rows))])
         self.engine.warm_up(self.task.loss, batch.inputs)
 

@@ -145,7 +145,7 @@ class TrainedNetwork:
         self.model = adapt_network(base, adapt, self._adapter_setup(), fresh)
         if rows is not None and adapt.lora is not None and adapt.lora.init == "eva":
             self._initialize_from_activations(rows, adapt.lora.eva_rows)
-        self.task.extend_network(self.model)
+        self.task.extend_network(self.model, section)
         convert_trained(self.model, builder.trained_dtype)
 
     def _initialize_from_activations(self, store: Store, count: int) -> None:
@@ -157,6 +157,9 @@ class TrainedNetwork:
         keys = [(0, row) for row in range(min(count, len(store)))]
         rows = [store.row(row) for _, row in keys]
         inputs = network_inputs(self.task.collate(rows, keys).inputs)
-        lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
-        tokens = torch.arange(inputs["input_ids"].shape[1]) < lengths
+        if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 2:
+            tokens = mask.bool()  # of all texts of a row
+        else:
+            lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
+            tokens = torch.arange(inputs["input_ids"].shape[1]) < lengths
         initialize_from_activations(cast(Any, self.model), {**inputs, "tokens": tokens})

@@ -49,9 +49,14 @@ LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "M
 
 # Imported once by the server. What a forked process finds here it does not import again.
 PRELOADED = [
+    "versions_once",  # before those that ask for versions
+    "support",  # this module and what it imports: each forked process unpickles functions of it
     "ptft_dist.cli.train",
     "ptft_dist.run",
+    "ptft_dist.runs.folds",
     "ptft_dist.api",
+    *(f"ptft_dist.engine.{backend}" for backend in ("whole", "zero", "fsdp2")),
+    "ptft_dist.tasks.common.documents",
     *(f"ptft_dist.tasks.{task}.task" for task in TASKS),
     *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
     "preloaded",
@@ -61,16 +66,21 @@ PRELOADED = [
     "peft.tuners.lora",
     "peft.tuners.adalora",
     "transformers.integrations.bitsandbytes",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
     "deepspeed.runtime.engine",
     "deepspeed.runtime.superoffload.superoffload_stage3",
     "deepspeed.runtime.zero.stage3",
     "deepspeed.runtime.zero.muon.muon_optimizer",
+    "encodings.utf_8_sig",
     "platformdirs.unix",
     "rouge_score.rouge_scorer",
     "sacrebleu",
     "scipy.stats",
     "sklearn.metrics",
     "tokenizers.trainers",
+    "torch._subclasses.schema_check_mode",
+    "torch.profiler._cupti_monitor",
     "torch.utils.tensorboard",
     "transformers.convert_slow_tokenizer",
     "transformers.integrations.deepspeed",

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from ptft_dist.config.recipe import Source
-from ptft_dist.data.builtin import _columns, read_builtin
+from ptft_dist.data.builtin import _READ_AHEAD, _columns, _with_other_answers, read_builtin
 from ptft_dist.data.formats import Record
 from ptft_dist.data.sources import read_records
 
@@ -128,3 +128,22 @@ def test_roles_take_their_columns(records: list[Record]) -> None:
     found = list(read_records(source, Path(), ("text", "label")))
     assert [r.values["text"] for r in found] == [r.values["summary"] for r in records[:5]]
     assert [r.values["label"] for r in found] == [r.values["kind"] for r in records[:5]]
+
+
+def test_the_other_answer_is_that_of_another_function(records: list[Record]) -> None:
+    answers = {record.values["answer"] for record in records}
+    others = [record.values["other_answer"] for record in records]
+    assert all(record.values["other_answer"] != record.values["answer"] for record in records)
+    assert set(others) - answers == set(others[-_READ_AHEAD:]) - answers  # of functions read ahead
+    assert len(set(others)) > len(others) / 3  # not the same few again and again
+
+
+def test_a_lone_function_after_a_block_gets_an_answer_of_the_block() -> None:
+    def record(i: int) -> Record:
+        return Record({"answer": f"answer {i % 300}", "signature": f"def f{i}()"}, "f.py")
+
+    found = list(_with_other_answers(record(i) for i in range(_READ_AHEAD + 1)))
+    assert len(found) == _READ_AHEAD + 1
+    assert found[-1].values["other_answer"] in {f"answer {i}" for i in range(_READ_AHEAD)}
+    (alone,) = _with_other_answers([record(0)])
+    assert "other_answer" not in alone.values

@@ -200,7 +200,7 @@ def test_replay_has_the_share_that_was_asked_for(session: Callable[..., Session]
     assert old_rows / len(taken) == pytest.approx(0.25, abs=1 / len(taken))
     assert [taken.count(row) for row in range(new)] == [2] * new  # an epoch is one pass over the new rows
     ids = [made_here.store.row(row).input_ids.tolist() for row in taken]
-    assert ["zebra" in text for text in made_here.tokenizer.batch_decode(ids)] == [row >= new for row in taken]
+    assert ["zebra" in text for text in made_here.trained.tokenizer.batch_decode(ids)] == [row >= new for row in taken]
     assert made_here.store.lengths(plan.rows_of(0)).tolist() == list(map(len, ids[: len(plan.rows_of(0))]))
 
 

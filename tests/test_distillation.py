@@ -250,8 +250,10 @@ def test_each_network_gets_the_token_types_that_it_knows() -> None:
         loss_of=lambda logits, _: (logits.sum(), torch.tensor(1)),
     )
     distillation = Distillation(task, settings(), [0, 1])
-    distillation.prepare_teacher(teacher)
-    distillation.adopt(SimpleNamespace(forward=lambda call, inputs: call("teacher", inputs)), read_facts(teacher))
+    source: Any = None  # not used
+    distillation.prepare_frozen("teacher", teacher, source)
+    network = SimpleNamespace(forward=lambda call, inputs: call("teacher", inputs))
+    distillation.adopt("teacher", network, read_facts(teacher))
     assert task.has_types
     assert teacher.config.pad_token_id == 3
     distillation.loss("student", {name: torch.zeros(1, 2) for name in ("input_ids", "token_type_ids")})

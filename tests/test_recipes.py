@@ -21,6 +21,7 @@ def test_a_shipped_recipe_runs(path: Path, tmp_path: Path, cache: Path) -> None:
         needed = start("train", name, *smoke, cwd=tmp_path, cache=cache, ranks=2)
         assert needed.wait() == 0, needed.stderr
     smoke.append("run_dir=run")
+    smoke += [f"{task}.prompts=8" for task in re.findall(r"^task: (ppo|grpo|rloo)$", path.read_text(), re.MULTILINE)]
     run = start("train", str(path), *smoke, cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 0, run.stderr
     assert len(train_rows(tmp_path / "run")) == 3

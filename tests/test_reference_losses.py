@@ -18,7 +18,7 @@ import torch
 import transformers
 from sklearn.utils.class_weight import compute_class_weight
 from support import start, train_rows
-from tiny import ALL, write_tiny
+from tiny import ALL, ROLLING, write_tiny
 from transformers.trainer_pt_utils import LabelSmoother
 
 from ptft_dist.tasks.registry import TASKS
@@ -96,6 +96,19 @@ def regression(run: Finished) -> float:
             for row in run.rows
         ]
     )
+
+
+def reward(run: Finished) -> float:
+    """Bradley-Terry with margins, and the centring term with its weight in TINY."""
+    parts = []
+    for row in run.rows:
+        rewards = []
+        for side in ("chosen", "rejected"):
+            said = run.tokenizer.apply_chat_template(row["prompt"] + row[side], return_dict=True)
+            rewards.append(run.output({"input_ids": said["input_ids"]}).logits[0, 0].double())
+        difference = rewards[0] - rewards[1] - row.get("margin", 0)
+        parts.append((torch.log1p(torch.exp(-difference)) + 0.01 * (rewards[0] + rewards[1]) ** 2, 1.0))
+    return mean(parts)
 
 
 def token_classification(run: Finished) -> float:
@@ -225,6 +238,7 @@ REFERENCES: dict[str, Callable[[Finished], float]] = {
         sft,
         classification,
         regression,
+        reward,
         token_classification,
         question_answering,
         seq2seq,
@@ -234,7 +248,7 @@ DRAWN = {"mlm", "mlm_nsp", "plm", "span_corruption"}
 
 
 def test_every_task_has_a_reference() -> None:
-    assert set(REFERENCES) == set(ALL) == set(TASKS)
+    assert set(REFERENCES) | set(ROLLING) == set(ALL) == set(TASKS)  # those of policies: test_trl_ppo.py
 
 
 @pytest.mark.parametrize("task", REFERENCES)

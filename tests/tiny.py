@@ -114,6 +114,12 @@ def asked(chance: random.Random) -> dict[str, Any]:
     return {"question": f"where is {wanted}?", "context": context, "answers": answers}
 
 
+def judged(chance: random.Random) -> dict[str, Any]:
+    pair = preferred(chance)
+    good = chance.random() < 0.6
+    return {"prompt": pair["prompt"], "completion": pair["chosen" if good else "rejected"], "label": good}
+
+
 def written(chance: random.Random) -> dict[str, Any]:
     return {"text": " ".join(f"{' '.join(sentence(chance, 8))}." for _ in range(chance.randint(1, 6)))}
 
@@ -151,7 +157,12 @@ TINY: dict[str, tuple[dict[str, Any], Callable[[random.Random], dict[str, Any]]]
         {"model": {"config": BERT}, "data": {"max_length": 20}, "question_answering": {"stride": 4}},
         asked,
     ),
-    "reward": ({"model": {"config": LLAMA}, "reward": {"center_rewards_coefficient": 0.01}}, preferred),
+    "reward": (  # a higher rate amplifies rounding to 1e-4 of the gradient norm within five updates
+        {"model": {"config": LLAMA}, "reward": {"center_rewards_coefficient": 0.01}, "optim": {"lr": 0.001}},
+        preferred,
+    ),
+    "dpo": ({"model": {"config": LLAMA}, "optim": {"lr": 0.001}}, preferred),
+    "kto": ({"model": {"config": LLAMA}, "kto": {"undesirable_weight": 1.5}, "optim": {"lr": 0.001}}, judged),
     "ppo": ({"model": {"config": LLAMA}, "ppo": {**ROLLOUTS, "prompts": 12, "epochs": 3}}, prompted),
     "grpo": (
         {"model": {"config": LLAMA}, "grpo": {**ROLLOUTS, "prompts": 3, "group_size": 4, "epochs": 3}},
@@ -190,7 +201,7 @@ def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) ->
         "tokenizer": {"train": {"vocab_size": 320}},
         "data": {"train": [{"path": "rows.jsonl"}], "validation": 0.1, "max_length": 32} | special.get("data", {}),
         "batch": {"global_size": 12, "micro_size": 3},
-        "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4},
+        "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4} | special.get("optim", {}),
         "train": {"max_steps": 8, "precision": "fp32"},
         "eval": {"every": 4},
         "save": {"every": 4, "keep": None},

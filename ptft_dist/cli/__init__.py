@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import select
 import sys
@@ -25,6 +26,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
     ("generate", "ptft_dist.cli.generate", "generate"),
+    ("score", "ptft_dist.cli.score", "score"),
     ("merge", "ptft_dist.cli.merge", "merge"),
     ("export", "ptft_dist.cli.export", "export"),
 )
@@ -59,6 +61,12 @@ def _root(
         raise typer.Exit
 
 
+@functools.cache
+def command() -> typer._click.core.Command:
+    """The command with all verbs and their options, built from the functions' signatures."""
+    return typer.main.get_command(app)
+
+
 _EXIT_READER_GONE = 128 + 13  # the exit status in a shell of a process that was ended by SIGPIPE
 
 
@@ -71,7 +79,7 @@ def main() -> None:
     show_messages(int(os.environ.get("RANK", "0")))  # the launch package would import the schema of recipes
     hide_in_libraries()
     try:
-        with typer.main.get_command(app).make_context("ptft", sys.argv[1:]) as context:
+        with command().make_context("ptft", sys.argv[1:]) as context:
             context.command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:

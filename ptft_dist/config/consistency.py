@@ -114,13 +114,16 @@ def _continual(recipe: Recipe) -> Iterator[Problem]:
 
 def _batch(recipe: Recipe) -> Iterator[Problem]:
     """Batch sizes that are invalid for any number of processes."""
-    batch, length = recipe.batch, recipe.data.max_length
+    batch, length = recipe.batch, recipe.longest_row
+    row = f"data.max_length: {recipe.data.max_length}"
+    if recipe.settings.texts_per_row > 1:
+        row += f", {recipe.settings.texts_per_row} texts"
     rows, tokens, micro_size = batch.global_size, batch.global_tokens, batch.micro_size
     if batch.micro_tokens is not None and batch.micro_tokens < length:
-        text = f"{batch.micro_tokens} is less than one row (data.max_length: {length})"
+        text = f"{batch.micro_tokens} is less than one row ({row})"
         yield Problem(("batch", "micro_tokens"), text)
     if tokens is not None and tokens < length:
-        yield Problem(("batch", "global_tokens"), f"{tokens} is less than one row (data.max_length: {length})")
+        yield Problem(("batch", "global_tokens"), f"{tokens} is less than one row ({row})")
         return
     if tokens is not None and recipe.settings.full_rows:
         rows = tokens // length

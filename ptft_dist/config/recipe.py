@@ -325,6 +325,11 @@ class Recipe(Section):
         settings: TaskSettings = getattr(self, self.task)
         return settings
 
+    @property
+    def longest_row(self) -> int:
+        """The maximum number of tokens in a row, which may have several texts."""
+        return self.data.max_length * self.settings.texts_per_row
+
     @classmethod
     def task_sections(cls) -> dict[str, TaskSettings]:
         """Task -> its section with all defaults."""

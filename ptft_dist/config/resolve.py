@@ -29,7 +29,7 @@ class BatchShape:
 
 def batch_shape(recipe: Recipe, world_size: int) -> BatchShape:
     """Divide an update over `world_size` processes. Raises RecipeError, with the nearest valid sizes."""
-    batch, max_length = recipe.batch, recipe.data.max_length
+    batch, max_length = recipe.batch, recipe.longest_row
     global_size, global_tokens, micro_size = batch.global_size, batch.global_tokens, batch.micro_size
     if global_tokens is not None and recipe.settings.full_rows:
         global_size, global_tokens = global_tokens // max_length, None

@@ -29,7 +29,7 @@ BUILTIN = ("python-stdlib", "python-functions")
 _NOT_STDLIB = {"test", "tests", "idle_test", "turtledemo", "site-packages", "dist-packages", "__pycache__"}
 _WORD = re.compile(r"\w+|[^\w\s]")
 _SHORTEST_SUMMARY = 3  # words
-_NEARBY = 256  # functions
+_READ_AHEAD = 256  # functions
 
 
 def read_builtin(name: str) -> Iterator[Record]:
@@ -70,16 +70,18 @@ def _functions() -> Iterator[Record]:
 
 
 def _with_other_answers(records: Iterable[Record]) -> Iterator[Record]:
-    """Add `other_answer`: the answer about another function nearby, chosen by a hash of the signature."""
-    records, before = iter(records), list[Record]()
-    while block := list(islice(records, _NEARBY)):
-        answers = sorted({record.values["answer"] for record in (*before, *block)})
+    """Add `other_answer`: the answer about an earlier function, or one of the next few, by a hash of the signature."""
+    records, seen = iter(records), set[str]()
+    while block := list(islice(records, _READ_AHEAD)):
+        seen.update(record.values["answer"] for record in block)
+        answers = sorted(seen)
         for record in block:
-            others = [answer for answer in answers if answer != record.values["answer"]]
-            if others:
-                record.values["other_answer"] = others[crc32(record.values["signature"].encode()) % len(others)]
+            i = crc32(record.values["signature"].encode()) % len(answers)
+            if answers[i] == record.values["answer"]:
+                i = (i + 1) % len(answers)
+            if len(answers) > 1:
+                record.values["other_answer"] = answers[i]
             yield record
-        before = block
 
 
 def _documented_functions() -> Iterator[Record]:

@@ -17,6 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.load import build_network, local_or_hub, read_config
 from ptft_dist.networks.preview import check_weights
 
@@ -48,16 +49,30 @@ class FrozenSource:
         return self.section.path
 
     def config(self) -> PretrainedConfig:
-        """The network's config. Raises RecipeError if it cannot be read."""
-        return read_config(self.section, {}, key=self.key)
+        """The network's config; of an adapter's base. Raises RecipeError if it cannot be read."""
+        section = self.section
+        if is_adapter(self.path):
+            base, revision = adapter_base(self.path)
+            section = section.model_copy(update={"path": base, "revision": revision})
+        return read_config(section, {}, key=self.key)
 
     def identity(self, digests: Digests) -> str:
         """A hash of its files; the commit of a Hub model."""
         return files_identity(self.section, digests, key=self.key)
 
     def load(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
-        """The network in evaluation mode, without gradients, on the CPU. Raises RecipeError if it cannot be loaded."""
-        model = build_network(self.section, self.config(), 0, auto_class, key=self.key).model
+        """The network in evaluation mode, without gradients, on the CPU; an adapter is merged into its base.
+
+        Raises:
+            RecipeError: it cannot be loaded.
+        """
+        if is_adapter(self.path):
+            from ptft_dist.networks.adapt.reading import load_adapters, read_adapter
+
+            adapted: Any = load_adapters({"frozen": read_adapter(Path(self.path))}, "frozen", dtype)
+            model = adapted.merge_and_unload()
+        else:
+            model = build_network(self.section, self.config(), 0, auto_class, key=self.key).model
         return model.eval().requires_grad_(False).to(dtype=dtype)
 
 

@@ -28,13 +28,18 @@ def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> 
     """
     if section.path is None:
         return section
-    given = Path(section.path).expanduser()
+    return section.model_copy(update={"path": directory_or_hub_name(section.path, base, key)})
+
+
+def directory_or_hub_name(path: str, base: Path, key: str) -> str:
+    """The absolute path of a directory, or the name of a model on the Hub; see `local_or_hub`."""
+    given = Path(path).expanduser()
     for candidate in (base / given, given.absolute()):
         if candidate.is_dir():
-            return section.model_copy(update={"path": str(candidate)})
-    if given.is_absolute() or section.path.startswith(".") or section.path.count("/") > 1:
-        raise RecipeError(f"{key}: there is no directory {section.path}, neither in {base} nor in {Path.cwd()}")
-    return section
+            return str(candidate)
+    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
+        raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
+    return path
 
 
 def build_config(

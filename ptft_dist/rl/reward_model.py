@@ -2,49 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.networks.adapt.switching import read_scorer
 from ptft_dist.rl.rollout import Trajectory
+
+Ask = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
+"""(call, inputs) -> call(network, inputs) of the trained network, such as Engine.forward."""
+
+
+def check_reward_model(key: str, path: str, config: PretrainedConfig, longest: int) -> None:
+    """Check the config of a reward model. longest: the most tokens of a prompt with its response.
+
+    Raises:
+        RecipeError: it has another number of labels than 1, or too few positions.
+    """
+    if config.num_labels != 1:
+        raise RecipeError(
+            f"{key}: {path} has {config.num_labels} labels; a reward model has one. Train one with task: reward"
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(positions, int) and 0 < positions < longest:
+        raise RecipeError(
+            f"{key}: {path} has {positions} positions, and a prompt with its response has up to {longest} tokens: "
+            "lower data.max_length or sampling.max_new_tokens, or use another reward model"
+        )
 
 
 class RewardModel:
-    """A reward model. `network` is set once the engine has placed it."""
+    """A reward model: a network of its own, which is in `network` once the engine has placed it, or an adapter of the
+    trained network."""
 
     network: Any
 
-    def __init__(
-        self, source: FrozenSource, model: PreTrainedModel, policy: PreTrainedTokenizerBase, longest: int
-    ) -> None:
-        """Compare tokenizers, and check the network.
+    def __init__(self, key: str, path: str, policy: PreTrainedTokenizerBase, *, shared: str | None = None) -> None:
+        """Compare the tokenizers.
 
         Args:
+            key: the recipe's key, for messages.
             policy: the policy's tokenizer.
-            longest: the most tokens of a prompt with its response.
-
-        Raises:
-            RecipeError: it has another number of labels than 1, too few positions, or no usable tokenizer.
+            shared: the name of the adapter in the trained network.
         """
-        self.key, self.path = source.key, source.path
-        if model.config.num_labels != 1:
-            raise RecipeError(
-                f"{self.key}: {self.path} has {model.config.num_labels} labels; a reward model has one. Train one with "
-                "task: reward"
-            )
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(positions, int) and 0 < positions < longest:
-            raise RecipeError(
-                f"{self.key}: {self.path} has {positions} positions, and a prompt with its response has up to "
-                f"{longest} tokens: lower data.max_length or sampling.max_new_tokens, or use another reward model"
-            )
-        own = load_tokenizer(self.path, revision=source.section.revision)
+        self.key, self.path, self.shared = key, path, shared
+        own = load_tokenizer(path)
         self.tokenizer = None if own.get_vocab() == policy.get_vocab() else own
         """The reward model's tokenizer, if it differs from the policy's: texts are then tokenized again."""
         pad = (self.tokenizer or policy).pad_token_id
@@ -81,9 +89,16 @@ class RewardModel:
             ids[i, : len(text)], mask[i, : len(text)] = text, 1
         return {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
 
-    def scores(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The scores of padded texts: fp32 [B]. All ranks must call it together."""
-        scores: torch.Tensor = self.network.forward(read_scores, inputs)
+    def scores(self, policy: Ask, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The scores of padded texts: fp32 [B]. All ranks must call it together.
+
+        policy: calls the trained network.
+        """
+        scores: torch.Tensor
+        if self.shared is not None:
+            scores = policy(partial(read_scorer, name=self.shared), inputs)
+        else:
+            scores = self.network.forward(read_scores, inputs)
         return scores
 
 

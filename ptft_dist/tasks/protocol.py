@@ -11,7 +11,7 @@ When each hook of a task is called, and on which ranks:
         Task(setup, network, device)
         start_values(model, inputs) the numbers of start_column; once for all rows, on a copy of the network
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
-        extend_network(model)       after it was adapted: parts that are trained beside it, such as a value head
+        extend_network(model, ...)  after it was adapted: parts that are trained beside it, such as a value head
     once, after the network was wrapped, on every rank
         prepare_frozen, adopt       each frozen network, before and after the engine has placed it
         probe()                     a check on test input, such as: does attention stay within packed documents?
@@ -60,6 +60,8 @@ class FrozenRole:
     revision: str | None
     auto_class: Any
     """The transformers class that builds it."""
+    shared: bool = False
+    """It is an adapter on the base of the trained network, which the task adds there itself."""
 
 
 class StartColumn(NamedTuple):
@@ -94,7 +96,9 @@ class TaskSetup:
     """The recipe's directory, where relative paths start."""
 
     @classmethod
-    def of(cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any], base: Path) -> TaskSetup:
+    def of(
+        cls, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, survey: Mapping[str, Any], base: Path = Path()
+    ) -> TaskSetup:
         """The setup of a recipe. survey: properties of the training rows, from the encoder."""
         return cls(
             name=recipe.task,
@@ -182,8 +186,8 @@ class Task(Protocol):
     def prepare_network(self, model: PreTrainedModel) -> None:
         """Change the unwrapped network as the task needs it. Raises RecipeError."""
 
-    def extend_network(self, model: Any) -> None:
-        """Add parts that are trained to the adapted network."""
+    def extend_network(self, model: Any, section: ModelSection) -> None:
+        """Add parts to the adapted network. section: model, of the recipe. Raises RecipeError."""
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         """Change a frozen network as the task needs it, before the engine places it. Raises RecipeError."""
@@ -273,7 +277,7 @@ class BaseTask:
 
     def prepare_network(self, model: PreTrainedModel) -> None: ...
 
-    def extend_network(self, model: Any) -> None: ...
+    def extend_network(self, model: Any, section: ModelSection) -> None: ...
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None: ...
 

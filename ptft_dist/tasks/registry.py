@@ -59,10 +59,10 @@ TASKS: dict[str, TaskSpec] = {
     "regression": TaskSpec(RegressionSettings, "task:Regression", "encode:RegressionRows"),
     "token_classification": TaskSpec(TokenClassificationSettings, "task:TokenClassification", "encode:TaggedRows"),
     "question_answering": TaskSpec(QuestionAnsweringSettings, "task:QuestionAnswering", "encode:QuestionRows"),
+    "reward": TaskSpec(RewardSettings, "task:RewardModelling", "encode:RewardRows"),
     "ppo": TaskSpec(PpoSettings, "task:Ppo", ".common.prompt_rows:PromptRows"),
     "grpo": TaskSpec(GrpoSettings, "task:Grpo", ".common.prompt_rows:PromptRows"),
     "rloo": TaskSpec(RlooSettings, "task:Rloo", ".common.prompt_rows:PromptRows"),
-    "reward": TaskSpec(RewardSettings, "task:RewardModelling", "encode:RewardRows"),
     "dpo": TaskSpec(DpoSettings, "task:DirectPreference", ".common.preference_rows:PreferenceRows"),
     "kto": TaskSpec(KtoSettings, "task:KahnemanTversky", "encode:LabelledAnswerRows"),
 }

@@ -18,6 +18,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.config import PeftConfig
+from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.config.adapt import Quantization
@@ -95,6 +96,8 @@ class AdapterFiles:
         labels = {key: self.keys[key] for key in _LABELS if key in self.keys}
         if "id2label" in labels:
             labels["id2label"] = {int(i): name for i, name in labels["id2label"].items()}
+        elif (count := self._labels_of_head()) is not None:  # of other programs
+            labels["num_labels"] = count
         config.update(labels)
         options: dict[str, Any] = {}
         if self.quantize is not None:
@@ -120,6 +123,15 @@ class AdapterFiles:
 
             keep_layout(model)
         return model.eval()
+
+    def _labels_of_head(self) -> int | None:
+        """The number of labels of the classification head in the adapter's weights; None without one."""
+        file = self.path / "adapter_model.safetensors"
+        if not file.is_file():
+            return None
+        with safe_open(file, "pt") as weights:
+            heads = [name for name in weights.keys() if name.endswith((".score.weight", ".classifier.weight"))]  # noqa: SIM118
+            return weights.get_slice(heads[0]).get_shape()[0] if len(heads) == 1 else None
 
     def set_task_keys(self, model: PreTrainedModel) -> None:
         """Set the ids and other keys of the task in the config of a base that has embeddings for all tokens."""

@@ -1,35 +1,110 @@
-"""Runs an adapted network as its base, without changing what is trained."""
+"""Runs an adapted network as its base, or with another adapter, without changing what is trained.
+
+peft's own `disable_adapter` and `set_adapter` also change requires_grad.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from ptft_dist.config.adapt import AdaptSection
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import ADAPTER_CONFIG, is_adapter
 
 
 @contextlib.contextmanager
 def adapters_off(model: torch.nn.Module) -> Iterator[None]:
-    """The layers of an adapted network compute what the base's compute.
+    """The layers of an adapted network compute what the base's compute."""
+    with _layers_with(model, "_disable_adapters", True):
+        yield
 
-    peft's own `disable_adapter` also sets requires_grad of the adapter, and of others when it ends.
-    """
+
+@contextlib.contextmanager
+def using_adapter(model: torch.nn.Module, name: str) -> Iterator[None]:
+    """The layers of an adapted network use the adapter `name` alone."""
+    with _layers_with(model, "_active_adapter", [name]):
+        yield
+
+
+@contextlib.contextmanager
+def _layers_with(model: torch.nn.Module, attribute: str, value: Any) -> Iterator[None]:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     assert layers, "this network has no adapter"
-    before = [part._disable_adapters for part in layers]
+    before = [getattr(part, attribute) for part in layers]
     for part in layers:
-        part._disable_adapters = True
+        setattr(part, attribute, value)
     try:
         yield
     finally:
-        for part, value in zip(layers, before, strict=True):
-            part._disable_adapters = value
+        for part, old in zip(layers, before, strict=True):
+            setattr(part, attribute, old)
+
+
+def shares_base(path: str, section: ModelSection) -> bool:
+    """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too."""
+    if section.adapt.lora is None or not is_adapter(path):
+        return False
+    config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    base, ours = str(config.get("base_model_name_or_path")), str(section.path)
+    same = base == ours or (Path(base).is_dir() and Path(base).resolve() == Path(ours).resolve())
+    return same and config.get("peft_type") == "LORA"
+
+
+def add_frozen_scorer(model: Any, path: str, name: str) -> None:
+    """Add the LoRA adapter of a sequence classifier with one label to an adapted network, frozen.
+
+    Its head becomes the module `<name>_head`. `read_scorer` reads its scores.
+
+    Raises:
+        RecipeError: the adapter has no head of one label, or weights that this network has no place for.
+    """
+    from peft import set_peft_model_state_dict
+    from peft.config import PeftConfig
+
+    config = PeftConfig.from_pretrained(path)
+    config.inference_mode, config.modules_to_save = True, None
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    active = model.active_adapter
+    state = load_file(Path(path) / "adapter_model.safetensors")
+    heads = [key for key in state if key.endswith((".score.weight", ".classifier.weight"))]
+    if len(heads) != 1 or state[heads[0]].shape[0] != 1:
+        raise RecipeError(f"{path}: this adapter has no head with one label; train it with task: reward")
+    weight = state.pop(heads[0])
+    model.add_adapter(name, config)
+    loaded: Any = set_peft_model_state_dict(model, state, adapter_name=name)
+    if unexpected := loaded.unexpected_keys:
+        raise RecipeError(f"{path}: this adapter has weights that the policy has no place for: {unexpected[0]}")
+    model.set_adapter(active)
+    head = torch.nn.Linear(weight.shape[1], 1, bias=False)
+    head.weight.data.copy_(weight)
+    setattr(model, f"{name}_head", head)
+    for key, parameter in model.named_parameters():
+        parameter.requires_grad_(key in trained)
+
+
+def read_scorer(model: Any, inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The scores of `add_frozen_scorer`, read at the last token of each row by the mask: fp32 [B].
+
+    inputs: input_ids and attention_mask [B, T], padded on the right.
+    """
+    with using_adapter(model, name):
+        hidden = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    last = inputs["attention_mask"].sum(1) - 1
+    head = getattr(model, f"{name}_head")
+    states = hidden[torch.arange(len(hidden), device=hidden.device), last]
+    scores: torch.Tensor = head(states.to(head.weight.dtype)).float().squeeze(-1)
+    return scores
 
 
 def check_start_is_base(adapt: AdaptSection, key: str, otherwise: str = ", or set it to 0") -> None:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 
 from ptft_dist.config.distillation import DistillationSettings
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
@@ -118,8 +119,8 @@ class Distillation:
     def prepare_network(self, model: PreTrainedModel) -> None:
         self.task.prepare_network(model)
 
-    def extend_network(self, model: Any) -> None:
-        self.task.extend_network(model)
+    def extend_network(self, model: Any, section: ModelSection) -> None:
+        self.task.extend_network(model, section)
 
     def longest_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
         return self.task.longest_rows(rows)

@@ -31,7 +31,7 @@ def shape_of(values: Mapping[str, Any]) -> str:
     """The shape of a row: preference, hh or sharegpt."""
     if values.get("conversations") is not None:
         return "sharegpt"
-    if values.get("prompt") is None and all(_is_transcript(values.get(side)) for side in ("chosen", "rejected")):
+    if values.get("prompt") is None and all(is_transcript(values.get(side)) for side in ("chosen", "rejected")):
         return "hh"
     return "preference"
 
@@ -56,18 +56,24 @@ def read_pair(values: Mapping[str, Any], shape: str, system: str | None) -> Pair
             raise RowError(f"{side}: there is no answer. Add one, or remove the row.")
     if chosen == rejected:
         raise RowError("chosen and rejected are identical. Correct or remove the row.")
-    own = values.get("system")
-    if own is not None and (problem := text_problem("system", own)):
-        raise RowError(problem)
-    first = (prompt or chosen)[0]
-    if (own or system) and first["role"] != "system":
-        prompt = [{"role": "system", "content": own or system}, *prompt]
+    if prompt or chosen[0]["role"] != "system":
+        prompt = with_system(prompt, values, system)
     tools = tools_of(values)
     return Pair(
         Conversation([*prompt, *chosen], tools, len(prompt)),
         Conversation([*prompt, *rejected], tools, len(prompt)),
         margin,
     )
+
+
+def with_system(messages: list[Message], values: Mapping[str, Any], system: str | None) -> list[Message]:
+    """The messages, after the row's system message, or else `system`, unless they begin with one. Raises RowError."""
+    own = values.get("system")
+    if own is not None and (problem := text_problem("system", own)):
+        raise RowError(problem)
+    if not (own or system) or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": own or system}, *messages]
 
 
 def common_prefix(one: Sequence[Any], other: Sequence[Any]) -> int:
@@ -101,7 +107,7 @@ def _messages(values: Mapping[str, Any], shape: str) -> tuple[list[Message], lis
         prompt_messages = [from_sharegpt(turn, i) for i, turn in enumerate(turns)]
         return prompt_messages, _answer(values, "chosen", from_sharegpt), _answer(values, "rejected", from_sharegpt)
     if shape == "hh":
-        ours, theirs = _from_transcript(values, "chosen"), _from_transcript(values, "rejected")
+        ours, theirs = from_transcript(values, "chosen"), from_transcript(values, "rejected")
     else:
         ours, theirs = _answer(values, "chosen", as_message), _answer(values, "rejected", as_message)
         given = values.get("prompt")
@@ -132,7 +138,7 @@ def _answer(values: Mapping[str, Any], side: str, convert: Callable[[Any, int], 
         raise RowError(f"{side}: {error}") from None
 
 
-def _from_transcript(values: Mapping[str, Any], side: str) -> list[Message]:
+def from_transcript(values: Mapping[str, Any], side: str) -> list[Message]:
     """The messages of a transcript of Human and Assistant."""
     text = require_text(values, side)
     speakers = list(_SPEAKER.finditer(text))
@@ -146,7 +152,7 @@ def _from_transcript(values: Mapping[str, Any], side: str) -> list[Message]:
     return _answer({side: messages}, side, as_message)
 
 
-def _is_transcript(text: Any) -> bool:
+def is_transcript(text: Any) -> bool:
     return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
 
 

@@ -148,6 +148,21 @@ class PreferenceRows(RowEncoder):
         }
         return [Example(columns, _meta(pair), notes)]
 
+    def token_ids(self, parsed: Sequence[Conversation | Plain]) -> list[list[int]]:
+        """The token ids of texts, which are tokenized in one call and not truncated.
+
+        Raises:
+            RowError: a text contains a special token, or has no token.
+        """
+        for each in parsed:
+            self.control.check_texts(each)
+        encodings = self.encode([(self._text(each), isinstance(each, Plain)) for each in parsed])
+        for each, encoding in zip(parsed, encodings, strict=True):
+            if not encoding.ids:
+                raise RowError("the tokenizer returns no token for this text. Correct or remove the row.")
+            self.control.check_encoded(each, encoding.ids, self._ids_of, cut=False)
+        return [encoding.ids for encoding in encodings]
+
     def _prompt(self, parsed: Conversation | Plain) -> str:
         if isinstance(parsed, Plain):
             return parsed.prompt

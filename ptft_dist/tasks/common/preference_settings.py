@@ -10,6 +10,8 @@ from ptft_dist.tasks.common.chat_settings import ChatSettings
 class PreferenceSettings(ChatSettings):
     """Settings of tasks whose rows are pairs: a prompt, the chosen answer and the rejected answer."""
 
+    texts_per_row = 2
+
     shape: Literal["auto", "preference", "single_turn", "hh", "sharegpt"] = "auto"
     """The format of the rows. `preference`: TRL's chosen and rejected, with or without prompt, as texts or as lists of
     messages (role and content); texts are joined without a chat template. `single_turn`: three texts, where prompt is

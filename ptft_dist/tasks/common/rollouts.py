@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,14 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row, Store
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt.switching import adapters_off, check_start_is_base
+from ptft_dist.networks.adapt.switching import adapters_off, add_frozen_scorer, check_start_is_base, shares_base
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.networks.load import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
-from ptft_dist.rl.reward_model import RewardModel
+from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model
 from ptft_dist.rl.rewards import RunningMoments, call_function, load_function, mixed, shaped
-from ptft_dist.rl.rollout import Clock, Phase, Processes, Prompt, Rollout, Trajectory, judge, look_up, sample_responses
+from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, judge, look_up, sample_responses
 from ptft_dist.rl.sampling import response_seed, sample, until_end
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
@@ -79,7 +81,10 @@ class RolloutTask(BaseTask):
         for i, source in enumerate(setup.settings.rewards):
             if source.model is not None:
                 key = f"{setup.name}.rewards.{i}.model"
-                roles[source.label] = FrozenRole(key, source.model, source.revision, AutoModelForSequenceClassification)
+                path = directory_or_hub_name(source.model, setup.base, key)
+                roles[source.label] = FrozenRole(
+                    key, path, source.revision, AutoModelForSequenceClassification, shares_base(path, section)
+                )
         return roles
 
     # --- the networks ------------------------------------------------------------------------------------------------
@@ -95,6 +100,7 @@ class RolloutTask(BaseTask):
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
         self.moments = RunningMoments()
         self.models: dict[str, RewardModel] = {}
+        self.longest = setup.max_length + self.settings.sampling.max_new_tokens
         self.reference: Any = None
         self.functions = {
             source.label: load_function(source, f"{setup.name}.rewards.{i}", setup.base)
@@ -106,14 +112,22 @@ class RolloutTask(BaseTask):
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:
             return
-        longest = self.setup.max_length + self.settings.sampling.max_new_tokens
-        self.models[role] = RewardModel(source, model, self.tokenizer, longest)
+        check_reward_model(source.key, source.path, model.config, self.longest)
+        self.models[role] = RewardModel(source.key, source.path, self.tokenizer)
 
     def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
         if role == REFERENCE:
             self.reference = network
         else:
             self.models[role].network = network
+
+    def extend_network(self, model: Any, section: ModelSection) -> None:
+        """Add the adapters of reward models that share the base of the policy."""
+        for number, (role, each) in enumerate(self.frozen_roles(self.setup, section).items()):
+            if each.shared:
+                name = f"reward_{number}"
+                add_frozen_scorer(model, each.path, name)
+                self.models[role] = RewardModel(each.key, each.path, self.tokenizer, shared=name)
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -209,10 +223,10 @@ class RolloutTask(BaseTask):
     def look_at_reference(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"reference": self.policy(model, inputs)[0]}
 
-    def ask_reference(self, processes: Processes, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def ask_reference(self, policy: Ask, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The reference's log-probabilities: those of a network of its own, or of the base under the adapter."""
         if self.reference is None:
-            return processes.forward(self.base_as_reference, inputs)
+            return policy(self.base_as_reference, inputs)
         return self.reference.forward(self.look_at_reference, inputs)
 
     def base_as_reference(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -226,7 +240,7 @@ class RolloutTask(BaseTask):
         clock = Clock()
         # 1. Sample responses with the policy.
         prompts = [prompt_of(store.row(row), row) for row in rows]
-        settings = self.settings
+        settings, policy = self.settings, phase.processes.forward
         trajectories = sample_responses(
             phase,
             prompts,
@@ -240,19 +254,13 @@ class RolloutTask(BaseTask):
         clock.lap("generation_s")
         # 2. What do the policy, the critic and the reference say about the sampled tokens?
         with phase.processes.evaluating():
-            look_up(phase, trajectories, lambda x: phase.processes.forward(self.look_at_policy, x), self._inputs_of)
-            if self.reference is not None:
-                look_up(
-                    phase, trajectories, lambda x: self.reference.forward(self.look_at_reference, x), self._inputs_of
-                )
-            elif settings.kl:
-                look_up(
-                    phase, trajectories, lambda x: phase.processes.forward(self.base_as_reference, x), self._inputs_of
-                )
-        # 3. Score the responses.
-        self.write_texts(trajectories)
-        for name, model in self.models.items():
-            judge(phase, trajectories, name, model.texts(trajectories), model.scores, model.padded)
+            look_up(phase, trajectories, partial(policy, self.look_at_policy), self._inputs_of)
+            if settings.kl:
+                look_up(phase, trajectories, partial(self.ask_reference, policy), self._inputs_of)
+            # 3. Score the responses.
+            self.write_texts(trajectories)
+            for name, model in self.models.items():
+                judge(phase, trajectories, name, model.texts(trajectories), partial(model.scores, policy), model.padded)
         self._call_functions(phase, trajectories)
         raw = self.mix(trajectories)
         lengths = np.array([len(each.response) for each in trajectories])
@@ -382,13 +390,14 @@ class RolloutTask(BaseTask):
             for row, mask, (response, ended) in zip(prompts["input_ids"], masks, found, strict=True)
         ]
         metrics = {}
+
+        def policy(call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+            return call(model, {name: x.to(ids.device) for name, x in inputs.items()})
+
         if self.settings.kl:
             given = {name: x.to(ids.device) for name, x in self._inputs_of(trajectories).items()}
             logprobs = self.look_at_policy(model, given)["logprobs"]
-            if self.reference is not None:
-                reference = self.reference.forward(self.look_at_reference, given)["reference"]
-            else:
-                reference = self.base_as_reference(model, given)["reference"]
+            reference = self.ask_reference(policy, given)["reference"]
             kl = ((logprobs - reference) * (given["targets"] != IGNORE)).sum()
             metrics["kl"] = (kl, torch.tensor(len(trajectories), device=ids.device))
         self.write_texts(trajectories)
@@ -396,7 +405,7 @@ class RolloutTask(BaseTask):
         for i, (response, _) in enumerate(found):
             columns[0][i, : len(response)] = torch.from_numpy(response).double()
         for reward_model in self.models.values():
-            scores = reward_model.scores(reward_model.padded(reward_model.texts(trajectories)))
+            scores = reward_model.scores(policy, reward_model.padded(reward_model.texts(trajectories)))
             columns.append(scores.double().cpu()[:, None])
         return LossOut(ids.new_zeros((), dtype=torch.float32), metrics, torch.cat(columns, 1))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -39,9 +39,6 @@ class PpoSettings(RolloutSettings):
     """Give the rewards of the tokens of a rollout variance 1."""
     target_kl: Positive | None = None
     """End the updates of a rollout once the KL from the policy that sampled it exceeds this."""
-    critic: Literal["head", "policy", "reward"] = "head"
-    """Where values come from. `head`: a linear head on the policy's last hidden states. `policy`, `reward`: a network
-    of its own, which starts as a copy of model.path or of the first reward model."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

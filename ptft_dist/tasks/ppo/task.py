@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.networks.value_head import add_value_head
 from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, gae, token_rewards, whiten
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
@@ -28,8 +29,9 @@ class Ppo(RolloutTask):
 
     settings: PpoSettings
 
-    def extend_network(self, model: Any) -> None:
+    def extend_network(self, model: Any, section: ModelSection) -> None:
         """Add the value head, whose values are 0 at the start."""
+        super().extend_network(model, section)
         add_value_head(model, self.network.hidden_size)
         self.kl_coefficient = self.settings.kl
 

@@ -63,14 +63,9 @@ class RewardModelling(LabelledTextTask):
         self.last_token = LastToken.of(model)
         if not self.settings.dropout:
             turn_off_dropout(model)
-        model.config.task_specific_params = {
-            **(getattr(model.config, "task_specific_params", None) or {}),
-            "ptft": {
-                "shape": self.settings.shape,
-                "system": self.settings.system,
-                "max_length": self.setup.max_length,
-            },
-        }
+        others = getattr(model.config, "task_specific_params", None) or {}
+        rows = {"shape": self.settings.shape, "system": self.settings.system}
+        model.config.task_specific_params = {**others, "ptft": rows}
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad the chosen and then the rejected texts, [2B, T], and add the margins [B]. The count is B."""
