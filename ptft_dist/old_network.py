@@ -1,16 +1,18 @@
-"""What the penalties against forgetting need to know about the network of model.path, computed once and cached.
+"""What a run needs to know about the network that training starts from, computed once and cached.
 
     <cache>/old_networks/<fingerprint>/start.safetensors   the values of the trained parameters, fp32
     <cache>/old_networks/<fingerprint>/fisher.safetensors  the diagonal of the Fisher information, fp32
     <cache>/old_networks/<fingerprint>/report.json         rows and seconds of the estimate
+    <cache>/old_networks/<fingerprint>/values.npy          numbers about each row of a store, fp32
 
-Both are computed before a process group exists, on a complete copy of the network. So they are the same under every
+The first two are for penalties against forgetting, the last one is a reference's log-probabilities. All are computed before a process group exists, on a complete copy of the network. So they are the same under every
 backend, other ranks wait for a lock file and not in a collective, and a resumed run finds them in the cache. Each file
 takes 4 bytes per parameter on the disk.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,6 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from ptft_dist.config.continual import ContinualSection
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.cache import build_once, fingerprint, writing
+from ptft_dist.data.column_store import ColumnStore
 from ptft_dist.data.store import Store
 from ptft_dist.engine import Engine
 from ptft_dist.errors import RecipeError
@@ -36,10 +40,11 @@ from ptft_dist.networks.continual import Ewc, L2Sp, read_tensors
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import build_network
 from ptft_dist.reporting.messages import say
-from ptft_dist.tasks.protocol import Task, TaskSetup
+from ptft_dist.tasks.protocol import StartColumn, Task, TaskSetup
 from ptft_dist.training.fisher import FISHER_VERSION, fisher_diagonal
+from ptft_dist.training.start_values import START_VERSION, start_values
 
-START, FISHER, REPORT = "start.safetensors", "fisher.safetensors", "report.json"
+START, FISHER, VALUES, REPORT = "start.safetensors", "fisher.safetensors", "values.npy", "report.json"
 
 
 class _Loaded(NamedTuple):
@@ -51,17 +56,17 @@ class _Loaded(NamedTuple):
 
 @dataclass(frozen=True)
 class OldNetwork:
-    """The network of model.path as training starts with it, complete and in fp32."""
+    """The network that training starts from, complete and in fp32: that of model.path, or one with random weights."""
 
     section: ModelSection
     identity: str
-    """A hash of the files of model.path."""
+    """A hash of the files of model.path, or of the config and the seed."""
     config: PretrainedConfig
     setup: TaskSetup
     task_class: Any
     cache: Path
     device: torch.device
-    """Where the Fisher information is computed."""
+    """Where it is computed."""
 
     def start(self) -> Path:
         """The file with the start values of the trained parameters that model.path has weights for.
@@ -115,6 +120,29 @@ class OldNetwork:
         say(text + ", loaded from the cache" * from_cache)
         return directory / FISHER
 
+    def with_column(self, store: Store, store_print: str, column: StartColumn, precision: torch.dtype) -> ColumnStore:
+        """The store with a column that the task computes with this network.
+
+        Args:
+            store_print: identifies the rows of the store.
+            precision: the data type of matrix products, as in training.
+        """
+
+        def build(unfinished: Path) -> None:
+            (model, task, _), started = self._loaded, time.monotonic()
+            values = start_values(model, task, store, column.width, self.device, precision)
+            with writing(unfinished):
+                np.save(unfinished / VALUES, values)
+                (unfinished / REPORT).write_text(json.dumps({"seconds": round(time.monotonic() - started, 2)}))
+
+        new_head, device, name = self.section.new_head, self.device.type, self.setup.name
+        network = [self.identity, self.setup.seed, new_head, str(precision), device]
+        directory, from_cache = self._cached(["values", START_VERSION, network, name, column, store_print], build)
+        report = json.loads((directory / REPORT).read_text())
+        text = f"{column.name}: log-probabilities of {len(store):,} rows, {report['seconds']:,.1f} s"
+        say(text + ", loaded from the cache" * from_cache)
+        return ColumnStore(store, column.name, directory / VALUES)
+
     @property
     def _key(self) -> list[Any]:
         """Everything that decides the network and its loss."""
@@ -129,7 +157,9 @@ class OldNetwork:
     def _loaded(self) -> _Loaded:
         """The network, and its task with minus the log-likelihood of the labels as its loss."""
         section = self.section.model_copy(update={"dtype": "auto", "quantize": None})
-        model, fresh = build_network(section, self.config, self.setup.seed, self.task_class.auto_class)
+        config = copy.deepcopy(self.config)  # new embeddings change it
+        tokens = len(self.setup.tokenizer)
+        model, fresh = build_network(section, config, self.setup.seed, self.task_class.auto_class, tokens)
         settings = self.setup.settings
         plain = {name: type(settings).model_fields[name].default for name in settings.not_likelihood}
         setup = replace(self.setup, settings=settings.model_copy(update=plain))

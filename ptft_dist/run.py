@@ -305,7 +305,8 @@ def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
         raise RecipeError("data.validation: not set, so there are no rows to evaluate; give a fraction, or sources")
     section = reading_section(loaded.recipe.model, model)
     with libraries_restored():
-        session = Session(replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section})), place)
+        trained = replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section}))
+        session = Session(trained, place, start=loaded.recipe.model)
         session.start(training=False)
         assert session.validation is not None
         scores = session.validation.score(session.engine, session.task)

@@ -7,17 +7,21 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from transformers import PretrainedConfig
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.checkpoint.identity import run_identity
 from ptft_dist.config.load import Loaded
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
+from ptft_dist.data.column_store import ColumnStore
 from ptft_dist.data.mixed_store import MixedStore
 from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.prepare import describe, prepare
@@ -29,18 +33,16 @@ from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.facts import read_facts
-from ptft_dist.networks.frozen import frozen_source
-from ptft_dist.networks.load import (
-    flops_per_token,
-)
+from ptft_dist.networks.frozen import files_identity, frozen_source
+from ptft_dist.networks.load import DTYPES, flops_per_token, local_or_hub
 from ptft_dist.old_network import OldNetwork, add_penalties
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
-from ptft_dist.tasks.protocol import FrozenRole, Task
+from ptft_dist.tasks.protocol import FrozenRole, StartColumn, Task
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.trained_network import TrainedNetwork
-from ptft_dist.training.batches import Batches, Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.batches import BaselineBatches, Batches, Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.rollouts import RollingTask, RolloutBatches
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -58,11 +60,14 @@ class Session:
 
     engine: Engine
 
-    def __init__(self, loaded: Loaded, place: Place, *, tokenizer_from: Path | None = None) -> None:
+    def __init__(
+        self, loaded: Loaded, place: Place, *, tokenizer_from: Path | None = None, start: ModelSection | None = None
+    ) -> None:
         """Prepare the data, and check recipe, data, model and launch config against each other.
 
         Args:
             tokenizer_from: a directory with the tokenizer that was trained when this run first started.
+            start: the model section that training started from, if the recipe's names a trained network.
 
         Raises:
             RecipeError, DataError: the recipe, the launch config or the data are wrong.
@@ -87,7 +92,9 @@ class Session:
         self.trained = TrainedNetwork(
             loaded, self.prepared.tokenizer_path, self.prepared.survey, self.kind, lambda: self.plan.total_steps
         )
+        self.start_section = self.trained.section if start is None else local_or_hub(start, loaded.base)
         self.penalty_files: dict[str, Path] = {}
+        self.column_files: list[Path] = []
         self.frozen = {
             role: frozen_source(each.key, each.path, each.revision, recipe.model, loaded.base)
             for role, each in self.roles.items()
@@ -99,7 +106,7 @@ class Session:
         """The frozen networks of the run: those of the task, or the teacher."""
         trained, settings = self.trained, self.recipe.distillation
         if settings is None:
-            roles: dict[str, FrozenRole] = trained.task_class.frozen_roles(trained.setup, trained.section)
+            roles: dict[str, FrozenRole] = trained.task_class.frozen_roles(trained.setup, self.start_section)
             return roles
         role = FrozenRole("distillation.teacher", settings.teacher, settings.revision, trained.task_class.auto_class)
         return {TEACHER: role}
@@ -124,7 +131,8 @@ class Session:
             files[f"{source.key}'s files"] = source.identity(self._digests)
         for key, old in self.prepared.old.items():
             files[f"{key}'s contents"] = " ".join(old.parts["data.train"])
-        if self._penalized:  # they read the weights of model.path again at each start
+        if self._penalized or (self.start_column and self.start_section.path):
+            # Its weights are read again at each start.
             files["model.path's files"] = str(self.base_identity())
         return run_identity(self.loaded, self.prepared.fingerprint, self.prepared.parts, files)
 
@@ -205,20 +213,45 @@ class Session:
         continual = self.recipe.continual
         if continual is None or not self._penalized:
             return
-        identity, device = str(self.base_identity()), local_device(self.place.local_rank)
-        old = OldNetwork(
-            self.trained.section,
-            identity,
-            self.trained.config,
-            self.trained.setup,
-            self.trained.task_class,
-            self._cache,
-            device,
-        )
+        old = self._old_network(str(self.base_identity()), self.trained.config)
         self.penalty_files["start"] = old.start()
         if continual.ewc is not None:
             rows = self.prepared.old[EWC]
             self.penalty_files["fisher"] = old.fisher(rows.train, rows.fingerprint, continual.ewc.rows)
+
+    @cached_property
+    def start_column(self) -> StartColumn | None:
+        """The column of the rows that is computed with the network that training starts from."""
+        column: StartColumn | None = self.trained.task_class.start_column(self.trained.setup, self.start_section)
+        return column
+
+    def add_start_column(self, *, training: bool) -> None:
+        """Compute the start column of all rows, or find it in the cache. Needs no other process."""
+        if (column := self.start_column) is None:
+            return
+        start, trained, prepared = self.start_section, self.trained, self.prepared
+        config = trained.config if start is trained.section else trained.config_of(start)
+        if start.path is not None:
+            identity = files_identity(start, self._digests)
+        else:
+            identity = f"{config.to_json_string(use_diff=False)} {start.attention}"
+        old, precision = self._old_network(identity, config), DTYPES[self.recipe.train.precision]
+
+        def extended(store: Store) -> ColumnStore:
+            return old.with_column(store, f"{prepared.fingerprint}/{store.path.name}", column, precision)
+
+        if training:
+            self.store = extended(self.store)
+        if prepared.validation is not None:
+            self.prepared = replace(prepared, validation=extended(prepared.validation))
+        both = (self.store, self.prepared.validation)
+        self.column_files = [store.file for store in both if isinstance(store, ColumnStore)]
+
+    def _old_network(self, identity: str, config: PretrainedConfig) -> OldNetwork:
+        trained, device = self.trained, local_device(self.place.local_rank)
+        return OldNetwork(
+            self.start_section, identity, config, trained.setup, trained.task_class, self._cache, device
+        )
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
@@ -232,6 +265,7 @@ class Session:
         recipe = self.recipe
         if training:
             self.prepare_penalties()
+        self.add_start_column(training=training)
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
         self.agree_on_data()
         self.trained.build(self.engine, wrap=self._with_teacher, rows=self.prepared.train if training else None)
@@ -271,6 +305,7 @@ class Session:
             "prepared data": prepared.fingerprint,
             "old data": [old.fingerprint for old in prepared.old.values()],
             "old weights and Fisher information": self._digests(list(self.penalty_files.values())),
+            "log-probabilities of the reference": self._digests(self.column_files),
             "training rows": len(self.store),
             "validation rows": 0 if prepared.validation is None else len(prepared.validation),
             "updates": self.plan.total_steps,
@@ -355,7 +390,10 @@ class Session:
             return RolloutBatches(task, self.store, self.plan, shape, recipe.train.seed, self.shape.global_size)
         workers = recipe.data.workers if recipe.data.workers is not None else (0 if engine.device.type == "cpu" else 2)
         dataset = UpdateDataset(self.store, self.plan, shape, self.task.collate)
-        return SupervisedBatches(dataset, workers, pin_memory=engine.device.type == "cuda")
+        pin_memory = engine.device.type == "cuda"
+        if self.task.needs_baseline:
+            return BaselineBatches(dataset, workers, pin_memory, self.task)
+        return SupervisedBatches(dataset, workers, pin_memory)
 
     @property
     def layout(self) -> Shape:

@@ -64,19 +64,24 @@ class TrainedNetwork:
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
         self.setup = TaskSetup.of(recipe, self.tokenizer, survey, loaded.base)
-        self.config = build_config(
-            self.section,
-            self.tokenizer,
-            recipe.data.max_length,
-            self.task_class.config_settings(self.setup),
-            grown=bool(recipe.tokenizer.add or recipe.settings.added_tokens),
-        )
-        self.task_class.fit_config(self.setup, self.config)
+        self.config = self.config_of(self.section)
         self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
         check_weights(self.section)
         check_placement(self.section.quantize, kind, recipe.train.precision)
         check_backend(self.section, kind)
         self._preview()
+
+    def config_of(self, section: ModelSection) -> PretrainedConfig:
+        """The config of a network for the run's task. section: the model section that names it. Raises RecipeError."""
+        config = build_config(
+            section,
+            self.tokenizer,
+            self.recipe.data.max_length,
+            self.task_class.config_settings(self.setup),
+            grown=bool(self.recipe.tokenizer.add or self.recipe.settings.added_tokens),
+        )
+        self.task_class.fit_config(self.setup, config)
+        return config
 
     def _preview(self) -> None:
         """Check network and adapter on a copy without weights. Raises RecipeError."""

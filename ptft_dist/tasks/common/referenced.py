@@ -79,6 +79,11 @@ class ReferencedTask(NextTokenTask):
         turn_off_dropout(model)
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:  # noqa: ARG002
+        if model.config.get_text_config().vocab_size < len(self.tokenizer):
+            raise RecipeError(
+                f"{self.setup.name}.reference: the network of {source.path} has no embeddings for the tokens that were "
+                "added to its tokenizer. Use cached"
+            )
         self.prepare_network(model)
 
     def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
