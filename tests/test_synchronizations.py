@@ -7,9 +7,11 @@ go on.
 from __future__ import annotations
 
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from in_process import make_recipe, make_store, make_trainer, ragged
@@ -82,7 +84,11 @@ def test_no_task_waits_in_its_loss(tmp_path: Path, cache: Path, monkeypatch: pyt
     model = build_model(recipe.model, config, 0, cls.auto_class)
     made = make_task(recipe, tokenizer, prepared.survey, model=model)
     made.on_cpu = False  # there, finding the positions of targets costs nothing
-    batch = made.collate([prepared.train.row(i) for i in range(3)], [(0, i) for i in range(3)])
+    rows = [prepared.train.row(i) for i in range(3)]
+    if (column := cls.start_column(setup, recipe.model)) is not None:
+        zeros = {column.name: np.zeros(column.width, np.float32)}
+        rows = [replace(row, columns={**row.columns, **zeros}) for row in rows]
+    batch = made.collate(rows, [(0, i) for i in range(3)])
     with Waits() as waits:
         made.loss(model, batch.inputs).loss_sum.sum().backward()
     assert [place for place in waits.places if THEIRS not in place] == []
