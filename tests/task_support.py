@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,10 +49,11 @@ def make_task(
     model: PreTrainedModel | None = None,
     device: torch.device = CPU,
     network: NetworkFacts | None = None,
+    base: Path = Path(),
 ) -> Any:
     """The recipe's task for `model`, which is prepared for it; or for a network with the facts `network`."""
     facts = read_facts(model) if model is not None else network or plain_network()
-    task = task_class(recipe.task)(TaskSetup.of(recipe, tokenizer, survey or {}), facts, device)
+    task = task_class(recipe.task)(TaskSetup.of(recipe, tokenizer, survey or {}, base), facts, device)
     if model is not None:
         task.prepare_network(model)
     return task

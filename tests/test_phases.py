@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -34,6 +34,11 @@ class Phases:
             yield from self.inner.next_phase(context)
             if self.observed[-1].loss < self.enough:
                 return
+
+    metrics: ClassVar[dict[str, float]] = {}
+
+    def take_samples(self) -> list[dict[str, Any]]:
+        return []
 
     def observe(self, report: UpdateReport) -> None:
         self.observed.append(report)

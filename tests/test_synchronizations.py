@@ -77,14 +77,15 @@ def test_no_task_waits_in_its_loss(tmp_path: Path, cache: Path, monkeypatch: pyt
     recipe = load_recipe(str(path), changes).recipe
     prepared = prepare(str(path), changes)
     tokenizer = load_tokenizer(prepared.tokenizer_path)
-    setup = TaskSetup.of(recipe, tokenizer, prepared.survey)
+    setup = TaskSetup.of(recipe, tokenizer, prepared.survey, tmp_path)
     cls = task_class(name)
     config = build_config(recipe.model, tokenizer, recipe.data.max_length, cls.config_settings(setup))
     cls.fit_config(setup, config)
     model = build_model(recipe.model, config, 0, cls.auto_class)
-    made = make_task(recipe, tokenizer, prepared.survey, model=model)
+    made = make_task(recipe, tokenizer, prepared.survey, model=model, base=tmp_path)
+    made.extend_network(model, recipe.model)
     made.on_cpu = False  # there, finding the positions of targets costs nothing
-    rows = [prepared.train.row(i) for i in range(3)]
+    rows = made.longest_rows([prepared.train.row(i) for i in range(3)])
     if (column := cls.start_column(setup, recipe.model)) is not None:
         zeros = {column.name: np.zeros(column.width, np.float32)}
         rows = [replace(row, columns={**row.columns, **zeros}) for row in rows]

@@ -198,8 +198,9 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
     section, key = path[:-1], str(path[-1])
     siblings = schema.keys(schema.at(section))
     near = [dotted((*section, name)) for name in get_close_matches(key, siblings, n=1)]
-    same_name = [dotted(other) for other in schema.all_keys if other[-1] == key]
-    hints = list(dict.fromkeys(near + same_name))[:3]
+    same_name = [other for other in schema.all_keys if other[-1] == key]
+    outermost = [dotted(other) for other in same_name if len(other) == min(map(len, same_name))]
+    hints = list(dict.fromkeys(near + outermost))[:3]
     if hints:
         return f"unknown key; did you mean {' or '.join(hints)}?"
     return f"unknown key; the keys of {dotted(section) or 'a recipe'} are {', '.join(siblings)}"

@@ -23,7 +23,7 @@ class RolloutSettings(ChatSettings):
     epochs: PositiveInt = 1
     """Passes over the responses of a rollout."""
     sampling: SamplingSettings = SamplingSettings()
-    """How responses are sampled."""
+    """Length, temperature and other options of the responses."""
     rewards: tuple[RewardSource, ...] = ()
     """Reward models and functions."""
     normalize_rewards: bool = False
