@@ -5,9 +5,10 @@
     <cache>/old_networks/<fingerprint>/report.json         rows and seconds of the estimate
     <cache>/old_networks/<fingerprint>/values.npy          numbers about each row of a store, fp32
 
-The first two are for penalties against forgetting, the last one is a reference's log-probabilities. All are computed before a process group exists, on a complete copy of the network. So they are the same under every
-backend, other ranks wait for a lock file and not in a collective, and a resumed run finds them in the cache. Each file
-takes 4 bytes per parameter on the disk.
+The first two are for penalties against forgetting, the last one for tasks with a reference. All are computed before a
+process group exists, on a complete copy of the network. So they are the same under every backend, other ranks wait for
+a lock file and not in a collective, and a resumed run finds them in the cache. The first two take 4 bytes per
+parameter on the disk.
 """
 
 from __future__ import annotations

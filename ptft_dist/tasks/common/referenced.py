@@ -50,7 +50,9 @@ class ReferencedTask(NextTokenTask):
             return {}
         if section.adapt.adds_adapter:
             if settings.reference is not None:
-                raise RecipeError(f"{key}: has no effect here: with model.adapt, the adapter is switched off. Remove it")
+                raise RecipeError(
+                    f"{key}: has no effect here: with model.adapt, the adapter is switched off. Remove it"
+                )
             check_start_is_base(section.adapt, f"task {setup.name}", "")
             return {}
         if settings.reference != "network":
