@@ -502,7 +502,7 @@ def test_every_loss_raises_the_margin_of_held_out_pairs(tmp_path: Path, cache: P
     run = start("train", "recipe.yaml", f"dpo={settings}", "optim.lr=0.01", cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr
     before, after = eval_rows(tmp_path / "run")
-    assert after["eval/margin"] > before["eval/margin"] + 0.05
+    assert after["eval/margin"] > before["eval/margin"] + 0.02
     assert after["eval/accuracy"] > 0.9
     assert after["eval/loss"] < before["eval/loss"]
 

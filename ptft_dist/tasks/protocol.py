@@ -242,7 +242,6 @@ class Probe(Protocol):
 class BaseTask:
     """Default implementations of the hooks."""
 
-    needs_baseline = False
     adds_router_loss = False
     """The loss includes the load balancing loss of a mixture of experts."""
 
@@ -289,6 +288,10 @@ class BaseTask:
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         raise NotImplementedError
+
+    @property
+    def needs_baseline(self) -> bool:
+        return False
 
     def baseline(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError

@@ -55,7 +55,8 @@ class DirectPreference(ReferencedTask):
         sides = [halves(row.input_ids, row.columns["parts"]) for row in rows]
         prompts = [int(row.columns["parts"][0]) for row in rows]
         texts = [(pair[side], prompt) for side in (0, 1) for pair, prompt in zip(sides, prompts, strict=True)]
-        inputs, more_counts = self.padded_answers(texts), ()
+        inputs = self.padded_answers(texts)
+        more_counts: tuple[float, ...] = ()
         if REFERENCE in rows[0].columns:
             inputs[REFERENCE] = torch.from_numpy(np.stack([row.columns[REFERENCE] for row in rows]))
         if self.settings.loss == "orpo":

@@ -69,14 +69,14 @@ class LabelledAnswerRows(PreferenceRows):
 
     columns = {"parts": "<i4", "desirable": "u1"}
     store = MismatchedStore
-    settings: KtoSettings  # type: ignore[assignment]
+    settings: KtoSettings
 
     # --- without a tokenizer -----------------------------------------------------------------------------------------
 
     @classmethod
     def required(cls, settings: KtoSettings) -> tuple[str, ...]:  # type: ignore[override]
         given = {"auto": (), "unpaired": ("completion", "label"), "messages": ("messages", "label")}
-        return given[settings.shape] if settings.shape in given else super().required(settings)  # type: ignore[arg-type]
+        return given[settings.shape] if settings.shape in given else super().required(settings)
 
     @classmethod
     def check(cls, settings: KtoSettings, record: Record) -> None:  # type: ignore[override]
@@ -126,7 +126,8 @@ class LabelledAnswerRows(PreferenceRows):
 
     def _example(self, answer: Answer, prompt: list[int], ids: list[int], step: int) -> Example:
         self.control.check_encoded(answer.text, ids, self._ids_of, cut=False)
-        shared, notes = min(common_prefix(prompt, ids), len(ids) - 1), ()
+        notes: tuple[str, ...] = ()
+        shared = min(common_prefix(prompt, ids), len(ids) - 1)
         if len(ids) > self.max_length:
             if self.settings.too_long == "drop":
                 raise LeftOut(TOO_LONG)

@@ -14,7 +14,7 @@ class KtoSettings(ReferenceSettings):
     section = "kto"
     after_prepare = ("loss", "beta", "desirable_weight", "undesirable_weight", "reference", "head")
 
-    shape: Literal["auto", "unpaired", "messages", "preference", "single_turn", "hh", "sharegpt"] = "auto"
+    shape: Literal["auto", "unpaired", "messages", "preference", "single_turn", "hh", "sharegpt"] = "auto"  # type: ignore[assignment]
     """The format of the rows. `unpaired`: TRL's prompt and completion, as texts or as lists of messages, and a label
     (true: desirable). `messages`: a conversation whose last message is the answer, and a label. `preference`,
     `single_turn`, `hh`, `sharegpt`: pairs as in dpo.shape; the chosen answer becomes a desirable row and the rejected

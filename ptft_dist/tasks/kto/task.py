@@ -23,9 +23,9 @@ OTHER = "other/"
 class KahnemanTversky(ReferencedTask):
     """One row is one answer; the count is the number of answers.
 
-    The loss of an answer is nonlinear in z, an estimate of the KL divergence from the reference. z is the mean log-ratio
-    of mismatched texts over all rows of the update, but not below 0. It is measured before the update, see `baseline`, so it
-    does not depend on the split into ranks and micro-batches. TRL averages over one micro-batch of all ranks instead.
+    The loss of an answer is nonlinear in z, an estimate of the KL divergence from the reference. z is the mean
+    log-ratio of mismatched texts over all rows of the update, but not below 0. It is measured before the update, see
+    `baseline`, so it does not depend on the split. TRL's z is that of one micro-batch of all ranks.
     """
 
     settings: KtoSettings
@@ -39,8 +39,8 @@ class KahnemanTversky(ReferencedTask):
         return self.settings.estimates_kl
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
-        """Pad prompts with answers, [B, T], and with the answers of other rows, other/... [B, T2]. reference [B, 2] if it is
-        cached."""
+        """Pad prompts with answers, [B, T], and with the answers of other rows: other/... [B, T2].
+        reference [B, 2] if it is cached."""
         prompts = [int(row.columns["parts"][0]) for row in rows]
         inputs = self.padded_answers([(row.input_ids, n) for row, n in zip(rows, prompts, strict=True)])
         inputs[LABELS] = torch.tensor([float(row.columns["desirable"][0]) for row in rows])
@@ -111,7 +111,7 @@ class KahnemanTversky(ReferencedTask):
         predictions: Mapping[int, Any],
         row: Callable[[int], Row],  # noqa: ARG002
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Loss and metrics of all validation rows, whose z is the estimate of all of them. predictions: see `evaluate`."""
+        """Loss and metrics of the validation rows; z is that of all of them. predictions: see `evaluate`."""
         settings, columns = self.settings, torch.tensor(list(predictions.values()), dtype=torch.float64).T
         ratios, logprobs, desirable = columns[0], columns[1], columns[2] == 1
         baseline = columns[3].mean().clamp(min=0) if settings.estimates_kl else ratios.new_zeros(())
