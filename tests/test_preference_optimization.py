@@ -522,13 +522,13 @@ def test_a_killed_run_with_an_adapter_ends_like_one_that_was_not(tmp_path: Path,
 # --- refusals and broken rows -----------------------------------------------------------------------------------------
 
 NO_EFFECT: list[tuple[str, dict[str, Any], str]] = [
-    ("dpo", {"gamma": 1.0}, r"dpo\.?.*gamma has no effect here: it needs loss: simpo"),
+    ("dpo", {"gamma": 1.0}, r"dpo\.gamma: has no effect here: it needs loss: simpo"),
     (
         "dpo",
         {"loss": "hinge", "label_smoothing": 0.1},
-        "label_smoothing has no effect here: it needs one of the losses",
+        "label_smoothing: has no effect here: it needs one of the losses",
     ),
-    ("dpo", {"loss": "orpo", "reference": "cached"}, "reference has no effect here: it needs a loss with a reference"),
+    ("dpo", {"loss": "orpo", "reference": "cached"}, "reference: has no effect here: it needs a loss with a reference"),
     ("dpo", {"loss": "robust"}, "robust needs label_smoothing"),
     ("dpo", {"label_smoothing": 0.5}, r"dpo\.label_smoothing"),
     ("dpo", {"beta": 0.0}, r"dpo\.beta"),
