@@ -136,6 +136,7 @@ MAY_CHANGE = {
     "train.deterministic",
     "clm.head",
     "sft.head", "sft.generation",
+    "dpo.head", "kto.head",
     "seq2seq.generation",
     "ppo.show", "grpo.show", "rloo.show",
     "question_answering.max_answer_length", "question_answering.n_best", "question_answering.no_answer_margin",
@@ -173,6 +174,10 @@ OWN_MUST_STAY = {
     "question_answering": {"stride"},
     "reward": {
         "center_rewards_coefficient", "dropout", "shape", "system", "template", "too_long",
+    },
+    "dpo": {"loss", "beta", "label_smoothing", "gamma", "reference", "shape", "system", "template", "too_long"},
+    "kto": {
+        "loss", "beta", "desirable_weight", "undesirable_weight", "reference", "shape", "system", "template", "too_long",
     },
     "ppo": {
         "clip", "clip_rewards", "entropy_coefficient", "epochs", "gamma", "kl", "kl_estimator", "kl_horizon",
