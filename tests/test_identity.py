@@ -177,7 +177,8 @@ OWN_MUST_STAY = {
     },
     "dpo": {"loss", "beta", "label_smoothing", "gamma", "reference", "shape", "system", "template", "too_long"},
     "kto": {
-        "loss", "beta", "desirable_weight", "undesirable_weight", "reference", "shape", "system", "template", "too_long",
+        "loss", "beta", "desirable_weight", "undesirable_weight", "reference", "shape", "system", "template",
+        "too_long",
     },
     "ppo": {
         "clip", "clip_rewards", "entropy_coefficient", "epochs", "gamma", "kl", "kl_estimator", "kl_horizon",
