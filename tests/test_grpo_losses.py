@@ -47,7 +47,7 @@ def trl_trainer(kind: Any, model: Any, reference: Any, trajectories: Sequence[Tr
         autocast=contextlib.nullcontext,
         gather=lambda x: x,
         gather_for_metrics=lambda x: x,
-        reduce=lambda x, reduction: x,
+        reduce=lambda x, reduction: x,  # noqa: ARG005
         unwrap_model=lambda x: x,
         sync_gradients=True,
         is_main_process=True,

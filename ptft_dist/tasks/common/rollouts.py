@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,7 +16,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row, Store
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt.switching import adapters_off, add_frozen_scorer, check_start_is_base, shares_base
+from ptft_dist.networks.adapt.switching import (
+    adapters_off,
+    add_frozen_scorer,
+    check_base_stays,
+    check_no_dropout,
+    check_start_is_base,
+    shares_base,
+)
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.networks.load import directory_or_hub_name
@@ -25,6 +33,7 @@ from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model
 from ptft_dist.rl.rewards import RunningMoments, call_function, load_function, mixed, shaped
 from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, judge, look_up, sample_responses
 from ptft_dist.rl.sampling import response_seed, sample, until_end
+from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
 from ptft_dist.tasks.common.rollout_settings import RolloutSettings
@@ -58,7 +67,7 @@ class RolloutTask(BaseTask):
             raise RecipeError(f"model: task {setup.name} needs a decoder such as llama, qwen3 or gpt2")
         text = config.get_text_config()
         for name, value in list(text.to_dict().items()):
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):  # OPT also drops layers: layerdrop
                 setattr(text, name, 0.0)
         positions = getattr(text, "max_position_embeddings", None)
         longest = setup.max_length + setup.settings.sampling.max_new_tokens
@@ -72,12 +81,14 @@ class RolloutTask(BaseTask):
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
         """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
         roles: dict[str, FrozenRole] = {}
+        check_no_dropout(section.adapt, setup.name)
         if setup.settings.kl and not section.adapt.adds_adapter:
             if section.path is None:
                 raise RecipeError(f"{setup.name}.kl: the reference is the network of model.path, and there is none")
             roles[REFERENCE] = FrozenRole("model.path", section.path, section.revision, AutoModelForCausalLM)
         elif setup.settings.kl:
             check_start_is_base(section.adapt, f"{setup.name}.kl")
+            check_base_stays(section.adapt, f"{setup.name}.kl")
         for i, source in enumerate(setup.settings.rewards):
             if source.model is not None:
                 key = f"{setup.name}.rewards.{i}.model"
@@ -122,19 +133,21 @@ class RolloutTask(BaseTask):
             self.models[role].network = network
 
     def extend_network(self, model: Any, section: ModelSection) -> None:
-        """Add the adapters of reward models that share the base of the policy."""
+        """Add the adapters of reward models that share the base of the policy; switch all dropout off."""
         for number, (role, each) in enumerate(self.frozen_roles(self.setup, section).items()):
             if each.shared:
                 name = f"reward_{number}"
                 add_frozen_scorer(model, each.path, name)
                 self.models[role] = RewardModel(each.key, each.path, self.tokenizer, shared=name)
+        turn_off_dropout(model)  # also that of an adapter which is trained on
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:
         """Rows of a rollout: see `padded_responses`, and the columns of `columns` as fp32 [B, R].
 
-        Validation rows are prompts: prompt/input_ids, prompt/attention_mask [B, P], and prompt/seeds [B].
+        Validation rows are prompts: prompt/input_ids, prompt/attention_mask [B, P], prompt/seeds [B], and prompt/text
+        [B, L], if a reward model has another tokenizer.
         """
         tokens = sum(len(row.input_ids) for row in rows)
         if "response" not in rows[0].columns:
@@ -142,7 +155,10 @@ class RolloutTask(BaseTask):
             inputs = {PROMPT + name: x for name, x in prompts.items()}
             number = 2**32 - 1  # no phase has this number
             seeds = [response_seed(self.setup.seed, number, row, 0) for _, row in keys] or [0] * len(rows)
-            return Batch(inputs | {PROMPT + "seeds": torch.tensor(seeds)}, len(rows), tokens)
+            inputs[PROMPT + "seeds"] = torch.tensor(seeds)
+            if any(model.tokenizer is not None for model in self.models.values()):
+                inputs[PROMPT + "text"] = _as_bytes([row.meta["prompt"] for row in rows])
+            return Batch(inputs, len(rows), tokens)
         split = [(row.input_ids, int(row.columns["response"][0])) for row in rows]
         inputs = self.padded_responses([ids[:-n] for ids, n in split], [ids[-n:] for ids, n in split])
         width = inputs["targets"].shape[1]
@@ -379,6 +395,7 @@ class RolloutTask(BaseTask):
         """
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items()}
         seeds = prompts.pop("seeds").tolist()
+        texts = _from_bytes(prompts.pop("text")) if "text" in prompts else [""] * len(seeds)
         together = dist.is_initialized() and dist.get_world_size() > 1
         ids = sample(
             model, prompts, self.settings.sampling, seeds, pad_id=self.fill_id, eos_ids=self.eos_ids, together=together
@@ -386,8 +403,8 @@ class RolloutTask(BaseTask):
         found = [until_end(each, self.eos_ids) for each in ids.cpu().numpy()]
         masks = prompts["attention_mask"].bool()
         trajectories = [
-            Trajectory(Prompt(0, row[mask].cpu().numpy(), "", {}), 0, response, ended)
-            for row, mask, (response, ended) in zip(prompts["input_ids"], masks, found, strict=True)
+            Trajectory(Prompt(0, row[mask].cpu().numpy(), text, {}), 0, response, ended)
+            for row, mask, text, (response, ended) in zip(prompts["input_ids"], masks, texts, found, strict=True)
         ]
         metrics = {}
 
@@ -439,3 +456,14 @@ def prompt_of(row: Row, number: int) -> Prompt:
 def _completion(each: Trajectory) -> Any:
     """The response as reward functions get it: a text, or a list with one message if the prompt is a conversation."""
     return each.text if isinstance(each.prompt.text, str) else [{"role": "assistant", "content": each.text}]
+
+
+def _as_bytes(values: Sequence[Any]) -> torch.Tensor:
+    """JSON values as uint8 [B, L], since batches consist of tensors. Padded with zeros, which JSON does not contain."""
+    texts = [json.dumps(value).encode() for value in values]
+    width = max(map(len, texts))
+    return torch.tensor([list(text.ljust(width, b"\0")) for text in texts], dtype=torch.uint8)
+
+
+def _from_bytes(rows: torch.Tensor) -> list[Any]:
+    return [json.loads(bytes(row).rstrip(b"\0")) for row in rows.tolist()]
