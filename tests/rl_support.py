@@ -23,7 +23,7 @@ VOCAB, PAD, EOS = 24, 0, 1
 class Numbers:
     """The part of a tokenizer that a task uses; its texts are the ids."""
 
-    pad_token_id, eos_token_id = PAD, EOS
+    pad_token_id, eos_token_id, chat_template = PAD, EOS, None
 
     def __len__(self) -> int:
         return VOCAB

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from transformers import (
 
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection, TokenizerTraining
+from ptft_dist.data.encoder import EncoderContext
+from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
@@ -31,8 +34,11 @@ from ptft_dist.networks.adapt import adapt_network
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.rl.reward_model import RewardModel, check_reward_model, read_scores
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
+from ptft_dist.tasks.common.chat_template import CHATML
+from ptft_dist.tasks.common.preference_rows import PreferenceRows, halves
 from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import task_class
+from ptft_dist.tasks.reward.settings import RewardSettings
 
 POLICIES = {
     "llama": {"model_type": "llama", "attention_dropout": 0.5, "num_key_value_heads": 2},
@@ -469,6 +475,32 @@ def test_the_same_tokenizer_reads_the_ids(policy_tokenizer: Any, tmp_path: Path)
     model = RewardModel("ppo.rewards.0.model", str(tmp_path), policy_tokenizer)
     each = trajectory([3, 4], [5, 1])
     assert [ids.tolist() for ids in model.texts([each])] == [[3, 4, 5, 1]]
+
+
+def test_a_reward_model_reads_what_it_was_trained_on(tmp_path: Path) -> None:
+    """ChatML writes a newline after the end of a turn, and a reward model was trained to be read there."""
+    tokenizer = tokenizer_of(300, CHATML)
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.save_pretrained(tmp_path)
+    model = RewardModel("ppo.rewards.0.model", str(tmp_path), tokenizer)
+    chat = [{"role": "user", "content": "the cat"}]
+    prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
+    answer, end = tokenizer("eats", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id
+    ended, cut = trajectory(prompt, [*answer, end]), trajectory(prompt, answer)
+    for each in (ended, cut):
+        each.prompt = dataclasses.replace(each.prompt, text=chat)
+    pair = {"prompt": chat, "chosen": [said_by_assistant("eats")], "rejected": [said_by_assistant("sleeps")]}
+    context = EncoderContext(RewardSettings(), "reward", tokenizer, 64, 0)
+    (outcome,) = PreferenceRows(context).outcomes([Record(pair, "pairs.jsonl:1")])
+    trained_on, _ = halves(outcome.examples[0].columns["input_ids"], outcome.examples[0].columns["parts"])
+    assert trained_on.tolist()[-2] == end  # a newline follows
+    texts = model.texts([ended, cut])
+    assert [ids.tolist() for ids in texts] == [trained_on.tolist(), [*prompt, *answer]]
+    assert {ids.dtype for ids in texts} == {np.dtype(np.int64)}
+
+
+def said_by_assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
 
 
 def test_a_conversation_without_a_chat_template(policy_tokenizer: Any, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row, Store
+from ptft_dist.data.tokenizer import after_answer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.switching import (
     adapters_off,
@@ -111,7 +112,6 @@ class RolloutTask(BaseTask):
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
         self.moments = RunningMoments()
         self.models: dict[str, RewardModel] = {}
-        self.longest = setup.max_length + self.settings.sampling.max_new_tokens
         self.reference: Any = None
         self.functions = {
             source.label: load_function(source, f"{setup.name}.rewards.{i}", setup.base)
@@ -123,7 +123,8 @@ class RolloutTask(BaseTask):
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:
             return
-        check_reward_model(source.key, source.path, model.config, self.longest)
+        longest = self.setup.max_length + self.settings.sampling.max_new_tokens + len(after_answer(self.tokenizer))
+        check_reward_model(source.key, source.path, model.config, longest)
         self.models[role] = RewardModel(source.key, source.path, self.tokenizer)
 
     def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
@@ -147,7 +148,7 @@ class RolloutTask(BaseTask):
         """Rows of a rollout: see `padded_responses`, and the columns of `columns` as fp32 [B, R].
 
         Validation rows are prompts: prompt/input_ids, prompt/attention_mask [B, P], prompt/seeds [B], and prompt/text
-        [B, L], if a reward model has another tokenizer.
+        [B, L], if there are reward models.
         """
         tokens = sum(len(row.input_ids) for row in rows)
         if "response" not in rows[0].columns:
@@ -156,7 +157,7 @@ class RolloutTask(BaseTask):
             number = 2**32 - 1  # no phase has this number
             seeds = [response_seed(self.setup.seed, number, row, 0) for _, row in keys] or [0] * len(rows)
             inputs[PROMPT + "seeds"] = torch.tensor(seeds)
-            if any(model.tokenizer is not None for model in self.models.values()):
+            if self.models:
                 inputs[PROMPT + "text"] = _as_bytes([row.meta["prompt"] for row in rows])
             return Batch(inputs, len(rows), tokens)
         split = [(row.input_ids, int(row.columns["response"][0])) for row in rows]
