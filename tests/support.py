@@ -120,7 +120,7 @@ def make_recipe(documents: Path, **changes: Any) -> dict[str, Any]:
         "batch": {"global_size": 12, "micro_size": 3},
         "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4},
         "train": {"max_steps": 8, "precision": "fp32"},
-        "eval": {"every": 4},
+        "eval": {"every": 4, "micro_size": 12},
         "save": {"every": 4, "keep": None},
         "run_dir": "run",
     }

@@ -195,7 +195,7 @@ def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) ->
         "batch": {"global_size": 12, "micro_size": 3},
         "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4} | special.get("optim", {}),
         "train": {"max_steps": 8, "precision": "fp32"},
-        "eval": {"every": 4},
+        "eval": {"every": 4, "micro_size": 12},
         "save": {"every": 4, "keep": None},
         "run_dir": "run",
     }

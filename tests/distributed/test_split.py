@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: Pat
     folder = tmp_path_factory.mktemp("split")
     changes: dict[str, Any] = {
         "train": {"max_steps": 12},
-        "eval": {"every": 4},
+        "eval": {"every": 4, "micro_size": None},  # as batch.micro_size, or batch.micro_tokens
         "save": {"every": None},
     }
     write_recipe(folder, documents, **changes, optim={"warmup": 3})
@@ -107,6 +107,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": {"validation": [{"path": "text.txt", "document": "line"}], "max_length": 128},
         "model": {"config": {"max_position_embeddings": 128}},
         "train": {"max_steps": None, "epochs": EPOCHS},
+        "eval": {"micro_size": None},
         "save": {"every": None},
     }
     write_recipe(folder, folder / "text.txt", **changes)
