@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import merge
+from support import evaluated_quickly, merge
 
 WORDS = [
     "red",
@@ -195,12 +195,12 @@ def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) ->
         "batch": {"global_size": 12, "micro_size": 3},
         "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4} | special.get("optim", {}),
         "train": {"max_steps": 8, "precision": "fp32"},
-        "eval": {"every": 4, "micro_size": 12},
+        "eval": {"every": 4},
         "save": {"every": 4, "keep": None},
         "run_dir": "run",
     }
     path = folder / "recipe.yaml"
-    path.write_text(json.dumps(merge(recipe, changes), indent=1))
+    path.write_text(json.dumps(evaluated_quickly(merge(recipe, changes)), indent=1))
     return path
 
 
