@@ -344,7 +344,7 @@ class Session:
                 engine.trained_count,
                 store.tokens / len(store),
             ),
-            peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
+            peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size if engine.is_main else 0.0,
         )
 
     def _batches(self) -> Batches:

@@ -127,8 +127,10 @@ def begin_after_rank_0_failed() -> None:
 
 
 def watch_engine() -> None:
-    """Write destroyed-RANK when the engine is destroyed."""
+    """Write destroyed-RANK when the engine is destroyed; cycles are collected when the process ends as usual."""
+    import gc
     import weakref
+    from multiprocessing.util import Finalize
 
     from ptft_dist.engine import Engine
 
@@ -139,6 +141,7 @@ def watch_engine() -> None:
         gone = Path(f"destroyed-{os.environ.get('RANK', '0')}").touch
         weakref.finalize(self.module, gone).atexit = False
 
+    Finalize(None, gc.collect, exitpriority=0)
     Engine.prepare = watched  # type: ignore[method-assign]
 
 
