@@ -39,6 +39,7 @@ from ptft_dist.tasks.common.preference_rows import PreferenceRows, halves
 from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import task_class
 from ptft_dist.tasks.reward.settings import RewardSettings
+from ptft_dist.training.batches import mask_all
 
 POLICIES = {
     "llama": {"model_type": "llama", "attention_dropout": 0.5, "num_key_value_heads": 2},
@@ -273,7 +274,7 @@ def test_a_rollout_against_single_rows() -> None:
         seen.update(completions=completions, prompts=prompts, ids=completion_ids, wanted=wanted)
         return [len(ids) / 2 for ids in completion_ids]
 
-    task.functions["final_number"] = reward
+    task.rewards.functions["final_number"] = reward
     rollout = roll(task, model, wanted=list("abcde"))
     trajectories = rollout.trajectories
     assert [each.prompt.row for each in trajectories] == [row for row in range(5) for _ in range(4)]
@@ -310,7 +311,7 @@ def test_a_rollout_does_not_depend_on_micro_batches() -> None:
     model = llama(0)
     tasks = [task_for(model, "rloo", {"kl": 0.0, "group_size": 2}) for _ in range(2)]
     for each in tasks:
-        each.functions["final_number"] = lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids]
+        each.rewards.functions["final_number"] = lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids]
     first, second = (roll(task, model, size=size) for task, size in zip(tasks, (1, 4), strict=True))
     for a, b in zip(first.trajectories, second.trajectories, strict=True):
         assert a.response.tolist() == b.response.tolist()
@@ -324,7 +325,7 @@ def test_a_stop_token_of_the_chat_template_is_an_end(stop: int) -> None:
     """Beside EOS, and only in the response."""
     model = llama(0)
     task = task_for(model, "grpo", {"kl": 0.0, "group_size": 8}, survey={"end_of_turn": stop})
-    task.functions["final_number"] = lambda completions, **_: [0.0] * len(completions)
+    task.rewards.functions["final_number"] = lambda completions, **_: [0.0] * len(completions)
     trajectories = roll(task, model, [[2, stop, 3], [stop], [4, 5]]).trajectories
     last = [int(each.response[-1]) for each in trajectories]
     assert {stop, EOS} <= set(last)
@@ -336,7 +337,7 @@ def test_a_stop_token_of_the_chat_template_is_an_end(stop: int) -> None:
 def test_the_penalty_of_a_missing_end() -> None:
     model = llama(0)
     task = task_for(model, "grpo", {"kl": 0.0, "missing_eos_penalty": 2.5, "sampling": {"max_new_tokens": 6}})
-    task.functions["final_number"] = lambda completions, **_: [1.0] * len(completions)
+    task.rewards.functions["final_number"] = lambda completions, **_: [1.0] * len(completions)
     trajectories = roll(task, model).trajectories
     assert {each.ended for each in trajectories} == {True, False}
     assert [each.score for each in trajectories] == [1.0 if each.ended else -1.5 for each in trajectories]
@@ -349,7 +350,7 @@ def test_the_normalizer_and_the_coefficient_survive_a_checkpoint() -> None:
         settings = {"normalize_rewards": True, "kl": 0.2, "kl_target": 0.5, "kl_horizon": 40}
         task = task_for(model, "ppo", settings)
         task.adopt("reference", OneProcess(reference), None)
-        task.functions["final_number"] = lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids]
+        task.rewards.functions["final_number"] = lambda completion_ids, **_: [float(sum(ids)) for ids in completion_ids]
         return task
 
     model, reference = llama(0), llama(1)
@@ -403,8 +404,8 @@ def test_a_reward_model_in_a_rollout() -> None:
     task = task_for(model, "grpo", {"kl": 0.0})
     shown = RewardModel.__new__(RewardModel)
     shown.tokenizer, shown.pad_id, shown.shared, shown.network = None, EOS, None, OneProcess(judge)
-    task.models["judge"], task.weights = shown, {"judge": 2.0, "final_number": 1.0}
-    task.functions["final_number"] = lambda completions, **_: [0.5] * len(completions)
+    task.rewards.models["judge"], task.rewards.weights = shown, {"judge": 2.0, "final_number": 1.0}
+    task.rewards.functions["final_number"] = lambda completions, **_: [0.5] * len(completions)
     rollout = roll(task, model)
     judge.config.pad_token_id = None
     for each in rollout.trajectories:
@@ -524,7 +525,7 @@ def test_evaluations_score_the_prompt_too(policy_tokenizer: Any, other: Path, co
 
     reward.texts = texts  # type: ignore[method-assign]
     reward.network = SimpleNamespace(forward=lambda _call, inputs: torch.zeros(len(inputs["input_ids"])))
-    task.models["judge"], task.weights = reward, {"judge": 1.0}
+    task.rewards.models["judge"], task.rewards.weights = reward, {"judge": 1.0}
     texts_of = ["the cat", "a red dog é"]
     prompts = [[{"role": "user", "content": text}] for text in texts_of] if conversation else texts_of
     rows = []
@@ -552,8 +553,8 @@ def test_a_score_that_is_no_number() -> None:
     reward.key, reward.path = "grpo.rewards.0.model", "there"
     reward.tokenizer, reward.pad_id, reward.shared = None, EOS, None
     reward.network = SimpleNamespace(forward=lambda _call, inputs: torch.full((len(inputs["input_ids"]),), torch.nan))
-    task.models["judge"], task.weights = reward, {"judge": 1.0}
-    task.functions = {}
+    task.rewards.models["judge"], task.rewards.weights = reward, {"judge": 1.0}
+    task.rewards.functions = {}
     with pytest.raises(RecipeError, match=r"rewards: the reward model judge gave the score nan.*train.precision"):
         roll(task, model)
 
@@ -692,3 +693,15 @@ def test_a_tokenizer_without_an_end() -> None:
     model = llama(0, eos_token_id=None)
     with pytest.raises(RecipeError, match=r"tokenizer: it has no EOS token"):
         task_for(model, "grpo", tokenizer=Endless())
+
+
+def test_a_dummy_batch_does_not_count_in_an_evaluation() -> None:
+    """A rank without validation rows repeats one, because all ranks must sample together."""
+    task = task_for(model := llama(), "ppo", {"kl": 0.1})
+    task.reference = SimpleNamespace(forward=lambda call, inputs: call(llama(1).eval(), inputs))
+    batch = task.collate([Row(np.array([3, 4]), np.zeros(1, np.int64), {})], [(0, 0)])
+    with torch.no_grad():
+        counted, dummy = (task.evaluate(model.eval(), x).metrics["kl"] for x in (batch.inputs, mask_all(batch.inputs)))
+    assert counted[0] != 0
+    assert counted[1] == 1
+    assert (float(dummy[0]), int(dummy[1])) == (0.0, 0)
