@@ -301,6 +301,20 @@ def quote_environment(rank: str, step: str, name: str) -> None:
     Trainer.update = failing  # type: ignore[method-assign]
 
 
+def sigterm_in_update(step: str) -> None:
+    """Send SIGTERM to this process at the beginning of this update."""
+    from ptft_dist.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def signalled(self: Trainer, group: Any) -> Any:
+        if self.progress.step + 1 == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, group)
+
+    Trainer.update = signalled  # type: ignore[method-assign]
+
+
 def sigterm_after_updates() -> None:
     """Send SIGTERM to this process once its updates have ended, by whatever cause, and wait a moment."""
     from ptft_dist.training.stopping import StopRequest
