@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
-from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.load import Loaded
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
@@ -183,12 +183,14 @@ def _parameters(engine: Engine) -> str:
 
 
 def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
+    """The writers of metrics; TensorBoard shows the text of resolved.yaml, which must exist."""
     run_dir = Path(loaded.recipe.run_dir)
     sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", first_step, last_evaluation)]
     if messages_shown():
         sinks.append(Terminal(total_steps, first_step))
     if loaded.recipe.log.tensorboard:
-        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, dump_resolved(loaded)))
+        resolved = (run_dir / "resolved.yaml").read_text(encoding="utf-8")
+        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, resolved))
     return sinks
 
 

@@ -23,13 +23,13 @@ from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.column_store import ColumnStore
 from ptft_dist.data.mixed_store import MixedStore
-from ptft_dist.data.order import Plan, make_plan
+from ptft_dist.data.order import Plan
 from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Store
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import local_device, peak_flops
-from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.errors import DataError
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.facts import read_facts
@@ -43,6 +43,7 @@ from ptft_dist.tasks.protocol import FrozenRole, StartColumn, Task
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import BaselineBatches, Batches, Shape, SupervisedBatches, UpdateDataset
+from ptft_dist.training.plan import plan_run
 from ptft_dist.training.rollouts import RollingTask, RolloutBatches
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
@@ -51,8 +52,6 @@ from ptft_dist.training.validation import Validation
 
 TEACHER = "teacher"
 EWC, REPLAY = "continual.ewc.data", "continual.replay.data"
-MOST_EPOCHS = 1_000_000
-"""The maximum of train.epochs, so that the table of a run's updates fits into memory."""
 
 
 class Session:
@@ -151,53 +150,11 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         """The rows of all updates. Raises DataError if the data have too few rows for one update."""
-        train, rows, tokens = self.recipe.train, len(self.store), self.store.tokens
-        if (self.shape.global_tokens or 0) > tokens:
-            raise DataError(
-                f"batch.global_tokens: one update needs {self.shape.global_tokens:,} tokens, the training data have "
-                f"{tokens:,}: lower batch.global_tokens, or add data"
-            )
-        if train.max_tokens is not None and train.max_tokens > MOST_EPOCHS * tokens:
-            raise RecipeError(
-                f"train.max_tokens: {train.max_tokens:,} is more than {MOST_EPOCHS:,} epochs of the training data's "
-                f"{tokens:,} tokens: lower it"
-            )
-        if self.shape.global_size is not None and rows < self.shape.global_size:
-            raise DataError(
-                f"batch: one update needs {self.shape.global_size} rows, the training data have {rows}. Lower "
-                "batch.global_size (or global_tokens) or data.max_length, or add data"
-            )
-        if self.recipe.settings.rollout_prompts is not None:
-            return self._plan_of_rollouts(self.recipe.settings.rollout_prompts)
-        plan = make_plan(
-            self.sizes,
-            self.store.lengths,
-            train.seed,
-            weights=self.weights,
-            global_size=self.shape.global_size,
-            global_tokens=self.shape.global_tokens,
-            max_steps=train.max_steps,
-            epochs=train.epochs,
-            max_tokens=train.max_tokens,
-            cache=self.store.path.parent / ("plans" if len(self.sizes) == 1 else f"plans-{self.store.path.name}"),
-        )
+        plan = plan_run(self.recipe, self.shape, self.store, self.sizes, self.weights)
         warmup = warmup_steps(self.recipe.optim, plan.total_steps)
         if warmup >= plan.total_steps:
             say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}; optim.lr is never reached")
         return plan
-
-    def _plan_of_rollouts(self, prompts: int) -> Plan:
-        """The prompts of each rollout; total_steps is the number of updates. All rollouts have the same size."""
-        train, rows, global_size = self.recipe.train, len(self.store), self.shape.global_size
-        assert global_size is not None
-        if rows < prompts:
-            raise DataError(
-                f"{self.recipe.task}.prompts: a rollout needs {prompts} prompts, the training data have {rows}. Lower "
-                "it, or add data"
-            )
-        updates = self.recipe.settings.updates_of_rollout(global_size)
-        total = train.max_steps or max(1, int((train.epochs or 1) * rows / prompts)) * updates
-        return make_plan(self.sizes, self.store.lengths, train.seed, global_size=prompts, max_steps=total)
 
     @property
     def _penalized(self) -> bool:
@@ -377,7 +334,7 @@ class Session:
                 engine.trained_count,
                 store.tokens / len(store),
             ),
-            peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size,
+            peak_flops=peak_flops(engine.device, recipe.train.precision) * engine.world_size if engine.is_main else 0.0,
         )
 
     def _batches(self) -> Batches:

@@ -127,8 +127,10 @@ def begin_after_rank_0_failed() -> None:
 
 
 def watch_engine() -> None:
-    """Write destroyed-RANK when the engine is destroyed."""
+    """Write destroyed-RANK when the engine is destroyed; cycles are collected when the process ends as usual."""
+    import gc
     import weakref
+    from multiprocessing.util import Finalize
 
     from ptft_dist.engine import Engine
 
@@ -139,6 +141,7 @@ def watch_engine() -> None:
         gone = Path(f"destroyed-{os.environ.get('RANK', '0')}").touch
         weakref.finalize(self.module, gone).atexit = False
 
+    Finalize(None, gc.collect, exitpriority=0)
     Engine.prepare = watched  # type: ignore[method-assign]
 
 
@@ -296,6 +299,20 @@ def quote_environment(rank: str, step: str, name: str) -> None:
         return update(self, group)
 
     Trainer.update = failing  # type: ignore[method-assign]
+
+
+def sigterm_in_update(step: str) -> None:
+    """Send SIGTERM to this process at the beginning of this update."""
+    from ptft_dist.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def signalled(self: Trainer, group: Any) -> Any:
+        if self.progress.step + 1 == int(step):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(self, group)
+
+    Trainer.update = signalled  # type: ignore[method-assign]
 
 
 def sigterm_after_updates() -> None:

@@ -31,7 +31,7 @@ from typing import Any
 import psutil
 import pytest
 
-from ptft_dist.tasks.registry import TASKS
+from ptft_dist.tasks.registry import TASKS, encoder_class
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,6 +45,7 @@ QUIET_MACHINE = {
     "GLOO_SOCKET_IFNAME": "lo",
 }
 COMMAND = [sys.executable, "-m", "ptft_dist"]
+NOT_OF_A_USER = ("PYTHONDONTWRITEBYTECODE",)  # each interpreter would compile the whole package
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Imported once by the server. What a forked process finds here it does not import again.
@@ -58,12 +59,17 @@ PRELOADED = [
     *(f"ptft_dist.engine.{backend}" for backend in ("whole", "zero", "fsdp2")),
     "ptft_dist.tasks.common.documents",
     *(f"ptft_dist.tasks.{task}.task" for task in TASKS),
+    *(encoder_class(task).__module__ for task in TASKS),
+    "ptft_dist.networks.adapt.merging",
+    "ptft_dist.networks.adapt.quantized",
     *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
     "preloaded",
     "ptft_dist.networks.adapt.adapters",
     "ptft_dist.old_network",
     "bitsandbytes",
     "peft.tuners.lora",
+    "peft.tuners.lora.bnb",
+    "peft.utils.transformers_weight_conversion",
     "peft.tuners.adalora",
     "transformers.integrations.bitsandbytes",
     "deepspeed.comm.mori",
@@ -80,6 +86,7 @@ PRELOADED = [
     "sklearn.metrics",
     "tokenizers.trainers",
     "torch._subclasses.schema_check_mode",
+    "torch.distributed.algorithms.ddp_comm_hooks",
     "torch.profiler._cupti_monitor",
     "torch.utils.tensorboard",
     "transformers.convert_slow_tokenizer",
@@ -124,7 +131,14 @@ def make_recipe(documents: Path, **changes: Any) -> dict[str, Any]:
         "save": {"every": 4, "keep": None},
         "run_dir": "run",
     }
-    return merge(recipe, changes)
+    return evaluated_quickly(merge(recipe, changes))
+
+
+def evaluated_quickly(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The recipe with large micro-batches for evaluations, unless it says something about them or has none."""
+    if recipe["data"]["validation"] is None or "micro_size" in recipe["eval"]:
+        return recipe
+    return merge(recipe, {"eval": {"micro_size": 12}})
 
 
 def merge(old: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +173,7 @@ class Vocabulary:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a user on a machine without accelerators."""
-    plain = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
+    plain = {key: value for key, value in os.environ.items() if key not in (*LAUNCHER_VARIABLES, *NOT_OF_A_USER)}
     return plain | QUIET_MACHINE | dict(extra or {})
 
 
@@ -340,11 +354,11 @@ def free_port() -> int:
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 60) -> None:
-    """Wait for a condition; checks it every two milliseconds."""
+    """Wait for a condition; checks it every five milliseconds."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.002)
+        time.sleep(0.005)
 
 
 def lives(process: psutil.Process) -> bool:

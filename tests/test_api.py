@@ -32,7 +32,7 @@ def recipe(tmp_path: Path, documents: Path, cache: Path, monkeypatch: pytest.Mon
     hide_messages()  # another test of this process may have run the command line
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield make_recipe(documents, train={"max_steps": 4}, eval={"every": 2}, save={"every": 2})
+    yield make_recipe(documents, train={"max_steps": 4}, eval={"every": 2, "micro_size": None}, save={"every": 2})
     torch.set_num_threads(threads)
 
 

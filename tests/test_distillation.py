@@ -133,7 +133,7 @@ def test_the_losses_by_hand_and_a_teacher_with_its_labels_in_another_order(
         folder.mkdir()
         path = write_student(folder, "classification", teacher)
         recipe = json.loads(path.read_text())
-        recipe["data"]["validation"], recipe["eval"]["every"], recipe["save"]["every"] = None, None, None
+        recipe["data"]["validation"], recipe["eval"], recipe["save"]["every"] = None, {"every": None}, None
         recipe["batch"], recipe["train"]["max_steps"] = {"global_size": 160, "micro_size": 40}, 1
         recipe["optim"]["lr"] = 1e-30
         path.write_text(json.dumps(recipe))

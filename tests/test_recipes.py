@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,20 +12,35 @@ from support import ROOT, eval_rows, start, train_rows
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 NEEDS = re.compile(r"^# First run: ptft train (\w+)$", re.MULTILINE)  # a recipe that must have run before
+ROLLOUTS = re.compile(r"^task: (ppo|grpo|rloo)$", re.MULTILINE)
 SMOKE = ["train.max_steps=3", "eval.every=3", "eval.max_rows=8", "save.every=3", "data.train.0.limit=40"]
+SMOKE += ["data.validation=0.2", "batch.global_size=8", "batch.micro_size=2"]
+
+
+@pytest.fixture(scope="module")
+def run_dir_of(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[Path], Path]:
+    """Runs a recipe after those that it needs, each of them once; returns its run directory."""
+    folder = tmp_path_factory.mktemp("recipes")
+
+    def provide(recipe: Path) -> Path:
+        run_dir, text = folder / "runs" / recipe.stem, recipe.read_text()
+        if run_dir.exists():
+            return run_dir
+        for name in NEEDS.findall(text):
+            provide(ROOT / f"recipes/{name}.yaml")
+        more = [f"{task}.prompts=8" for task in ROLLOUTS.findall(text)]
+        words = [*SMOKE, *more, f"run_dir=runs/{recipe.stem}"]
+        run = start("train", str(recipe), *words, cwd=folder, cache=cache, ranks=2)
+        assert run.wait() == 0, run.stderr
+        return run_dir
+
+    return provide
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
-def test_a_shipped_recipe_runs(path: Path, tmp_path: Path, cache: Path) -> None:
-    smoke = [*SMOKE, "data.validation=0.2", "batch.global_size=8", "batch.micro_size=2"]
-    for name in NEEDS.findall(path.read_text()):
-        needed = start("train", name, *smoke, cwd=tmp_path, cache=cache, ranks=2)
-        assert needed.wait() == 0, needed.stderr
-    smoke.append("run_dir=run")
-    smoke += [f"{task}.prompts=8" for task in re.findall(r"^task: (ppo|grpo|rloo)$", path.read_text(), re.MULTILINE)]
-    run = start("train", str(path), *smoke, cwd=tmp_path, cache=cache, ranks=2)
-    assert run.wait() == 0, run.stderr
-    assert len(train_rows(tmp_path / "run")) == 3
-    assert [row["step"] for row in eval_rows(tmp_path / "run")] == [0, 3]
-    assert json.loads((tmp_path / "run/result.json").read_text())["status"] == "finished"
-    assert any((tmp_path / "run/model" / name).is_file() for name in ("config.json", "adapter_config.json"))
+def test_a_shipped_recipe_runs(path: Path, run_dir_of: Callable[[Path], Path]) -> None:
+    run_dir = run_dir_of(path)
+    assert len(train_rows(run_dir)) == 3
+    assert [row["step"] for row in eval_rows(run_dir)] == [0, 3]
+    assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
+    assert any((run_dir / "model" / name).is_file() for name in ("config.json", "adapter_config.json"))

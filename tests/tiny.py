@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import merge
+from support import evaluated_quickly, merge
 
 WORDS = [
     "red",
@@ -208,7 +208,7 @@ def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) ->
         "run_dir": "run",
     }
     path = folder / "recipe.yaml"
-    path.write_text(json.dumps(merge(recipe, changes), indent=1))
+    path.write_text(json.dumps(evaluated_quickly(merge(recipe, changes)), indent=1))
     return path
 
 

@@ -205,6 +205,24 @@ def added_around(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[in
     return [], []
 
 
+def after_answer(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids that the chat template writes after an assistant's text: usually an end of turn, and perhaps a newline.
+
+    Empty without a chat template, and for one that refuses a user's and an assistant's message.
+    """
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        return []
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "ANSWER"}]
+    try:
+        _, found, rest = str(tokenizer.apply_chat_template(messages, tokenize=False)).rpartition("ANSWER")
+    except TemplateError:
+        return []
+    ids: list[int] = tokenizer(rest, add_special_tokens=False)["input_ids"] if found else []
+    return ids
+
+
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer itself begins a text with BOS, as those of Llama, Gemma and Mistral do."""
     before, _ = added_around(tokenizer)

@@ -251,7 +251,10 @@ class Engine:
 
     def seed(self, seed: int, step: int, micro_step: int) -> None:
         """Seed the random numbers of a micro-batch (dropout) by its position, so that no generator state is saved."""
-        torch.manual_seed(_mix_seed(seed, step, self.rank, micro_step))
+        number = _mix_seed(seed, step, self.rank, micro_step)
+        torch.default_generator.manual_seed(number)
+        if self.device.type != "cpu":  # torch.manual_seed takes milliseconds for kinds of devices that are not used
+            torch.get_device_module(self.device).manual_seed(number)
 
     # --- collectives ------------------------------------------------------------------------------------------------
 

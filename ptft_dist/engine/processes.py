@@ -64,10 +64,12 @@ def _shard_on_cpu(kind: str) -> None:
         state.distributed_type = DistributedType.MULTI_GPU
         return
     import deepspeed
+    from deepspeed.utils import nvtx
 
     # Otherwise DeepSpeed compiles a shared-memory collective. This takes most of a minute, and a process killed during
     # it leaves a lock that blocks every later start. gloo does not need it.
     deepspeed.ops.__compatible_ops__ = {}
+    nvtx.enable_nvtx = False  # marks for NVIDIA's profiler, around each of thousands of small calls
     state.distributed_type = DistributedType.DEEPSPEED
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
 

@@ -1,10 +1,12 @@
 """Reinforcement learning from rewards: the parts that PPO, GRPO and RLOO share, in the order in which they are used.
 
-    rollout.py      one phase: sample responses, score them, and look up what the frozen networks say about them
-    sampling.py     sampling whose random numbers follow from (seed, phase, prompt)
-    rewards.py      reward models and reward functions, and how they are mixed to one score per response
-    advantages.py   KL estimators, rewards of tokens, GAE, whitening, group baselines
-    losses.py       clipped losses and their diagnostics
+    rollout.py       what all ranks do together in a phase: sample responses, and ask networks about their tokens
+    sampling.py      sampling whose random numbers follow from (seed, phase, prompt)
+    scoring.py       the rewards of a recipe, and one score for each response
+    reward_model.py  frozen networks that score a response
+    rewards.py       reward functions, and how rewards become a score
+    advantages.py    KL estimators, rewards of tokens, GAE, whitening, group baselines
+    losses.py        clipped losses and their diagnostics
 
-Everything is a function or holds settings; what must survive a restart is in `RolloutState`.
+tasks/common/rollouts.py puts them together; tasks/ppo/ is the shortest whole example.
 """

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from ptft_dist.data.tokenizer import load_tokenizer
+from ptft_dist.data.tokenizer import after_answer, load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.switching import read_scorer
 from ptft_dist.rl.rollout import Trajectory
@@ -55,14 +55,22 @@ class RewardModel:
         own = load_tokenizer(path)
         self.tokenizer = None if own.get_vocab() == policy.get_vocab() else own
         """The reward model's tokenizer, if it differs from the policy's: texts are then tokenized again."""
+        self.after_answer = after_answer(own)
         pad = (self.tokenizer or policy).pad_token_id
         self.pad_id = 0 if pad is None else int(pad)
 
     def texts(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
         """The token ids of each prompt with its response, for this network."""
         if self.tokenizer is None:
-            return [np.concatenate([each.prompt.ids, each.response]) for each in trajectories]
+            return [np.concatenate([each.prompt.ids, each.response, self._rest_of_turn(each)]) for each in trajectories]
         return [self._tokenized_again(self.tokenizer, each) for each in trajectories]
+
+    def _rest_of_turn(self, each: Trajectory) -> np.ndarray:
+        """What the chat template writes after the end of turn with which a response ends, such as a newline. The reward
+        model was trained on texts that have it, and is read there."""
+        if isinstance(each.prompt.text, str) or each.response[-1] not in self.after_answer:
+            return np.zeros(0, np.int64)
+        return np.array(self.after_answer[self.after_answer.index(each.response[-1]) + 1 :], np.int64)
 
     def _tokenized_again(self, tokenizer: PreTrainedTokenizerBase, each: Trajectory) -> np.ndarray:
         if isinstance(each.prompt.text, str):

@@ -20,6 +20,8 @@ from ptft_dist.config.rollouts import RewardSource
 from ptft_dist.errors import DataError, PtftError, RecipeError
 
 RewardFunction = Callable[..., Sequence[float | None]]
+_NUMBER = re.compile(r"(?:(?<![\w)])-)?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+"""A hyphen after a digit, a letter or a closing parenthesis is no sign: 5-10."""
 
 
 def load_function(source: RewardSource, key: str, base: Path) -> RewardFunction:
@@ -190,8 +192,8 @@ def final_number(completions: Sequence[Any], answer: Sequence[Any], **_columns: 
 
 
 def _last_number(text: str) -> float | None:
-    found = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+    found = _NUMBER.findall(text)
+    return float(re.sub(r"[,$€£]", "", found[-1])) if found else None
 
 
 def _text(completion: Any) -> str:

@@ -6,6 +6,7 @@ gathered, so that all of them hold the whole rollout. Only numbers of sampled to
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ptft_dist.config.rollouts import SamplingSettings
+from ptft_dist.errors import RecipeError
 from ptft_dist.rl.sampling import response_seed, sample, until_end
 
 
@@ -191,6 +193,9 @@ def judge(
         texts: token ids of each prompt with its response, for the reward model.
         forward: inputs -> scores [B].
         padded: pads them on the right: input_ids and attention_mask [B, T].
+
+    Raises:
+        RecipeError: a reward is not a finite number.
     """
     lengths = np.array([len(ids) for ids in texts])
     mine: dict[int, float] = {}
@@ -199,4 +204,9 @@ def judge(
         if count:
             mine |= dict(zip(rows, scores, strict=True))
     for each, score in zip(trajectories, phase.gathered(mine, len(trajectories)), strict=True):
+        if not math.isfinite(score):
+            raise RecipeError(
+                f"rewards: the reward model {name} gave the score {score} to the response {each.text!r}. Its numbers "
+                "overflow in fp16: use train.precision bf16 or fp32; otherwise its weights are damaged"
+            )
         each.rewards[name] = score

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,24 @@ def sample(
         pad_token_id=pad_id,
         eos_token_id=list(eos_ids),
     )
-    ids: torch.Tensor = model.generate(
-        **inputs, generation_config=config, logits_processor=processors, synced_gpus=together
-    )
+    with _without_generation_config(model):
+        ids: torch.Tensor = model.generate(
+            **inputs, generation_config=config, logits_processor=processors, synced_gpus=together
+        )
     return ids[:, inputs["input_ids"].size(1) :]
+
+
+@contextlib.contextmanager
+def _without_generation_config(model: Any) -> Iterator[None]:
+    """`generate` fills what is unset with the network's own generation config, whose penalties and forced tokens would
+    make responses that the policy does not."""
+    base = getattr(model, "get_base_model", lambda: model)()
+    own = base.generation_config
+    base.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
 
 
 def until_end(ids: np.ndarray, eos_ids: Sequence[int]) -> tuple[np.ndarray, bool]:

@@ -171,15 +171,40 @@ FULL = {
 }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, documents: Path, cache: Path, finished: Path
+) -> Callable[[int, str], Path]:
+    """The run directory of a run whose disk was never full, for each number of ranks and kind."""
+    done = {(1, "cpu"): finished / "run"}
+
+    def provide(ranks: int, kind: str) -> Path:
+        if (ranks, kind) not in done:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            prepare_folder(folder, documents)
+            run = start("train", "recipe.yaml", cwd=folder, cache=cache, ranks=ranks, kind=kind)
+            assert run.wait() == 0, run.stderr
+            done[ranks, kind] = folder / "run"
+        return done[ranks, kind]
+
+    return provide
+
+
 @pytest.mark.parametrize("when", FULL)
 @pytest.mark.parametrize(("ranks", "kind"), [(1, "cpu"), (2, "cpu"), (2, "fsdp2")], ids=["one", "ddp", "fsdp2"])
 def test_a_full_disk_costs_one_save(
-    tmp_path: Path, documents: Path, cache: Path, disk: Path, ranks: int, kind: str, when: str
+    tmp_path: Path,
+    documents: Path,
+    cache: Path,
+    disk: Path,
+    undisturbed: Callable[[int, str], Path],
+    ranks: int,
+    kind: str,
+    when: str,
 ) -> None:
     prepare_folder(tmp_path, documents)
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": ranks, "kind": kind}
-    whole = start("train", "recipe.yaml", "run_dir=whole", **place)
-    assert whole.wait() == 0, whole.stderr
+    whole = undisturbed(ranks, kind)
 
     patches, said = FULL[when]
     run = start("train", "recipe.yaml", "run_dir=disk/run", patches=patches, **place)
@@ -189,10 +214,8 @@ def test_a_full_disk_costs_one_save(
     assert said in run.stderr
     names = sorted(path.name for path in (disk / "run/checkpoints").iterdir())
     assert names == ["step-00000002", "step-00000006", "step-00000008"]  # and nothing hidden beside them
-    assert state_digest(disk / "run/checkpoints/step-00000002") == state_digest(
-        tmp_path / "whole/checkpoints/step-00000002"
-    )
-    assert outcome(disk / "run") == outcome(tmp_path / "whole")
+    assert state_digest(disk / "run/checkpoints/step-00000002") == state_digest(whole / "checkpoints/step-00000002")
+    assert outcome(disk / "run") == outcome(whole)
 
 
 def test_rows_that_found_no_room_are_written_later(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:

@@ -130,7 +130,7 @@ def launched(tmp_path: Path, documents: Path, cache: Path) -> Iterator[Callable[
         variables = environment({"PTFT_CACHE": str(cache)})
         command = psutil.Popen(words, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL, stderr=stderr)
         running.append(command)
-        wait_until(lambda: last_step(tmp_path / "run") >= 2 or not command.is_running(), "update 2", timeout_s=120)
+        wait_until(lambda: last_step(tmp_path / "run") >= 2 or command.poll() is not None, "update 2", timeout_s=120)
         return command
 
     yield begin

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support import eval_rows, outcome, start, train_rows
-from tiny import TINY, write_tiny
+from tiny import ROLLING, TINY, write_tiny
 
 from ptft_dist.tasks.registry import TASKS
 
@@ -46,7 +46,8 @@ def test_any_split_has_the_same_losses_and_scores(whole: Any, cache: Path, task:
     ours, theirs = train_rows(folder / name), train_rows(folder / "whole")
     assert len(ours) == len(theirs) == 6
     for row, expected in zip(ours, theirs, strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=1e-7), row  # that of a policy is near 0
+        near_zero = 1e-7 if task in ROLLING else 0.0  # the loss of a policy has either sign
+        assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5, abs=near_zero), row
         assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4), row
         assert row["tokens"] == expected["tokens"]
     evaluations = [eval_rows(folder / each) for each in (name, "whole")]

@@ -174,7 +174,7 @@ class Job:
             state = self.fact("JobState")
             assert state not in ENDED or condition(), f"the job is {state} before {what}:\n{self.log}"
             assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}; the job is {state}:\n{self.log}"
-            time.sleep(0.02)
+            time.sleep(0.1)  # each question starts a process
 
     def wait(self, timeout_s: float = 120) -> tuple[str, str]:
         """Wait for the end of the job; return JobState and ExitCode."""

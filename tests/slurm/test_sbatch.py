@@ -22,40 +22,19 @@ def test_tests_of_the_cluster_stay_in_one_process(cluster: Cluster, request: pyt
         assert request.node.nodeid.endswith("@slurm"), "groups have no effect: install what constraints.txt pins"
 
 
-@pytest.fixture(scope="module")
-def whole(
-    tmp_path_factory: pytest.TempPathFactory, cluster: Cluster, documents: Path, cache: Path
-) -> tuple[Path, Path]:
-    """A directory with a recipe, and the run directory of an uninterrupted job."""
-    folder = tmp_path_factory.mktemp("jobs")
-    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 50})
-    (folder / "recipe.yaml").rename(folder / f"{NASTY}.yaml")
-    job = cluster.submit(
-        f"{NASTY}.yaml", f"run_dir={json.dumps(NASTY)}", *MULTI, cwd=folder, env={"PTFT_CACHE": str(cache)}
-    )
-    assert job.wait() == ("COMPLETED", "0:0"), job.log
-    return folder, folder / NASTY
-
-
-def test_two_nodes_compute_what_one_process_computes(whole: tuple[Path, Path], cache: Path) -> None:
-    folder, run_dir = whole
-    environment = json.loads((run_dir / "environment.json").read_text())
-    assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
-    assert not list(folder.rglob("pwned"))
-    alone = start("train", f"{NASTY}.yaml", "run_dir=alone", cwd=folder, cache=cache)
-    assert alone.wait() == 0, alone.stderr
-    for key, get in (("loss", train_rows), ("eval/loss", eval_rows)):
-        expected = [row[key] for row in get(folder / "alone")]
-        assert [row[key] for row in get(run_dir)] == pytest.approx(expected, rel=1e-5)
-
-
 def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
-    cluster: Cluster, whole: tuple[Path, Path], cache: Path
+    cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
 ) -> None:
-    """The signal reaches every process of both nodes: launchers, ranks and data workers."""
-    folder, reference = whole
-    run_dir = folder / "preempted"
-    words = (f"{NASTY}.yaml", "run_dir=preempted", "data.workers=1", *MULTI)
+    """The signal reaches every process of both nodes: launchers, ranks and data workers. The job ends with the bits of
+    two processes that were never stopped, and with the losses of one."""
+    folder, run_dir, recipe = tmp_path, tmp_path / NASTY, f"{NASTY}.yaml"
+    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 50})
+    (folder / "recipe.yaml").rename(folder / recipe)
+    for name, ranks in (("whole", 2), ("alone", 1)):
+        run = start("train", recipe, f"run_dir={name}", cwd=folder, cache=cache, ranks=ranks)
+        assert run.wait() == 0, run.stderr
+
+    words = (recipe, f"run_dir={json.dumps(NASTY)}", "data.workers=1", *MULTI)
     job = cluster.submit(*words, cwd=folder, env={"PTFT_CACHE": str(cache)})
     job.until(lambda: last_step(run_dir) >= 1, "update 1")
     cluster.ask("scancel", "--signal=TERM", job.number)
@@ -74,9 +53,15 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
 
     assert job.wait() == ("COMPLETED", "0:0"), job.log
     assert job.fact("Restarts") == "1"
-    assert f"resumed from preempted/checkpoints/step-{step:08d}" in job.log
+    assert f"resumed from {NASTY}/checkpoints/step-{step:08d}" in job.log
     assert len(train_rows(run_dir)) == STEPS
-    assert outcome(run_dir) == outcome(reference)
+    assert outcome(run_dir) == outcome(folder / "whole")
+    environment = json.loads((run_dir / "environment.json").read_text())
+    assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
+    assert not list(folder.rglob("pwned"))
+    for key, get in (("loss", train_rows), ("eval/loss", eval_rows)):
+        expected = [row[key] for row in get(folder / "alone")]
+        assert [row[key] for row in get(run_dir)] == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_wrong_recipe_fails_the_job_with_its_code(cluster: Cluster, tmp_path: Path, documents: Path) -> None:

@@ -132,3 +132,57 @@ def check_start_is_base(adapt: AdaptSection, key: str, otherwise: str = ", or se
             f"{key}: model.adapt: {adapt.method} changes the input of the network, and the reference needs the base "
             f"without it. Use lora{otherwise}"
         )
+
+
+def check_base_stays(adapt: AdaptSection, key: str) -> None:
+    """Check that training the adapter leaves the base as it is, so that `adapters_off` gives the base.
+
+    key: the recipe's key that needs it, for messages.
+
+    Raises:
+        RecipeError: biases of the base are trained, or a method of peft adapts no layers or changes the base.
+    """
+    if adapt.lora is not None and adapt.lora.bias != "none":
+        raise RecipeError(
+            f"{key}: model.adapt.lora.bias: {adapt.lora.bias} trains biases of the base, which the reference needs "
+            "unchanged. Use bias: none, or set it to 0"
+        )
+    if adapt.peft is None:
+        return
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+    from peft.tuners.tuners_utils import BaseTuner
+
+    name = str(adapt.peft["type"])
+    tuner = {str(kind.value): each for kind, each in PEFT_TYPE_TO_TUNER_MAPPING.items()}.get(name.upper())
+    if tuner is not None and not issubclass(tuner, BaseTuner):
+        raise RecipeError(
+            f"{key}: model.adapt.peft: {name} adapts no layers that can be switched off, and the reference needs the "
+            "base without it. Use lora, or set it to 0"
+        )
+    plain = {
+        "bias": ("none",),
+        "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+        "layer_replication": (None,),
+    }
+    for option, values in plain.items():
+        if adapt.peft.get(option, values[0]) not in values:
+            raise RecipeError(
+                f"{key}: model.adapt.peft.{option}: {adapt.peft[option]} changes the base, which the reference needs "
+                "unchanged. Remove the option, or set it to 0"
+            )
+
+
+def check_no_dropout(adapt: AdaptSection, task: str) -> None:
+    """Check that the adapter has no dropout. task: the task whose probabilities must not change between passes.
+
+    Raises:
+        RecipeError: it has.
+    """
+    settings = adapt.settings if adapt.adds_adapter else None
+    given = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})  # adapter: a path
+    for name, value in given.items():
+        if "dropout" in name and value:
+            raise RecipeError(
+                f"model.adapt.{adapt.method}.{name}: task {task} compares probabilities of the same tokens at several "
+                "passes, which dropout would change. Set it to 0"
+            )

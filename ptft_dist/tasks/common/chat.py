@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ptft_dist.data.encoder import RowError
-from ptft_dist.data.formats import json_type, text_problem
+from ptft_dist.data.formats import Record, json_type, text_problem
 
 Message = dict[str, Any]
 
@@ -49,6 +50,19 @@ class Plain:
     prompt: str
     """The beginning of the text, which is not learned; may be empty."""
     completion: str
+
+
+class FileShapes:
+    """The shape of each file's first row, which all its rows must share."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, str] = {}
+
+    def check(self, record: Record, shape: str) -> None:
+        """Raises RowError if this row has another shape than the first row of its file."""
+        first = self._first.setdefault(re.sub(r"[:#]\d+$", "", record.where), shape)
+        if shape != first:
+            raise RowError(f"this row has the shape {shape}, but the first row of the file has {first}. Use two files.")
 
 
 def as_message(message: Any, number: int) -> Message:

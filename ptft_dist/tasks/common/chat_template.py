@@ -206,15 +206,6 @@ class ChatTemplate:
         """
         return self._text(messages, tools, prompt=prompt)[0]
 
-    def end_of_turn(self, special: re.Pattern[str]) -> str | None:
-        """The special token that follows the assistant's text, if there is one. special: matches special tokens."""
-        try:
-            text = self.text([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None)
-        except TemplateRefused:
-            return None
-        found = special.match(text, text.rindex("b") + 1) if "b" in text else None
-        return None if found is None else found.group()
-
     def _text(
         self, messages: Sequence[dict[str, Any]], tools: list[Any] | None, *, marked: bool = False, prompt: bool = False
     ) -> tuple[str, list[Span]]:

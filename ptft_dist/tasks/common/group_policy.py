@@ -35,7 +35,7 @@ class GroupPolicyTask(RolloutTask):
         for each, advantage in zip(trajectories, advantages, strict=True):
             each.tokens["advantages"] = np.full(len(each.response), advantage, np.float32)
         groups = scores.reshape(-1, self.settings.group_size)
-        return {"groups_without_spread": float((groups.std(1) == 0).mean())}
+        return {"groups_without_spread": float((np.ptp(groups, axis=1) == 0).mean())}  # std of equal numbers may round
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The summed loss over response tokens, each with its weight."""

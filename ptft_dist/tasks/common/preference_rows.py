@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +10,7 @@ from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder
 from ptft_dist.data.tokenizer import added_around, check_can_pad
-from ptft_dist.tasks.common.chat import Conversation, Plain
+from ptft_dist.tasks.common.chat import Conversation, FileShapes, Plain
 from ptft_dist.tasks.common.chat_template import ChatTemplate, TemplateRefused, check_nothing_lost, saved_template
 from ptft_dist.tasks.common.control_tokens import ControlTokens
 from ptft_dist.tasks.common.preference_pairs import Pair, common_prefix, read_pair, shape_of
@@ -46,7 +45,7 @@ class PreferenceRows(RowEncoder):
         super().__init__(context)
         check_can_pad(self.tokenizer)
         self._template: ChatTemplate | None = None
-        self._shapes: dict[str, str] = {}
+        self._shapes = FileShapes()
         self._pairs: dict[int, Pair] = {}  # passed from `pieces` to `build`
         self.control = ControlTokens(self.tokenizer)
         _, after = added_around(self.tokenizer)
@@ -90,12 +89,8 @@ class PreferenceRows(RowEncoder):
 
     def admit(self, record: Record) -> None:
         """With shape: auto, check that all rows of a file have the shape of its first row. Raises RowError."""
-        if self.settings.shape != "auto":
-            return
-        file, shape = re.sub(r"[:#]\d+$", "", record.where), shape_of(record.values)
-        first = self._shapes.setdefault(file, shape)
-        if shape != first:
-            raise RowError(f"this row has the shape {shape}, but the first row of the file has {first}. Use two files.")
+        if self.settings.shape == "auto":
+            self._shapes.check(record, shape_of(record.values))
 
     def pieces(self, record: Record) -> Sequence[Any]:
         """The prompt, the chosen and the rejected text, each with whether the tokenizer adds its special tokens."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder, require_list, require_text
-from ptft_dist.data.tokenizer import added_around
+from ptft_dist.data.tokenizer import added_around, after_answer
 from ptft_dist.tasks.common.chat import Conversation, Plain, as_message
 from ptft_dist.tasks.common.chat_template import ChatTemplate, TemplateRefused, check_nothing_lost, saved_template
 from ptft_dist.tasks.common.control_tokens import ControlTokens
@@ -48,8 +48,8 @@ class PromptRows(RowEncoder):
         """The tokenizer's chat template. Raises RecipeError: there is none."""
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer, self.settings.section, with_spans=False)
-            if (end := self._template.end_of_turn(self.control.pattern)) is not None:
-                self.discovered = {"end_of_turn": self.tokenizer.convert_tokens_to_ids(end)}
+            if special := self.control.of(after_answer(self.tokenizer)):
+                self.discovered = {"end_of_turn": special[0]}
         return self._template
 
     @classmethod

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,19 +13,30 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row, Store
+from ptft_dist.data.tokenizer import after_answer
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt.switching import adapters_off, add_frozen_scorer, check_start_is_base, shares_base
+from ptft_dist.networks.adapt.switching import (
+    adapters_off,
+    add_frozen_scorer,
+    check_base_stays,
+    check_no_dropout,
+    check_start_is_base,
+    shares_base,
+)
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.networks.load import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
 from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model
-from ptft_dist.rl.rewards import RunningMoments, call_function, load_function, mixed, shaped
-from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, judge, look_up, sample_responses
+from ptft_dist.rl.rewards import shaped
+from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, look_up, sample_responses
 from ptft_dist.rl.sampling import response_seed, sample, until_end
+from ptft_dist.rl.scoring import Rewards
+from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
+from ptft_dist.tasks.common.response_batches import as_bytes, from_bytes, padded_columns, padded_responses
 from ptft_dist.tasks.common.rollout_settings import RolloutSettings
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, FrozenRole, LossOut, TaskSetup
 
@@ -42,7 +52,6 @@ class RolloutTask(BaseTask):
     """
 
     auto_class = AutoModelForCausalLM
-    rolls_out: ClassVar[bool] = True
     settings: RolloutSettings
 
     # --- before there is a network -----------------------------------------------------------------------------------
@@ -58,7 +67,7 @@ class RolloutTask(BaseTask):
             raise RecipeError(f"model: task {setup.name} needs a decoder such as llama, qwen3 or gpt2")
         text = config.get_text_config()
         for name, value in list(text.to_dict().items()):
-            if ("dropout" in name or name.endswith("pdrop")) and isinstance(value, float):
+            if "drop" in name and isinstance(value, float):  # OPT also drops layers: layerdrop
                 setattr(text, name, 0.0)
         positions = getattr(text, "max_position_embeddings", None)
         longest = setup.max_length + setup.settings.sampling.max_new_tokens
@@ -72,12 +81,14 @@ class RolloutTask(BaseTask):
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
         """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
         roles: dict[str, FrozenRole] = {}
+        check_no_dropout(section.adapt, setup.name)
         if setup.settings.kl and not section.adapt.adds_adapter:
             if section.path is None:
                 raise RecipeError(f"{setup.name}.kl: the reference is the network of model.path, and there is none")
             roles[REFERENCE] = FrozenRole("model.path", section.path, section.revision, AutoModelForCausalLM)
         elif setup.settings.kl:
             check_start_is_base(section.adapt, f"{setup.name}.kl")
+            check_base_stays(section.adapt, f"{setup.name}.kl")
         for i, source in enumerate(setup.settings.rewards):
             if source.model is not None:
                 key = f"{setup.name}.rewards.{i}.model"
@@ -98,43 +109,38 @@ class RolloutTask(BaseTask):
         if not self.eos_ids:
             raise RecipeError("tokenizer: it has no EOS token, so no response would end; name one as its eos_token")
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
-        self.moments = RunningMoments()
-        self.models: dict[str, RewardModel] = {}
-        self.longest = setup.max_length + self.settings.sampling.max_new_tokens
         self.reference: Any = None
-        self.functions = {
-            source.label: load_function(source, f"{setup.name}.rewards.{i}", setup.base)
-            for i, source in enumerate(self.settings.rewards)
-            if source.function is not None
-        }
-        self.weights = {source.label: source.weight for source in self.settings.rewards}
+        self.rewards = Rewards(self.settings.rewards, setup.name, setup.base)
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:
             return
-        check_reward_model(source.key, source.path, model.config, self.longest)
-        self.models[role] = RewardModel(source.key, source.path, self.tokenizer)
+        longest = self.setup.max_length + self.settings.sampling.max_new_tokens + len(after_answer(self.tokenizer))
+        check_reward_model(source.key, source.path, model.config, longest)
+        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer)
 
     def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
         if role == REFERENCE:
             self.reference = network
         else:
-            self.models[role].network = network
+            self.rewards.models[role].network = network
 
     def extend_network(self, model: Any, section: ModelSection) -> None:
-        """Add the adapters of reward models that share the base of the policy."""
+        """Add the adapters of reward models that share the base of the policy; switch all dropout off."""
         for number, (role, each) in enumerate(self.frozen_roles(self.setup, section).items()):
             if each.shared:
                 name = f"reward_{number}"
                 add_frozen_scorer(model, each.path, name)
-                self.models[role] = RewardModel(each.key, each.path, self.tokenizer, shared=name)
+                self.rewards.models[role] = RewardModel(each.key, each.path, self.tokenizer, shared=name)
+        turn_off_dropout(model)  # also that of an adapter which is trained on
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:
-        """Rows of a rollout: see `padded_responses`, and the columns of `columns` as fp32 [B, R].
+        """Rows of a rollout: see `padded_responses`, and the token columns as fp32 [B, R].
 
-        Validation rows are prompts: prompt/input_ids, prompt/attention_mask [B, P], and prompt/seeds [B].
+        Validation rows are prompts: prompt/input_ids and prompt/attention_mask [B, P], prompt/seeds [B], prompt/text
+        [B, L] if there are reward models, and targets [B], which is -100 for a row that does not count.
         """
         tokens = sum(len(row.input_ids) for row in rows)
         if "response" not in rows[0].columns:
@@ -142,16 +148,13 @@ class RolloutTask(BaseTask):
             inputs = {PROMPT + name: x for name, x in prompts.items()}
             number = 2**32 - 1  # no phase has this number
             seeds = [response_seed(self.setup.seed, number, row, 0) for _, row in keys] or [0] * len(rows)
-            return Batch(inputs | {PROMPT + "seeds": torch.tensor(seeds)}, len(rows), tokens)
+            inputs |= {PROMPT + "seeds": torch.tensor(seeds), "targets": torch.zeros(len(rows), dtype=torch.long)}
+            if self.rewards.models:
+                inputs[PROMPT + "text"] = as_bytes([row.meta["prompt"] for row in rows])
+            return Batch(inputs, len(rows), tokens)
         split = [(row.input_ids, int(row.columns["response"][0])) for row in rows]
-        inputs = self.padded_responses([ids[:-n] for ids, n in split], [ids[-n:] for ids, n in split])
-        width = inputs["targets"].shape[1]
-        for name in rows[0].columns:
-            if name != "response":
-                padded = np.zeros((len(rows), width), np.float32)
-                for i, row in enumerate(rows):
-                    padded[i, : len(row.columns[name])] = row.columns[name]
-                inputs[name] = torch.from_numpy(padded)
+        inputs = self._padded([ids[:-n] for ids, n in split], [ids[-n:] for ids, n in split])
+        inputs |= padded_columns(rows, self.token_columns, inputs["targets"].shape[1])
         return Batch(inputs, self.count_of(rows), tokens)
 
     def longest_rows(self, rows: Sequence[Row]) -> Sequence[Row]:
@@ -178,25 +181,8 @@ class RolloutTask(BaseTask):
         """The denominator of the mean loss: by default the number of response tokens."""
         return float(sum(int(row.columns["response"][0]) for row in rows))
 
-    def padded_responses(
-        self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]
-    ) -> dict[str, torch.Tensor]:
-        """Prompts padded on the left and responses on the right, so that all responses begin in the same column.
-
-        Returns:
-            input_ids, attention_mask and position_ids [B, P + R], and targets [B, R]: the response tokens, -100 at
-            padding.
-        """
-        inputs = left_padded(prompts, self.pad_id, self.pad_multiple)
-        width = -(-max(map(len, responses)) // self.pad_multiple) * self.pad_multiple
-        targets = np.full((len(responses), width), IGNORE, np.int64)
-        for i, response in enumerate(responses):
-            targets[i, : len(response)] = response
-        padded = torch.from_numpy(targets)
-        ids = torch.cat([inputs["input_ids"], padded.where(padded != IGNORE, self.pad_id)], 1)
-        mask = torch.cat([inputs["attention_mask"], (padded != IGNORE).long()], 1)
-        positions = (mask.cumsum(1) - 1).clamp(min=0) + self.network.position_offset
-        return {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "targets": padded}
+    def _padded(self, prompts: Sequence[np.ndarray], responses: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        return padded_responses(prompts, responses, self.pad_id, self.pad_multiple, self.network.position_offset)
 
     # --- the policy --------------------------------------------------------------------------------------------------
 
@@ -259,17 +245,16 @@ class RolloutTask(BaseTask):
                 look_up(phase, trajectories, partial(self.ask_reference, policy), self._inputs_of)
             # 3. Score the responses.
             self.write_texts(trajectories)
-            for name, model in self.models.items():
-                judge(phase, trajectories, name, model.texts(trajectories), partial(model.scores, policy), model.padded)
-        self._call_functions(phase, trajectories)
-        raw = self.mix(trajectories)
+            self.rewards.ask_models(phase, trajectories, policy)
+        self.rewards.call_functions(phase, trajectories)
+        raw = self.rewards.mix(trajectories)
         lengths = np.array([len(each.response) for each in trajectories])
         ended = np.array([each.ended for each in trajectories])
         scores = shaped(
             raw,
             lengths,
             ended,
-            moments=self.moments if settings.normalize_rewards else None,
+            moments=self.rewards.moments if settings.normalize_rewards else None,
             clip=settings.clip_rewards,
             missing_eos_penalty=settings.missing_eos_penalty,
             length_target=settings.length_target,
@@ -291,38 +276,7 @@ class RolloutTask(BaseTask):
         raise NotImplementedError
 
     def _inputs_of(self, trajectories: Sequence[Trajectory]) -> dict[str, torch.Tensor]:
-        return self.padded_responses([t.prompt.ids for t in trajectories], [t.response for t in trajectories])
-
-    def _call_functions(self, phase: Phase, trajectories: Sequence[Trajectory]) -> None:
-        """Add the rewards of the functions. Each rank calls them for its share, since they may be slow."""
-        if not self.functions:
-            return
-        ranks = len(phase.processes.gather_objects(None))
-        mine = list(range(phase.processes.rank, len(trajectories), ranks))
-        rewards = self.function_rewards([trajectories[i] for i in mine])
-        by_row = {i: {name: values[n] for name, values in rewards.items()} for n, i in enumerate(mine)}
-        for each, found in zip(trajectories, phase.gathered(by_row, len(trajectories)), strict=True):
-            each.rewards |= found
-
-    def function_rewards(self, trajectories: Sequence[Trajectory]) -> dict[str, list[float | None]]:
-        """The rewards of each function; empty lists without trajectories."""
-        if not trajectories:
-            return {name: [] for name in self.functions}
-        names = sorted({name for each in trajectories for name in each.prompt.columns})
-        columns = {name: [each.prompt.columns.get(name) for each in trajectories] for name in names}
-        prompts = [each.prompt.text for each in trajectories]
-        completions = [_completion(each) for each in trajectories]
-        ids = [each.response.tolist() for each in trajectories]
-        keys = {source.label: f"{self.setup.name}.rewards.{i}" for i, source in enumerate(self.settings.rewards)}
-        return {
-            name: call_function(function, keys[name], prompts, completions, ids, columns)
-            for name, function in self.functions.items()
-        }
-
-    def mix(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
-        """The weighted sum of the rewards of each response: fp32 [N]."""
-        rewards = {name: [each.rewards[name] for each in trajectories] for name in self.weights}
-        return mixed(rewards, self.weights)
+        return self._padded([t.prompt.ids for t in trajectories], [t.response for t in trajectories])
 
     def write_texts(self, trajectories: Sequence[Trajectory]) -> None:
         texts = self.tokenizer.batch_decode([t.response.tolist() for t in trajectories], skip_special_tokens=True)
@@ -331,16 +285,12 @@ class RolloutTask(BaseTask):
 
     def describe(self, trajectories: Sequence[Trajectory], raw: np.ndarray) -> dict[str, float]:
         """Averages over responses. raw: the scores before they are shaped [N]."""
-        metrics = {
+        return {
             "reward": float(raw.mean()),
+            **self.rewards.averages(trajectories),
             "response_tokens": float(np.mean([len(each.response) for each in trajectories])),
             "without_eos": float(np.mean([not each.ended for each in trajectories])),
         }
-        if len(self.weights) > 1:
-            for name in self.weights:
-                given = [value for each in trajectories if (value := each.rewards[name]) is not None]
-                metrics[f"reward/{name}"] = float(np.mean(given)) if given else 0.0
-        return metrics
 
     def kl_of(self, each: Trajectory) -> np.ndarray:
         """The estimated KL from the reference at each token of a response: nats [R]."""
@@ -365,10 +315,10 @@ class RolloutTask(BaseTask):
     # --- state that a resume restores --------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        return {"moments": asdict(self.moments)}
+        return {"rewards": self.rewards.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.moments = RunningMoments(**state["moments"])
+        self.rewards.load_state_dict(state["rewards"])
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -377,8 +327,10 @@ class RolloutTask(BaseTask):
 
         Returns predictions [B, N + M], fp64: the response's ids padded with -1, and the scores of the M reward models.
         """
-        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items()}
+        counts = inputs["targets"] != IGNORE
+        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
         seeds = prompts.pop("seeds").tolist()
+        texts = from_bytes(prompts.pop("text")) if "text" in prompts else [""] * len(seeds)
         together = dist.is_initialized() and dist.get_world_size() > 1
         ids = sample(
             model, prompts, self.settings.sampling, seeds, pad_id=self.fill_id, eos_ids=self.eos_ids, together=together
@@ -386,8 +338,8 @@ class RolloutTask(BaseTask):
         found = [until_end(each, self.eos_ids) for each in ids.cpu().numpy()]
         masks = prompts["attention_mask"].bool()
         trajectories = [
-            Trajectory(Prompt(0, row[mask].cpu().numpy(), "", {}), 0, response, ended)
-            for row, mask, (response, ended) in zip(prompts["input_ids"], masks, found, strict=True)
+            Trajectory(Prompt(0, row[mask].cpu().numpy(), text, {}), 0, response, ended)
+            for row, mask, text, (response, ended) in zip(prompts["input_ids"], masks, texts, found, strict=True)
         ]
         metrics = {}
 
@@ -398,13 +350,13 @@ class RolloutTask(BaseTask):
             given = {name: x.to(ids.device) for name, x in self._inputs_of(trajectories).items()}
             logprobs = self.look_at_policy(model, given)["logprobs"]
             reference = self.ask_reference(policy, given)["reference"]
-            kl = ((logprobs - reference) * (given["targets"] != IGNORE)).sum()
-            metrics["kl"] = (kl, torch.tensor(len(trajectories), device=ids.device))
+            kl = ((logprobs - reference) * (given["targets"] != IGNORE)).sum(1)
+            metrics["kl"] = ((kl * counts).sum(), counts.sum())
         self.write_texts(trajectories)
         columns = [torch.full((len(found), self.settings.sampling.max_new_tokens), -1.0, dtype=torch.float64)]
         for i, (response, _) in enumerate(found):
             columns[0][i, : len(response)] = torch.from_numpy(response).double()
-        for reward_model in self.models.values():
+        for reward_model in self.rewards.models.values():
             scores = reward_model.scores(policy, reward_model.padded(reward_model.texts(trajectories)))
             columns.append(scores.double().cpu()[:, None])
         return LossOut(ids.new_zeros((), dtype=torch.float32), metrics, torch.cat(columns, 1))
@@ -418,13 +370,11 @@ class RolloutTask(BaseTask):
             ids = np.array([i for i in numbers[:width] if i >= 0], np.int64)
             response, ended = until_end(ids, self.eos_ids)
             each = Trajectory(prompt_of(row(number), number), 0, response, ended)
-            each.rewards = dict(zip(self.models, numbers[width:], strict=True))
+            each.rewards = dict(zip(self.rewards.models, numbers[width:], strict=True))
             trajectories.append(each)
         self.write_texts(trajectories)
-        for name, values in self.function_rewards(trajectories).items():
-            for each, value in zip(trajectories, values, strict=True):
-                each.rewards[name] = value
-        raw = self.mix(trajectories)
+        self.rewards.call_functions_here(trajectories)
+        raw = self.rewards.mix(trajectories)
         for each, score in zip(trajectories, raw, strict=True):
             each.score = float(score)
         shown = self.describe(trajectories, raw)
@@ -434,8 +384,3 @@ class RolloutTask(BaseTask):
 def prompt_of(row: Row, number: int) -> Prompt:
     """The prompt of a row of `PromptRows`. number: of the row in its store."""
     return Prompt(number, row.input_ids, row.meta["prompt"], row.meta["columns"])
-
-
-def _completion(each: Trajectory) -> Any:
-    """The response as reward functions get it: a text, or a list with one message if the prompt is a conversation."""
-    return each.text if isinstance(each.prompt.text, str) else [{"role": "assistant", "content": each.text}]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -96,12 +95,8 @@ class LabelledAnswerRows(PreferenceRows):
     # --- with the tokenizer ------------------------------------------------------------------------------------------
 
     def admit(self, record: Record) -> None:
-        if self.settings.shape != "auto":
-            return
-        file, shape = re.sub(r"[:#]\d+$", "", record.where), _shape_of(record.values)
-        first = self._shapes.setdefault(file, shape)
-        if shape != first:
-            raise RowError(f"this row has the shape {shape}, but the first row of the file has {first}. Use two files.")
+        if self.settings.shape == "auto":
+            self._shapes.check(record, _shape_of(record.values))
 
     def pieces(self, record: Record) -> Sequence[Any]:
         """The prompt and the whole text of each answer, each with whether the tokenizer adds its special tokens."""

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.value_head import add_value_head
 from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, gae, token_rewards, whiten
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
 from ptft_dist.rl.rollout import Trajectory
 from ptft_dist.tasks.common.rollouts import RolloutTask
 from ptft_dist.tasks.ppo.settings import PpoSettings
-from ptft_dist.tasks.protocol import IGNORE, LossOut
+from ptft_dist.tasks.protocol import IGNORE, LossOut, TaskSetup
 
 
 class Ppo(RolloutTask):
@@ -29,11 +30,14 @@ class Ppo(RolloutTask):
 
     settings: PpoSettings
 
+    def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
+        super().__init__(setup, network, device)
+        self.kl_coefficient = self.settings.kl
+
     def extend_network(self, model: Any, section: ModelSection) -> None:
         """Add the value head, whose values are 0 at the start."""
         super().extend_network(model, section)
         add_value_head(model, self.network.hidden_size)
-        self.kl_coefficient = self.settings.kl
 
     def values(self, model: Any, states: torch.Tensor) -> torch.Tensor:
         """V of the states before each response token: fp32 [B, R]. states: last hidden states [B, R, H]."""

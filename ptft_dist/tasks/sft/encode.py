@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder
 from ptft_dist.data.tokenizer import adds_bos
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.common.chat import Conversation, Plain
+from ptft_dist.tasks.common.chat import Conversation, FileShapes, Plain
 from ptft_dist.tasks.common.chat_template import (
     ChatTemplate,
     Span,
@@ -76,7 +75,7 @@ class ConversationRows(RowEncoder):
                 "its tokenizer_config.json." + (f"\n{template_hint}" if template_hint else "")
             )
         self._template: ChatTemplate | None = None
-        self._shapes: dict[str, str] = {}
+        self._shapes = FileShapes()
         self._rendered: dict[int, Rendering] = {}  # passed from `pieces` to `build`
         self.control = ControlTokens(tokenizer)
         self.begin = tokenizer.bos_token or "" if adds_bos(tokenizer) else ""
@@ -146,12 +145,8 @@ class ConversationRows(RowEncoder):
 
     def admit(self, record: Record) -> None:
         """With shape: auto, check that all rows of a file have the shape of its first row. Raises RowError."""
-        if self.settings.shape != "auto":
-            return
-        file, shape = re.sub(r"[:#]\d+$", "", record.where), shape_of(record.values)
-        first = self._shapes.setdefault(file, shape)
-        if shape != first:
-            raise RowError(f"this row has the shape {shape}, but the first row of the file has {first}. Use two files.")
+        if self.settings.shape == "auto":
+            self._shapes.check(record, shape_of(record.values))
 
     def _render(self, parsed: Conversation | Plain) -> tuple[str, list[Span]]:
         """The whole text, and the spans of the assistant's turns to learn."""
