@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/ptft train clm run_dir=$(DEMO_DIR) --launch cpu --processes 2
-	$(BIN)/ptft generate $(DEMO_DIR) --prompt "def __init__(self" --max-new-tokens 48
+	$(BIN)/python recipes/demo.py --out $(DEMO_DIR) --processes 2
+	$(BIN)/ptft generate $(DEMO_DIR)/ppo --prompt "What does os.path.join do?" --max-new-tokens 24
 
 # Two processes, since tests of two ranks fill two cores by themselves. Tests that share a module's fixture stay together
 # (tests/conftest.py). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without the start of further processes.

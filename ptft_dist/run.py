@@ -266,7 +266,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     for name, last in result.metrics.items():
         first = progress.first_metrics.get(name)  # None for a metric that is new since a resume
         change = "" if first is None else f"{plain(first)} -> "
-        share = f"  ({last / first - 1:+.0%})" if first and first > 0 and last >= 0 else ""
+        share = f"  ({last / first - 1:+.0%})" if first and first > 0 and 0 <= last < 10 * first else ""
         say(f"  {name:<16} {change}{plain(last)}{share}")
     if result.model is not None:
         hint = f"   (ptft generate {run_dir} --prompt ...)" if generates else ""
