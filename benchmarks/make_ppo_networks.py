@@ -4,8 +4,8 @@
 
 policy, reward and value are Llamas of 5M parameters with random weights. reward is the policy with a LoRA adapter
 merged and a scalar head; reward_adapter is the same network as an adapter, for a trainer that keeps one base for all
-roles. value starts as reward. Each folder has the tokenizer. A line of prompts.jsonl is {"input_ids": [...]}. Needs
-transformers and peft only, so it runs in our environment and in TRL 1.12.0's.
+roles. value starts as reward. Each folder has the tokenizer. A line of prompts.jsonl has a prompt as
+input_ids and as text. Needs transformers and peft only, so it runs in our environment and in TRL 1.12.0's.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 PAD, EOS, FIRST_WORD = 0, 1, 2
@@ -40,7 +41,8 @@ def make_networks(folder: Path, seed: int, *, hidden_size: int, layers: int, voc
         bos_token_id=None,
         eos_token_id=EOS,
     )
-    words = Tokenizer(WordLevel({f"<{number}>": number for number in range(vocabulary)}))
+    words = Tokenizer(WordLevel({f"<{i}>": i for i in range(vocabulary)}, unk_token=f"<{FIRST_WORD}>"))
+    words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words, pad_token=f"<{PAD}>", eos_token=f"<{EOS}>", padding_side="left"
     )
@@ -66,7 +68,8 @@ def make_networks(folder: Path, seed: int, *, hidden_size: int, layers: int, voc
 def write_prompts(path: Path, seed: int, *, count: int, tokens: int, vocabulary: int) -> None:
     generator = random.Random(seed)
     prompts = [[generator.randrange(FIRST_WORD, vocabulary) for _ in range(tokens)] for _ in range(count)]
-    path.write_text("".join(json.dumps({"input_ids": prompt}) + "\n" for prompt in prompts), encoding="utf-8")
+    rows = [{"input_ids": ids, "prompt": " ".join(f"<{number}>" for number in ids)} for ids in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def main() -> None:

@@ -447,5 +447,17 @@ def outcome(run_dir: Path) -> dict[str, Any]:
         "state": state_digest(newest),
         "model": [file_digest(path) for path in sorted((run_dir / "model").glob("*.safetensors"))],
         "rows": rows(run_dir),
+        "samples": samples.read_text() if (samples := run_dir / "samples.jsonl").is_file() else None,
         "status": json.loads((run_dir / "result.json").read_text())["status"],
     }
+
+
+def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """The curves in TensorBoard by tag, as (step, value), without values that depend on time or machine."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from ptft_dist.reporting.metrics import TIMING_KEYS
+
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.rsplit("/", 1)[-1] not in TIMING_KEYS]
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}

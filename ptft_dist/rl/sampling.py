@@ -37,10 +37,10 @@ class KeyedSampling(LogitsProcessor):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:  # noqa: ARG002
-        noise = torch.empty_like(scores, dtype=torch.float32)
-        for row, generator in zip(noise, self.generators, strict=True):
-            row.exponential_(generator=generator)
-        return scores.float() - noise.log()  # type: ignore[return-value]
+        uniform = torch.empty_like(scores, dtype=torch.float64)  # fp32 would have too few values near 1
+        for row, generator in zip(uniform, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return scores.float() - uniform.log_().neg_().log_().float()  # type: ignore[return-value]
 
 
 def sample(

@@ -265,7 +265,7 @@ class RolloutTask(BaseTask):
         clock.lap("scoring_s")
         # 4. From scores to advantages.
         metrics = self.describe(trajectories, raw)
-        metrics["reward_std"], metrics["score"] = float(raw.std()), float(np.mean([t.score for t in trajectories]))
+        metrics["score"] = float(np.mean([each.score for each in trajectories]))
         if settings.kl:
             metrics["kl"] = float(np.mean([self.kl_of(each).sum() for each in trajectories]))
         metrics |= self.advantages(trajectories)
@@ -287,6 +287,7 @@ class RolloutTask(BaseTask):
         """Averages over responses. raw: the scores before they are shaped [N]."""
         return {
             "reward": float(raw.mean()),
+            "reward_std": float(raw.std()),
             **self.rewards.averages(trajectories),
             "response_tokens": float(np.mean([len(each.response) for each in trajectories])),
             "without_eos": float(np.mean([not each.ended for each in trajectories])),
