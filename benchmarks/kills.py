@@ -84,7 +84,7 @@ def main() -> None:
         kills = 0
         while kills < options.kills:
             before = last_step(broken / "run")
-            job, wait = run(broken, options.kind), chance.uniform(0, seconds / 6)
+            job, wait = run(broken, options.kind), chance.uniform(0, 2.5 * seconds / options.kills)
             deadline = time.monotonic() + wait
             while job.running and time.monotonic() < deadline:
                 time.sleep(0.01)
