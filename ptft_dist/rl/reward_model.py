@@ -20,14 +20,18 @@ Ask = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
 
 
 def check_reward_model(key: str, path: str, config: PretrainedConfig, longest: int) -> None:
-    """Check the config of a reward model. longest: the most tokens of a prompt with its response.
+    """Check the config of a reward model.
+
+    longest: the most tokens of a prompt with its response.
 
     Raises:
         RecipeError: it has another number of labels than 1, or too few positions.
     """
     if config.num_labels != 1:
+        architecture = ", ".join(config.architectures or ["network"])
         raise RecipeError(
-            f"{key}: {path} has {config.num_labels} labels; a reward model has one. Train one with task: reward"
+            f"{key}: {path} ({architecture}) has {config.num_labels} labels; a reward model has one. Train one with "
+            "task: reward"
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < longest:
@@ -42,17 +46,28 @@ class RewardModel:
     trained network."""
 
     network: Any
+    positions: int | None = None
+    """The most tokens of a text; None: no known limit."""
 
-    def __init__(self, key: str, path: str, policy: PreTrainedTokenizerBase, *, shared: str | None = None) -> None:
+    def __init__(
+        self,
+        key: str,
+        path: str,
+        policy: PreTrainedTokenizerBase,
+        own: PreTrainedTokenizerBase | None = None,
+        *,
+        shared: str | None = None,
+    ) -> None:
         """Compare the tokenizers.
 
         Args:
             key: the recipe's key, for messages.
             policy: the policy's tokenizer.
+            own: its own tokenizer; default: the one in `path`.
             shared: the name of the adapter in the trained network.
         """
         self.key, self.path, self.shared = key, path, shared
-        own = load_tokenizer(path)
+        own = load_tokenizer(path, key=key) if own is None else own
         self.tokenizer = None if own.get_vocab() == policy.get_vocab() else own
         """The reward model's tokenizer, if it differs from the policy's: texts are then tokenized again."""
         self.after_answer = after_answer(own)
@@ -60,10 +75,24 @@ class RewardModel:
         self.pad_id = 0 if pad is None else int(pad)
 
     def texts(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
-        """The token ids of each prompt with its response, for this network."""
+        """The token ids of each prompt with its response, for this network.
+
+        Raises:
+            RecipeError: a text is longer than the network has positions for, or cannot be written for its tokenizer.
+        """
+        texts = [self._ids_of(each) for each in trajectories]
+        longest = max(map(len, texts), default=0)
+        if self.positions is not None and longest > self.positions:
+            raise RecipeError(
+                f"{self.key}: {self.path} has {self.positions} positions, and a prompt with its response has {longest} "
+                "tokens of its tokenizer: lower data.max_length or sampling.max_new_tokens, or use another reward model"
+            )
+        return texts
+
+    def _ids_of(self, each: Trajectory) -> np.ndarray:
         if self.tokenizer is None:
-            return [np.concatenate([each.prompt.ids, each.response, self._rest_of_turn(each)]) for each in trajectories]
-        return [self._tokenized_again(self.tokenizer, each) for each in trajectories]
+            return np.concatenate([each.prompt.ids, each.response, self._rest_of_turn(each)])
+        return self._tokenized_again(self.tokenizer, each)
 
     def _rest_of_turn(self, each: Trajectory) -> np.ndarray:
         """What the chat template writes after the end of turn with which a response ends, such as a newline. The reward

@@ -29,10 +29,10 @@ from ptft_dist.networks.load import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
 from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model
-from ptft_dist.rl.rewards import shaped
+from ptft_dist.rl.rewards import find_function, shaped
 from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, look_up, sample_responses
 from ptft_dist.rl.sampling import response_seed, sample, until_end
-from ptft_dist.rl.scoring import Rewards
+from ptft_dist.rl.scoring import Rewards, functions_of
 from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
@@ -98,6 +98,17 @@ class RolloutTask(BaseTask):
                 )
         return roles
 
+    @classmethod
+    def check_setup(cls, setup: TaskSetup, frozen: Mapping[str, FrozenSource]) -> None:
+        """Import the modules of reward functions; read the configs and tokenizers of reward models."""
+        for key, named in functions_of(setup.settings.rewards, setup.name):
+            find_function(named, key, setup.base)
+        longest = setup.max_length + setup.settings.sampling.max_new_tokens + len(after_answer(setup.tokenizer))
+        for role, source in frozen.items():
+            if role != REFERENCE:
+                check_reward_model(source.key, source.path, source.config(), longest)
+                source.tokenizer()
+
     # --- the networks ------------------------------------------------------------------------------------------------
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
@@ -115,15 +126,19 @@ class RolloutTask(BaseTask):
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:
             return
-        longest = self.setup.max_length + self.settings.sampling.max_new_tokens + len(after_answer(self.tokenizer))
-        check_reward_model(source.key, source.path, model.config, longest)
-        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer)
+        if model.get_output_embeddings() is not None:  # an adapter without a score head
+            raise RecipeError(
+                f"{source.key}: {source.path} is a {type(model).__name__}, which gives tokens and no scores. Train a "
+                "reward model with task: reward"
+            )
+        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer, source.tokenizer())
 
-    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
+    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:
         if role == REFERENCE:
             self.reference = network
         else:
-            self.rewards.models[role].network = network
+            reward_model = self.rewards.models[role]
+            reward_model.network, reward_model.positions = network, facts.max_positions
 
     def extend_network(self, model: Any, section: ModelSection) -> None:
         """Add the adapters of reward models that share the base of the policy; switch all dropout off."""
@@ -131,7 +146,9 @@ class RolloutTask(BaseTask):
             if each.shared:
                 name = f"reward_{number}"
                 add_frozen_scorer(model, each.path, name)
-                self.rewards.models[role] = RewardModel(each.key, each.path, self.tokenizer, shared=name)
+                own = FrozenSource(each.key, ModelSection(path=each.path)).tokenizer()
+                scorer = RewardModel(each.key, each.path, self.tokenizer, own, shared=name)
+                self.rewards.models[role], scorer.positions = scorer, self.network.max_positions
         turn_off_dropout(model)  # also that of an adapter which is trained on
 
     # --- batches -----------------------------------------------------------------------------------------------------
