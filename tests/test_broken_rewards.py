@@ -41,6 +41,7 @@ from ptft_dist.rl.rewards import RunningMoments, call_function, final_number, lo
 from ptft_dist.rl.rollout import Rollout
 from ptft_dist.session import Session
 
+CONTROL = ["<|im_start|>", "<|im_end|>"]
 TASKS = ("ppo", "grpo", "rloo")
 ENDS = ("eos", "bos", "pad")
 FUNCTIONS = """
@@ -635,6 +636,58 @@ def test_prompts_that_are_too_long_are_dropped_or_lose_their_beginning(
     assert [cut.store.row(i).input_ids.tolist() for i in range(2)] == [short, long[-limit:]]
     with pytest.raises(DataError, match=r"no rows for train: 2 rows were read; 2 longer than data.max_length. Check"):
         session("ppo", {}, data={**rows, "max_length": limit - 1})
+
+
+PROMPTS: dict[str, tuple[dict[str, Any], str]] = {
+    "no column": ({"text": "a"}, "there is no field 'prompt'; the fields are: 'text'. Map one of them"),
+    "an empty text": ({"prompt": " "}, "the field 'prompt' is empty. Fill it in, or remove the row"),
+    "null": ({"prompt": None}, "the field 'prompt' is null"),
+    "a number": ({"prompt": 3}, "the field 'prompt' is a number and not text"),
+    "no message": ({"messages": []}, "the prompt has no message of a user to respond to. Correct or remove the row"),
+    "an answer alone": ({"messages": [{"role": "assistant", "content": "a"}]}, "the prompt has no message of a user"),
+    "a system message alone": ({"prompt": [{"role": "system", "content": "a"}]}, "the prompt has no message of a user"),
+    "an empty message": ({"prompt": [{"role": "user", "content": ""}]}, r"message 1 (user) is empty. Fill it in"),
+    "an unknown role": ({"prompt": [{"role": "bot", "content": "a"}]}, "message 1 has the role 'bot'; known roles are"),
+    "a special token": (
+        {"prompt": "a <|endoftext|>"},
+        "the text contains the special token '<|endoftext|>'. Remove it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_a_broken_prompt_is_named_by_file_and_line(session: Make, tmp_path: Path, name: str) -> None:
+    row, says = PROMPTS[name]
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "the cat"}, row])
+    with pytest.raises(DataError) as refused:
+        session("ppo", {"template": "chatml"}, data={"train": [{"path": str(rows)}]}, tokenizer={"add": CONTROL})
+    assert f"prompts.jsonl:2: {says}" in str(refused.value).replace("prompt: the text", "the text")
+
+
+def test_conversations_need_a_chat_template(session: Make, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": [{"role": "user", "content": "the cat"}]}] * 4)
+    with pytest.raises(RecipeError, match=r"rloo\.template: this tokenizer has no chat template, and rows with turns"):
+        session("rloo", {}, data={"train": [{"path": str(rows)}]})
+
+
+def test_too_few_prompts_for_a_rollout(session: Make) -> None:
+    made = session("ppo", {"prompts": 100})
+    with pytest.raises(DataError, match=r"ppo\.prompts: a rollout needs 100 prompts, the training data have 28. Lower"):
+        made.plan  # noqa: B018
+
+
+def test_virtual_tokens_must_leave_positions_for_prompt_and_response(session: Make, silent: Path) -> None:
+    """64 positions; prompt and response have up to 20 tokens."""
+
+    def start(tokens: int) -> None:
+        model = {"path": str(silent), "adapt": {"prompt_tuning": {"tokens": tokens}}}
+        session("ppo", {}, start=True, model=model)
+        reset_accelerate()
+
+    start(44)
+    says = "have up to 20 tokens, more than the 19 positions of the model with its adapter: lower one of them"
+    with pytest.raises(RecipeError, match=rf"^ppo\.sampling\.max_new_tokens: .* {says}"):
+        start(45)
 
 
 # --- groups, weights and names ----------------------------------------------------------------------------------------

@@ -70,12 +70,8 @@ class RolloutTask(BaseTask):
             if "drop" in name and isinstance(value, float):  # OPT also drops layers: layerdrop
                 setattr(text, name, 0.0)
         positions = getattr(text, "max_position_embeddings", None)
-        longest = setup.max_length + setup.settings.sampling.max_new_tokens
-        if isinstance(positions, int) and 0 < positions < longest:
-            raise RecipeError(
-                f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to "
-                f"{longest} tokens, more than the model's max_position_embeddings ({positions}): lower one of them"
-            )
+        if isinstance(positions, int) and positions > 0:
+            _check_positions(setup, positions, f"the model's max_position_embeddings ({positions})")
 
     @classmethod
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
@@ -113,6 +109,8 @@ class RolloutTask(BaseTask):
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
+        if (positions := network.max_positions) is not None:  # without those of virtual tokens
+            _check_positions(setup, positions, f"the {positions} positions of the model with its adapter")
         self.pad_id, self.pad_multiple = pad_id(self.tokenizer.pad_token_id), pad_multiple(device)
         end_of_turn = setup.survey.get("end_of_turn")
         own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
@@ -396,6 +394,16 @@ class RolloutTask(BaseTask):
             each.score = float(score)
         shown = self.describe(trajectories, raw)
         return {**shown, "loss": -shown["reward"]}, self.samples_of(trajectories[: self.settings.show])
+
+
+def _check_positions(setup: TaskSetup, positions: int, described: str) -> None:
+    """Raises RecipeError if prompt and response may have more tokens than there are positions."""
+    longest = setup.max_length + setup.settings.sampling.max_new_tokens
+    if positions < longest:
+        raise RecipeError(
+            f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to {longest} "
+            f"tokens, more than {described}: lower one of them"
+        )
 
 
 def prompt_of(row: Row, number: int) -> Prompt:
