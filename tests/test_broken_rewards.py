@@ -519,7 +519,7 @@ def test_padding_with_eos_changes_nothing(home: Path, session: Make, tmp_path: P
             for made in (model, tokenizer):
                 made.save_pretrained(tmp_path / pad / name)
         policy, judge = (tmp_path / pad / name for name in classes)
-        settings = {"rewards": [{"model": str(judge)}], "kl": 0.1, "sampling": {"max_new_tokens": 30}, "group_size": 8}
+        settings = {"rewards": [{"model": str(judge)}], "kl": 0.1, "sampling": {"max_new_tokens": 16}, "group_size": 6}
         paths = {"model": {"path": str(policy)}, "tokenizer": {"path": str(policy)}}
         rollouts[pad] = roll_out(session("grpo", settings, start=True, **paths)).trajectories
         reset_accelerate()
