@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
-from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.load import build_network, local_or_hub, read_config
@@ -68,14 +67,6 @@ class FrozenSource:
     def identity(self, digests: Digests) -> str:
         """A hash of its files; the commit of a Hub model."""
         return files_identity(self.section, digests, key=self.key)
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The network's tokenizer; that of the base for an adapter without one. Raises RecipeError without any."""
-        if is_adapter(self.path) and not (Path(self.path) / "tokenizer_config.json").is_file():
-            path, revision = adapter_base(self.path)
-        else:
-            path, revision = self.path, self.section.revision
-        return load_tokenizer(path, revision=revision, trust_remote_code=self.section.trust_remote_code, key=self.key)
 
     def load(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
         """The network in evaluation mode, without gradients, on the CPU; an adapter is merged into its base.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.data.tokenizer import after_answer, load_tokenizer
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.adapt.switching import read_scorer
+from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.rl.rollout import Trajectory
 
 Ask = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
@@ -39,6 +42,15 @@ def check_reward_model(key: str, path: str, config: PretrainedConfig, longest: i
             f"{key}: {path} has {positions} positions, and a prompt with its response has up to {longest} tokens: "
             "lower data.max_length or sampling.max_new_tokens, or use another reward model"
         )
+
+
+def tokenizer_of(source: FrozenSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model; that of the base for an adapter without one. Raises RecipeError without any."""
+    path, section = source.path, source.section
+    revision, remote_code = section.revision, section.trust_remote_code
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path, revision = adapter_base(path)
+    return load_tokenizer(path, revision=revision, trust_remote_code=remote_code, key=source.key)
 
 
 class RewardModel:

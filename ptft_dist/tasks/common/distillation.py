@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row
+from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
@@ -211,7 +212,7 @@ def check_positions(setup: TaskSetup, source: FrozenSource) -> None:
 
 def _check_vocabulary(setup: TaskSetup, source: FrozenSource) -> None:
     """Raises RecipeError if a token of the student has another id in the teacher's tokenizer, or is missing there."""
-    teacher_vocab = source.tokenizer().get_vocab()
+    teacher_vocab = load_tokenizer(source.path, revision=source.section.revision, key=source.key).get_vocab()
     vocab = setup.tokenizer.get_vocab()
     if different := {token for token, i in vocab.items() if teacher_vocab.get(token) != i}:
         raise RecipeError(

@@ -28,7 +28,7 @@ from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.networks.load import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
-from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model
+from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model, tokenizer_of
 from ptft_dist.rl.rewards import find_function, shaped
 from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, look_up, sample_responses
 from ptft_dist.rl.sampling import response_seed, sample, until_end
@@ -103,7 +103,7 @@ class RolloutTask(BaseTask):
         for role, source in frozen.items():
             if role != REFERENCE:
                 check_reward_model(source.key, source.path, source.config(), longest)
-                source.tokenizer()
+                tokenizer_of(source)
 
     # --- the networks ------------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class RolloutTask(BaseTask):
                 f"{source.key}: {source.path} is a {type(model).__name__}, which gives tokens and no scores. Train a "
                 "reward model with task: reward"
             )
-        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer, source.tokenizer())
+        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer, tokenizer_of(source))
 
     def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:
         if role == REFERENCE:
@@ -144,7 +144,7 @@ class RolloutTask(BaseTask):
             if each.shared:
                 name = f"reward_{number}"
                 add_frozen_scorer(model, each.path, name)
-                own = FrozenSource(each.key, ModelSection(path=each.path)).tokenizer()
+                own = tokenizer_of(FrozenSource(each.key, ModelSection(path=each.path)))
                 scorer = RewardModel(each.key, each.path, self.tokenizer, own, shared=name)
                 self.rewards.models[role], scorer.positions = scorer, self.network.max_positions
         turn_off_dropout(model)  # also that of an adapter which is trained on
