@@ -98,6 +98,7 @@ class Session:
             role: frozen_source(each.key, each.path, each.revision, recipe.model, loaded.base)
             for role, each in self.roles.items()
         }
+        self.trained.task_class.check_setup(self.trained.setup, self.frozen)
         self.teacher_order = teacher_order(self.trained.setup, self.frozen[TEACHER]) if recipe.distillation else []
 
     @cached_property

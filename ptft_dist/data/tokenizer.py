@@ -155,9 +155,15 @@ def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[
 
 
 def load_tokenizer(
-    path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    key: str = "tokenizer.path",
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer from a local directory or the Hub.
+
+    key: the recipe's key that names it, for messages.
 
     Raises:
         RecipeError: there is no tokenizer, or it cannot be loaded.
@@ -165,12 +171,12 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     if Path(path).is_file():
-        raise RecipeError(f"tokenizer.path: {path} is a file. Give the directory that contains tokenizer.json.")
+        raise RecipeError(f"{key}: {path} is a file. Give the directory that contains tokenizer.json.")
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises a dozen unrelated types if there is no tokenizer
         raise RecipeError(
-            f"tokenizer.path: cannot load a tokenizer from {path}: {error}\nGive a directory with tokenizer.json "
+            f"{key}: cannot load a tokenizer from {path}: {error}\nGive a directory with tokenizer.json "
             "and tokenizer_config.json, or a Hub name that this machine can reach or has in its cache (HF_HOME)."
         ) from error
 

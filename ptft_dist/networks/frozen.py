@@ -17,6 +17,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.load import build_network, local_or_hub, read_config
 from ptft_dist.networks.preview import check_weights
@@ -49,12 +50,19 @@ class FrozenSource:
         return self.section.path
 
     def config(self) -> PretrainedConfig:
-        """The network's config; of an adapter's base. Raises RecipeError if it cannot be read."""
-        section = self.section
-        if is_adapter(self.path):
-            base, revision = adapter_base(self.path)
-            section = section.model_copy(update={"path": base, "revision": revision})
-        return read_config(section, {}, key=self.key)
+        """The network's config; that of its base, with its own labels, for an adapter.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
+        if not is_adapter(self.path):
+            return read_config(self.section, {}, key=self.key)
+        from ptft_dist.networks.adapt.reading import read_adapter
+
+        base, revision = adapter_base(self.path)
+        config = read_config(self.section.model_copy(update={"path": base, "revision": revision}), {}, key=self.key)
+        config.update(read_adapter(Path(self.path)).label_keys())
+        return config
 
     def identity(self, digests: Digests) -> str:
         """A hash of its files; the commit of a Hub model."""
@@ -64,7 +72,7 @@ class FrozenSource:
         """The network in evaluation mode, without gradients, on the CPU; an adapter is merged into its base.
 
         Raises:
-            RecipeError: it cannot be loaded.
+            RecipeError: it cannot be loaded, or lacks weights.
         """
         if is_adapter(self.path):
             from ptft_dist.networks.adapt.reading import load_adapters, read_adapter
@@ -72,7 +80,12 @@ class FrozenSource:
             adapted: Any = load_adapters({"frozen": read_adapter(Path(self.path))}, "frozen", dtype)
             model = adapted.merge_and_unload()
         else:
-            model = build_network(self.section, self.config(), 0, auto_class, key=self.key).model
+            model, fresh = build_network(self.section, self.config(), 0, auto_class, key=self.key)
+            if fresh:
+                raise RecipeError(
+                    f"{self.key}: {self.path} has no weights for {', '.join(sorted(fresh)[:4])}, so it was not trained "
+                    f"as a {type(model).__name__}. Use a model that was"
+                )
         return model.eval().requires_grad_(False).to(dtype=dtype)
 
 

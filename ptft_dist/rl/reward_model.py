@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.data.tokenizer import after_answer, load_tokenizer
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.adapt.switching import read_scorer
+from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.rl.rollout import Trajectory
 
 Ask = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
@@ -20,14 +23,18 @@ Ask = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]
 
 
 def check_reward_model(key: str, path: str, config: PretrainedConfig, longest: int) -> None:
-    """Check the config of a reward model. longest: the most tokens of a prompt with its response.
+    """Check the config of a reward model.
+
+    longest: the most tokens of a prompt with its response.
 
     Raises:
         RecipeError: it has another number of labels than 1, or too few positions.
     """
     if config.num_labels != 1:
+        architecture = ", ".join(config.architectures or ["network"])
         raise RecipeError(
-            f"{key}: {path} has {config.num_labels} labels; a reward model has one. Train one with task: reward"
+            f"{key}: {path} ({architecture}) has {config.num_labels} labels; a reward model has one. Train one with "
+            "task: reward"
         )
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < longest:
@@ -37,22 +44,42 @@ def check_reward_model(key: str, path: str, config: PretrainedConfig, longest: i
         )
 
 
+def tokenizer_of(source: FrozenSource) -> PreTrainedTokenizerBase:
+    """The tokenizer of a reward model; that of the base for an adapter without one. Raises RecipeError without any."""
+    path, section = source.path, source.section
+    revision, remote_code = section.revision, section.trust_remote_code
+    if is_adapter(path) and not (Path(path) / "tokenizer_config.json").is_file():
+        path, revision = adapter_base(path)
+    return load_tokenizer(path, revision=revision, trust_remote_code=remote_code, key=source.key)
+
+
 class RewardModel:
     """A reward model: a network of its own, which is in `network` once the engine has placed it, or an adapter of the
     trained network."""
 
     network: Any
+    positions: int | None = None
+    """The most tokens of a text; None: no known limit."""
 
-    def __init__(self, key: str, path: str, policy: PreTrainedTokenizerBase, *, shared: str | None = None) -> None:
+    def __init__(
+        self,
+        key: str,
+        path: str,
+        policy: PreTrainedTokenizerBase,
+        own: PreTrainedTokenizerBase | None = None,
+        *,
+        shared: str | None = None,
+    ) -> None:
         """Compare the tokenizers.
 
         Args:
             key: the recipe's key, for messages.
             policy: the policy's tokenizer.
+            own: its own tokenizer; default: the one in `path`.
             shared: the name of the adapter in the trained network.
         """
         self.key, self.path, self.shared = key, path, shared
-        own = load_tokenizer(path)
+        own = load_tokenizer(path, key=key) if own is None else own
         self.tokenizer = None if own.get_vocab() == policy.get_vocab() else own
         """The reward model's tokenizer, if it differs from the policy's: texts are then tokenized again."""
         self.after_answer = after_answer(own)
@@ -60,10 +87,24 @@ class RewardModel:
         self.pad_id = 0 if pad is None else int(pad)
 
     def texts(self, trajectories: Sequence[Trajectory]) -> list[np.ndarray]:
-        """The token ids of each prompt with its response, for this network."""
+        """The token ids of each prompt with its response, for this network.
+
+        Raises:
+            RecipeError: a text is longer than the network has positions for, or cannot be written for its tokenizer.
+        """
+        texts = [self._ids_of(each) for each in trajectories]
+        longest = max(map(len, texts), default=0)
+        if self.positions is not None and longest > self.positions:
+            raise RecipeError(
+                f"{self.key}: {self.path} has {self.positions} positions, and a prompt with its response has {longest} "
+                "tokens of its tokenizer: lower data.max_length or sampling.max_new_tokens, or use another reward model"
+            )
+        return texts
+
+    def _ids_of(self, each: Trajectory) -> np.ndarray:
         if self.tokenizer is None:
-            return [np.concatenate([each.prompt.ids, each.response, self._rest_of_turn(each)]) for each in trajectories]
-        return [self._tokenized_again(self.tokenizer, each) for each in trajectories]
+            return np.concatenate([each.prompt.ids, each.response, self._rest_of_turn(each)])
+        return self._tokenized_again(self.tokenizer, each)
 
     def _rest_of_turn(self, each: Trajectory) -> np.ndarray:
         """What the chat template writes after the end of turn with which a response ends, such as a newline. The reward

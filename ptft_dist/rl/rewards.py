@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import math
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,45 +25,64 @@ RewardFunction = Callable[..., Sequence[float | None]]
 _NUMBER = re.compile(r"(?:(?<![\w)])-)?[$€£]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 """A hyphen after a digit, a letter or a closing parenthesis is no sign: 5-10."""
 
+_LARGEST = float(np.finfo(np.float32).max)
 
-def load_function(source: RewardSource, key: str, base: Path) -> RewardFunction:
-    """The reward function that a recipe names.
+
+def find_function(source: RewardSource, key: str, base: Path) -> Callable[..., Any]:
+    """What a recipe names as `function`: a reward function, or with `make` a function that returns one.
 
     Args:
         key: the recipe's key, for messages.
         base: the recipe's directory, where modules are looked for too.
 
     Raises:
-        RecipeError: there is no such function, or it cannot be called as one.
+        RecipeError: its module cannot be imported, or has no such function.
     """
     assert source.function is not None
     module_name, _, name = source.function.replace(":", ".").rpartition(".")
-    if not module_name:
-        raise RecipeError(f"{key}: {source.function!r} names no module; write it as module:function")
+    if not module_name or not name:
+        raise RecipeError(f"{key}: {source.function!r} names no function of a module; write it as module:function")
+    file = base.absolute() / (module_name.replace(".", "/") + ".py")
     try:
-        module = _import(module_name, base)
-    except Exception as error:
-        raise RecipeError(f"{key}: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+        known = file.is_file()
+        module = _import_file(module_name, file, file.stat().st_mtime_ns) if known else import_module(module_name)
+    except (Exception, SystemExit) as error:  # a script that calls sys.exit would end the run without a message
+        raise RecipeError(
+            f"{key}: {module_name} cannot be imported: {_described(error, str(file))}. Correct it, or name another "
+            f"module: an installed one, or a file in {base.absolute()}"
+        ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise RecipeError(f"{key}: {module_name} has no function {name!r}")
-    if source.make:
-        try:
-            function = function(**source.arguments)
-        except Exception as error:
-            raise RecipeError(f"{key}: {name}(**arguments) failed: {type(error).__name__}: {error}") from error
-    elif source.arguments:
-        function = functools.partial(function, **source.arguments)
-    if inspect.iscoroutinefunction(function) or not callable(function):
-        raise RecipeError(f"{key}: {name} is not an ordinary function")
+        raise RecipeError(f"{key}: {module_name} has no function {name!r}. Correct the name, or define the function")
+    if inspect.iscoroutinefunction(function):
+        raise RecipeError(f"{key}: {name} is not an ordinary function. Write `def` instead of `async def`")
     return function
 
 
-def _import(name: str, base: Path) -> Any:
-    """A module: a file beside the recipe, or one that Python finds."""
-    file = base / (name.replace(".", "/") + ".py")
-    if not file.is_file():
-        return importlib.import_module(name)
+def load_function(source: RewardSource, key: str, base: Path) -> RewardFunction:
+    """The reward function that a recipe names, with its arguments; see `find_function`.
+
+    Raises:
+        RecipeError: there is no such function, or it does not make a reward function.
+    """
+    function = find_function(source, key, base)
+    if not source.make:
+        return functools.partial(function, **source.arguments) if source.arguments else function
+    try:
+        made: Any = function(**source.arguments)
+    except Exception as error:
+        called = f"{source.function}(**arguments)"
+        raise RecipeError(f"{key}: {called} failed: {_described(error)}. Correct it, or `arguments`") from error
+    if not callable(made) or inspect.iscoroutinefunction(made):
+        raise RecipeError(
+            f"{key}: {source.function} returned {made!r} and not a reward function. If it is one itself, remove `make`"
+        )
+    return made
+
+
+@functools.lru_cache
+def _import_file(name: str, file: Path, _changed: int) -> Any:
+    """The module in `file`. It runs once, though several functions may be in it; again when the file has changed."""
     spec = importlib.util.spec_from_file_location(f"_ptft_rewards_{name}", file)
     assert spec is not None
     assert spec.loader is not None
@@ -71,9 +92,17 @@ def _import(name: str, base: Path) -> Any:
     return module
 
 
+def _described(error: BaseException, file: str | None = None) -> str:
+    """Type and message of an error, and the last line of `file` that it passed. Default: the file that was called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    file = file or next((frame.filename for frame in frames[1:]), None)
+    line = next((f" (line {frame.lineno} of {file})" for frame in reversed(frames) if frame.filename == file), "")
+    return f"{type(error).__name__}: {error}{line}"
+
+
 def call_function(
     function: RewardFunction,
-    key: str,
+    name: str,
     prompts: Sequence[Any],
     completions: Sequence[Any],
     ids: Sequence[list[int]],
@@ -82,7 +111,7 @@ def call_function(
     """The rewards of completions, checked.
 
     Args:
-        key: the recipe's key, for messages.
+        name: the recipe's key and the name of the function, for messages.
         prompts, completions: texts, or lists of messages.
         ids: token ids of the completions.
         columns: the other columns of the prompts' rows.
@@ -92,38 +121,62 @@ def call_function(
             completion.
     """
     try:
-        returned = function(completions=completions, prompts=prompts, completion_ids=ids, **columns)
-        rewards = [None if value is None else float(value) for value in returned]
+        returned: Any = function(completions=completions, prompts=prompts, completion_ids=ids, **columns)
+        rewards = list(returned) if isinstance(returned, Iterable) else None
     except PtftError:
         raise
-    except Exception as error:
-        raise RecipeError(f"{key}: the reward function failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        arguments = ", ".join(["completions", "prompts", "completion_ids", *columns])
+        raise RecipeError(f"{name} failed: {_described(error)}. Correct it; its arguments are {arguments}") from error
+    needs = "A reward function must return a list with one number, or None, for each completion"
+    if rewards is None or isinstance(returned, str | bytes | Mapping):
+        raise RecipeError(f"{name} returned {reprlib.repr(returned)}. {needs}")
     if len(rewards) != len(completions):
-        raise RecipeError(
-            f"{key}: the reward function returned {len(rewards)} rewards for {len(completions)} completions; it must "
-            "return one number, or None, for each"
-        )
-    for value, completion in zip(rewards, completions, strict=True):
-        if value is not None and not math.isfinite(value):
-            raise RecipeError(f"{key}: the reward function returned {value} for the completion {completion!r}")
+        raise RecipeError(f"{name} returned {len(rewards)} rewards for {len(completions)} completions. {needs}")
+    for i, completion in enumerate(completions):
+        try:
+            rewards[i] = _number(rewards[i])
+        except (TypeError, ValueError, RuntimeError):
+            raise RecipeError(f"{name} returned {rewards[i]!r} for the completion {completion!r}. {needs}") from None
     return rewards
 
 
-def mixed(rewards: Mapping[str, Sequence[float | None]], weights: Mapping[str, float]) -> np.ndarray:
+def _number(value: Any) -> float | None:
+    """A reward as a float. Raises ValueError or another error if it is no finite number."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not math.isfinite(number := float(value)):
+        raise ValueError
+    return number
+
+
+def mixed(
+    rewards: Mapping[str, Sequence[float | None]], weights: Mapping[str, float], texts: Sequence[str] | None = None
+) -> np.ndarray:
     """The score of each response: the weighted sum of its rewards, without those that are None: fp32 [N].
+
+    texts: the responses, for messages.
 
     Raises:
         DataError: a response has no reward at all.
+        RecipeError: a score is too large for fp32.
     """
     scores = []
-    for each in zip(*rewards.values(), strict=True):
+    for i, each in enumerate(zip(*rewards.values(), strict=True)):
         given = [(weights[name], value) for name, value in zip(rewards, each, strict=True) if value is not None]
+        response = "a response" if texts is None else f"the response {texts[i]!r}"
         if not given:
             raise DataError(
-                f"rewards: none of {', '.join(rewards)} gave a reward to a response. A function may return None only "
+                f"rewards: none of {', '.join(rewards)} gave a reward to {response}. A function may return None only "
                 "where another one gives a number"
             )
-        scores.append(sum(weight * value for weight, value in given))
+        score = sum(weight * value for weight, value in given)
+        if not abs(score) <= _LARGEST:
+            raise RecipeError(
+                f"rewards: the score of {response} is {score}, too large for fp32. Return smaller numbers from the "
+                f"functions ({', '.join(rewards)}), or lower their weights"
+            )
+        scores.append(score)
     return np.array(scores, np.float32)
 
 
@@ -137,7 +190,8 @@ class RunningMoments:
     """Sum of squared differences from the mean."""
 
     def add(self, scores: np.ndarray) -> None:
-        n, mean = len(scores), float(scores.astype(np.float64).mean())
+        scores = scores.astype(np.float64)  # squares of large scores overflow in fp32
+        n, mean = len(scores), float(scores.mean())
         delta, total = mean - self.mean, self.count + n
         self.squares += float(((scores - mean) ** 2).sum()) + delta**2 * self.count * n / total
         self.mean, self.count = self.mean + delta * n / total, total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,13 @@ from ptft_dist.config.rollouts import RewardSource
 from ptft_dist.rl.reward_model import Ask, RewardModel
 from ptft_dist.rl.rewards import RunningMoments, call_function, load_function, mixed
 from ptft_dist.rl.rollout import Phase, Trajectory, judge
+
+
+def functions_of(sources: Sequence[RewardSource], task: str) -> Iterator[tuple[str, RewardSource]]:
+    """The sources that are functions, each with its key in the recipe. task: the section of the recipe."""
+    for i, source in enumerate(sources):
+        if source.function is not None:
+            yield f"{task}.rewards.{i}.function", source
 
 
 class Rewards:
@@ -29,14 +36,11 @@ class Rewards:
         Raises:
             RecipeError: there is no such function.
         """
-        self.keys = {source.label: f"{task}.rewards.{i}" for i, source in enumerate(sources)}
+        self.names = {source.label: f"{key}: {source.function}" for key, source in functions_of(sources, task)}
+        """Key and function, for messages."""
         self.weights = {source.label: source.weight for source in sources}
         self.models: dict[str, RewardModel] = {}
-        self.functions = {
-            source.label: load_function(source, self.keys[source.label], base)
-            for source in sources
-            if source.function is not None
-        }
+        self.functions = {source.label: load_function(source, key, base) for key, source in functions_of(sources, task)}
         self.moments = RunningMoments()
 
     def ask_models(self, phase: Phase, trajectories: Sequence[Trajectory], policy: Ask) -> None:
@@ -64,13 +68,14 @@ class Rewards:
         prompts, completions = [each.prompt.text for each in trajectories], [_completion(each) for each in trajectories]
         ids = [each.response.tolist() for each in trajectories]
         for name, function in self.functions.items():
-            rewards = call_function(function, self.keys[name], prompts, completions, ids, columns)
+            rewards = call_function(function, self.names[name], prompts, completions, ids, columns)
             for each, reward in zip(trajectories, rewards, strict=True):
                 each.rewards[name] = reward
 
     def mix(self, trajectories: Sequence[Trajectory]) -> np.ndarray:
         """The weighted sum of the rewards of each response: fp32 [N]."""
-        return mixed({name: [each.rewards[name] for each in trajectories] for name in self.weights}, self.weights)
+        rewards = {name: [each.rewards[name] for each in trajectories] for name in self.weights}
+        return mixed(rewards, self.weights, [each.text for each in trajectories])
 
     def averages(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """The mean reward of each source, where there are several."""

@@ -4,6 +4,7 @@ When each hook of a task is called, and on which ranks:
 
     once, before a process group exists, on every rank
         frozen_roles(setup, model)  frozen networks that the task reads, such as a reference or reward models
+        check_setup(setup, frozen)  refuse frozen networks, and functions that the recipe names, which do not fit
         start_column(setup, model)  numbers about each row that the network gives before it is trained
         config_settings(setup)      keys of the network's config that follow from the task
         fit_config(setup, config)   refuse networks and tokenizers that cannot learn the task
@@ -174,6 +175,11 @@ class Task(Protocol):
         """The frozen networks by role. section: model, of the trained network. Raises RecipeError."""
 
     @classmethod
+    def check_setup(cls, setup: TaskSetup, frozen: Mapping[str, FrozenSource]) -> None:
+        """Check what can be known of frozen networks (by role) and of functions that the recipe names. Raises
+        RecipeError."""
+
+    @classmethod
     def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:
         """The column that `start_values` computes for all rows, before training and once for all runs; None: no column.
 
@@ -266,6 +272,9 @@ class BaseTask:
     @classmethod
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:  # noqa: ARG003
         return {}
+
+    @classmethod
+    def check_setup(cls, setup: TaskSetup, frozen: Mapping[str, FrozenSource]) -> None: ...
 
     @classmethod
     def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:  # noqa: ARG003

@@ -93,12 +93,7 @@ class AdapterFiles:
     def load_base(self, dtype: torch.dtype | str) -> PreTrainedModel:
         """The base in evaluation mode, with the labels of the adapter. Raises RecipeError if it cannot be loaded."""
         config = self.base_config()
-        labels = {key: self.keys[key] for key in _LABELS if key in self.keys}
-        if "id2label" in labels:
-            labels["id2label"] = {int(i): name for i, name in labels["id2label"].items()}
-        elif (count := self._labels_of_head()) is not None:  # of other programs
-            labels["num_labels"] = count
-        config.update(labels)
+        config.update(self.label_keys())
         options: dict[str, Any] = {}
         if self.quantize is not None:
             from ptft_dist.networks.adapt.quantized import quantization_config
@@ -123,6 +118,15 @@ class AdapterFiles:
 
             keep_layout(model)
         return model.eval()
+
+    def label_keys(self) -> dict[str, Any]:
+        """The keys of the config with the labels of the adapter's head; empty without one."""
+        labels = {key: self.keys[key] for key in _LABELS if key in self.keys}
+        if "id2label" in labels:
+            labels["id2label"] = {int(i): name for i, name in labels["id2label"].items()}
+        elif (count := self._labels_of_head()) is not None:  # of other programs
+            labels["num_labels"] = count
+        return labels
 
     def _labels_of_head(self) -> int | None:
         """The number of labels of the classification head in the adapter's weights; None without one."""

@@ -12,12 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import ADAPTER_CONFIG, is_adapter
+
+_HEADS = (".score.weight", ".classifier.weight")
+_PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
+"""Values of peft's init_lora_weights that leave the base as it is."""
 
 
 @contextlib.contextmanager
@@ -52,13 +57,21 @@ def _layers_with(model: torch.nn.Module, attribute: str, value: Any) -> Iterator
 
 
 def shares_base(path: str, section: ModelSection) -> bool:
-    """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too."""
+    """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too, and leaves the base as it is.
+
+    PiSSA and others change the base when the adapter is added; trained biases and embeddings replace those of the base.
+    """
     if section.adapt.lora is None or not is_adapter(path):
         return False
     config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base, ours = str(config.get("base_model_name_or_path")), str(section.path)
     same = base == ours or (Path(base).is_dir() and Path(base).resolve() == Path(ours).resolve())
-    return same and config.get("peft_type") == "LORA"
+    plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in _PLAIN_STARTS
+    file = Path(path) / "adapter_model.safetensors"
+    if not (same and plain and file.is_file()):
+        return False
+    with safe_open(file, "pt") as weights:
+        return all(".lora_" in name or name.endswith(_HEADS) for name in weights.keys())  # noqa: SIM118
 
 
 def add_frozen_scorer(model: Any, path: str, name: str) -> None:
@@ -77,7 +90,7 @@ def add_frozen_scorer(model: Any, path: str, name: str) -> None:
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
     active = model.active_adapter
     state = load_file(Path(path) / "adapter_model.safetensors")
-    heads = [key for key in state if key.endswith((".score.weight", ".classifier.weight"))]
+    heads = [key for key in state if key.endswith(_HEADS)]
     if len(heads) != 1 or state[heads[0]].shape[0] != 1:
         raise RecipeError(f"{path}: this adapter has no head with one label; train it with task: reward")
     weight = state.pop(heads[0])
@@ -134,10 +147,12 @@ def check_start_is_base(adapt: AdaptSection, key: str, otherwise: str = ", or se
         )
 
 
-def check_base_stays(adapt: AdaptSection, key: str) -> None:
+def check_base_stays(adapt: AdaptSection, key: str, otherwise: str = ", or set it to 0") -> None:
     """Check that training the adapter leaves the base as it is, so that `adapters_off` gives the base.
 
-    key: the recipe's key that needs it, for messages.
+    Args:
+        key: the recipe's key that needs it, for messages.
+        otherwise: what the user can do instead.
 
     Raises:
         RecipeError: biases of the base are trained, or a method of peft adapts no layers or changes the base.
@@ -145,7 +160,7 @@ def check_base_stays(adapt: AdaptSection, key: str) -> None:
     if adapt.lora is not None and adapt.lora.bias != "none":
         raise RecipeError(
             f"{key}: model.adapt.lora.bias: {adapt.lora.bias} trains biases of the base, which the reference needs "
-            "unchanged. Use bias: none, or set it to 0"
+            f"unchanged. Use bias: none{otherwise}"
         )
     if adapt.peft is None:
         return
@@ -157,18 +172,18 @@ def check_base_stays(adapt: AdaptSection, key: str) -> None:
     if tuner is not None and not issubclass(tuner, BaseTuner):
         raise RecipeError(
             f"{key}: model.adapt.peft: {name} adapts no layers that can be switched off, and the reference needs the "
-            "base without it. Use lora, or set it to 0"
+            f"base without it. Use lora{otherwise}"
         )
     plain = {
         "bias": ("none",),
-        "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+        "init_lora_weights": _PLAIN_STARTS,
         "layer_replication": (None,),
     }
     for option, values in plain.items():
         if adapt.peft.get(option, values[0]) not in values:
             raise RecipeError(
                 f"{key}: model.adapt.peft.{option}: {adapt.peft[option]} changes the base, which the reference needs "
-                "unchanged. Remove the option, or set it to 0"
+                f"unchanged. Remove the option{otherwise}"
             )
 
 

@@ -212,10 +212,7 @@ def check_positions(setup: TaskSetup, source: FrozenSource) -> None:
 
 def _check_vocabulary(setup: TaskSetup, source: FrozenSource) -> None:
     """Raises RecipeError if a token of the student has another id in the teacher's tokenizer, or is missing there."""
-    try:
-        teacher_vocab = load_tokenizer(source.path, revision=source.section.revision).get_vocab()
-    except RecipeError as error:
-        raise RecipeError(str(error).replace("tokenizer.path", source.key, 1)) from None
+    teacher_vocab = load_tokenizer(source.path, revision=source.section.revision, key=source.key).get_vocab()
     vocab = setup.tokenizer.get_vocab()
     if different := {token for token, i in vocab.items() if teacher_vocab.get(token) != i}:
         raise RecipeError(

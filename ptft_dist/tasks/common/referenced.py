@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt.switching import adapters_off, check_start_is_base
+from ptft_dist.networks.adapt.switching import adapters_off, check_base_stays, check_start_is_base
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.tasks.common.causal import NextTokenTask
@@ -44,6 +44,15 @@ class ReferencedTask(NextTokenTask):
         self.reference: Any = None
 
     @classmethod
+    def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:  # noqa: ARG003
+        """Raises RecipeError if the tokenizer has no EOS, with which answers end."""
+        if setup.tokenizer.eos_token_id is None:
+            raise RecipeError(
+                "tokenizer: it has no EOS token, so the end of an answer cannot be learned. Name one as eos_token in "
+                "its tokenizer_config.json"
+            )
+
+    @classmethod
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
         key, settings = f"{setup.name}.reference", setup.settings
         if not settings.has_reference:
@@ -54,6 +63,7 @@ class ReferencedTask(NextTokenTask):
                     f"{key}: has no effect here: with model.adapt, the adapter is switched off. Remove it"
                 )
             check_start_is_base(section.adapt, f"task {setup.name}", "")
+            check_base_stays(section.adapt, f"task {setup.name}", "")
             return {}
         if settings.reference != "network":
             return {}

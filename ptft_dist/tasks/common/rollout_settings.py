@@ -60,6 +60,10 @@ class RolloutSettings(ChatSettings):
         labels = [source.label for source in self.rewards]
         if len(set(labels)) < len(labels):
             raise ValueError(f"rewards: several have the name {max(labels, key=labels.count)!r}; set their `name`")
+        if self.rewards and not any(source.weight for source in self.rewards):
+            raise ValueError("rewards: all weights are 0, so nothing would be learned; give one source another weight")
+        if "reference" in (source.label for source in self.rewards if source.model is not None):
+            raise ValueError("rewards: the name 'reference' means the network of `kl`; give this model another `name`")
         if (self.length_target is None) != (self.length_penalty is None):
             raise ValueError("length_target and length_penalty need each other")
         return self

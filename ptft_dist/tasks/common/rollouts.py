@@ -28,11 +28,11 @@ from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.networks.load import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
-from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model
-from ptft_dist.rl.rewards import shaped
+from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model, tokenizer_of
+from ptft_dist.rl.rewards import find_function, shaped
 from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, look_up, sample_responses
 from ptft_dist.rl.sampling import response_seed, sample, until_end
-from ptft_dist.rl.scoring import Rewards
+from ptft_dist.rl.scoring import Rewards, functions_of
 from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
@@ -70,12 +70,8 @@ class RolloutTask(BaseTask):
             if "drop" in name and isinstance(value, float):  # OPT also drops layers: layerdrop
                 setattr(text, name, 0.0)
         positions = getattr(text, "max_position_embeddings", None)
-        longest = setup.max_length + setup.settings.sampling.max_new_tokens
-        if isinstance(positions, int) and 0 < positions < longest:
-            raise RecipeError(
-                f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to "
-                f"{longest} tokens, more than the model's max_position_embeddings ({positions}): lower one of them"
-            )
+        if isinstance(positions, int) and positions > 0:
+            _check_positions(setup, positions, f"the model's max_position_embeddings ({positions})")
 
     @classmethod
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
@@ -98,10 +94,23 @@ class RolloutTask(BaseTask):
                 )
         return roles
 
+    @classmethod
+    def check_setup(cls, setup: TaskSetup, frozen: Mapping[str, FrozenSource]) -> None:
+        """Import the modules of reward functions; read the configs and tokenizers of reward models."""
+        for key, named in functions_of(setup.settings.rewards, setup.name):
+            find_function(named, key, setup.base)
+        longest = setup.max_length + setup.settings.sampling.max_new_tokens + len(after_answer(setup.tokenizer))
+        for role, source in frozen.items():
+            if role != REFERENCE:
+                check_reward_model(source.key, source.path, source.config(), longest)
+                tokenizer_of(source)
+
     # --- the networks ------------------------------------------------------------------------------------------------
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
+        if (positions := network.max_positions) is not None:  # without those of virtual tokens
+            _check_positions(setup, positions, f"the {positions} positions of the model with its adapter")
         self.pad_id, self.pad_multiple = pad_id(self.tokenizer.pad_token_id), pad_multiple(device)
         end_of_turn = setup.survey.get("end_of_turn")
         own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
@@ -115,15 +124,19 @@ class RolloutTask(BaseTask):
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:
             return
-        longest = self.setup.max_length + self.settings.sampling.max_new_tokens + len(after_answer(self.tokenizer))
-        check_reward_model(source.key, source.path, model.config, longest)
-        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer)
+        if model.get_output_embeddings() is not None:  # an adapter without a score head
+            raise RecipeError(
+                f"{source.key}: {source.path} is a {type(model).__name__}, which gives tokens and no scores. Train a "
+                "reward model with task: reward"
+            )
+        self.rewards.models[role] = RewardModel(source.key, source.path, self.tokenizer, tokenizer_of(source))
 
-    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:  # noqa: ARG002
+    def adopt(self, role: str, network: Any, facts: NetworkFacts) -> None:
         if role == REFERENCE:
             self.reference = network
         else:
-            self.rewards.models[role].network = network
+            reward_model = self.rewards.models[role]
+            reward_model.network, reward_model.positions = network, facts.max_positions
 
     def extend_network(self, model: Any, section: ModelSection) -> None:
         """Add the adapters of reward models that share the base of the policy; switch all dropout off."""
@@ -131,7 +144,9 @@ class RolloutTask(BaseTask):
             if each.shared:
                 name = f"reward_{number}"
                 add_frozen_scorer(model, each.path, name)
-                self.rewards.models[role] = RewardModel(each.key, each.path, self.tokenizer, shared=name)
+                own = tokenizer_of(FrozenSource(each.key, ModelSection(path=each.path)))
+                scorer = RewardModel(each.key, each.path, self.tokenizer, own, shared=name)
+                self.rewards.models[role], scorer.positions = scorer, self.network.max_positions
         turn_off_dropout(model)  # also that of an adapter which is trained on
 
     # --- batches -----------------------------------------------------------------------------------------------------
@@ -380,6 +395,16 @@ class RolloutTask(BaseTask):
             each.score = float(score)
         shown = self.describe(trajectories, raw)
         return {**shown, "loss": -shown["reward"]}, self.samples_of(trajectories[: self.settings.show])
+
+
+def _check_positions(setup: TaskSetup, positions: int, described: str) -> None:
+    """Raises RecipeError if prompt and response may have more tokens than there are positions."""
+    longest = setup.max_length + setup.settings.sampling.max_new_tokens
+    if positions < longest:
+        raise RecipeError(
+            f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to {longest} "
+            f"tokens, more than {described}: lower one of them"
+        )
 
 
 def prompt_of(row: Row, number: int) -> Prompt:
