@@ -181,7 +181,7 @@ OWN_MUST_STAY = {
         "too_long",
     },
     "ppo": {
-        "clip", "clip_rewards", "entropy_coefficient", "epochs", "gamma", "kl", "kl_estimator", "kl_horizon",
+        "clip", "clip_rewards", "critic", "entropy_coefficient", "epochs", "gamma", "kl", "kl_estimator", "kl_horizon",
         "kl_target", "lam", "length_penalty", "length_target", "missing_eos_penalty", "normalize_rewards", "prompts",
         "rewards", "sampling.max_new_tokens", "sampling.micro_size", "sampling.min_p", "sampling.temperature",
         "sampling.top_k", "sampling.top_p", "shape", "system", "target_kl", "template", "too_long", "value_clip",

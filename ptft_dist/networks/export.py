@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +16,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.critic import CRITIC, VALUE_HEAD
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.load import DTYPES
-from ptft_dist.networks.value_head import VALUE_HEAD
 
 NO_LIMIT = 10**9
 """Tokenizers without a limit have model_max_length 10^30."""
@@ -72,7 +72,8 @@ def export(engine: Writer, content: Export, target: Path) -> None:
     adapter = hasattr(content.model, "peft_config")
     state = engine.trained_state_dict() if adapter else engine.full_state_dict()
     if engine.is_main:
-        beside = {name: state.pop(name) for name in list(state) if name.startswith(f"{VALUE_HEAD}.")}
+        head = {name: state.pop(name) for name in list(state) if name.startswith(f"{VALUE_HEAD}.")}
+        critic = {name: state.pop(name) for name in list(state) if name.startswith(f"{CRITIC}.")}
         if adapter:
             from ptft_dist.networks.adapt.adapters import write_adapter
 
@@ -80,8 +81,11 @@ def export(engine: Writer, content: Export, target: Path) -> None:
             _write_tokenizer(content, partial)
         else:
             write_model(content, state, partial)
-        if beside:
-            save_file({name: x.contiguous().cpu() for name, x in beside.items()}, partial / f"{VALUE_HEAD}.safetensors")
+        if head:
+            save_file({name: x.contiguous().cpu() for name, x in head.items()}, partial / f"{VALUE_HEAD}.safetensors")
+        if critic:
+            own = {name.removeprefix(f"{CRITIC}."): x for name, x in critic.items()}
+            write_model(replace(content, model=content.model.critic), own, partial / CRITIC)
         if content.card is not None:
             (partial / "README.md").write_text(content.card, encoding="utf-8")
         shutil.rmtree(old, ignore_errors=True)

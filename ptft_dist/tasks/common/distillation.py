@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row
-from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.tasks.common.same_tokens import check_same_tokens
 from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, Probe, Task, TaskSetup
 
 
@@ -186,7 +186,7 @@ def teacher_order(setup: TaskSetup, source: FrozenSource) -> list[int]:
             f"{setup.name}.head: the fused head computes no logits, and distillation needs them; remove the key, or "
             "set logits"
         )
-    _check_vocabulary(setup, source)
+    check_same_tokens(setup, source)
     check_positions(setup, source)
     if "labels" in setup.survey:
         teacher_ids = source.config().label2id or {}
@@ -207,16 +207,4 @@ def check_positions(setup: TaskSetup, source: FrozenSource) -> None:
         raise RecipeError(
             f"{source.key}: {source.path} has {positions} positions (max_position_embeddings), fewer than "
             f"data.max_length ({setup.max_length}). Lower data.max_length, or use another teacher"
-        )
-
-
-def _check_vocabulary(setup: TaskSetup, source: FrozenSource) -> None:
-    """Raises RecipeError if a token of the student has another id in the teacher's tokenizer, or is missing there."""
-    teacher_vocab = load_tokenizer(source.path, revision=source.section.revision, key=source.key).get_vocab()
-    vocab = setup.tokenizer.get_vocab()
-    if different := {token for token, i in vocab.items() if teacher_vocab.get(token) != i}:
-        raise RecipeError(
-            f"{source.key}: {source.path} has another vocabulary: {len(different):,} of {len(vocab):,} tokens are "
-            "missing or have another id. Teacher and student must use the same tokenizer: set tokenizer.path to "
-            "the teacher's."
         )

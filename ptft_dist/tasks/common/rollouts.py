@@ -71,7 +71,7 @@ class RolloutTask(BaseTask):
                 setattr(text, name, 0.0)
         positions = getattr(text, "max_position_embeddings", None)
         if isinstance(positions, int) and positions > 0:
-            _check_positions(setup, positions, f"the model's max_position_embeddings ({positions})")
+            check_room(setup, positions, f"the model's max_position_embeddings ({positions})")
 
     @classmethod
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
@@ -110,7 +110,7 @@ class RolloutTask(BaseTask):
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
         if (positions := network.max_positions) is not None:  # without those of virtual tokens
-            _check_positions(setup, positions, f"the {positions} positions of the model with its adapter")
+            check_room(setup, positions, f"the {positions} positions of the model with its adapter")
         self.pad_id, self.pad_multiple = pad_id(self.tokenizer.pad_token_id), pad_multiple(device)
         end_of_turn = setup.survey.get("end_of_turn")
         own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
@@ -397,7 +397,7 @@ class RolloutTask(BaseTask):
         return {**shown, "loss": -shown["reward"]}, self.samples_of(trajectories[: self.settings.show])
 
 
-def _check_positions(setup: TaskSetup, positions: int, described: str) -> None:
+def check_room(setup: TaskSetup, positions: int, described: str) -> None:
     """Raises RecipeError if prompt and response may have more tokens than there are positions."""
     longest = setup.max_length + setup.settings.sampling.max_new_tokens
     if positions < longest:

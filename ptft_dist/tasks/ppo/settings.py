@@ -15,6 +15,9 @@ class PpoSettings(RolloutSettings):
 
     section = "ppo"
 
+    critic: str | None = None
+    """A network of its own as critic, initialized from this directory or Hub name: a reward model, or the policy's
+    model.path. It must have the policy's tokenizer. Default: a linear layer on the policy's last hidden states."""
     epochs: PositiveInt = 4
     """Passes over the responses of a rollout."""
     kl_target: Positive | None = None

@@ -15,38 +15,65 @@ import numpy as np
 import torch
 
 from ptft_dist.config.recipe import ModelSection
-from ptft_dist.networks.facts import NetworkFacts
-from ptft_dist.networks.value_head import add_value_head
+from ptft_dist.networks.critic import add_critic, add_value_head, token_values
+from ptft_dist.networks.facts import NetworkFacts, read_facts
+from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.networks.load import directory_or_hub_name
 from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, gae, token_rewards, whiten
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
 from ptft_dist.rl.rollout import Trajectory
-from ptft_dist.tasks.common.rollouts import RolloutTask
+from ptft_dist.tasks.common.dropout import turn_off_dropout
+from ptft_dist.tasks.common.rollouts import RolloutTask, check_room
+from ptft_dist.tasks.common.same_tokens import check_same_tokens
 from ptft_dist.tasks.ppo.settings import PpoSettings
 from ptft_dist.tasks.protocol import IGNORE, LossOut, TaskSetup
 
 
 class Ppo(RolloutTask):
-    """Policy and critic are one network, which is trained on the sum of their losses."""
+    """Policy and critic are trained on the sum of their losses. The critic is a head on the policy, or a network."""
 
     settings: PpoSettings
+
+    @classmethod
+    def check_setup(cls, setup: TaskSetup, frozen: Mapping[str, FrozenSource]) -> None:
+        """Also check the critic's config and tokenizer."""
+        super().check_setup(setup, frozen)
+        if (source := _critic_of(setup)) is not None:
+            check_same_tokens(setup, source)
+            positions = getattr(source.config().get_text_config(), "max_position_embeddings", None)
+            if isinstance(positions, int) and positions > 0:
+                check_room(setup, positions, f"the critic's max_position_embeddings ({positions})")
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
         self.kl_coefficient = self.settings.kl
 
     def extend_network(self, model: Any, section: ModelSection) -> None:
-        """Add the value head, whose values are 0 at the start."""
+        """Add the critic. The values of a new head are 0 at the start."""
         super().extend_network(model, section)
-        add_value_head(model, self.network.hidden_size)
+        if (source := _critic_of(self.setup)) is None:
+            add_value_head(model, self.network.hidden_size)
+            return
+        critic = add_critic(model, source)
+        self.critic_takes = read_facts(critic).takes
+        turn_off_dropout(critic)
 
-    def values(self, model: Any, states: torch.Tensor) -> torch.Tensor:
-        """V of the states before each response token: fp32 [B, R]. states: last hidden states [B, R, H]."""
-        values: torch.Tensor = model.value_head(states.to(model.value_head.weight.dtype))
-        return values.float().squeeze(-1)
+    def policy_and_values(
+        self, model: Any, inputs: Mapping[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the response tokens, entropies, and V of the states before each token: fp32 [B, R]."""
+        own = self.settings.critic is not None
+        logprobs, entropy, states = self.policy(model, inputs, hidden=not own)
+        if own:
+            names = ["input_ids", "attention_mask", *(["position_ids"] if self.critic_takes("position_ids") else [])]
+            values = token_values(model.critic, {name: inputs[name] for name in names})
+            return logprobs, entropy, values[:, -logprobs.size(1) - 1 : -1]
+        head = model.value_head
+        return logprobs, entropy, head(states.to(head.weight.dtype)).float().squeeze(-1)
 
     def look_at_policy(self, model: Any, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        logprobs, _, states = self.policy(model, inputs, hidden=True)
-        return {"logprobs": logprobs, "values": self.values(model, states)}
+        logprobs, _, values = self.policy_and_values(model, inputs)
+        return {"logprobs": logprobs, "values": values}
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
         """Rewards of tokens, GAE, returns and whitening; then the coefficient of the KL penalty is adapted."""
@@ -81,8 +108,7 @@ class Ppo(RolloutTask):
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The summed loss over response tokens (Schulman et al. 2017, equation 9, with its sign changed)."""
         settings, mask = self.settings, (inputs["targets"] != IGNORE).float()
-        logprobs, entropy, states = self.policy(model, inputs, hidden=True)
-        values = self.values(model, states)
+        logprobs, entropy, values = self.policy_and_values(model, inputs)
         policy = clipped_policy_loss(
             logprobs, inputs["logprobs"], inputs["advantages"], mask, settings.clip, settings.clip
         )
@@ -104,3 +130,11 @@ class Ppo(RolloutTask):
 
     def phase_is_over(self, metrics: Mapping[str, float]) -> bool:
         return self.settings.target_kl is not None and metrics["approx_kl"] > self.settings.target_kl
+
+
+def _critic_of(setup: TaskSetup) -> FrozenSource | None:
+    """What the critic is initialized from; None for a head on the policy."""
+    key, path = f"{setup.name}.critic", setup.settings.critic
+    if path is None:
+        return None
+    return FrozenSource(key, ModelSection(path=directory_or_hub_name(path, setup.base, key), dtype="fp32"))
