@@ -34,10 +34,10 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str]]]:
     """Name -> recipe, and the values that differ from it."""
     rule = f'[{{"function": "alignment.{begins_with_return.__name__}"}}]'
     learned = f'[{{"model": "{folder}/reward/model"}}]'
-    adaptive = ["ppo.kl=0.1", f"ppo.kl_target={KL_TARGET}", "ppo.kl_horizon=200"]
+    adaptive = [f"ppo.kl_target={KL_TARGET}", "ppo.kl_horizon=200"]
     return {
-        "ppo, rule": ("ppo", [f"ppo.rewards={rule}", *adaptive]),
-        "ppo, reward model": ("ppo", [f"ppo.rewards={learned}", *adaptive]),
+        "ppo, rule": ("ppo", [f"ppo.rewards={rule}", "ppo.kl=0.1", *adaptive]),
+        "ppo, reward model": ("ppo", [f"ppo.rewards={learned}", "ppo.kl=0.2", *adaptive]),
         "grpo, rule": ("grpo", [f"grpo.rewards={rule}"]),
         "grpo, reward model": ("grpo", [f"grpo.rewards={learned}"]),
         "dpo": ("dpo", []),

@@ -24,7 +24,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
-from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, tell_launcher
+from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, start_token, tell_launcher
 from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
@@ -80,7 +80,7 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
     try:
         make_run_dir(run_dir)
         lock = lock_run_dir(run_dir) if place.is_main else None
-        stop = StopRequest(run_dir / "stop" if place.is_main else None)
+        stop = StopRequest(run_dir / "stop" if place.is_main else None, start_token(os.environ))
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:

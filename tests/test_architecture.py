@@ -18,16 +18,17 @@ TASK_NAMES = sorted(path.parent.name for path in PACKAGE.glob("tasks/*/task.py")
 # Package (or module directly below ptft_dist) -> the packages that it may import.
 MAY_IMPORT = {
     "errors": set(),
+    "signals": set(),
     "config": {"errors"},
-    "launch": {"config", "errors"},
+    "launch": {"config", "errors", "signals"},
     "reporting": {"config", "errors", "launch"},
     "engine": {"config", "errors"},
     "checkpoint": {"config", "errors"},
     "networks": {"config", "errors"},
-    "data": {"config", "errors", "reporting"},
+    "data": {"config", "errors", "reporting", "signals"},
     "rl": {"config", "data", "errors", "networks"},
     "tasks": {"config", "data", "errors", "networks", "rl"},
-    "training": {"checkpoint", "config", "data", "engine", "errors", "reporting", "rl", "tasks"},
+    "training": {"checkpoint", "config", "data", "engine", "errors", "reporting", "rl", "tasks", "signals"},
     "old_network": {"config", "data", "engine", "errors", "networks", "reporting", "tasks", "training"},
     "trained_network": {"config", "data", "errors", "networks", "reporting", "tasks"},
     "session": {
@@ -74,7 +75,7 @@ MAY_IMPORT = {
         "trained_network",
     },
     "merging": {"checkpoint", "errors", "exporting", "networks", "reporting", "run"},
-    "runs": {"api", "config", "errors", "reporting"},
+    "runs": {"api", "config", "errors", "reporting", "signals"},
     "cli": None,
     "__main__": {"cli"},
 }

@@ -141,4 +141,5 @@ def _launch(
     with ending_at_once(_end_before_training):
         prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return start(words, run_dir, max(1, cores // local), file.variables)
+    address = several.address if several else None
+    return start(words, run_dir, max(1, cores // local), file.variables, address)

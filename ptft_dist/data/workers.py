@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn, TypeVar
 
 from ptft_dist.errors import PtftError, RecipeError
+from ptft_dist.signals import STOP
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -172,7 +173,7 @@ def _without_tokenizer_threads() -> Iterator[None]:
 
 def _serve(work: Callable[[Any], Any], connection: Connection) -> NoReturn:
     """The loop of a worker: process chunks until the parent closes the socket."""
-    for signal_number in (signal.SIGINT, signal.SIGTERM):  # sent to the whole process group; the parent handles them
+    for signal_number in (signal.SIGINT, *STOP):  # sent to the whole process group; the parent handles them
         signal.signal(signal_number, signal.SIG_IGN)
     code = 1
     try:

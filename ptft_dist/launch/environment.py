@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
 from ptft_dist.launch.settings import check_settings, settings_of_environment
+from ptft_dist.signals import BY_A_LAUNCHER
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,25 @@ def restarted_job() -> str | None:
 def is_requeued() -> bool:
     """Whether the job is requeued after exit code 75."""
     return "SLURM_JOB_ID" in os.environ
+
+
+START_TOKEN = "PTFT_START_TOKEN"
+"""The environment variable that names this start of the run: what its launchers write into a stop file."""
+
+
+def start_token(environ: Mapping[str, str], address: str | None = None) -> str:
+    """A text that all processes of this start share, and no other start has.
+
+    Outside of Slurm, launchers on several machines share nothing but the `address` of machine 0, which other starts may
+    have too.
+    """
+    if given := environ.get(START_TOKEN):
+        return given
+    if "SLURM_JOB_ID" in environ:
+        own = f"Slurm job {environ['SLURM_JOB_ID']}, restart {environ.get('SLURM_RESTART_COUNT') or 0}"
+    else:
+        own = address or uuid.uuid4().hex
+    return f"{BY_A_LAUNCHER} {own}"
 
 
 EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"

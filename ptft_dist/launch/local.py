@@ -14,8 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from ptft_dist.errors import RecipeError
-from ptft_dist.launch.environment import EXIT_CODE_FILE
+from ptft_dist.launch.environment import EXIT_CODE_FILE, START_TOKEN, start_token
 from ptft_dist.launch.launch_file import LaunchFile
+from ptft_dist.signals import STOP, ignore_stop_signals
 
 
 def default_launch() -> str:
@@ -110,19 +111,22 @@ def _deepspeed_launcher(file: LaunchFile, several: Machines | None) -> list[str]
     return ["--deepspeed_multinode_launcher", "standard"]
 
 
-def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping[str, str]) -> int:
+def launch(
+    words: Sequence[str], run_dir: Path, threads: int, variables: Mapping[str, str], address: str | None = None
+) -> int:
     """Run the command, and return the exit code of the run, which `accelerate launch` does not pass on.
 
-    SIGTERM and SIGINT create the run directory's stop file, because torchrun would kill the ranks seconds after a
-    signal, during a save. A second SIGINT kills the ranks at once. SIGTERM is ignored after this function returns, so
-    that a late signal does not change the exit code.
+    A signal creates the run directory's stop file, because torchrun would kill the ranks seconds after a signal, during
+    a save. A second SIGINT kills the ranks at once. Other signals are ignored after this function returns, so that a
+    late one does not change the exit code.
 
     Args:
         threads: CPU threads of each rank, unless OMP_NUM_THREADS is set.
         variables: environment variables for the ranks, see LaunchFile.variables.
+        address: that of machine 0, if there are several.
     """
     print("+ " + shlex.join(words), file=sys.stderr, flush=True)
-    stop_file = run_dir / "stop"
+    stop_file, token = run_dir / "stop", start_token(os.environ, address)
     run_dir.mkdir(parents=True, exist_ok=True)
     child: subprocess.Popen[bytes] | None = None
     signals = 0
@@ -131,11 +135,11 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
         nonlocal signals
         signals += 1
         if signals == 1:
-            stop_file.touch()
+            stop_file.write_text(token)
         elif number == signal.SIGINT and child is not None:
             os.killpg(child.pid, signal.SIGKILL)
 
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, on_signal) for number in (*STOP, signal.SIGINT)}
     python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
     environment = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
@@ -146,24 +150,20 @@ def launch(words: Sequence[str], run_dir: Path, threads: int, variables: Mapping
     }
     descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
     os.close(descriptor)
-    environment[EXIT_CODE_FILE] = name
+    environment |= {EXIT_CODE_FILE: name, START_TOKEN: token}
     try:
         # A new session, so that the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a job.
-        # torchrun ignores SIGTERM, and so does a rank until it installs its own handler.
-        child = subprocess.Popen(python, start_new_session=True, preexec_fn=ignore_sigterm, env=environment)
+        # torchrun ignores these signals, and so does a rank until it installs its own handler.
+        child = subprocess.Popen(python, start_new_session=True, preexec_fn=ignore_stop_signals, env=environment)
         code = child.wait()
     finally:
-        ignore_sigterm()
+        ignore_stop_signals()
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         if signals:  # the run may have stopped by a signal of another machine before, and left this stop file
             stop_file.unlink(missing_ok=True)
         reported = Path(name).read_text()
         Path(name).unlink(missing_ok=True)
     return own_exit_code(code, reported)
-
-
-def ignore_sigterm() -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def own_exit_code(code: int, reported: str) -> int:

@@ -13,8 +13,9 @@ from types import FrameType
 from ptft_dist.errors import EXIT_STOPPED
 from ptft_dist.reporting.messages import say
 from ptft_dist.runs.run_list import Run
+from ptft_dist.signals import STOP
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP, signal.SIGINT)
 COMMAND = (sys.executable, "-m", "ptft_dist", "train")
 
 
@@ -27,7 +28,7 @@ class LocalExecutor:
 
     @contextlib.contextmanager
     def forwarding_signals(self) -> Iterator[None]:
-        """Forward SIGTERM and SIGINT to the running process and start no other one; restore the handlers afterwards.
+        """Forward signals to the running process and start no other one; restore the handlers afterwards.
 
         No effect outside of the main thread, because Python cannot receive signals there.
         """

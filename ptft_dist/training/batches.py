@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ptft_dist.data.order import Plan, split_update
 from ptft_dist.data.store import Store
+from ptft_dist.signals import ignore_stop_signals
 from ptft_dist.tasks.protocol import BASELINE, Batch, Collate, Task
 
 if TYPE_CHECKING:
@@ -111,8 +111,8 @@ def _no_target(targets: torch.Tensor) -> torch.Tensor:
 
 
 def ignore_sigterm(_worker: int) -> None:
-    """Ignore SIGTERM in data-loader workers: Slurm may signal every process of a job, but the rank ends its workers."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Ignore signals in data-loader workers: Slurm may signal every process of a job, but the rank ends its workers."""
+    ignore_stop_signals()
 
 
 class SupervisedBatches:

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGINT, or a file named `stop` in the run directory.
+"""Stop requests: SIGTERM, SIGUSR1, SIGUSR2, SIGINT, or a file named `stop` in the run directory.
 
 During training a signal handler only sets a flag. The ranks sum their flags together with the counts of each update,
 so that all of them stop after the same update. Before training there is nothing to save: the process exits at once,
@@ -18,22 +18,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+from ptft_dist.signals import BY_A_LAUNCHER, STOP
+
 LOOK_EVERY_S = 1.0  # the stop file may be on a slow shared disk
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (*STOP, signal.SIGINT)
 
 
 class StopRequest:
     """Whether this run was asked to stop, and by what."""
 
-    def __init__(self, stop_file: Path | None) -> None:
-        """stop_file: checked by this rank; None on all ranks but one, which learn of it from the next sum."""
-        self.stop_file = stop_file
+    def __init__(self, stop_file: Path | None, token: str = "") -> None:
+        """
+        Args:
+            stop_file: checked by this rank; None on all ranks but one, which learn of it from the next sum.
+            token: what the launchers of this start write into the file.
+        """
+        self.stop_file, self.token = stop_file, token
         self.reason: str | None = None
         self._looked = -LOOK_EVERY_S
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle SIGTERM and SIGINT, and restore the previous handlers afterwards. A second SIGINT interrupts as usual.
+        """Handle the signals, and restore the previous handlers afterwards. A second SIGINT interrupts as usual.
 
         Only the main thread can handle signals; in another thread only the stop file works.
         """
@@ -58,9 +64,21 @@ class StopRequest:
         now = time.monotonic()
         if self.reason is None and self.stop_file is not None and now - self._looked >= LOOK_EVERY_S:
             self._looked = now
-            if self.stop_file.exists():
+            if self._is_meant(self.stop_file):
                 self.reason = f"the file {self.stop_file}"
         return self.reason is not None
+
+    def _is_meant(self, stop_file: Path) -> bool:
+        """Whether there is a stop file for this start. The file of an earlier start, whose launcher was killed before
+        it could remove it, is removed."""
+        try:
+            text = stop_file.read_text(encoding="utf-8", errors="replace").strip()
+        except FileNotFoundError:
+            return False
+        if text == self.token or not text.startswith(BY_A_LAUNCHER):
+            return True
+        stop_file.unlink(missing_ok=True)
+        return False
 
     def fulfilled(self) -> None:
         """Remove the stop file after the run has stopped, so that the next start can train."""
@@ -85,7 +103,7 @@ os.register_at_fork(after_in_child=_in_forked_child)
 
 @contextlib.contextmanager
 def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
-    """Call `end(signal name)` at SIGTERM and SIGINT until a StopRequest handles them.
+    """Call `end(signal name)` at these signals until a StopRequest handles them.
 
     A separate thread calls it, so that it works while the main thread waits in C code. Without effect outside of the
     main thread.

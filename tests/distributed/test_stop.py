@@ -16,6 +16,9 @@ import psutil
 import pytest
 from support import COMMAND, ROOT, environment, last_step, lives, outcome, rows, start, wait_until, write_recipe
 
+from ptft_dist.launch.environment import start_token
+from ptft_dist.training.stopping import StopRequest
+
 STEPS = 40
 SLOW = ["slow_updates:0.05"]
 
@@ -55,7 +58,7 @@ def stopped_at(run_dir: Path, reason: str) -> int:
     return step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_to_one_process(
     tmp_path: Path, documents: Path, cache: Path, whole: Callable[[int], dict[str, Any]], number: int
 ) -> None:
@@ -84,9 +87,33 @@ def test_a_stop_file_for_two_processes(
     stopped_at(tmp_path / "run", "run/stop")
     assert not (tmp_path / "run/stop").exists()
 
+    # A file that the launcher of an earlier start has left does not stop this one.
+    (tmp_path / "run/stop").write_text("stopped by the launcher of Slurm job 7, restart 0")
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 0, run.stderr
     assert outcome(tmp_path / "run") == whole(2)
+    assert not (tmp_path / "run/stop").exists()
+
+
+def test_whose_stop_file_is_obeyed(tmp_path: Path) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}
+    before = {**job, "SLURM_RESTART_COUNT": "1"}
+    alone = [start_token({}), start_token({})]
+    assert alone[0] != alone[1]
+    assert start_token({}, "a:1") == start_token({}, "a:1") != start_token({}, "a:2")
+    file = tmp_path / "stop"
+    for written, stops in (
+        ("", True),  # touch
+        ("please", True),
+        (start_token(job), True),
+        (start_token(before), False),
+        (start_token({"SLURM_JOB_ID": "8"}), False),
+        (alone[0], False),
+    ):
+        file.write_text(written)
+        assert StopRequest(file, start_token(job)).requested() == stops, written
+        assert file.exists() == stops
+    assert start_token({"PTFT_START_TOKEN": alone[0], **job}) == alone[0]  # given by the launcher to its ranks
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -143,12 +170,15 @@ def launched(tmp_path: Path, documents: Path, cache: Path) -> Iterator[Callable[
 TWO = [*COMMAND, "train", "recipe.yaml", "--launch", "cpu", "--processes", "2"]
 
 
-def test_sigterm_to_the_command_that_launched_two_processes(
-    tmp_path: Path, cache: Path, launched: Callable[..., psutil.Popen]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_command_that_launched_two_processes(
+    tmp_path: Path, cache: Path, launched: Callable[..., psutil.Popen], number: int
 ) -> None:
+    """SIGUSR1 to all its processes, as Slurm sends it."""
     command = launched(TWO)
     family = command.children(recursive=True)
-    command.send_signal(signal.SIGTERM)
+    for process in [command, *family] if number == signal.SIGUSR1 else [command]:
+        process.send_signal(number)
     assert command.wait(timeout=60) == 75
     assert not any(map(lives, family))
     run_dir = tmp_path / "run"
