@@ -18,6 +18,12 @@ class RecipeError(PtftError):
     exit_code = 2
 
 
+class StillRunningError(PtftError):
+    """A requeued job found the process of its earlier start still at work, such as on a host that was cut off."""
+
+    exit_code = EXIT_STOPPED
+
+
 class DataError(PtftError):
     """An input file is missing, unreadable, empty or malformed."""
 

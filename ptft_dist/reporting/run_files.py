@@ -23,12 +23,14 @@ from filelock import FileLock, Timeout
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import PtftError, RecipeError
-from ptft_dist.launch.environment import Place, tell_launcher
+from ptft_dist.errors import PtftError, RecipeError, StillRunningError
+from ptft_dist.launch.environment import Place, job_id, restarted_job, tell_launcher
 from ptft_dist.reporting.messages import fail, say
 
 TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
 _DAY_S = 86_400.0
+LOCK_WAIT_S = 300.0
+"""Slurm marks a host as down after 300 s by default, and then kills what ran there."""
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
 
 
@@ -48,12 +50,29 @@ def make_run_dir(run_dir: Path) -> None:
 
 
 def lock_run_dir(run_dir: Path) -> FileLock:
-    """Lock the directory against a second start. The lock ends with the process."""
-    lock = FileLock(run_dir / ".lock")
+    """Lock the directory against a second start. The lock ends with the process.
+
+    A requeued job waits a while: on a host that was cut off, the process of its earlier start may still end.
+
+    Raises:
+        RecipeError: another process has the lock.
+        StillRunningError: the same in a requeued job.
+    """
+    lock, holder = FileLock(run_dir / ".lock"), run_dir / ".lock-holder"
+    job, requeued = job_id(), restarted_job() is not None
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RecipeError(f"run_dir: another process is training in {run_dir}; wait for it or choose another") from None
+        other = holder.read_text() if holder.exists() else "unknown"
+        text = f"run_dir: another process is training in {run_dir} ({other})"
+        if not requeued:
+            raise RecipeError(f"{text}; wait for it or choose another") from None
+        say(f"{text}; waiting for it for {LOCK_WAIT_S:.0f} s")
+        try:
+            lock.acquire(timeout=LOCK_WAIT_S, poll_interval=1)
+        except Timeout:
+            raise StillRunningError(f"{text}. It has not ended within {LOCK_WAIT_S:.0f} s; end it") from None
+    holder.write_text(f"process {os.getpid()} on {socket.gethostname()}" + (f", {job}" if job else ""))
     return lock
 
 
