@@ -140,7 +140,7 @@ def launch(
             os.killpg(child.pid, signal.SIGKILL)
 
     previous = {number: signal.signal(number, on_signal) for number in (*STOP, signal.SIGINT)}
-    python = [sys.executable, "-m", "accelerate.commands.launch", *words[2:]]
+    python = [sys.executable, "-m", "ptft_dist.launch.accelerate_launch", *words[2:]]
     environment = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
         "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # the only signal that torchrun itself handles
