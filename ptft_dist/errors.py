@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 EXIT_FINISHED = 0
+EXIT_FAILED = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
+EXIT_LOST = 76
+"""Another process or its machine is gone, so that a new start may succeed."""
+_PEER_LOST = ("closed by peer", "reset by peer")
 
 
 class PtftError(Exception):
@@ -48,3 +52,11 @@ class NonFiniteLossError(PtftError):
     """The loss or the gradient norm became NaN or infinite; the weights of this update are not saved."""
 
     exit_code = 5
+
+
+def exit_code_of(error: BaseException, cause: str | None = None) -> int:
+    """The exit code for an error. cause: the earlier failure that it follows from, if one is known."""
+    if isinstance(error, PtftError):
+        return error.exit_code
+    lost = cause is None and any(phrase in str(error) for phrase in _PEER_LOST)
+    return EXIT_LOST if lost else EXIT_FAILED

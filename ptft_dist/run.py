@@ -23,7 +23,7 @@ from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
-from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, PtftError, RecipeError
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RecipeError
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, start_token, tell_launcher
 from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
@@ -85,8 +85,7 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
         announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
-        code = error.exit_code if isinstance(error, PtftError) else 1
-        report.write(error, code, time.monotonic() - started, first=first_failure())
+        report.write(error, time.monotonic() - started, first=first_failure())
         raise
     finally:
         if lock is not None:

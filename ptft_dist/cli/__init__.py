@@ -29,6 +29,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("score", "ptft_dist.cli.score", "score"),
     ("merge", "ptft_dist.cli.merge", "merge"),
     ("export", "ptft_dist.cli.export", "export"),
+    ("requeue", "ptft_dist.cli.requeue", "requeue"),
 )
 
 # Rich markup is slow to import and wraps lines. Typer's tracebacks print local variables, which may contain secrets.

@@ -34,7 +34,7 @@ def train(
 ) -> None:
     """Train a recipe, or resume from the newest checkpoint of its run directory."""
     from ptft_dist.api import load_recipe
-    from ptft_dist.launch.environment import place
+    from ptft_dist.launch.environment import place, tell_run_dir
     from ptft_dist.runs.folds import has_folds, train_folds
 
     names = ("--launch", "--processes", "--machines", "--machine-rank", "--address")
@@ -46,6 +46,7 @@ def train(
             "launch config to that launcher, as in: accelerate launch --config_file FILE -m ptft_dist train RECIPE"
         )
     loaded = load_recipe(recipe, overrides or [])
+    tell_run_dir(Path(loaded.recipe.run_dir))
     accepted = [word for key in accept or () for word in ("--accept", key)]
     if has_folds(loaded) and not place().launched:
         options = [*accepted, *(word for option in given.items() for word in option)]
@@ -63,7 +64,7 @@ def train(
 
 def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     """Train as this process's rank; return the exit code. Failures are already reported."""
-    from ptft_dist.errors import PtftError
+    from ptft_dist.errors import exit_code_of
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.training.stopping import ending_at_once
@@ -76,7 +77,7 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
         try:
             code = run(loaded, here, resume=resume, accept=accept).exit_code
         except Exception as error:
-            code = error.exit_code if isinstance(error, PtftError) else 1
+            code = exit_code_of(error)
     if here.world_size > 1:
         _end(code)
     return code

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ptft_dist.errors import EXIT_FAILED, EXIT_LOST
 from ptft_dist.launch.environment import EXIT_CODE_FILE
 
 
@@ -32,7 +33,8 @@ def main() -> None:
         reported = Path(os.environ[EXIT_CODE_FILE]).read_text()
         for line in ends(error.failures, reported=bool(reported)):
             print(line, file=sys.stderr, flush=True)
-        sys.exit(1)
+        killed = any(failure.exitcode < 0 for failure in error.failures.values())
+        sys.exit(EXIT_LOST if killed else EXIT_FAILED)
     except subprocess.CalledProcessError as error:  # one process, which accelerate starts without torchrun
         sys.exit(max(error.returncode, 1))
 

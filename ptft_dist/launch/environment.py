@@ -119,6 +119,17 @@ def start_token(environ: Mapping[str, str], address: str | None = None) -> str:
     return f"{BY_A_LAUNCHER} {own}"
 
 
+RUN_FILE = "PTFT_RUN_FILE"
+"""The environment variable with the path of a file, on the first node, in which `ptft train` writes its run_dir."""
+
+
+def tell_run_dir(run_dir: Path) -> None:
+    """Pass the run directory to the script of a Slurm job."""
+    path = Path(os.environ.get(RUN_FILE, ""))
+    if path.is_file():
+        path.write_text(str(run_dir.absolute()), encoding="utf-8")
+
+
 EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
 """The environment variable with the path of the file in which ranks write their exit code for `ptft train --launch`."""
 

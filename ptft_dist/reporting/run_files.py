@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import PtftError, RecipeError, StillRunningError
-from ptft_dist.launch.environment import Place, job_id, restarted_job, tell_launcher
+from ptft_dist.errors import EXIT_LOST, PtftError, RecipeError, StillRunningError, exit_code_of
+from ptft_dist.launch.environment import Place, job_id, restarted_job, start_token, tell_launcher
 from ptft_dist.reporting.messages import fail, say
 
 TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
@@ -127,8 +127,9 @@ def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
     return run_dir / TOKENIZER if same and (run_dir / TOKENIZER).is_dir() else None
 
 
-def write_result(run_dir: Path, result: dict[str, Any]) -> None:
+def write_result(run_dir: Path, values: dict[str, Any]) -> None:
     """Replace result.json atomically."""
+    result = {**values, "start": start_token(os.environ)}
     partial = run_dir / f".result-{os.getpid()}.json"
     try:
         partial.write_text(json.dumps(result, indent=1))
@@ -149,9 +150,11 @@ class FailureReport:
         self.log = run_dir / "logs" / f"rank-{place.rank}.log"
         self.claim = _scratch() / f"failed-{_this_start()}"
 
-    def write(self, error: Exception, exit_code: int, wall_s: float, first: str | None = None) -> None:
+    def write(self, error: Exception, wall_s: float, first: str | None = None) -> None:
         """first: the failure that was announced by the rank that failed first, if any."""
         trace = hide(traceback.format_exc())
+        follows = first is not None and not first.startswith(f"rank {self.place.rank}:")
+        exit_code = exit_code_of(error, first if follows else None)
         if self.begun:
             with _reporting(self.log), self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.place.rank} failed\n{trace}\n")
@@ -162,9 +165,9 @@ class FailureReport:
                 return  # another rank failed first; this failure probably follows from it
         who = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
         what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
-        if first is not None and not isinstance(error, PtftError) and not first.startswith(f"rank {self.place.rank}:"):
+        if first is not None and follows and not isinstance(error, PtftError):
             what += f"\nThis follows from an earlier failure: {hide(first)}"
-        elif "closed by peer" in what or "reset by peer" in what:
+        elif exit_code == EXIT_LOST:
             what += "\nAnother rank was killed (out of memory?); the launcher's summary names it."
         if not isinstance(error, PtftError):
             fail(trace)

@@ -163,6 +163,18 @@ class Job:
         assert found, text
         return found[1]
 
+    def processes(self, **variables: str) -> list[psutil.Process]:
+        """Those of the job with these environment variables."""
+        wanted = {"SLURM_JOB_ID": self.number, **variables}.items()
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if wanted <= process.environ().items():
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
     @property
     def log(self) -> str:
         return self.log_file.read_text() if self.log_file.exists() else ""

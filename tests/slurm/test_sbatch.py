@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cluster import Cluster
+from cluster import Cluster, programs
 from support import eval_rows, last_step, outcome, start, train_rows, write_recipe
 
 STEPS = 60
@@ -64,6 +64,25 @@ def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
         assert [row[key] for row in get(run_dir)] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_killed_rank_does_not_end_the_run(cluster: Cluster, tmp_path: Path, documents: Path, cache: Path) -> None:
+    """The job is requeued, and ends with the bits of a run that lost no rank."""
+    write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 5}, eval={"every": 50})
+    run = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
+    assert run.wait() == 0, run.stderr
+    job = cluster.submit("recipe.yaml", *MULTI, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    job.until(lambda: last_step(tmp_path / "run") >= 6, "update 6")
+    victim = min(job.processes(RANK="1"), key=lambda process: process.create_time())
+    victim.kill()
+    job.requeued()
+    assert "was killed by SIGKILL; perhaps the machine ran out of memory" in job.log
+    assert job.wait() == ("COMPLETED", "0:0"), job.log
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    lost, last = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
+    assert (lost["exit_code"], lost["requeued"], lost["nodes"]) == (76, True, "n[0-1]")
+    assert lost["update"] >= 5
+    assert (last["restart"], last["exit_code"], last["update"], last["requeued"]) == (1, 0, STEPS, False)
+
+
 def test_a_wrong_recipe_fails_the_job_with_its_code(cluster: Cluster, tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
     job = cluster.submit("recipe.yaml", "optim.learning_rate=1", *MULTI, cwd=tmp_path, env={})
@@ -79,7 +98,8 @@ def stand_in(folder: Path, body: str) -> dict[str, str]:
     """Environment variables with which `ptft` is a shell script."""
     program = folder / "bin/ptft"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/bash\n{body}\n")
+    requeue = f'if [ "$1" = requeue ]; then exec {programs() / "ptft"} "$@"; fi'
+    program.write_text(f"#!/bin/bash\n{requeue}\n{body}\n")
     program.chmod(0o755)
     return {"PATH": f"{program.parent}:/usr/local/bin:/usr/bin:/bin"}
 
@@ -118,6 +138,16 @@ def test_a_node_that_ends_first_does_not_end_the_other(cluster: Cluster, tmp_pat
     job.requeued()
     assert (tmp_path / "saved").exists()
     assert job.wait() == ("COMPLETED", "0:0"), job.log
+
+
+def test_a_job_without_progress_is_not_requeued_for_ever(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.submit("my.yaml", cwd=tmp_path, nodes=1, env=stand_in(tmp_path, "exit 75"))
+    for _ in range(2):
+        job.requeued()
+        job.until(lambda: job.fact("JobState") != "PENDING", "its start")
+    assert job.wait() == ("FAILED", "75:0"), job.log
+    assert job.fact("Restarts") == "2"
+    assert "3 starts have ended without a new checkpoint" in job.log
 
 
 def test_without_ptft_it_says_so(cluster: Cluster, tmp_path: Path) -> None:

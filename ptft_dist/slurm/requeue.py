@@ -1,0 +1,116 @@
+"""What happens to a Slurm job after a start of it has ended: is it requeued, and why?
+
+    RUN/slurm.jsonl    one line for each start: job, restart, nodes, exit code, cause, update, whether it was requeued
+
+This module imports no torch, since it runs between two starts.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ptft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_LOST, EXIT_STOPPED
+from ptft_dist.launch.environment import start_token
+
+HISTORY = "slurm.jsonl"
+CAUSES = {
+    EXIT_FINISHED: "finished",
+    EXIT_FAILED: "failed: an error in the program",
+    2: "failed: the recipe, the launch config or the command is wrong",
+    3: "failed: the data are wrong",
+    4: "failed: a checkpoint is missing, damaged or of another recipe",
+    5: "failed: the loss is not finite",
+    EXIT_STOPPED: "stopped, to be resumed",
+    EXIT_LOST: "a process or a node was lost",
+}
+"""Exit code of a start -> its cause."""
+WITHOUT_PROGRESS = 3
+"""So many starts in a row may end without a new checkpoint."""
+
+
+class Decision(NamedTuple):
+    """What follows after a start."""
+
+    code: int
+    """The exit code of the job."""
+    requeue: bool
+    why: str
+
+
+def decide(srun: int, result: Mapping[str, Any] | None, updates: Sequence[int], limit: int) -> Decision:
+    """Decide from how a start has ended.
+
+    Faults of the recipe, the data or the program would only come again, so they are never requeued.
+
+    Args:
+        srun: the exit code of srun: the highest one of its tasks, or that of the signal with which it ended the last.
+        result: result.json, if this start has written it.
+        updates: the update of the newest checkpoint after each start of the job, this one included.
+        limit: the most requeues of the job.
+    """
+    code = srun if result is None else int(result["exit_code"])
+    if code not in CAUSES:  # a signal, such as that of srun to the tasks of other nodes
+        code = EXIT_LOST
+    why = CAUSES[code]
+    if code not in (EXIT_STOPPED, EXIT_LOST):
+        return Decision(code, False, why)
+    if len(updates) > limit:
+        return Decision(code, False, f"{why}; not requeued, because the job has been requeued {limit} times")
+    last = updates[-WITHOUT_PROGRESS:]
+    if len(last) == WITHOUT_PROGRESS and len(set(last)) == 1:
+        stuck = f"{WITHOUT_PROGRESS} starts have ended without a new checkpoint (update {last[-1]})"
+        return Decision(code, False, f"{why}; not requeued, because {stuck}")
+    return Decision(code, True, why)
+
+
+def after_start(run_dir: Path | None, srun: int, environ: Mapping[str, str], limit: int) -> Decision:
+    """Decide, and add a line to the history of the run.
+
+    Args:
+        run_dir: None if the start has not read its recipe.
+        environ: of the job.
+    """
+    restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
+    if run_dir is None or not run_dir.is_dir():
+        return decide(srun, None, [0] * (restart + 1), limit)
+    job, update = environ["SLURM_JOB_ID"], newest_update(run_dir)
+    updates = [row["update"] for row in history(run_dir) if row["job"] == job]
+    decision = decide(srun, _result(run_dir, environ), [*updates, update], limit)
+    row = {
+        "job": job,
+        "restart": restart,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "nodes": environ.get("SLURM_JOB_NODELIST", ""),
+        "exit_code": decision.code,
+        "cause": decision.why,
+        "update": update,
+        "requeued": decision.requeue,
+    }
+    with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    return decision
+
+
+def history(run_dir: Path) -> list[dict[str, Any]]:
+    """The starts of the run in Slurm jobs, in their order."""
+    file = run_dir / HISTORY
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def newest_update(run_dir: Path) -> int:
+    """The update of the newest complete checkpoint; 0 without one."""
+    names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
+    return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def _result(run_dir: Path, environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """result.json, unless an earlier start has written it."""
+    try:
+        result: dict[str, Any] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return result if result.get("start") == start_token(environ) else None

@@ -1,0 +1,85 @@
+"""Which ends of a Slurm job's start are followed by a requeue."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptft_dist.errors import NonFiniteLossError, RecipeError, exit_code_of
+from ptft_dist.launch.environment import start_token
+from ptft_dist.slurm.requeue import after_start, decide, history
+
+STOPPED, LOST = {"exit_code": 75}, {"exit_code": 76}
+
+
+@pytest.mark.parametrize(
+    ("srun", "result", "code", "requeued"),
+    [
+        (0, {"exit_code": 0}, 0, False),
+        (75, STOPPED, 75, True),
+        (137, STOPPED, 75, True),  # srun has killed the tasks of another node
+        (76, LOST, 76, True),
+        (137, None, 76, True),  # the machine is gone, or out of memory, and nobody could report it
+        (143, None, 76, True),
+        (1, {"exit_code": 1}, 1, False),
+        (137, {"exit_code": 1}, 1, False),
+        (1, None, 1, False),
+        (2, None, 2, False),
+        (3, None, 3, False),
+        (4, None, 4, False),
+        (137, {"exit_code": 5}, 5, False),
+    ],
+)
+def test_how_a_start_ends(srun: int, result: dict[str, Any] | None, code: int, requeued: bool) -> None:
+    decision = decide(srun, result, [5], limit=100)
+    assert (decision.code, decision.requeue) == (code, requeued)
+
+
+def test_a_job_without_progress_ends() -> None:
+    assert decide(76, LOST, [5, 5], 100).requeue
+    assert decide(76, LOST, [4, 5, 5], 100).requeue
+    stuck = decide(76, LOST, [4, 5, 5, 5], 100)
+    assert not stuck.requeue
+    assert "3 starts have ended without a new checkpoint (update 5)" in stuck.why
+    assert decide(75, STOPPED, [4, 5, 6], 3).requeue
+    assert not decide(75, STOPPED, [4, 5, 6, 7], 3).requeue
+
+
+def test_the_history_of_a_run(tmp_path: Path) -> None:
+    """Starts of other jobs do not count, nor does the result of an earlier start."""
+    (tmp_path / "slurm.jsonl").write_text("".join(json.dumps({"job": "6", "update": 0}) + "\n" for _ in range(5)))
+    for restart, update in enumerate((3, 3, 3)):
+        environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NODELIST": "n[0-1]"}
+        folder = tmp_path / f"checkpoints/step-{update:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").touch()
+        (tmp_path / "checkpoints/step-00000009").mkdir(exist_ok=True)  # without a manifest it is no checkpoint
+        decision = after_start(tmp_path, 137, environ, 100)
+        assert decision.requeue == (restart < 2)
+        (tmp_path / "result.json").write_text(json.dumps({"exit_code": 0, "start": start_token(environ)}))
+    assert after_start(tmp_path, 137, environ, 100).code == 0
+    rows = history(tmp_path)[5:]
+    assert [(row["restart"], row["update"], row["exit_code"]) for row in rows] == [
+        (0, 3, 76), (1, 3, 76), (2, 3, 76), (2, 3, 0),
+    ]  # fmt: skip
+    assert rows[0]["nodes"] == "n[0-1]"
+    assert [row["requeued"] for row in rows] == [True, True, False, False]
+
+
+def test_a_start_that_has_not_read_its_recipe() -> None:
+    job = {"SLURM_JOB_ID": "7"}
+    assert not after_start(None, 2, job, 100).requeue
+    assert after_start(None, 75, job, 100).requeue
+    assert not after_start(None, 75, {**job, "SLURM_RESTART_COUNT": "2"}, 100).requeue
+
+
+def test_exit_codes_of_errors() -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
+    assert exit_code_of(gone) == 76
+    assert exit_code_of(gone, cause="rank 1: RuntimeError: a bug") == 1
+    assert exit_code_of(RuntimeError("a bug")) == 1
+    assert exit_code_of(RecipeError("x"), cause="rank 1: x") == 2
+    assert exit_code_of(NonFiniteLossError("x")) == 5
