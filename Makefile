@@ -31,12 +31,12 @@ test: $(STAMP) slurm
 slurm:
 	@PATH="$$PATH:/usr/sbin:/sbin"; \
 	have() { for name in "$$@"; do command -v "$$name" > /dev/null || return 1; done; }; \
-	if have slurmctld slurmd sbatch munged || ! have apt-get; then exit 0; fi; \
+	if have slurmctld slurmd sbatch munged shellcheck || ! have apt-get; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then root="env"; elif have sudo && sudo -n true 2> /dev/null; then root="sudo env"; \
 	else exit 0; fi; \
-	echo "installing slurm-wlm and munge for tests/slurm"; \
+	echo "installing slurm-wlm, munge and shellcheck for tests of Slurm jobs"; \
 	apt="$$root DEBIAN_FRONTEND=noninteractive timeout 300 apt-get -qq -o DPkg::Lock::Timeout=60"; \
-	{ $$apt update; $$apt install -y --no-install-recommends slurm-wlm munge; } > /dev/null 2>&1 \
+	{ $$apt update; $$apt install -y --no-install-recommends slurm-wlm munge shellcheck; } > /dev/null 2>&1 \
 	|| echo "not installed: tests/slurm will be skipped"
 
 check: $(STAMP)

@@ -76,7 +76,7 @@ MAY_IMPORT = {
     },
     "merging": {"checkpoint", "errors", "exporting", "networks", "reporting", "run"},
     "runs": {"api", "config", "errors", "reporting", "signals"},
-    "slurm": {"errors", "launch"},
+    "slurm": {"config", "errors", "launch"},
     "cli": None,
     "__main__": {"cli"},
 }

@@ -29,6 +29,10 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("score", "ptft_dist.cli.score", "score"),
     ("merge", "ptft_dist.cli.merge", "merge"),
     ("export", "ptft_dist.cli.export", "export"),
+    ("submit", "ptft_dist.cli.submit", "submit"),
+    ("status", "ptft_dist.cli.submit", "status"),
+    ("logs", "ptft_dist.cli.submit", "logs"),
+    ("cancel", "ptft_dist.cli.submit", "cancel"),
     ("requeue", "ptft_dist.cli.requeue", "requeue"),
 )
 

@@ -1,0 +1,73 @@
+"""Checks before a job is queued. They find all problems at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ptft_dist.config.load import Loaded
+from ptft_dist.config.resolve import batch_shape
+from ptft_dist.errors import PtftError
+from ptft_dist.launch.launch_file import read_launch_file
+from ptft_dist.launch.settings import check_settings
+from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
+from ptft_dist.slurm.jobs import job_of
+from ptft_dist.slurm.render import Job
+from ptft_dist.slurm.site import Site
+
+
+def of_recipe(job: Job, loaded: Loaded, launch: str | None, others: tuple[Callable[[], object], ...]) -> list[str]:
+    """The problems of recipe, launch config and data. others: further checks, which raise PtftError."""
+
+    def launch_config() -> None:
+        if launch is None:
+            return
+        file = read_launch_file(launch)
+        check_settings(file.settings, loaded.recipe)
+        if file.distributed_type == "NO" and job.processes > 1:
+            raise PtftError(f"--launch {launch}: it starts one process, and the job has {job.processes}")
+
+    checks = (launch_config, lambda: batch_shape(loaded.recipe, job.processes), *others)
+    return [str(error) for check in checks if (error := _error_of(check)) is not None]
+
+
+def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[str]:
+    """The problems that would keep the job in the queue for ever, or end it there."""
+    default = next((each for each in known.values() if each.is_default), None)
+    partition = default if site.partition is None else known.get(site.partition)
+    if partition is None:
+        names = ", ".join(known)
+        yield (
+            f"partition: this cluster has none with the name {site.partition!r}; it has {names}"
+            if site.partition is not None
+            else f"partition: this cluster has no default; set one in the site profile: {names}"
+        )
+        return
+    at = f"partition {partition.name}"
+    if job.nodes > partition.nodes:
+        yield f"--nodes: {job.nodes}; {at} has {partition.nodes}"
+    if (job.gpus_per_node or 0) > partition.gpus:
+        yield f"--gpus-per-node: {job.gpus_per_node}; a node of {at} has {partition.gpus}"
+    if site.cpus_per_task is not None and site.cpus_per_task > partition.cpus:
+        yield f"cpus_per_task: {site.cpus_per_task}; a node of {at} has {partition.cpus}"
+    wanted = None if job.time is None else seconds(job.time)
+    if wanted is not None and partition.limit_s is not None and wanted > partition.limit_s:
+        yield f"--time: {job.time}; {at} allows {partition.limit_s // 3600} h {partition.limit_s % 3600 // 60} min"
+    if wanted is not None and wanted <= site.lead_s:
+        yield f"--time: {job.time}; the warning comes {site.lead_s} s before its end (lead_s), so nothing is trained"
+
+
+def of_run_dir(run_dir: Path) -> Iterator[str]:
+    """Another job that trains in this directory."""
+    job = job_of(run_dir)
+    facts = None if job is None else job_facts(job)
+    if facts is not None and facts["JobState"] not in ENDED:
+        yield f"run_dir: job {job} ({facts['JobState']}) has it: {run_dir}; end it with ptft cancel, or choose another"
+
+
+def _error_of(check: Callable[[], object]) -> PtftError | None:
+    try:
+        check()
+    except PtftError as error:
+        return error
+    return None

@@ -1,0 +1,82 @@
+"""`ptft submit`, `status`, `logs` and `cancel` on a real cluster of two nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+from cluster import Cluster, Job, programs
+from support import last_step, outcome, start, write_recipe
+
+STEPS = 600
+ODD = """it's 100% "mine" $(touch pwned)"""
+
+
+def ptft(cluster: Cluster, cache: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    variables = cluster.variables | {"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [programs() / "ptft", *words], cwd=cwd, env=variables, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_run_is_submitted_watched_cancelled_and_resumed(
+    cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 500}, eval={"every": 500})
+    (tmp_path / "site.yaml").write_text("cpus_per_task: 2\npartition: all\n")
+    run = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
+    assert run.wait() == 0, run.stderr
+
+    run_dir = tmp_path / ODD
+    words = ("submit", "recipe.yaml", f"run_dir={json.dumps(ODD)}", "--site", "site.yaml", "--nodes", "2")
+    done = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp")
+    assert done.returncode == 0, done.stderr
+    number = done.stdout.split(":")[0].removeprefix("job ")
+    job = Job(cluster, number, run_dir / f"slurm/{number}.log")
+    job.until(lambda: last_step(run_dir) >= 2, "update 2")
+    again = ptft(cluster, cache, tmp_path, *words)
+    assert again.returncode == 2
+    assert f"run_dir: job {number} (RUNNING) has it" in again.stderr
+    status = ptft(cluster, cache, tmp_path, "status", ODD).stdout
+    for line in (rf"job {number}", "state running", "nodes n[0-1]"):
+        assert line in " ".join(status.split())
+
+    assert ptft(cluster, cache, tmp_path, "cancel", ODD).stdout == f"job {number} saves a checkpoint and ends\n"
+    assert job.wait() == ("FAILED", "75:0"), job.log
+    step = last_step(run_dir)
+    assert step < STEPS
+    assert (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
+    assert job.fact("Restarts") == "0"
+    assert "has already ended" in ptft(cluster, cache, tmp_path, "cancel", ODD).stdout
+
+    done = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp")
+    assert done.returncode == 0, done.stderr
+    logs = ptft(cluster, cache, tmp_path, "logs", "-f", ODD)
+    assert f"resumed from {ODD}/checkpoints/step-{step:08d}" in logs.stdout
+    assert "ptft: finished" in logs.stdout
+    assert outcome(run_dir) == outcome(tmp_path / "whole")
+    status = ptft(cluster, cache, tmp_path, "status", ODD).stdout
+    assert f"checkpoint  update {STEPS}" in status
+    assert "start 1" in status
+    assert status.splitlines()[-1].endswith(": finished")
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_what_the_cluster_cannot_do_is_refused_before_queueing(
+    cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    write_recipe(tmp_path, documents)
+    (tmp_path / "site.yaml").write_text("gpus: gres\ncpus_per_task: 99\n")
+    words = ("submit", "recipe.yaml", "--site", "site.yaml", "--nodes", "3", "--gpus-per-node", "4", "--time", "1")
+    done = ptft(cluster, cache, tmp_path, *words)
+    assert done.returncode == 2
+    for problem in (
+        "--nodes: 3; partition all has 2",
+        "--gpus-per-node: 4; a node of partition all has 2",
+        "cpus_per_task: 99; a node of partition all has 8",
+        "--time: 1; the warning comes 120 s before its end",
+    ):
+        assert f"\n  {problem}" in done.stderr
+    assert cluster.ask("squeue", "--noheader") == ""
+    assert not (tmp_path / "run").exists()

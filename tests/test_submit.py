@@ -1,0 +1,246 @@
+"""Batch scripts and the checks before a job is queued, without Slurm. tests/slurm/test_submit.py has a real cluster."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ROOT, ptft, write_recipe
+
+from ptft_dist.errors import RecipeError
+from ptft_dist.slurm import checks, client
+from ptft_dist.slurm.client import Partition, fields, seconds
+from ptft_dist.slurm.render import Job, hand_written, render
+from ptft_dist.slurm.site import Site, read_site
+
+SITES = ("cpu", "gpu", "preemptible")
+GOLDEN = ROOT / "tests/golden"
+"""UPDATE_GOLDEN=1 writes them anew."""
+
+
+def job(*words: str, **values: Any) -> Job:
+    given: dict[str, Any] = {"folder": Path("/shared/me"), "log": Path("/shared/me/runs/a/slurm"), "name": "a"}
+    return Job(words=words or ("sft.yaml", "--launch", "zero3"), **given | values)
+
+
+def script_of(site: str) -> str:
+    gpus = None if site == "cpu" else 8
+    return render(job(nodes=2, gpus_per_node=gpus, time="24:00:00"), read_site(site))
+
+
+@pytest.mark.parametrize("site", SITES)
+def test_scripts_of_the_example_sites(site: str) -> None:
+    path = GOLDEN / f"{site}.sbatch"
+    if os.environ.get("UPDATE_GOLDEN"):
+        path.write_text(script_of(site))
+    assert script_of(site) == path.read_text()
+
+
+def test_the_hand_written_script_is_the_same_template() -> None:
+    assert (ROOT / "slurm/train.sbatch").read_text() == hand_written()
+
+
+@pytest.mark.parametrize("script", [*(f"tests/golden/{site}.sbatch" for site in SITES), "slurm/train.sbatch"])
+def test_a_script_is_good_bash(script: str) -> None:
+    subprocess.run(["bash", "-n", ROOT / script], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not installed")
+    words = ["shellcheck", "--exclude=SC1091", ROOT / script]  # the environment that a site activates is not here
+    assert subprocess.run(words, capture_output=True, text=True, check=False).stdout == ""
+
+
+PIECES = ["'", '"', "$(touch pwned)", "`touch pwned`", "\n#SBATCH --exclusive\n", "#SBATCH --uid=0", "; touch pwned #"]
+PIECES += ["\\", " ", "\t", "$HOME", "${IFS}", "&& touch pwned", "| cat", ">pwned", "{{ 7*7 }}", "{% raw %}", "é"]
+PIECES += ["模型", "*", "~", "-n", "--", "!x", "a", "\r"]
+
+
+def test_a_thousand_hostile_values_change_no_directive_and_execute_nothing(tmp_path: Path) -> None:
+    """Each of 50 scripts is run with 20 values as arguments, and with hostile names of its job and folders."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in (
+        ("srun", 'while [ "$1" != bash ]; do shift; done; shift 4; printf "%s\\0" "$@" > "$HEARD"'),
+        ("ptft", "exit 0"),
+        ("scontrol", "exit 0"),
+    ):
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    plain = [line for line in render(job(), Site()).splitlines() if line.startswith("#SBATCH")]
+    chance = random.Random(0)
+
+    def hostile() -> str:
+        return "".join(chance.choices(PIECES, k=chance.randint(1, 6)))
+
+    for number in range(50):
+        words = [hostile() for _ in range(20)]
+        folder = tmp_path / f"folder{number}{hostile().replace('/', '')}"
+        folder.mkdir()
+        values = {"A": hostile(), "B": hostile()}
+        site = Site(variables=values, cache=hostile())
+        script = render(job(*words, folder=folder, log=folder / hostile(), name=hostile()), site)
+        # sbatch reads no options after the first command.
+        read = takewhile(lambda line: not line.strip() or line.startswith("#"), script.split("\n"))
+        directives = [line for line in read if line.startswith("#SBATCH") and "--output" not in line]
+        assert [re.sub("job-name=.*", "job-name=a", line) for line in directives] == plain[:-1]
+        heard = tmp_path / "heard"
+        (tmp_path / "job.sh").write_text(script)
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_NUM_NODES": "1", "HEARD": str(heard)}
+        done = subprocess.run(
+            ["bash", tmp_path / "job.sh"], env=environment, cwd=tmp_path, capture_output=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert heard.read_bytes().decode().split("\0")[:-1] == [*words, "--processes", "1"]
+    assert not list(tmp_path.rglob("pwned"))
+
+
+# --- site profiles ----------------------------------------------------------------------------------------------------
+
+WRONG_SITES = [
+    ("partitoin: gpu", "partitoin: unknown key; did you mean partition?"),
+    ("partition: 'a b'", "partition: a value without spaces, quotes and line ends is needed here"),
+    ('account: "x\\n#SBATCH --uid=0"', "account: a value without spaces"),
+    ("gpus: many", "gpus: Input should be 'gpus-per-node' or 'gres'"),
+    ("cpus_per_task: 0", "cpus_per_task: Input should be greater than 0"),
+    ("modules: ['cuda; rm -rf x']", "modules.0: a value without spaces"),
+    ("options: {'x y': 1}", "options.x y: a value without spaces"),
+    ("variables: {'A B': x}", "variables.A B: a value without spaces"),
+    ("- a", "a site profile consists of"),
+    ("a: [", "the site profile cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG_SITES, ids=range(len(WRONG_SITES)))
+def test_a_wrong_site_profile(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(message)) as refused:
+        read_site(str(path))
+    assert str(path) in str(refused.value)
+
+
+def test_what_a_site_adds() -> None:
+    site = Site(
+        options={"exclusive": None, "mail-type": "END"},
+        modules=("cuda/12.8",),
+        setup="source /venv/bin/activate\n",
+        requeue=False,
+    )
+    script = render(job(processes_per_node=3), site)
+    for line in ("#SBATCH --exclusive", "#SBATCH --mail-type=END", "#SBATCH --no-requeue", "per_node=3"):
+        assert line in script.splitlines()
+    assert script.index("module load cuda/12.8") < script.index("source /venv") < script.index("set -u")
+    assert 'ptft requeue "$code" "$PTFT_RUN_FILE" --limit 0' in script
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+CLUSTER = {
+    "all": Partition("all", is_default=True, limit_s=3600, nodes=2, cpus=8, gpus=2),
+    "long": Partition("long", is_default=False, limit_s=None, nodes=1, cpus=8, gpus=0),
+}
+GPUS = {"gpus": "gres"}
+WRONG_JOBS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"nodes": 3}, {}, "--nodes: 3; partition all has 2"),
+    ({"nodes": 2}, {"partition": "long"}, "--nodes: 2; partition long has 1"),
+    ({"gpus_per_node": 4}, GPUS, "--gpus-per-node: 4; a node of partition all has 2"),
+    ({"gpus_per_node": 1}, {**GPUS, "partition": "long"}, "--gpus-per-node: 1; a node of partition long has 0"),
+    ({"time": "2:00:00"}, {}, "--time: 2:00:00; partition all allows 1 h 0 min"),
+    ({"time": "1-0"}, {}, "--time: 1-0; partition all allows 1 h 0 min"),
+    ({"time": "2"}, {}, "--time: 2; the warning comes 120 s before its end (lead_s), so nothing is trained"),
+    ({}, {"cpus_per_task": 9}, "cpus_per_task: 9; a node of partition all has 8"),
+    ({}, {"partition": "fast"}, "partition: this cluster has none with the name 'fast'; it has all, long"),
+]
+
+
+@pytest.mark.parametrize(("asked", "site", "message"), WRONG_JOBS, ids=range(len(WRONG_JOBS)))
+def test_what_the_cluster_does_not_have(asked: dict[str, Any], site: dict[str, Any], message: str) -> None:
+    assert list(checks.of_cluster(job(**asked), Site(**site), CLUSTER)) == [message]
+
+
+def test_all_problems_at_once() -> None:
+    found = list(checks.of_cluster(job(nodes=3, time="3:00:00"), Site(cpus_per_task=99), CLUSTER))
+    assert [each.split(":")[0] for each in found] == ["--nodes", "cpus_per_task", "--time"]
+    assert not list(checks.of_cluster(job(nodes=2, time="1:00:00"), Site(cpus_per_task=8), CLUSTER))
+    (missing,) = checks.of_cluster(job(), Site(), {"long": CLUSTER["long"]})
+    assert missing == "partition: this cluster has no default; set one in the site profile: long"
+
+
+@pytest.mark.parametrize("time", ["soon", "1h", "-5", "1:2:3:4", "", "5\n#SBATCH --uid=0"])
+def test_a_wrong_time(time: str) -> None:
+    with pytest.raises(RecipeError, match=r"--time: .* expected D-HH:MM:SS"):
+        job(time=time)
+
+
+def test_gpus_need_a_site_that_has_some() -> None:
+    with pytest.raises(RecipeError, match="--gpus-per-node: the site profile does not say"):
+        render(job(gpus_per_node=2), Site())
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("90", 5400), ("5:30", 330), ("1:00:00", 3600), ("2-00:00:00", 172800), ("1-12", 129600), ("1-1:30", 91800),
+     ("UNLIMITED", None), ("INFINITE", None)],
+)  # fmt: skip
+def test_time_limits(limit: str, expected: int | None) -> None:
+    assert seconds(limit) == expected
+
+
+def test_fields_of_scontrol() -> None:
+    text = "JobId=7 JobName=a b=c UserId=root(0) Reason=None Command=/x y/z"
+    found = fields(text)
+    assert (found["JobId"], found["Reason"], found["Command"]) == ("7", "None", "/x y/z")
+
+
+def test_partitions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {
+        "sinfo": "gpu|64|gpu:a100:8(S:0-1)\ngpu|32|gpu:4,shard:2\ncpu|16|(null)",
+        "scontrol": "PartitionName=gpu Default=NO MaxTime=2-00:00:00 TotalNodes=2\n"
+        "PartitionName=cpu Default=YES MaxTime=UNLIMITED TotalNodes=1",
+    }
+    monkeypatch.setattr(client, "ask", lambda name, *_: said[name])
+    assert client.partitions() == {
+        "gpu": Partition("gpu", is_default=False, limit_s=172800, nodes=2, cpus=64, gpus=8),
+        "cpu": Partition("cpu", is_default=True, limit_s=None, nodes=1, cpus=16, gpus=0),
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, documents: Path) -> None:
+    write_recipe(tmp_path, documents)
+    words = ("submit", "recipe.yaml", "optim.lr=0.1", "--nodes", "2", "--time", "1:00:00", "--dry-run")
+    done = ptft(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "set -- recipe.yaml optim.lr=0.1 --launch cpu" in done.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_wrong_requests_are_refused_together(tmp_path: Path, documents: Path) -> None:
+    """Also without Slurm, in a dry run."""
+    write_recipe(
+        tmp_path, documents, data={"train": [{"path": "absent.txt"}]}, batch={"global_size": 4, "micro_size": 4}
+    )
+    words = ("submit", "recipe.yaml", "--nodes", "3", "--launch", "zero7", "--dry-run")
+    done = ptft(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "nothing was submitted:" in done.stderr
+    for problem in ("zero7: no such file", "batch", "absent.txt"):
+        assert problem in done.stderr
+    nowhere = ptft("submit", "clm", cwd=tmp_path, env={"PATH": "/nowhere"})
+    assert nowhere.returncode == 1
+    assert nowhere.stderr.startswith("error: sinfo: not found on this machine. Run this on a login node")
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
+def test_a_run_without_a_job(tmp_path: Path, verb: str) -> None:
+    done = ptft(verb, "runs/a", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: runs/a: no Slurm job has trained here")
