@@ -128,13 +128,14 @@ def test_a_wrong_site_profile(tmp_path: Path, text: str, message: str) -> None:
 def test_what_a_site_adds() -> None:
     site = Site(
         options={"exclusive": None, "mail-type": "END"},
-        modules=("cuda/12.8",),
+        modules=("cuda/12.8", "a&touch"),
         setup="source /venv/bin/activate\n",
         requeue=False,
     )
     script = render(job(processes_per_node=3), site)
     for line in ("#SBATCH --exclusive", "#SBATCH --mail-type=END", "#SBATCH --no-requeue", "per_node=3"):
         assert line in script.splitlines()
+    assert "module load 'a&touch'" in script
     assert script.index("module load cuda/12.8") < script.index("source /venv") < script.index("set -u")
     assert 'ptft requeue "$code" "$PTFT_RUN_FILE" --limit 0' in script
 
@@ -176,6 +177,13 @@ def test_all_problems_at_once() -> None:
 def test_a_wrong_time(time: str) -> None:
     with pytest.raises(RecipeError, match=r"--time: .* expected D-HH:MM:SS"):
         job(time=time)
+
+
+@pytest.mark.parametrize("after", ["", "x", "7:8", "7\n#SBATCH --uid=0"])
+def test_a_wrong_dependency(after: str) -> None:
+    with pytest.raises(RecipeError, match=r"--after: .* expected the id of a job"):
+        job(dependency=after)
+    assert "#SBATCH --dependency=afterok:7" in render(job(dependency="7"), Site())
 
 
 def test_gpus_need_a_site_that_has_some() -> None:

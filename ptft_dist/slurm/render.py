@@ -46,6 +46,8 @@ class Job:
     def __post_init__(self) -> None:
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise RecipeError(f"--time: {self.time!r}; expected D-HH:MM:SS, HH:MM:SS, MM:SS or minutes")
+        if self.dependency is not None and not self.dependency.replace("_", "").isdigit():
+            raise RecipeError(f"--after: {self.dependency!r}; expected the id of a job")
 
     @property
     def script(self) -> Path:
@@ -87,7 +89,7 @@ def render(job: Job, site: Site) -> str:
     return _filled(
         file=_printable(job.script),
         options=options,
-        modules=site.modules,
+        modules=[shlex.quote(module) for module in site.modules],
         setup=site.setup.strip("\n"),
         variables=[(name, shlex.quote(value)) for name, value in variables.items()],
         folder=shlex.quote(str(job.folder)),
