@@ -18,7 +18,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.slurm import checks, client
 from ptft_dist.slurm.client import Partition, fields, seconds
 from ptft_dist.slurm.render import Job, hand_written, render
-from ptft_dist.slurm.site import Site, read_site
+from ptft_dist.slurm.site import Site, proposed, read_site
 
 SITES = ("cpu", "gpu", "preemptible")
 GOLDEN = ROOT / "tests/golden"
@@ -217,6 +217,16 @@ def test_partitions_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "gpu": Partition("gpu", is_default=False, limit_s=172800, nodes=2, cpus=64, gpus=8),
         "cpu": Partition("cpu", is_default=True, limit_s=None, nodes=1, cpus=16, gpus=0),
     }
+
+
+def test_a_proposed_site_profile(tmp_path: Path) -> None:
+    """It is valid, and its job fits the cluster."""
+    (tmp_path / "site.yaml").write_text(proposed(CLUSTER))
+    site = read_site(str(tmp_path / "site.yaml"))
+    assert (site.partition, site.gpus, site.cpus_per_task) == ("all", "gpus-per-node", 8)
+    assert not list(checks.of_cluster(job(nodes=2, gpus_per_node=2), site, CLUSTER))
+    assert "#   long: 1 nodes with 8 CPUs and 0 GPUs, no time limit\n" in proposed(CLUSTER)
+    assert "gpus:" not in proposed({"long": CLUSTER["long"]})
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

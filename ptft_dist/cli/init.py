@@ -17,6 +17,9 @@ def init(
     launch: Annotated[
         str | None, typer.Option(help="A launch config: a shipped one such as multi_gpu or zero3, or a file.")
     ] = None,
+    site: Annotated[
+        bool, typer.Option("--site", help="Also write a site profile, site.yaml, from what this Slurm cluster says.")
+    ] = False,
 ) -> None:
     """Copy a recipe, a launch config with its DeepSpeed JSON, and a Slurm batch file, to start from."""
     from ptft_dist.config.shipped import find_shipped
@@ -36,8 +39,21 @@ def init(
         copies[folder / named] = file.deepspeed_json
     if source.name == file.path.name:
         raise RecipeError(f"{source} and {file.path} have the same name; rename one of them")
+    profile = _site_profile(folder / "site.yaml") if site else None
     _copy(folder, copies)
+    if profile is not None:
+        (folder / "site.yaml").write_text(profile)
     print(_next_steps(folder, list(copies), source.name, file.path.name))
+
+
+def _site_profile(target: Path) -> str:
+    """The text of the site profile. Raises RecipeError if the file exists, and SlurmError."""
+    from ptft_dist.slurm.client import partitions
+    from ptft_dist.slurm.site import proposed
+
+    if target.exists():
+        raise RecipeError(f"{target}: already exists, nothing was written; remove the file or use another directory")
+    return proposed(partitions())
 
 
 def _copy(folder: Path, copies: dict[Path, Path]) -> None:

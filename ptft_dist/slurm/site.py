@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 from ptft_dist.config.section import Section
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
+from ptft_dist.slurm.client import Partition
 
 Word = Annotated[str, Field(pattern=r"^[\w.,:/@%+=\[\]*&|()-]+$")]
 """A value of an #SBATCH line: without spaces, quotes and line ends."""
@@ -70,6 +72,22 @@ def read_site(name: str) -> Site:
     except ValidationError as error:
         lines = [f"{path}: {_explained(each['type'], each['loc'], each['msg'])}" for each in error.errors()]
         raise RecipeError("\n".join(lines)) from None
+
+
+def proposed(known: Mapping[str, Partition]) -> str:
+    """A site profile for a cluster with these partitions: for that with the most GPUs, or else the default one."""
+    best = max(known.values(), key=lambda each: (each.gpus * each.nodes, each.is_default))
+    lines = ["# A site profile; docs/slurm.md describes all keys. The partitions of this cluster:"]
+    for each in known.values():
+        limit = "no time limit" if each.limit_s is None else f"at most {each.limit_s / 3600:g} h"
+        default = ", the default" if each.is_default else ""
+        lines.append(
+            f"#   {each.name}: {each.nodes} nodes with {each.cpus} CPUs and {each.gpus} GPUs, {limit}{default}"
+        )
+    lines += [f"partition: {best.name}", "# account: project"]
+    lines += ["gpus: gpus-per-node"] if best.gpus else []
+    lines += [f"cpus_per_task: {best.cpus}", "# setup: source /shared/venv/bin/activate", "# cache: /shared/ptft-cache"]
+    return "\n".join(lines) + "\n"
 
 
 def _explained(kind: str, place: tuple[int | str, ...], message: str) -> str:

@@ -24,7 +24,11 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
 ) -> None:
     write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 500}, eval={"every": 500})
-    (tmp_path / "site.yaml").write_text("cpus_per_task: 2\npartition: all\n")
+    written = ptft(cluster, cache, tmp_path, "init", "start", "--site")
+    assert written.returncode == 0, written.stderr
+    profile = (tmp_path / "start/site.yaml").read_text()
+    assert "#   all: 2 nodes with 8 CPUs and 2 GPUs, no time limit, the default\n" in profile
+    (tmp_path / "site.yaml").write_text(profile.replace("cpus_per_task: 8", "cpus_per_task: 2"))
     run = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 0, run.stderr
 
