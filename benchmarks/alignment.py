@@ -39,7 +39,7 @@ def cases(folder: Path) -> dict[str, tuple[str, list[str]]]:
         "ppo, rule": ("ppo", [f"ppo.rewards={rule}", "ppo.kl=0.1", *adaptive]),
         "ppo, reward model": ("ppo", [f"ppo.rewards={learned}", "ppo.kl=0.2", *adaptive]),
         "grpo, rule": ("grpo", [f"grpo.rewards={rule}"]),
-        "grpo, reward model": ("grpo", [f"grpo.rewards={learned}"]),
+        "grpo, reward model": ("grpo", [f"grpo.rewards={learned}", "grpo.kl=0.2"]),
         "dpo": ("dpo", []),
     }
 
