@@ -18,7 +18,7 @@ def submit(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe such as clm.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=1e-4.")] = None,
     site: Annotated[str, typer.Option(help="A site profile: a file, or a shipped one such as cpu or gpu.")] = "cpu",
-    launch: Annotated[str | None, typer.Option(help="A launch config, such as zero3. Default: DDP.")] = None,
+    launch: Annotated[str | None, typer.Option(help="A launch config, such as zero3. Default: multi_gpu, or cpu without GPUs.")] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process for each.")] = None,
     processes_per_node: Annotated[
@@ -31,7 +31,6 @@ def submit(
     """Train a recipe as a Slurm job, which requeues and resumes itself."""
     from ptft_dist.api import load_recipe
     from ptft_dist.data.sources import check_sources
-    from ptft_dist.launch.local import default_launch
     from ptft_dist.slurm import checks, jobs
     from ptft_dist.slurm.client import partitions
     from ptft_dist.slurm.render import Job, render
@@ -39,7 +38,7 @@ def submit(
 
     loaded, profile = load_recipe(recipe, overrides or []), read_site(site)
     run_dir = Path(loaded.recipe.run_dir).absolute()
-    chosen = launch or ("multi_gpu" if gpus_per_node else default_launch())
+    chosen = launch or ("multi_gpu" if gpus_per_node else "cpu")
     job = Job(
         words=[recipe, *(overrides or []), "--launch", chosen],
         folder=Path.cwd(),
