@@ -18,7 +18,9 @@ def submit(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe such as clm.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=1e-4.")] = None,
     site: Annotated[str, typer.Option(help="A site profile: a file, or a shipped one such as cpu or gpu.")] = "cpu",
-    launch: Annotated[str | None, typer.Option(help="A launch config, such as zero3. Default: multi_gpu, or cpu without GPUs.")] = None,
+    launch: Annotated[
+        str | None, typer.Option(help="A launch config, such as zero3. Default: multi_gpu, or cpu without GPUs.")
+    ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process for each.")] = None,
     processes_per_node: Annotated[
