@@ -205,7 +205,7 @@ def test_what_is_no_reward_names_the_function_and_the_completion(name: str) -> N
 @pytest.mark.parametrize(
     "returned",
     [[True, None], (1, None), np.array([1.0, None]), iter([1, None]), [torch.tensor(1.0), None], [np.float32(1), None]],
-    ids=str,
+    ids=["list", "tuple", "array", "iterator", "tensors", "numbers of numpy"],
 )
 def test_numbers_of_all_types_are_rewards(returned: Any) -> None:
     assert call_function(lambda **_: returned, "f", ["a", "b"], ["c", "d"], [[1], [2]], {}) == [1.0, None]

@@ -26,7 +26,7 @@ ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 
 CONFIG = """\
 ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
+SlurmctldHost={controller}
 SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
@@ -49,7 +49,7 @@ MpiDefault=none
 ReturnToService=2
 KillWait=5
 GresTypes=gpu
-{nodes}
+{more}{nodes}
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
@@ -60,44 +60,62 @@ def missing() -> list[str]:
 
 
 class Cluster:
-    def __init__(self, folder: Path) -> None:
+    """All daemons on this host; a subclass gives them hosts of their own."""
+
+    more_config = ""
+
+    def __init__(self, folder: Path, nodes: tuple[str, ...] = NODES) -> None:
         """folder: a short path, because the path of a socket is limited to 107 bytes."""
-        self.folder = folder
+        self.folder, self.nodes = folder, nodes
         self.daemons: list[subprocess.Popen[bytes]] = []
         # An outer cluster's job must not shine through.
         plain = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))}
         self.variables = plain | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{programs()}:{SEARCH}"}
 
+    @property
+    def controller(self) -> str:
+        """Name and address of the host of slurmctld."""
+        return f"{socket.gethostname().split('.')[0]}(127.0.0.1)"
+
+    def node_lines(self) -> str:
+        host = socket.gethostname().split(".")[0]
+        return "\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=8 Gres=gpu:2"
+            for node in self.nodes
+        )
+
+    def on(self, host: str | None, words: list[str]) -> list[str]:  # noqa: ARG002
+        """A command line on a host; None: on that of the controller."""
+        return words
+
     def start(self) -> None:
-        for name in ("state", *NODES):
+        for name in ("state", *self.nodes):
             (self.folder / name).mkdir()
         key = self.folder / "munge.key"
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o600)
-        host = socket.gethostname().split(".")[0]
-        nodes = "\n".join(
-            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=8 Gres=gpu:2"
-            for node in NODES
-        )
+        known = {"controller": self.controller, "nodes": self.node_lines(), "more": self.more_config}
         (self.folder / "slurm.conf").write_text(
-            CONFIG.format(host=host, port=free_port(), user=getpass.getuser(), folder=self.folder, nodes=nodes)
+            CONFIG.format(port=free_port(), user=getpass.getuser(), folder=self.folder, **known)
         )
         (self.folder / "gres.conf").write_text("Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n")  # to count
         files = {name: f"--{name}-file={self.folder}/munge.{name}" for name in ("key", "pid", "log", "seed")}
         self._daemon("munged", "--foreground", "--force", f"--socket={self.folder}/munge.socket", *files.values())
         wait_until((self.folder / "munge.socket").exists, f"munged; see {self.folder}", 20)
         self._daemon("slurmctld", "-D")
-        for node in NODES:
-            self._daemon("slurmd", "-D", "-N", node)
-        idle = "\n".join(["idle"] * len(NODES))
+        for node in self.nodes:
+            self._daemon("slurmd", "-D", "-N", node, host=node)
+        idle = "\n".join(["idle"] * len(self.nodes))
         deadline = time.monotonic() + 30
         while self._states() != idle:
             said = "\n".join(path.read_text() for path in self.folder.glob("*.out"))
             assert time.monotonic() < deadline, f"the nodes are not idle but: {self._states()}\n{said}"
             time.sleep(0.1)
 
-    def _daemon(self, name: str, *options: str) -> None:
+    def _daemon(self, name: str, *options: str, host: str | None = None) -> None:
         words = [shutil.which(name, path=SEARCH) or name, *options]
+        if name != "munged":  # its socket is a file, which all hosts see
+            words = self.on(host, words)
         setpriv = shutil.which("setpriv", path=SEARCH)
         if setpriv:  # so that not even SIGKILL to the tests leaves it running
             words = [setpriv, "--pdeathsig", "KILL", *words]
@@ -107,7 +125,7 @@ class Cluster:
 
     def _states(self) -> str:
         words = ["sinfo", "--Node", "--noheader", "--format=%T"]
-        done = subprocess.run(words, env=self.variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(self.on(None, words), env=self.variables, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
     def stop(self) -> None:
@@ -129,7 +147,9 @@ class Cluster:
 
     def ask(self, *words: str) -> str:
         """The output of one of Slurm's commands."""
-        done = subprocess.run(words, env=self.variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            self.on(None, list(words)), env=self.variables, capture_output=True, text=True, check=False
+        )
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout.strip()
 
@@ -139,7 +159,7 @@ class Cluster:
         """Run sbatch slurm/train.sbatch. env: added to the environment of sbatch."""
         words = ["sbatch", "--parsable", f"--nodes={nodes}", *options, str(ROOT / "slurm/train.sbatch"), *arguments]
         variables = self.variables | env
-        done = subprocess.run(words, cwd=cwd, env=variables, capture_output=True, text=True, check=False)
+        done = subprocess.run(self.on(None, words), cwd=cwd, env=variables, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         number = done.stdout.strip()
         return Job(self, number, cwd / f"ptft-{number}.log")

@@ -1,0 +1,52 @@
+"""Jobs on hosts that die, on a cluster of three hosts with addresses of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import cluster as programs
+import hosts as namespaces
+import pytest
+from hosts import Hosts
+from support import last_step, outcome, start, write_recipe
+
+STEPS = 400
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[Hosts]:
+    if absent := [*programs.missing(), *namespaces.missing()]:
+        pytest.skip(f"no cluster of hosts here: {', '.join(absent)} missing")
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    running = Hosts(folder, 3)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_host_that_dies_is_replaced(three: Hosts, tmp_path: Path, documents: Path, cache: Path) -> None:
+    """The job goes on with another host, and ends with the bits of a run in which none died."""
+    write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 200})
+    run = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
+    assert run.wait() == 0, run.stderr
+    env = {"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    job = three.submit("recipe.yaml", "--launch", "multi_node_ddp", cwd=tmp_path, env=env)
+    job.until(lambda: last_step(tmp_path / "run") >= 60, "update 60")
+    assert job.fact("NodeList") == "h[1-2]"
+    three.kill_host("h2")
+    job.until(lambda: job.fact("Restarts") == "1", "its requeue")
+    job.until(lambda: job.fact("JobState") == "PENDING", "the end of its first start")
+    job.requeued()
+    assert job.wait(240) == ("COMPLETED", "0:0"), job.log
+    assert job.fact("NodeList") == "h[1,3]"
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    lost, last = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
+    assert (lost["exit_code"], lost["cause"], lost["nodes"]) == (76, "a process or a node was lost", "h[1-2]")
+    assert (last["exit_code"], last["update"], last["nodes"]) == (0, STEPS, "h[1,3]")
