@@ -69,6 +69,13 @@ def test_the_history_of_a_run(tmp_path: Path) -> None:
     assert [row["requeued"] for row in rows] == [True, True, False, False]
 
 
+def test_starts_that_slurm_has_ended_itself_are_in_the_history(tmp_path: Path) -> None:
+    assert after_start(tmp_path, 75, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}, 100).requeue
+    first, second = history(tmp_path)
+    assert (first["restart"], first["cause"][:14], first["requeued"]) == (0, "ended and requ", True)
+    assert (second["restart"], second["exit_code"]) == (1, 75)
+
+
 def test_a_start_that_has_not_read_its_recipe() -> None:
     job = {"SLURM_JOB_ID": "7"}
     assert not after_start(None, 2, job, 100).requeue

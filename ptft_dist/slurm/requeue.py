@@ -28,6 +28,8 @@ CAUSES = {
     EXIT_LOST: "a process or a node was lost",
 }
 """Exit code of a start -> its cause."""
+BY_SLURM = "ended and requeued by Slurm itself: a node was down, or a checkpoint took too long"
+"""The cause of a start whose script could not go on to `ptft requeue`."""
 WITHOUT_PROGRESS = 3
 """So many starts in a row may end without a new checkpoint."""
 
@@ -78,7 +80,13 @@ def after_start(run_dir: Path | None, srun: int, environ: Mapping[str, str], lim
     if run_dir is None or not run_dir.is_dir():
         return decide(srun, None, [0] * (restart + 1), limit)
     job, update = environ["SLURM_JOB_ID"], newest_update(run_dir)
-    updates = [row["update"] for row in history(run_dir) if row["job"] == job]
+    earlier = [row for row in history(run_dir) if row["job"] == job]
+    for unknown in range(len(earlier), restart):
+        known = earlier[-1]["update"] if earlier else 0
+        row = {"job": job, "restart": unknown, "time": "", "nodes": "", "exit_code": EXIT_LOST, "cause": BY_SLURM}
+        earlier.append({**row, "update": known, "requeued": True})
+        _add(run_dir, earlier[-1])
+    updates = [row["update"] for row in earlier]
     decision = decide(srun, _result(run_dir, environ), [*updates, update], limit)
     row = {
         "job": job,
@@ -90,9 +98,13 @@ def after_start(run_dir: Path | None, srun: int, environ: Mapping[str, str], lim
         "update": update,
         "requeued": decision.requeue,
     }
+    _add(run_dir, row)
+    return decision
+
+
+def _add(run_dir: Path, row: Mapping[str, Any]) -> None:
     with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
-    return decision
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:

@@ -48,5 +48,5 @@ def test_a_host_that_dies_is_replaced(three: Hosts, tmp_path: Path, documents: P
     assert job.fact("NodeList") == "h[1,3]"
     assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
     lost, last = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
-    assert (lost["exit_code"], lost["cause"], lost["nodes"]) == (76, "a process or a node was lost", "h[1-2]")
+    assert (lost["restart"], lost["exit_code"], lost["requeued"]) == (0, 76, True)
     assert (last["exit_code"], last["update"], last["nodes"]) == (0, STEPS, "h[1,3]")
