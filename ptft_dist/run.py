@@ -23,7 +23,7 @@ from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
-from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RecipeError
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RecipeError, exit_code_of
 from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, start_token, tell_launcher
 from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
@@ -85,11 +85,22 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
         announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
-        report.write(error, time.monotonic() - started, first=first_failure())
+        report.write(error, failure_code(error, place), time.monotonic() - started, _cause(place))
         raise
     finally:
         if lock is not None:
             lock.release()
+
+
+def failure_code(error: BaseException, place: Place) -> int:
+    """The exit code of this rank after an error."""
+    return exit_code_of(error, _cause(place))
+
+
+def _cause(place: Place) -> str | None:
+    """The failure that another rank has announced first; None without one."""
+    first = first_failure()
+    return None if first is None or first.startswith(f"rank {place.rank}:") else first
 
 
 def _train(

@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from filelock import FileLock
 from support import last_step, ptft, start, wait_until, write_documents, write_recipe
 
 from ptft_dist.errors import RecipeError, StillRunningError
 from ptft_dist.reporting import run_files
-from ptft_dist.reporting.messages import show_messages
-from ptft_dist.reporting.run_files import lock_run_dir
+from ptft_dist.reporting.messages import messages
+from ptft_dist.reporting.run_files import RunDirLock, lock_run_dir
 
 Edit = Callable[[Path], object]
 
@@ -361,25 +360,25 @@ def test_a_requeued_job_waits_for_the_process_of_its_earlier_start(
     """That process may still end, on a host that Slurm has given up; if not, the job is requeued once more."""
     monkeypatch.setattr(run_files, "LOCK_WAIT_S", 0.2)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    show_messages()
-    held = lock_run_dir(tmp_path)
-    with pytest.raises(
-        RecipeError, match=rf"\(process {os.getpid()} on {socket.gethostname()}, slurm-7\); wait for it"
-    ):
-        lock_run_dir(tmp_path)
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    with pytest.raises(StillRunningError, match=r"slurm-7\)\. It has not ended within 0 s") as refused:
-        lock_run_dir(tmp_path)
-    assert refused.value.exit_code == 75
-    monkeypatch.setattr(run_files, "LOCK_WAIT_S", 30.0)
-    got: list[FileLock] = []
-    waiting = threading.Thread(target=lambda: got.append(lock_run_dir(tmp_path)))
-    waiting.start()
-    time.sleep(0.3)
-    assert not got
-    held.release()
-    waiting.join()
-    assert len(got) == 1
+    with messages():
+        held = lock_run_dir(tmp_path)
+        with pytest.raises(
+            RecipeError, match=rf"\(process {os.getpid()} on {socket.gethostname()}, slurm-7\); wait for it"
+        ):
+            lock_run_dir(tmp_path)
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+        with pytest.raises(StillRunningError, match=r"slurm-7\)\. It has not ended within 0 s") as refused:
+            lock_run_dir(tmp_path)
+        assert refused.value.exit_code == 75
+        monkeypatch.setattr(run_files, "LOCK_WAIT_S", 30.0)
+        got: list[RunDirLock] = []
+        waiting = threading.Thread(target=lambda: got.append(lock_run_dir(tmp_path)))
+        waiting.start()
+        time.sleep(0.3)
+        assert not got
+        held.release()
+        waiting.join()
+        assert len(got) == 1
     assert "waiting for it for 30 s" in capsys.readouterr().err
 
 

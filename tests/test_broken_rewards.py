@@ -271,6 +271,7 @@ def test_a_function_that_cannot_be_used_ends_the_run_before_a_process_group_exis
     function, says = NAMED[name]
     for module, text in MODULES.items():
         (home / f"{module}.py").write_text(text)
+    reset_accelerate()  # another test of this process may have left its state
     with pytest.raises(RecipeError, match=rf"^grpo\.rewards\.1\.function: .*{says}"):
         session("grpo", {"rewards": [{"function": "functions:length", "name": "first"}, {"function": function}]})
     assert PartialState._shared_state == {}

@@ -64,7 +64,6 @@ def train(
 
 def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     """Train as this process's rank; return the exit code. Failures are already reported."""
-    from ptft_dist.errors import exit_code_of
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.training.stopping import ending_at_once
@@ -72,12 +71,12 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     here = place()
     show_messages(here.rank)
     with ending_at_once(_end_before_training):
-        from ptft_dist.run import run
+        from ptft_dist.run import failure_code, run
 
         try:
             code = run(loaded, here, resume=resume, accept=accept).exit_code
         except Exception as error:
-            code = exit_code_of(error)
+            code = failure_code(error, here)
     if here.world_size > 1:
         _end(code)
     return code

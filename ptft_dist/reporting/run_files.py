@@ -13,6 +13,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from filelock import FileLock, Timeout
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import EXIT_LOST, PtftError, RecipeError, StillRunningError, exit_code_of
+from ptft_dist.errors import EXIT_LOST, PtftError, RecipeError, StillRunningError
 from ptft_dist.launch.environment import Place, job_id, restarted_job, start_token, tell_launcher
 from ptft_dist.reporting.messages import fail, say
 
@@ -49,7 +50,19 @@ def make_run_dir(run_dir: Path) -> None:
         ) from None
 
 
-def lock_run_dir(run_dir: Path) -> FileLock:
+@dataclass(frozen=True)
+class RunDirLock:
+    """The lock of a run directory, and the file that says who has it."""
+
+    lock: FileLock
+    holder: Path
+
+    def release(self) -> None:
+        self.holder.unlink(missing_ok=True)
+        self.lock.release()
+
+
+def lock_run_dir(run_dir: Path) -> RunDirLock:
     """Lock the directory against a second start. The lock ends with the process.
 
     A requeued job waits a while: on a host that was cut off, the process of its earlier start may still end.
@@ -73,7 +86,7 @@ def lock_run_dir(run_dir: Path) -> FileLock:
         except Timeout:
             raise StillRunningError(f"{text}. It has not ended within {LOCK_WAIT_S:.0f} s; end it") from None
     holder.write_text(f"process {os.getpid()} on {socket.gethostname()}" + (f", {job}" if job else ""))
-    return lock
+    return RunDirLock(lock, holder)
 
 
 def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
@@ -150,11 +163,9 @@ class FailureReport:
         self.log = run_dir / "logs" / f"rank-{place.rank}.log"
         self.claim = _scratch() / f"failed-{_this_start()}"
 
-    def write(self, error: Exception, wall_s: float, first: str | None = None) -> None:
-        """first: the failure that was announced by the rank that failed first, if any."""
+    def write(self, error: Exception, exit_code: int, wall_s: float, cause: str | None = None) -> None:
+        """cause: the failure of another rank that this one follows from, if one was announced."""
         trace = hide(traceback.format_exc())
-        follows = first is not None and not first.startswith(f"rank {self.place.rank}:")
-        exit_code = exit_code_of(error, first if follows else None)
         if self.begun:
             with _reporting(self.log), self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.place.rank} failed\n{trace}\n")
@@ -165,8 +176,8 @@ class FailureReport:
                 return  # another rank failed first; this failure probably follows from it
         who = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
         what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
-        if first is not None and follows and not isinstance(error, PtftError):
-            what += f"\nThis follows from an earlier failure: {hide(first)}"
+        if cause is not None and not isinstance(error, PtftError):
+            what += f"\nThis follows from an earlier failure: {hide(cause)}"
         elif exit_code == EXIT_LOST:
             what += "\nAnother rank was killed (out of memory?); the launcher's summary names it."
         if not isinstance(error, PtftError):

@@ -29,6 +29,8 @@ for node in reversed(range(count)):
 """
 PTFT = f"""#!{sys.executable}
 import json, os, sys
+if sys.argv[1] == "requeue":
+    sys.exit(int(sys.argv[2]))
 json.dump(sys.argv[1:], open(f"heard-{{os.environ['SLURMD_NODENAME']}}.json", "w"))
 """
 SCONTROL = """#!/bin/sh

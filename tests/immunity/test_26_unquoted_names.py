@@ -60,10 +60,11 @@ def test_through_the_batch_file(folder: Path) -> None:
     programs.mkdir()
     for name, body in {
         "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-        "ptft": f'exec {sys.executable} -c \'import json, sys; json.dump(sys.argv[1:], open("heard.json", "w"))\' "$@"',
+        "ptft": f'[ "$1" = requeue ] && exit "$2"; exec {sys.executable} hear.py "$@"',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
+    (folder / "hear.py").write_text('import json, sys; json.dump(sys.argv[1:], open("heard.json", "w"))')
     env = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}"}
     env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
     words = [f"{NASTY}/recipe.yaml", f"run_dir={NASTY}", "a=\nb"]

@@ -105,8 +105,11 @@ class Cluster:
         self._daemon("slurmctld", "-D")
         for node in self.nodes:
             self._daemon("slurmd", "-D", "-N", node, host=node)
+        self._until_idle()
+
+    def _until_idle(self) -> None:
         idle = "\n".join(["idle"] * len(self.nodes))
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while self._states() != idle:
             said = "\n".join(path.read_text() for path in self.folder.glob("*.out"))
             assert time.monotonic() < deadline, f"the nodes are not idle but: {self._states()}\n{said}"

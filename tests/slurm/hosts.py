@@ -113,14 +113,15 @@ class Hosts(Cluster):
             with contextlib.suppress(psutil.Error):
                 psutil.Process(pid).kill()
 
-    def revive(self, node: str) -> None:
-        self._daemon("slurmd", "-D", "-N", node, host=node)
-
     def cut(self, node: str) -> None:
         run("ip", "-n", "hc", "link", "set", f"v{node}", "down")
 
-    def connect(self, node: str) -> None:
+    def bring_back(self, node: str) -> None:
+        """Connect a host and start it again, and wait until all hosts are idle."""
         run("ip", "-n", "hc", "link", "set", f"v{node}", "up")
+        self.kill_host(node)
+        self._daemon("slurmd", "-D", "-N", node, host=node)
+        self._until_idle()
 
     def stop(self) -> None:
         super().stop()

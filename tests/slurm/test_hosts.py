@@ -31,8 +31,9 @@ def three() -> Iterator[Hosts]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_a_host_that_dies_is_replaced(three: Hosts, tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The job goes on with another host, and ends with the bits of a run in which none died."""
+@pytest.mark.parametrize("fate", ["dies", "is cut off"])
+def test_a_lost_host_is_replaced(three: Hosts, tmp_path: Path, documents: Path, cache: Path, fate: str) -> None:
+    """The job goes on with another host, and ends with the bits of a run that lost none."""
     write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 200})
     run = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 0, run.stderr
@@ -40,7 +41,10 @@ def test_a_host_that_dies_is_replaced(three: Hosts, tmp_path: Path, documents: P
     job = three.submit("recipe.yaml", "--launch", "multi_node_ddp", cwd=tmp_path, env=env)
     job.until(lambda: last_step(tmp_path / "run") >= 60, "update 60")
     assert job.fact("NodeList") == "h[1-2]"
-    three.kill_host("h2")
+    if fate == "dies":
+        three.kill_host("h2")
+    else:
+        three.cut("h2")
     job.until(lambda: job.fact("Restarts") == "1", "its requeue")
     job.until(lambda: job.fact("JobState") == "PENDING", "the end of its first start")
     job.requeued()
@@ -50,3 +54,4 @@ def test_a_host_that_dies_is_replaced(three: Hosts, tmp_path: Path, documents: P
     lost, last = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
     assert (lost["restart"], lost["exit_code"], lost["requeued"]) == (0, 76, True)
     assert (last["exit_code"], last["update"], last["nodes"]) == (0, STEPS, "h[1,3]")
+    three.bring_back("h2")
