@@ -7,7 +7,9 @@ EXIT_FAILED = 1
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: "try again later"
 EXIT_LOST = 76
 """Another process or its machine is gone, so that a new start may succeed."""
-_PEER_LOST = ("closed by peer", "reset by peer")
+_PEER_LOST = ("closed by peer", "reset by peer", "connectFullMesh failed")
+_NETWORK = ("DistNetworkError", "DistStoreError")
+"""Errors of torch.distributed, by name, since this module imports no torch: a port in use, or no answer."""
 
 
 class PtftError(Exception):
@@ -58,5 +60,5 @@ def exit_code_of(error: BaseException, cause: str | None = None) -> int:
     """The exit code for an error. cause: the earlier failure that it follows from, if one is known."""
     if isinstance(error, PtftError):
         return error.exit_code
-    lost = cause is None and any(phrase in str(error) for phrase in _PEER_LOST)
-    return EXIT_LOST if lost else EXIT_FAILED
+    network = type(error).__name__ in _NETWORK or any(phrase in str(error) for phrase in _PEER_LOST)
+    return EXIT_LOST if network and cause is None else EXIT_FAILED

@@ -137,7 +137,6 @@ def test_what_a_site_adds() -> None:
         assert line in script.splitlines()
     assert "module load 'a&touch'" in script
     assert script.index("module load cuda/12.8") < script.index("source /venv") < script.index("set -u")
-    assert 'ptft requeue "$code" "$PTFT_RUN_FILE" --limit 0' in script
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ptft_dist.errors import NonFiniteLossError, RecipeError, exit_code_of
 from ptft_dist.launch.environment import start_token
@@ -46,6 +47,24 @@ def test_a_job_without_progress_ends() -> None:
     assert "3 starts have ended without a new checkpoint (update 5)" in stuck.why
     assert decide(75, STOPPED, [4, 5, 6], 3).requeue
     assert not decide(75, STOPPED, [4, 5, 6, 7], 3).requeue
+
+
+def test_a_job_that_slurm_will_not_requeue() -> None:
+    """After `ptft cancel`, or with --no-requeue; the history must not say that it was requeued."""
+    decision = decide(75, STOPPED, [5], 100, may=False)
+    assert (decision.code, decision.requeue) == (75, False)
+    assert "the job was cancelled" in decision.why
+
+
+def test_a_history_that_cannot_be_written_does_not_prevent_the_requeue(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "slurm.jsonl").write_text('{"job": "7", "upd')
+    assert history(tmp_path) == []
+    (tmp_path / "slurm.jsonl").unlink()
+    (tmp_path / "slurm.jsonl").symlink_to(tmp_path / "absent/slurm.jsonl")
+    assert after_start(tmp_path, 75, {"SLURM_JOB_ID": "7"}, 100).requeue
+    assert "slurm.jsonl cannot be written: No such file or directory" in capsys.readouterr().err
 
 
 def test_the_history_of_a_run(tmp_path: Path) -> None:
@@ -88,5 +107,6 @@ def test_exit_codes_of_errors() -> None:
     assert exit_code_of(gone) == 76
     assert exit_code_of(gone, cause="rank 1: RuntimeError: a bug") == 1
     assert exit_code_of(RuntimeError("a bug")) == 1
+    assert exit_code_of(torch.distributed.DistNetworkError("EADDRINUSE")) == 76
     assert exit_code_of(RecipeError("x"), cause="rank 1: x") == 2
     assert exit_code_of(NonFiniteLossError("x")) == 5

@@ -33,10 +33,14 @@ def main() -> None:
         reported = Path(os.environ[EXIT_CODE_FILE]).read_text()
         for line in ends(error.failures, reported=bool(reported)):
             print(line, file=sys.stderr, flush=True)
-        killed = any(failure.exitcode < 0 for failure in error.failures.values())
-        sys.exit(EXIT_LOST if killed else EXIT_FAILED)
+        sys.exit(EXIT_LOST if any(map(was_killed, error.failures.values())) else EXIT_FAILED)
     except subprocess.CalledProcessError as error:  # one process, which accelerate starts without torchrun
         sys.exit(max(error.returncode, 1))
+
+
+def was_killed(failure: Any) -> bool:
+    """Whether a signal ended the rank, other than SIGTERM, with which torchrun ends the other ranks."""
+    return failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM
 
 
 def ends(failures: Mapping[int, Any], *, reported: bool) -> list[str]:
@@ -44,7 +48,7 @@ def ends(failures: Mapping[int, Any], *, reported: bool) -> list[str]:
     lines = []
     for rank, failure in sorted(failures.items()):
         code, place = int(failure.exitcode), f"rank {rank} on {socket.gethostname()}"
-        if code < 0 and -code != signal.SIGTERM:  # torchrun ends the other ranks with SIGTERM
+        if was_killed(failure):
             memory = "; perhaps the machine ran out of memory" if -code == signal.SIGKILL else ""
             lines.append(f"{place} was killed by {signal.Signals(-code).name}{memory}")
         elif code > 0 and not reported:

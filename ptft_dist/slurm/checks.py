@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.resolve import batch_shape
-from ptft_dist.errors import PtftError
+from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.settings import check_settings
 from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
@@ -16,16 +16,14 @@ from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.site import Site
 
 
-def of_recipe(job: Job, loaded: Loaded, launch: str | None, others: tuple[Callable[[], object], ...]) -> list[str]:
+def of_recipe(job: Job, loaded: Loaded, launch: str, others: tuple[Callable[[], object], ...]) -> list[str]:
     """The problems of recipe, launch config and data. others: further checks, which raise PtftError."""
 
     def launch_config() -> None:
-        if launch is None:
-            return
         file = read_launch_file(launch)
         check_settings(file.settings, loaded.recipe)
         if file.distributed_type == "NO" and job.processes > 1:
-            raise PtftError(f"--launch {launch}: it starts one process, and the job has {job.processes}")
+            raise RecipeError(f"--launch {launch}: it starts one process, and the job has {job.processes}")
 
     checks = (launch_config, lambda: batch_shape(loaded.recipe, job.processes), *others)
     return [str(error) for check in checks if (error := _error_of(check)) is not None]

@@ -96,7 +96,6 @@ def render(job: Job, site: Site) -> str:
         words=" ".join(map(shlex.quote, job.words)),
         complaint=shlex.quote("ptft is not on the PATH; set modules or setup in the site profile"),
         per_node=job.processes // job.nodes,
-        requeue=site.requeue,
     )
 
 
@@ -113,7 +112,6 @@ def hand_written() -> str:
         words="",
         complaint='"train.sbatch: ptft is not on the PATH; activate its environment before sbatch"',
         per_node="${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}",
-        requeue=True,
     )
 
 

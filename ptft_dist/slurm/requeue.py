@@ -7,7 +7,9 @@ This module imports no torch, since it runs between two starts.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,7 +45,9 @@ class Decision(NamedTuple):
     why: str
 
 
-def decide(srun: int, result: Mapping[str, Any] | None, updates: Sequence[int], limit: int) -> Decision:
+def decide(
+    srun: int, result: Mapping[str, Any] | None, updates: Sequence[int], limit: int, *, may: bool = True
+) -> Decision:
     """Decide from how a start has ended.
 
     Faults of the recipe, the data or the program would only come again, so they are never requeued.
@@ -53,6 +57,7 @@ def decide(srun: int, result: Mapping[str, Any] | None, updates: Sequence[int], 
         result: result.json, if this start has written it.
         updates: the update of the newest checkpoint after each start of the job, this one included.
         limit: the most requeues of the job.
+        may: whether Slurm requeues the job when asked; not after `ptft cancel`, or with --no-requeue.
     """
     code = srun if result is None else int(result["exit_code"])
     if code not in CAUSES:  # a signal, such as that of srun to the tasks of other nodes
@@ -60,6 +65,8 @@ def decide(srun: int, result: Mapping[str, Any] | None, updates: Sequence[int], 
     why = CAUSES[code]
     if code not in (EXIT_STOPPED, EXIT_LOST):
         return Decision(code, False, why)
+    if not may:
+        return Decision(code, False, f"{why}; not requeued, because the job was cancelled or is not to be requeued")
     if len(updates) > limit:
         return Decision(code, False, f"{why}; not requeued, because the job has been requeued {limit} times")
     last = updates[-WITHOUT_PROGRESS:]
@@ -69,16 +76,19 @@ def decide(srun: int, result: Mapping[str, Any] | None, updates: Sequence[int], 
     return Decision(code, True, why)
 
 
-def after_start(run_dir: Path | None, srun: int, environ: Mapping[str, str], limit: int) -> Decision:
+def after_start(
+    run_dir: Path | None, srun: int, environ: Mapping[str, str], limit: int, *, may: bool = True
+) -> Decision:
     """Decide, and add a line to the history of the run.
 
     Args:
         run_dir: None if the start has not read its recipe.
         environ: of the job.
+        may: see `decide`.
     """
     restart = int(environ.get("SLURM_RESTART_COUNT") or 0)
     if run_dir is None or not run_dir.is_dir():
-        return decide(srun, None, [0] * (restart + 1), limit)
+        return decide(srun, None, [0] * (restart + 1), limit, may=may)
     job, update = environ["SLURM_JOB_ID"], newest_update(run_dir)
     earlier = [row for row in history(run_dir) if row["job"] == job]
     for unknown in range(len(earlier), restart):
@@ -87,7 +97,7 @@ def after_start(run_dir: Path | None, srun: int, environ: Mapping[str, str], lim
         earlier.append({**row, "update": known, "requeued": True})
         _add(run_dir, earlier[-1])
     updates = [row["update"] for row in earlier]
-    decision = decide(srun, _result(run_dir, environ), [*updates, update], limit)
+    decision = decide(srun, _result(run_dir, environ), [*updates, update], limit, may=may)
     row = {
         "job": job,
         "restart": restart,
@@ -103,14 +113,21 @@ def after_start(run_dir: Path | None, srun: int, environ: Mapping[str, str], lim
 
 
 def _add(run_dir: Path, row: Mapping[str, Any]) -> None:
-    with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    """Add a line. If the disk is full, the decision matters more than its record."""
+    try:
+        with (run_dir / HISTORY).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        print(f"ptft: {run_dir / HISTORY} cannot be written: {error.strerror}", file=sys.stderr)
 
 
 def history(run_dir: Path) -> list[dict[str, Any]]:
     """The starts of the run in Slurm jobs, in their order."""
-    file = run_dir / HISTORY
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    file, rows = run_dir / HISTORY, []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        with contextlib.suppress(ValueError):  # a line that a full disk has cut off
+            rows.append(json.loads(line))
+    return rows
 
 
 def newest_update(run_dir: Path) -> int:

@@ -28,7 +28,8 @@ class StopRequest:
     """Whether this run was asked to stop, and by what."""
 
     def __init__(self, stop_file: Path | None, token: str = "") -> None:
-        """
+        """Listen to nothing yet; see `listening`.
+
         Args:
             stop_file: checked by this rank; None on all ranks but one, which learn of it from the next sum.
             token: what the launchers of this start write into the file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import re
@@ -10,8 +11,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,6 +168,19 @@ class Cluster:
         assert done.returncode == 0, done.stderr
         number = done.stdout.strip()
         return Job(self, number, cwd / f"ptft-{number}.log")
+
+
+@contextlib.contextmanager
+def running(make: Callable[[Path], Cluster]) -> Iterator[Cluster]:
+    """A cluster in a new directory, which is removed afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    cluster = make(folder)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def programs() -> Path:

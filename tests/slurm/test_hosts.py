@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +19,9 @@ STEPS = 400
 def three() -> Iterator[Hosts]:
     if absent := [*programs.missing(), *namespaces.missing()]:
         pytest.skip(f"no cluster of hosts here: {', '.join(absent)} missing")
-    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
-    running = Hosts(folder, 3)
-    try:
-        running.start()
-        yield running
-    finally:
-        running.stop()
-        shutil.rmtree(folder, ignore_errors=True)
+    with programs.running(lambda folder: Hosts(folder, 3)) as started:
+        assert isinstance(started, Hosts)
+        yield started
 
 
 @pytest.mark.parametrize("fate", ["dies", "is cut off"])

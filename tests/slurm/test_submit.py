@@ -52,6 +52,9 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     assert step < STEPS
     assert (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
     assert job.fact("Restarts") == "0"
+    (row,) = [json.loads(line) for line in (run_dir / "slurm.jsonl").read_text().splitlines()]
+    assert (row["exit_code"], row["requeued"]) == (75, False)
+    assert "not requeued, because the job was cancelled" in row["cause"]
     assert "has already ended" in ptft(cluster, cache, tmp_path, "cancel", ODD).stdout
 
     done = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp")

@@ -17,7 +17,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
-from ptft_dist.tasks.common.same_tokens import check_same_tokens
+from ptft_dist.tasks.common.network_checks import check_same_tokens
 from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, Probe, Task, TaskSetup
 
 

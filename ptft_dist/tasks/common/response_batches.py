@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ptft_dist.data.store import Row
+from ptft_dist.rl.rollout import Prompt
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.protocol import IGNORE
 
@@ -59,3 +60,8 @@ def as_bytes(values: Sequence[Any]) -> torch.Tensor:
 def from_bytes(rows: torch.Tensor) -> list[Any]:
     """The values of `as_bytes`."""
     return [json.loads(bytes(row).rstrip(b"\0")) for row in rows.tolist()]
+
+
+def prompt_of(row: Row, number: int) -> Prompt:
+    """The prompt of a row of `PromptRows`. number: of the row in its store."""
+    return Prompt(number, row.input_ids, row.meta["prompt"], row.meta["columns"])

@@ -35,8 +35,9 @@ from ptft_dist.rl.sampling import response_seed, sample, until_end
 from ptft_dist.rl.scoring import Rewards, functions_of
 from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.generation import left_padded
+from ptft_dist.tasks.common.network_checks import check_room
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
-from ptft_dist.tasks.common.response_batches import as_bytes, from_bytes, padded_columns, padded_responses
+from ptft_dist.tasks.common.response_batches import as_bytes, from_bytes, padded_columns, padded_responses, prompt_of
 from ptft_dist.tasks.common.rollout_settings import RolloutSettings
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, FrozenRole, LossOut, TaskSetup
 
@@ -395,18 +396,3 @@ class RolloutTask(BaseTask):
             each.score = float(score)
         shown = self.describe(trajectories, raw)
         return {**shown, "loss": -shown["reward"]}, self.samples_of(trajectories[: self.settings.show])
-
-
-def check_room(setup: TaskSetup, positions: int, described: str) -> None:
-    """Raises RecipeError if prompt and response may have more tokens than there are positions."""
-    longest = setup.max_length + setup.settings.sampling.max_new_tokens
-    if positions < longest:
-        raise RecipeError(
-            f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to {longest} "
-            f"tokens, more than {described}: lower one of them"
-        )
-
-
-def prompt_of(row: Row, number: int) -> Prompt:
-    """The prompt of a row of `PromptRows`. number: of the row in its store."""
-    return Prompt(number, row.input_ids, row.meta["prompt"], row.meta["columns"])

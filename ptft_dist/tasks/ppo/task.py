@@ -23,8 +23,8 @@ from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, 
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
 from ptft_dist.rl.rollout import Trajectory
 from ptft_dist.tasks.common.dropout import turn_off_dropout
-from ptft_dist.tasks.common.rollouts import RolloutTask, check_room
-from ptft_dist.tasks.common.same_tokens import check_same_tokens
+from ptft_dist.tasks.common.network_checks import check_room, check_same_tokens
+from ptft_dist.tasks.common.rollouts import RolloutTask
 from ptft_dist.tasks.ppo.settings import PpoSettings
 from ptft_dist.tasks.protocol import IGNORE, LossOut, TaskSetup
 

@@ -1,4 +1,4 @@
-"""A check that two networks read the same token ids."""
+"""Checks that a second network fits the trained one, and that networks have room for a prompt with its response."""
 
 from __future__ import annotations
 
@@ -17,4 +17,14 @@ def check_same_tokens(setup: TaskSetup, source: FrozenSource) -> None:
             f"{source.key}: {source.path} has another vocabulary: {len(different):,} of {len(vocab):,} tokens are "
             "missing or have another id. Both networks must use the same tokenizer: set tokenizer.path to that of this "
             "one."
+        )
+
+
+def check_room(setup: TaskSetup, positions: int, described: str) -> None:
+    """Raises RecipeError if prompt and response may have more tokens than there are positions."""
+    longest = setup.max_length + setup.settings.sampling.max_new_tokens
+    if positions < longest:
+        raise RecipeError(
+            f"{setup.name}.sampling.max_new_tokens: a prompt of data.max_length and its response have up to {longest} "
+            f"tokens, more than {described}: lower one of them"
         )
