@@ -24,7 +24,15 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RecipeError, exit_code_of
-from ptft_dist.launch.environment import Place, describe_backend, job_id, restarted_job, start_token, tell_launcher
+from ptft_dist.launch.environment import (
+    Place,
+    describe_backend,
+    end_of_job,
+    job_id,
+    restarted_job,
+    start_token,
+    tell_launcher,
+)
 from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
@@ -80,7 +88,8 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
     try:
         make_run_dir(run_dir)
         lock = lock_run_dir(run_dir) if place.is_main else None
-        stop = StopRequest(run_dir / "stop" if place.is_main else None, start_token(os.environ))
+        stop_file, end = (run_dir / "stop", end_of_job(os.environ)) if place.is_main else (None, None)
+        stop = StopRequest(stop_file, start_token(os.environ), end)
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
@@ -167,7 +176,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
-    environment["inputs"] = session.prepared.inputs
+    environment |= {"inputs": session.prepared.inputs, "updates": trainer.total_steps}
     report = session.prepared.report.to_dict()
     report |= {key: old.report.to_dict() for key, old in session.prepared.old.items()}
     write_start(run_dir, session.loaded, report, environment)

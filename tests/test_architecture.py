@@ -75,8 +75,8 @@ MAY_IMPORT = {
         "trained_network",
     },
     "merging": {"checkpoint", "errors", "exporting", "networks", "reporting", "run"},
-    "runs": {"api", "config", "errors", "reporting", "signals"},
-    "slurm": {"config", "errors", "launch"},
+    "runs": {"api", "config", "errors", "reporting", "signals", "slurm"},
+    "slurm": {"config", "data", "errors", "launch", "tasks"},
     "cli": None,
     "__main__": {"cli"},
 }

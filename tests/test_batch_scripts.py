@@ -27,7 +27,7 @@ GOLDEN = ROOT / "tests/golden"
 
 def job(*words: str, **values: Any) -> Job:
     given: dict[str, Any] = {"folder": Path("/shared/me"), "log": Path("/shared/me/runs/a/slurm"), "name": "a"}
-    return Job(words=words or ("sft.yaml", "--launch", "zero3"), **given | values)
+    return Job(commands=[("train", *(words or ("sft.yaml", "--launch", "zero3")))], **given | values)
 
 
 def script_of(site: str) -> str:
@@ -96,7 +96,7 @@ def test_a_thousand_hostile_values_change_no_directive_and_execute_nothing(tmp_p
             ["bash", tmp_path / "job.sh"], env=environment, cwd=tmp_path, capture_output=True, check=False
         )
         assert done.returncode == 0, done.stderr
-        assert heard.read_bytes().decode().split("\0")[:-1] == [*words, "--processes", "1"]
+        assert heard.read_bytes().decode().split("\0")[:-1] == ["train", *words, "--processes", "1"]
     assert not list(tmp_path.rglob("pwned"))
 
 
@@ -181,8 +181,10 @@ def test_a_wrong_time(time: str) -> None:
 @pytest.mark.parametrize("after", ["", "x", "7:8", "7\n#SBATCH --uid=0"])
 def test_a_wrong_dependency(after: str) -> None:
     with pytest.raises(RecipeError, match=r"--after: .* expected the id of a job"):
-        job(dependency=after)
-    assert "#SBATCH --dependency=afterok:7" in render(job(dependency="7"), Site())
+        job(after=("7", after))
+    lines = render(job(after=("7", "8_1")), Site()).splitlines()
+    assert "#SBATCH --dependency=afterok:7:8_1" in lines
+    assert "#SBATCH --kill-on-invalid-dep=yes" in lines  # otherwise it waits for ever
 
 
 def test_gpus_need_a_site_that_has_some() -> None:
@@ -233,10 +235,10 @@ def test_a_proposed_site_profile(tmp_path: Path) -> None:
 
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
-    words = ("submit", "recipe.yaml", "optim.lr=0.1", "--nodes", "2", "--time", "1:00:00", "--dry-run")
+    words = ("submit", "recipe.yaml", "optim.lr=0.1", "--time", "1:00:00", "--dry-run")
     done = ptft(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "set -- recipe.yaml optim.lr=0.1 --launch cpu" in done.stdout
+    assert "set -- train recipe.yaml optim.lr=0.1 --launch cpu" in done.stdout
     assert not (tmp_path / "run").exists()
 
 

@@ -33,6 +33,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("status", "ptft_dist.cli.submit", "status"),
     ("logs", "ptft_dist.cli.submit", "logs"),
     ("cancel", "ptft_dist.cli.submit", "cancel"),
+    ("pipeline", "ptft_dist.cli.pipeline", "pipeline"),
     ("requeue", "ptft_dist.cli.requeue", "requeue"),
 )
 

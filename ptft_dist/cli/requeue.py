@@ -1,4 +1,4 @@
-"""`ptft requeue`: the last command of slurm/train.sbatch."""
+"""`ptft requeue`: the last command of a batch script."""
 
 from __future__ import annotations
 
@@ -17,27 +17,25 @@ def requeue(
     run_file: Annotated[Path, typer.Argument(help="The file that PTFT_RUN_FILE names.")],
     limit: Annotated[int, typer.Option(min=0, help="The most requeues of the job.")] = 100,
 ) -> None:
-    """Requeue the Slurm job of this process if a new start can go on; exit with the code of the job.
+    """Say what follows after a start of the Slurm job of this process; exit with the code of the job.
 
     A run that was stopped, or lost a process or a node, goes on. A fault of the recipe, the data or the program does
     not; neither does a job that makes no progress. Each start gets a line in RUN/slurm.jsonl.
+
+    Reads what `scontrol --oneliner show` says of the job and of all nodes. Prints arguments of scontrol, a command per
+    line: to requeue the job, and to exclude a node that has failed.
     """
-    from ptft_dist.slurm.client import SlurmError, ask, job_facts
-    from ptft_dist.slurm.requeue import after_start
+    from ptft_dist.slurm.client import fields
+    from ptft_dist.slurm.requeue import after_start, commands, lost_hosts
 
     if "SLURM_JOB_ID" not in os.environ:
         raise RecipeError("ptft requeue: this is no Slurm job (SLURM_JOB_ID is not set); slurm/train.sbatch calls it")
-    run_dir = run_file.read_text(encoding="utf-8") if run_file.exists() else ""
-    job, may = os.environ["SLURM_JOB_ID"], True
-    try:
-        may = (job_facts(job) or {}).get("Requeue") != "0"
-    except SlurmError as error:
-        print(f"ptft: {error}", file=sys.stderr)
-    decision = after_start(Path(run_dir) if run_dir else None, code, os.environ, limit, may=may)
+    facts = "" if sys.stdin.isatty() else sys.stdin.read()
+    text = run_file.read_text(encoding="utf-8") if run_file.exists() else ""
+    run_dir = Path(text) if text else None
+    may = fields(facts.partition("\n")[0]).get("Requeue") != "0"
+    decision = after_start(run_dir, code, os.environ, limit, may=may)
     print(f"ptft: {decision.why}", file=sys.stderr)
-    if decision.requeue:
-        try:
-            ask("scontrol", "requeue", job)
-        except SlurmError as error:
-            print(f"ptft: not requeued: {error}. Submit the job again to resume", file=sys.stderr)
+    for line in commands(decision, os.environ["SLURM_JOB_ID"], lost_hosts(run_dir, os.environ), facts):
+        print(line)
     raise typer.Exit(decision.code)

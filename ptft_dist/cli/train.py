@@ -25,6 +25,9 @@ def train(
     machines: Annotated[int | None, typer.Option(min=1, help="Machines; run the command on each.")] = None,
     machine_rank: Annotated[int | None, typer.Option(min=0, help="The rank of this machine, from 0.")] = None,
     address: Annotated[str | None, typer.Option(help="HOST:PORT of machine 0, the same on all machines.")] = None,
+    starter: Annotated[
+        str, typer.Option(help="accelerate: start the processes of this machine. srun: be one that srun has started.")
+    ] = "accelerate",
     resume: Annotated[
         str, typer.Option(help="auto (the newest undamaged checkpoint), never, or the path of a checkpoint.")
     ] = "auto",
@@ -53,11 +56,14 @@ def train(
         raise typer.Exit(
             train_folds(loaded, recipe, overrides or [], resume=resume, options=options, writes=not machine_rank)
         )
+    if starter not in ("accelerate", "srun") or (starter == "srun" and "SLURM_PROCID" not in os.environ):
+        raise RecipeError(f"--starter: {starter}: use accelerate, or srun within a task of srun")
     if given:
         from ptft_dist.launch.local import machines as which
 
         arguments = ["train", recipe, *(overrides or []), "--resume", resume, *accepted]
-        raise typer.Exit(_launch(loaded, launch, processes, which(machines, machine_rank, address), arguments))
+        several = which(machines, machine_rank, address)
+        raise typer.Exit(_launch(loaded, launch, processes, several, arguments, by_srun=starter == "srun"))
 
     raise typer.Exit(_train_rank(loaded, resume, tuple(accept or ())))
 
@@ -113,14 +119,20 @@ def _end(code: int) -> None:
 
 
 def _launch(
-    loaded: Loaded, launch: str | None, processes: int | None, several: Machines | None, arguments: list[str]
+    loaded: Loaded,
+    launch: str | None,
+    processes: int | None,
+    several: Machines | None,
+    arguments: list[str],
+    *,
+    by_srun: bool,
 ) -> int:
-    """Check the recipe and prepare the data in this process, then start the ranks."""
+    """Check the recipe and prepare the data in this process, then start the ranks; or become one of them."""
     from ptft_dist.config.resolve import batch_shape
     from ptft_dist.data.prepare import prepare
     from ptft_dist.data.sources import check_sources
     from ptft_dist.launch.launch_file import read_launch_file
-    from ptft_dist.launch.local import command, default_launch, local_processes
+    from ptft_dist.launch.local import become_rank, command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
     from ptft_dist.launch.settings import check_settings
     from ptft_dist.reporting.messages import show_messages
@@ -129,6 +141,8 @@ def _launch(
     from ptft_dist.training.stopping import ending_at_once
 
     show_messages()
+    if several is not None and launch is None:
+        raise RecipeError("--launch: needed on several machines, such as multi_gpu, zero3 or cpu")
     file = read_launch_file(launch or default_launch())
     check_settings(file.settings, loaded.recipe)
     words = command(file, processes, several, arguments)
@@ -137,9 +151,12 @@ def _launch(
     check_sources(loaded.recipe, loaded.base)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
-    lock_run_dir(run_dir).release()  # only a check, to report the error before the ranks start; rank 0 locks it
+    if not by_srun:  # there another task may be rank 0 already
+        lock_run_dir(run_dir).release()  # only a check, to report the error before the ranks start; rank 0 locks it
     with ending_at_once(_end_before_training):
         prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     address = several.address if several else None
+    if by_srun and file.distributed_type != "NO":
+        become_rank(words, max(1, cores // local), file.variables, address)
     return start(words, run_dir, max(1, cores // local), file.variables, address)

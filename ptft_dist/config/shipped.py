@@ -1,4 +1,4 @@
-"""The files that are installed with the package: launch configs, DeepSpeed configs, Slurm batch files, recipes."""
+"""The files that are installed with the package: launch and DeepSpeed configs, Slurm files, recipes, pipelines."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Literal
 
 from ptft_dist.errors import RecipeError
 
-Kind = Literal["launch_configs", "ds_configs", "slurm", "recipes"]
+Kind = Literal["launch_configs", "ds_configs", "slurm", "recipes", "pipelines"]
 
 _SINGULAR: dict[Kind, str] = {
     "launch_configs": "launch config",
     "ds_configs": "DeepSpeed config",
     "slurm": "Slurm batch file",
     "recipes": "recipe",
+    "pipelines": "pipeline",
 }
 
 

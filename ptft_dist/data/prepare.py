@@ -11,6 +11,7 @@ that share the cache, reuse it:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import time
@@ -131,6 +132,9 @@ def prepare(
         )
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
+    with contextlib.suppress(OSError):  # only `is_prepared` needs it
+        job.mark.parent.mkdir(exist_ok=True)
+        job.mark.write_text(str(directory), encoding="utf-8")
     old = {}
     for key, old_recipe in _old_recipes(recipe, prepared.survey).items():
         try:
@@ -174,11 +178,22 @@ def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str
     return _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).inputs()
 
 
+def is_prepared(recipe: Recipe, base: Path, encoder: type[Encoder]) -> bool:
+    """Whether the cache has the data of this recipe. It may say no for data that another recipe has prepared.
+
+    Raises:
+        DataError: a source is missing.
+        RecipeError: there is no such tokenizer, or the cache directory cannot be created.
+    """
+    mark = _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).mark
+    return mark.is_file() and Path(mark.read_text(encoding="utf-8")).is_dir()
+
+
 class _Job:
     """The fingerprints, the tokenizer and the steps of one recipe."""
 
     def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder]) -> None:
-        self.recipe, self.base, self.encoder = recipe, base, encoder
+        self.recipe, self.base, self.encoder, self.cache = recipe, base, encoder, cache
         self._memo = HashMemo(cache / "hashes.json")
         self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo)
         # Cached, because fingerprint and encoder may load the same tokenizer. Neither changes it.
@@ -237,6 +252,12 @@ class _Job:
         if self._augment is not None:
             settings |= {"seed": self.recipe.train.seed, "augment": self._augment_print}
         return settings
+
+    @property
+    def mark(self) -> Path:
+        """A file that names the directory of the stores, found without loading a tokenizer."""
+        own = self.recipe.model_dump(mode="json", exclude={"run_dir", "optim", "save", "eval", "log", "batch"})
+        return self.cache / "marks" / fingerprint([PREPARE_VERSION, self.inputs(), own])
 
     def inputs(self) -> str:
         """See `input_fingerprint`."""

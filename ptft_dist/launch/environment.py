@@ -119,6 +119,12 @@ def start_token(environ: Mapping[str, str], address: str | None = None) -> str:
     return f"{BY_A_LAUNCHER} {own}"
 
 
+def end_of_job(environ: Mapping[str, str]) -> float | None:
+    """When the job reaches its time limit, in seconds since 1970, as its batch script says; None if there is none."""
+    text = environ.get("PTFT_END_TIME", "")
+    return float(text) if text.isdigit() else None
+
+
 RUN_FILE = "PTFT_RUN_FILE"
 """The environment variable with the path of a file, on the first node, in which `ptft train` writes its run_dir."""
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import EXIT_CODE_FILE, START_TOKEN, start_token
@@ -144,9 +145,7 @@ def launch(
     environment = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
         "PET_SIGNALS_TO_HANDLE": "SIGQUIT",  # the only signal that torchrun itself handles
-        "OMP_NUM_THREADS": str(threads),
-        **os.environ,
-        **variables,
+        **_environment(threads, variables),
     }
     descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
     os.close(descriptor)
@@ -164,6 +163,26 @@ def launch(
         reported = Path(name).read_text()
         Path(name).unlink(missing_ok=True)
     return own_exit_code(code, reported)
+
+
+def become_rank(words: Sequence[str], threads: int, variables: Mapping[str, str], address: str | None) -> NoReturn:
+    """Replace this process, a task of srun, by a rank of the run; see srun_rank.py. Arguments as of `launch`."""
+    address = address or f"127.0.0.1:{free_port(os.environ)}"
+    host, _, port = address.rpartition(":")
+    environment = _environment(threads, variables) | {"MASTER_ADDR": host, "MASTER_PORT": port}
+    environment[START_TOKEN] = start_token(os.environ, address)
+    python = [sys.executable, "-m", "ptft_dist.launch.srun_rank", *words[2:]]
+    os.execve(sys.executable, python, environment)
+
+
+def free_port(environ: Mapping[str, str]) -> int:
+    """A port that all tasks of a Slurm job on one node choose, and other jobs do not: as in slurm/job.sbatch.j2."""
+    restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
+    return 20000 + (int(environ["SLURM_JOB_ID"]) + 7 * restarts) % 10000
+
+
+def _environment(threads: int, variables: Mapping[str, str]) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), **os.environ, **variables}
 
 
 def own_exit_code(code: int, reported: str) -> int:

@@ -1,4 +1,4 @@
-"""Executes runs on this machine, each as a separate `ptft train` process."""
+"""Executes runs and stages on this machine, each as a separate `ptft` process."""
 
 from __future__ import annotations
 
@@ -8,15 +8,29 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from ptft_dist.errors import EXIT_STOPPED
 from ptft_dist.reporting.messages import say
-from ptft_dist.runs.run_list import Run
 from ptft_dist.signals import STOP
 
 SIGNALS = (*STOP, signal.SIGINT)
-COMMAND = (sys.executable, "-m", "ptft_dist", "train")
+COMMAND = (sys.executable, "-m", "ptft_dist")
+
+
+class Command(Protocol):
+    """A command that makes something in a directory of its own: a run, or a stage of a pipeline."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def run_dir(self) -> Path: ...
+
+    @property
+    def command(self) -> list[str]: ...
 
 
 class LocalExecutor:
@@ -42,13 +56,13 @@ class LocalExecutor:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def __call__(self, run: Run, options: Sequence[str]) -> int:
-        """Train one run; its exit code. 75 if a signal stopped it, or came before it was started."""
+    def __call__(self, run: Command, options: Sequence[str]) -> int:
+        """Run one command; its exit code. 75 if a signal stopped it, or came before it was started."""
         if self.stop_requested:
             return EXIT_STOPPED
-        say(f"{run.name}: training in {run.run_dir}")
+        say(f"{run.name}: {run.run_dir}")
         # A new session, so that the process gets Ctrl-C once: forwarded from here.
-        self._process = subprocess.Popen([*COMMAND, *run.words, *options], start_new_session=True)
+        self._process = subprocess.Popen([*COMMAND, *run.command, *options], start_new_session=True)
         if self.stop_requested:  # the signal came between the two lines above
             self._process.terminate()
         code = self._process.wait()

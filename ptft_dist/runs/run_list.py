@@ -34,6 +34,11 @@ class Run:
         """The recipe and every value to set, as words of a `ptft` command."""
         return [self.recipe, *self.overrides, f"run_dir={json.dumps(str(self.run_dir))}"]
 
+    @property
+    def command(self) -> list[str]:
+        """The words after `ptft` that train this run."""
+        return ["train", *self.words]
+
     def load(self) -> Loaded:
         """The recipe of this run. Raises RecipeError."""
         recipe, *overrides = self.words

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.resolve import batch_shape
+from ptft_dist.data.prepare import is_prepared as prepared
+from ptft_dist.data.sources import check_sources
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.settings import check_settings
@@ -14,10 +16,16 @@ from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
 from ptft_dist.slurm.jobs import job_of
 from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.site import Site
+from ptft_dist.tasks.registry import encoder_class
 
 
-def of_recipe(job: Job, loaded: Loaded, launch: str, others: tuple[Callable[[], object], ...]) -> list[str]:
-    """The problems of recipe, launch config and data. others: further checks, which raise PtftError."""
+def of_recipe(job: Job, loaded: Loaded, launch: str, *, data: bool, offline: bool) -> list[str]:
+    """The problems of recipe, launch config, data and models.
+
+    Args:
+        data: the data and models exist already.
+        offline: the nodes do not reach the Hub.
+    """
 
     def launch_config() -> None:
         file = read_launch_file(launch)
@@ -25,8 +33,18 @@ def of_recipe(job: Job, loaded: Loaded, launch: str, others: tuple[Callable[[], 
         if file.distributed_type == "NO" and job.processes > 1:
             raise RecipeError(f"--launch {launch}: it starts one process, and the job has {job.processes}")
 
-    checks = (launch_config, lambda: batch_shape(loaded.recipe, job.processes), *others)
-    return [str(error) for check in checks if (error := _error_of(check)) is not None]
+    found = [launch_config, lambda: batch_shape(loaded.recipe, job.processes)]
+    if data:
+        found.append(lambda: check_sources(loaded.recipe, loaded.base))
+    return [str(error) for check in found if (error := _error_of(check)) is not None]
+
+
+def is_prepared(loaded: Loaded) -> bool:
+    """Whether the cache has the data of the recipe. No, if they cannot be found at all."""
+    try:
+        return prepared(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+    except PtftError:
+        return False
 
 
 def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[str]:
@@ -53,6 +71,18 @@ def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[st
         yield f"--time: {job.time}; {at} allows {partition.limit_s // 3600} h {partition.limit_s % 3600 // 60} min"
     if wanted is not None and wanted <= site.lead_s:
         yield f"--time: {job.time}; the warning comes {site.lead_s} s before its end (lead_s), so nothing is trained"
+
+
+def of_accounts(site: Site, known: Mapping[str, set[str]] | None) -> Iterator[str]:
+    """An account or a qos that this user does not have. known: see `associations`."""
+    if known is None:
+        return
+    if site.account is not None and site.account not in known:
+        yield f"account: {site.account}; you have {', '.join(sorted(known))}"
+        return
+    allowed = set().union(*known.values()) if site.account is None else known[site.account]
+    if site.qos is not None and allowed and site.qos not in allowed:
+        yield f"qos: {site.qos}; you may use {', '.join(sorted(allowed))}"
 
 
 def of_run_dir(run_dir: Path) -> Iterator[str]:

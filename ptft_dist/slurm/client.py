@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 import shutil
 import subprocess
@@ -100,7 +101,21 @@ def job_facts(job: str) -> Mapping[str, str] | None:
         raise
 
 
-def sbatch(script: Path, log: Path) -> str:
+def associations() -> dict[str, set[str]] | None:
+    """The accounts of this user, and the qos that each may use; None where Slurm keeps no accounts."""
+    try:
+        words = ("sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}")
+        lines = ask(*words, "format=Account,QOS").splitlines()
+    except (SlurmError, KeyError):
+        return None
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        account, _, qos = line.partition("|")
+        found.setdefault(account, set()).update(qos.split(",") if qos else ())
+    return found or None
+
+
+def sbatch(script: Path, log: Path, *, array: bool = False) -> str:
     """Submit a script; the job's id. log: the directory of its logs. Raises SlurmError."""
-    folder = str(log).replace("%", "%%")
-    return ask("sbatch", "--parsable", f"--output={folder}/%j.log", str(script)).split(";")[0]
+    name = "%A_%a.log" if array else "%j.log"
+    return ask("sbatch", "--parsable", f"--output={str(log).replace('%', '%%')}/{name}", str(script)).split(";")[0]

@@ -7,40 +7,85 @@ RUN/slurm/ID.log       what it says, over all its starts
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
+import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.slurm.client import ENDED, SlurmError, ask, job_facts, sbatch
+from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.requeue import history, newest_update
 
 FOLDER, _JOB = "slurm", "job.json"
 _LOOK_EVERY_S = 0.5
+_RECENT = 200
+"""So many rows of metrics.jsonl tell how long an update takes."""
 
 
-def submit(script: str, run_dir: Path) -> str:
-    """Write the script to the run directory, and submit it; the job's id. Raises SlurmError, RecipeError."""
-    folder = run_dir / FOLDER
+def submit(job: Job, script: str, run_dirs: Sequence[Path]) -> str:
+    """Write the script, and submit it; the job's id. Raises SlurmError, RecipeError.
+
+    run_dirs: those of the job, or of the tasks of its array. Each remembers its job.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "job.sbatch").write_text(script, encoding="utf-8")
-        job = sbatch(folder / "job.sbatch", folder)
-        (folder / _JOB).write_text(json.dumps({"job": job}))
+        job.log.mkdir(parents=True, exist_ok=True)
+        job.script.write_text(script, encoding="utf-8")
+        array = len(job.commands) > 1
+        number = sbatch(job.script, job.log, array=array)
+        for task, run_dir in enumerate(run_dirs):
+            own = f"{number}_{task}" if array else number
+            (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+            (run_dir / FOLDER / _JOB).write_text(json.dumps({"job": own, "log": str(job.log / f"{own}.log")}))
     except OSError as error:
-        raise RecipeError(f"run_dir: {folder} cannot be written: {error.strerror}. Choose another run_dir") from None
-    return job
+        raise RecipeError(f"run_dir: {job.log} cannot be written: {error.strerror}. Choose another run_dir") from None
+    return number
 
 
 def job_of(run_dir: Path) -> str | None:
     """The id of the run's last job; None if there is none."""
-    file = run_dir / FOLDER / _JOB
-    if file.exists():
-        return str(json.loads(file.read_text())["job"])
+    if (known := _known(run_dir)) is not None:
+        return known["job"]
     rows = history(run_dir)  # of jobs with slurm/train.sbatch
     return rows[-1]["job"] if rows else None
+
+
+def _known(run_dir: Path) -> dict[str, str] | None:
+    file = run_dir / FOLDER / _JOB
+    return json.loads(file.read_text()) if file.exists() else None
+
+
+def find_run(text: str) -> Path:
+    """The run directory that a user names, directly or by the id of its job. Raises RecipeError, SlurmError."""
+    path = Path(text)
+    if path.is_dir() or not text.replace("_", "").isdigit():
+        return path
+    facts = job_facts(text)
+    command = Path("" if facts is None else facts.get("Command", ""))
+    if command.parent.name != FOLDER:
+        raise RecipeError(f"{text}: neither a directory, nor a job of ptft submit that Slurm remembers")
+    return next((each for each in _run_dirs(command) if job_of(each) == text), command.parent.parent)
+
+
+def _run_dirs(script: Path) -> list[Path]:
+    """The run directories whose job a script may be: its own, and those of the tasks of an array."""
+    own = script.parent.parent
+    return [own, *(file.parent.parent for file in own.glob(f"*/{FOLDER}/{_JOB}"))]
+
+
+def waiting_and_running() -> list[tuple[str, str, str, str]]:
+    """This user's jobs that ptft has submitted: id, state, time, run directory. Raises SlurmError."""
+    found = []
+    for line in ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%M of %l|%o").splitlines():
+        number, state, clock, command = line.split("|", 3)
+        if Path(command).parent.name == FOLDER and command.endswith(".sbatch"):
+            run_dir = next((each for each in _run_dirs(Path(command)) if job_of(each) == number), None)
+            found.append((number, state.lower(), clock, str(run_dir or Path(command).parent.parent)))
+    return found
 
 
 def require_job(run_dir: Path) -> str:
@@ -55,18 +100,16 @@ def require_job(run_dir: Path) -> str:
 
 def status(run_dir: Path) -> list[tuple[str, str]]:
     """What is known of a run: name and text of each fact. Raises RecipeError, SlurmError."""
+    if (names := _stages(run_dir)) is not None:
+        return [(name, _stage_state(run_dir / name)) for name in names]
     job = require_job(run_dir)
-    try:
-        facts = job_facts(job)
-    except SlurmError as error:
-        facts = {"JobState": f"unknown: {error}"}
+    facts = _facts(job)
     lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts))]
     if facts is not None and facts.get("NodeList", "(null)") != "(null)":
         lines.append(("nodes", facts["NodeList"]))
     if facts is not None and "TimeLimit" in facts:
         lines.append(("time", f"{facts.get('RunTime', '?')} of {facts['TimeLimit']}"))
-    if (row := _last_row(run_dir)) is not None:
-        lines.append(("update", f"{row['step']}, loss {row['loss']:.4f}, {row.get('tokens_per_s', 0):,.0f} tokens/s"))
+    lines += [("update", text) for text in _progress(run_dir)]
     lines.append(("checkpoint", f"update {newest_update(run_dir)}"))
     for number, start in enumerate(history(run_dir), 1):
         again = ", requeued" if start["requeued"] else ""
@@ -90,10 +133,14 @@ def cancel(run_dir: Path) -> str:
     return f"job {job} saves a checkpoint and ends"
 
 
-def log_lines(run_dir: Path, *, follow: bool) -> Iterator[str]:
-    """The text of the job's log in pieces; with `follow` until the job has ended. Raises RecipeError, SlurmError."""
-    job = require_job(run_dir)
-    path = run_dir / FOLDER / f"{job}.log"
+def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterator[str]:
+    """The text of the job's log in pieces; with `follow` until the job has ended. Raises RecipeError, SlurmError.
+
+    task: only the lines of this task of srun: with `accelerate launch` one for each node, otherwise one for each rank.
+    """
+    job, known = require_job(run_dir), _known(run_dir)
+    path = run_dir / FOLDER / f"{job}.log" if known is None else Path(known["log"])
+    label = None if task is None else re.compile(rf" *{task}: ")
     if not path.exists() and not follow:
         raise RecipeError(f"{path}: there is no log. The job has not started, or it was not started by ptft submit")
     place = 0
@@ -102,11 +149,35 @@ def log_lines(run_dir: Path, *, follow: bool) -> Iterator[str]:
         if path.exists():
             with path.open(encoding="utf-8", errors="replace") as file:
                 file.seek(place)
-                yield file.read()
+                text = file.read()
                 place = file.tell()
+            yield text if label is None else "".join(line for line in text.splitlines(True) if label.match(line))
         if ended:
             return
         time.sleep(_LOOK_EVERY_S)
+
+
+def _stages(out: Path) -> list[str] | None:
+    """The names of the stages if this is the directory of a pipeline."""
+    file = out / "pipeline.json"
+    return list(json.loads(file.read_text())["stages"]) if file.exists() else None
+
+
+def _stage_state(folder: Path) -> str:
+    """The job of a stage and its state, what its last start has ended with, and its update."""
+    job, ended = job_of(folder), history(folder)
+    facts = None if job is None else _facts(job)
+    words = [] if facts is None else [f"job {job} {_state(facts)}"]
+    words += [f"last start: {ended[-1]['cause']}"] if ended else []
+    words += [f"update {text}" for text in _progress(folder)]
+    return ", ".join(words) or ("no job" if job is None else f"job {job} has ended; Slurm has forgotten it")
+
+
+def _facts(job: str) -> Mapping[str, str] | None:
+    try:
+        return job_facts(job)
+    except SlurmError as error:
+        return {"JobState": f"unknown: {error}"}
 
 
 def _state(facts: Mapping[str, str]) -> str:
@@ -114,8 +185,19 @@ def _state(facts: Mapping[str, str]) -> str:
     return state if reason == "None" else f"{state} ({reason})"
 
 
-def _last_row(run_dir: Path) -> dict[str, Any] | None:
-    """The last update in metrics.jsonl, whose last line may be incomplete."""
+def _progress(run_dir: Path) -> list[str]:
+    """The last update in metrics.jsonl, whose last line may be incomplete, and the time that the others will take."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return next((row for line in reversed(lines) if "loss" in (row := json.loads(line))), None)
+    rows = [row for line in lines[-_RECENT:] if "loss" in (row := json.loads(line))]
+    if not rows:
+        return []
+    last, total = rows[-1], None
+    with contextlib.suppress(OSError, ValueError):
+        total = json.loads((run_dir / "environment.json").read_text(encoding="utf-8")).get("updates")
+    text = f"{last['step']}" + (f" of {total}" if total else "")
+    text += f", loss {last['loss']:.4f}, {last.get('tokens_per_s', 0):,.0f} tokens/s"
+    if total and last["step"] < total:
+        left = (total - last["step"]) * statistics.median(row["time_s"] for row in rows)
+        text += f", {timedelta(seconds=round(left))} left without evaluations and saves"
+    return [text]

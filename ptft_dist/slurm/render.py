@@ -27,8 +27,8 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}")
 class Job:
     """What a user asks for."""
 
-    words: Sequence[str]
-    """The arguments of `ptft train`: recipe, overrides, launch config."""
+    commands: Sequence[Sequence[str]]
+    """The arguments of `ptft`: verb, recipe, overrides, launch config. Several are the tasks of a job array."""
     folder: Path
     """The current directory of the job, absolute."""
     log: Path
@@ -40,29 +40,72 @@ class Job:
     """Default: one for each GPU, or one."""
     time: str | None = None
     """The time limit: D-HH:MM:SS, HH:MM:SS, MM:SS or MM."""
-    dependency: str | None = None
-    """The id of a job that must have succeeded before."""
+    after: Sequence[str] = ()
+    """The ids of jobs that must have succeeded before."""
+    file: str = "job.sbatch"
+    """The name of its script."""
 
     def __post_init__(self) -> None:
         if self.time is not None and not _TIME.fullmatch(self.time):
             raise RecipeError(f"--time: {self.time!r}; expected D-HH:MM:SS, HH:MM:SS, MM:SS or minutes")
-        if self.dependency is not None and not self.dependency.replace("_", "").isdigit():
-            raise RecipeError(f"--after: {self.dependency!r}; expected the id of a job")
+        for other in self.after:
+            if not other.replace("_", "").isdigit():
+                raise RecipeError(f"--after: {other!r}; expected the id of a job")
 
     @property
     def script(self) -> Path:
-        return self.log / "job.sbatch"
+        return self.log / self.file
+
+    @property
+    def trains(self) -> bool:
+        return self.commands[0][0] == "train"
+
+    @property
+    def per_node(self) -> int:
+        """Processes of each node."""
+        return self.processes_per_node or self.gpus_per_node or 1
 
     @property
     def processes(self) -> int:
         """Over all nodes."""
-        return self.nodes * (self.processes_per_node or self.gpus_per_node or 1)
+        return self.nodes * self.per_node
 
 
 def render(job: Job, site: Site) -> str:
     """The batch script of a job. Raises RecipeError if the site has no GPUs and the job asks for some."""
+    variables = dict(site.variables)
+    if site.cache is not None:
+        variables["PTFT_CACHE"] = site.cache
+    if site.offline:
+        variables |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    step, here, container = _container(site, gpus=bool(job.gpus_per_node))
+    return _filled(
+        commands=[_quoted(command) for command in job.commands],
+        trains=job.trains,
+        starter=site.starter,
+        contained=site.container is not None,
+        container=container,
+        step_options=step,
+        here=here,
+        limit=f" --limit {site.requeues}",
+        file=_printable(job.script),
+        script=shlex.quote(str(job.script)),
+        options=_options(job, site),
+        modules=[shlex.quote(module) for module in site.modules],
+        setup=site.setup.strip("\n"),
+        variables=[(name, shlex.quote(value)) for name, value in variables.items()],
+        folder=shlex.quote(str(job.folder)),
+        complaint=shlex.quote("ptft is not on the PATH; set modules or setup in the site profile"),
+        per_node=job.per_node,
+    )
+
+
+def _options(job: Job, site: Site) -> list[str]:
+    """Those of sbatch, without the leading --."""
+    tasks = job.per_node if site.starter == "srun" and job.trains else 1
+    cpus = None if site.cpus_per_task is None else max(1, site.cpus_per_task // tasks)
     options = [f"job-name={re.sub(r'[^A-Za-z0-9._-]', '_', job.name)[:64] or 'ptft'}", f"nodes={job.nodes}"]
-    options += ["ntasks-per-node=1"]
+    options += [f"ntasks-per-node={tasks}"]
     for key in ("partition", "account", "qos", "constraint", "reservation"):
         if (value := getattr(site, key)) is not None:
             options.append(f"{key}={value}")
@@ -72,44 +115,57 @@ def render(job: Job, site: Site) -> str:
         kind = f"{site.gpu_type}:" if site.gpu_type else ""
         request = "gpus-per-node=" if site.gpus == "gpus-per-node" else "gres=gpu:"
         options.append(f"{request}{kind}{job.gpus_per_node}")
-    for name, value in (("cpus-per-task", site.cpus_per_task), ("mem", site.memory), ("time", job.time)):
+    for name, value in (("cpus-per-task", cpus), ("mem", site.memory), ("time", job.time)):
         if value is not None:
             options.append(f"{name}={value}")
-    if job.dependency is not None:
-        options.append(f"dependency=afterok:{job.dependency}")
+    if len(job.commands) > 1:
+        options.append(f"array=0-{len(job.commands) - 1}")
+    if job.after:
+        options += [f"dependency=afterok:{':'.join(job.after)}", "kill-on-invalid-dep=yes"]
     options += [f"signal=TERM@{site.lead_s}", "requeue" if site.requeue else "no-requeue", "open-mode=append"]
     options += [name if value is None else f"{name}={value}" for name, value in site.options.items()]
     if _PLAIN_PATH.fullmatch(str(job.log)):  # otherwise `ptft submit` gives it to sbatch
-        options.append(f"output={job.log}/%j.log")
-    variables = dict(site.variables)
-    if site.cache is not None:
-        variables["PTFT_CACHE"] = site.cache
-    if site.offline:
-        variables |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    return _filled(
-        file=_printable(job.script),
-        options=options,
-        modules=[shlex.quote(module) for module in site.modules],
-        setup=site.setup.strip("\n"),
-        variables=[(name, shlex.quote(value)) for name, value in variables.items()],
-        folder=shlex.quote(str(job.folder)),
-        words=" ".join(map(shlex.quote, job.words)),
-        complaint=shlex.quote("ptft is not on the PATH; set modules or setup in the site profile"),
-        per_node=job.processes // job.nodes,
-    )
+        options.append(f"output={job.log}/{'%A_%a' if len(job.commands) > 1 else '%j'}.log")
+    return options
+
+
+def _container(site: Site, *, gpus: bool) -> tuple[str, str, str]:
+    """For a site with containers: the options of srun, the words before a command on the first node, and the words
+    before a command of a step."""
+    if site.container is None:
+        return "", "", ""
+    mounts = site.container.mounts
+    if site.container.runtime == "apptainer":
+        words = ["apptainer", "exec", *(["--nv"] if gpus else []), *(f"--bind={each}" for each in mounts)]
+        return "", '"${container[@]}" ', _quoted([*words, site.container.image])
+    pairs = [each if ":" in each else f"{each}:{each}" for each in ("/tmp", *mounts)]  # PTFT_RUN_FILE
+    options = _quoted([f"--container-image={site.container.image}", f"--container-mounts={','.join(pairs)}"])
+    return options, f"srun --overlap --nodes=1 --ntasks=1 {options} ", ""
+
+
+def _quoted(words: Sequence[str]) -> str:
+    return " ".join(map(shlex.quote, words))
 
 
 def hand_written() -> str:
     """slurm/train.sbatch, for those who want no submit command: the recipe is an argument of sbatch."""
     options = ["job-name=ptft", "ntasks-per-node=1", "signal=TERM@120", "requeue", "open-mode=append"]
     return _filled(
+        commands=(),
+        trains=True,
+        starter="accelerate",
+        contained=False,
+        container="",
+        step_options="",
+        here="",
+        limit="",
         file="",
+        script="",
         options=[*options, "output=%x-%j.log"],
         modules=(),
         setup="",
         variables=(),
         folder="",
-        words="",
         complaint='"train.sbatch: ptft is not on the PATH; activate its environment before sbatch"',
         per_node="${PROCESSES_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}",
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ptft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_LOST, EXIT_STOPPED
 from ptft_dist.launch.environment import start_token
+from ptft_dist.slurm.client import fields
 
 HISTORY = "slurm.jsonl"
 CAUSES = {
@@ -112,6 +114,46 @@ def after_start(
     return decision
 
 
+def commands(decision: Decision, job_id: str, lost: Sequence[str], facts: str) -> list[str]:
+    """The commands for scontrol that follow from a decision. A node is excluded only while enough others are left.
+
+    Args:
+        lost: names of the machines that have failed.
+        facts: what `scontrol --oneliner show` says of the job, and of all nodes; empty if Slurm does not answer.
+    """
+    lines = [fields(line) for line in facts.splitlines()]
+    job: dict[str, str] = next((line for line in lines if "JobId" in line), {})
+    if not decision.requeue:
+        return []
+    if not job or not lost:
+        return [f"requeue {job_id}"]
+    nodes = [line for line in lines if "NodeName" in line and job["Partition"] in line.get("Partitions", "").split(",")]
+    known = job.get("ExcNodeList", "(null)")
+    before = set() if known == "(null)" else {node["NodeName"] for node in nodes if _is_in(node["NodeName"], known)}
+    bad = {node["NodeName"] for node in nodes if {node["NodeName"], node.get("NodeHostName")} & set(lost)}
+    left = [node for node in nodes if node["NodeName"] not in before | bad and not _DOWN.search(node["State"])]
+    found = [f"requeue {job_id}"]
+    if bad - before and len(left) >= int(job["NumNodes"].split("-")[0]):
+        found.append(f"update JobId={job_id} ExcNodeList={','.join(sorted(before | bad))}")
+    return found
+
+
+_DOWN = re.compile(r"DOWN|DRAIN|FAIL|NOT_RESPONDING|\*")
+
+
+def _is_in(name: str, node_list: str) -> bool:
+    """Whether a list such as a,n[0-3,7] has this node."""
+    for prefix, ranges, plain in re.findall(r"([^,\[]+)\[([^\]]+)\]|([^,\[]+)", node_list):
+        if name == plain:
+            return True
+        number = name.removeprefix(prefix) if prefix and name.startswith(prefix) else ""
+        for each in ranges.split(",") if number.isdigit() else ():
+            first, _, last = each.partition("-")
+            if len(first) == len(number) and int(first) <= int(number) <= int(last or first):
+                return True
+    return False
+
+
 def _add(run_dir: Path, row: Mapping[str, Any]) -> None:
     """Add a line. If the disk is full, the decision matters more than its record."""
     try:
@@ -134,6 +176,12 @@ def newest_update(run_dir: Path) -> int:
     """The update of the newest complete checkpoint; 0 without one."""
     names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
     return max((int(name.removeprefix("step-")) for name in names), default=0)
+
+
+def lost_hosts(run_dir: Path | None, environ: Mapping[str, str]) -> list[str]:
+    """The machines that this start has lost, as far as it has noticed."""
+    result = None if run_dir is None else _result(run_dir, environ)
+    return [] if result is None else list(result.get("lost_hosts", []))
 
 
 def _result(run_dir: Path, environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -20,6 +20,30 @@ Word = Annotated[str, Field(pattern=r"^[\w.,:/@%+=\[\]*&|()-]+$")]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")]
 
 
+class Container(Section):
+    """The container image in which `ptft` runs."""
+
+    runtime: Literal["apptainer", "pyxis"]
+    image: str
+    """A path, or for pyxis a name in a registry."""
+    mounts: tuple[str, ...] = ()
+    """Directories that the container sees, such as /shared or /scratch:/data. Needed for recipe, data and run_dir."""
+
+
+class CpuJobs(Section):
+    """Where work without GPUs runs: `ptft prepare` before training. Keys as in the site profile."""
+
+    partition: Word | None = None
+    account: Word | None = None
+    qos: Word | None = None
+    constraint: Word | None = None
+    reservation: Word | None = None
+    cpus_per_task: PositiveInt | None = None
+    memory: Word | None = None
+    time: Word | None = None
+    """The time limit of such a job."""
+
+
 class Site(Section):
     """What is particular to a cluster. Every key may be left out."""
 
@@ -52,6 +76,18 @@ class Site(Section):
     """Seconds between the signal and the time limit, in which a checkpoint must be written."""
     requeue: bool = True
     """Whether a job may requeue itself."""
+    requeues: PositiveInt = 100
+    """The most requeues of a job."""
+    starter: Literal["accelerate", "srun"] = "accelerate"
+    """What starts the processes of a node: `accelerate launch`, or srun with one task for each process."""
+    container: Container | None = None
+    cpu_jobs: CpuJobs = Field(default_factory=CpuJobs)
+    """What differs for work without GPUs."""
+
+    def without_gpus(self) -> Site:
+        """The profile of jobs without GPUs."""
+        own = {key: value for key, value in self.cpu_jobs.model_dump(exclude={"time"}).items() if value is not None}
+        return self.model_copy(update={"gpus": None, "gpu_type": None, **own})
 
 
 def read_site(name: str) -> Site:
@@ -93,7 +129,9 @@ def proposed(known: Mapping[str, Partition]) -> str:
 def _explained(kind: str, place: tuple[int | str, ...], message: str) -> str:
     key = ".".join(str(part) for part in place if part != "[key]")
     if kind == "extra_forbidden":
-        near = get_close_matches(key, Site.model_fields, n=1)
+        *section, name = key.split(".")
+        sections: dict[str, type[Section]] = {"container": Container, "cpu_jobs": CpuJobs}
+        near = get_close_matches(name, sections.get(section[0] if section else "", Site).model_fields, n=1)
         return f"{key}: unknown key" + (f"; did you mean {near[0]}?" if near else "")
     if kind == "string_pattern_mismatch":
         return f"{key}: a value without spaces, quotes and line ends is needed here"

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGUSR1, SIGUSR2, SIGINT, or a file named `stop` in the run directory.
+"""Stop requests: SIGTERM, SIGUSR1, SIGUSR2, SIGINT, a file named `stop` in the run directory, or the end of the job.
 
 During training a signal handler only sets a flag. The ranks sum their flags together with the counts of each update,
 so that all of them stop after the same update. Before training there is nothing to save: the process exits at once,
@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -24,17 +25,42 @@ LOOK_EVERY_S = 1.0  # the stop file may be on a slow shared disk
 SIGNALS = (*STOP, signal.SIGINT)
 
 
+MARGIN_S = 30.0
+"""Seconds for what follows a save: the end of the processes, and of the job."""
+
+
+@dataclass
+class Deadline:
+    """The end of the job. A run stops so early that a save of twice the longest duration so far still fits in.
+
+    Until a save has been measured, only the signal that Slurm sends before the end stops the run.
+    """
+
+    end: float
+    """Seconds since 1970."""
+    longest_save_s: float = 0.0
+    last_phase_s: float = 0.0
+    """A run stops only between phases."""
+
+    def is_near(self) -> bool:
+        """Whether a run that is not stopped now could be too late."""
+        lead_s = MARGIN_S + 2 * (self.longest_save_s + self.last_phase_s)
+        return self.longest_save_s > 0 and time.time() > self.end - lead_s
+
+
 class StopRequest:
     """Whether this run was asked to stop, and by what."""
 
-    def __init__(self, stop_file: Path | None, token: str = "") -> None:
+    def __init__(self, stop_file: Path | None, token: str = "", end: float | None = None) -> None:
         """Listen to nothing yet; see `listening`.
 
         Args:
             stop_file: checked by this rank; None on all ranks but one, which learn of it from the next sum.
             token: what the launchers of this start write into the file.
+            end: when the job ends, in seconds since 1970; None on all ranks but one, and outside of jobs.
         """
         self.stop_file, self.token = stop_file, token
+        self.deadline = None if end is None else Deadline(end)
         self.reason: str | None = None
         self._looked = -LOOK_EVERY_S
 
@@ -67,7 +93,15 @@ class StopRequest:
             self._looked = now
             if self._is_meant(self.stop_file):
                 self.reason = f"the file {self.stop_file}"
+        if self.reason is None and self.deadline is not None and self.deadline.is_near():
+            self.reason = f"the end of the job at {time.strftime('%H:%M:%S', time.localtime(self.deadline.end))}"
         return self.reason is not None
+
+    def took(self, *, save_s: float = 0.0, phase_s: float | None = None) -> None:
+        """Learn how long a save, or the updates of a phase, have taken."""
+        if self.deadline is not None:
+            self.deadline.longest_save_s = max(self.deadline.longest_save_s, save_s)
+            self.deadline.last_phase_s = self.deadline.last_phase_s if phase_s is None else phase_s
 
     def _is_meant(self, stop_file: Path) -> bool:
         """Whether there is a stop file for this start. The file of an earlier start, whose launcher was killed before

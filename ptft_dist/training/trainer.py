@@ -89,7 +89,7 @@ class Trainer:
 
     def run_phase(self) -> None:
         """Do the updates of one phase. The last update of the run ends it early."""
-        started = time.perf_counter()
+        began = started = time.perf_counter()
         for group in self.batches.next_phase(PhaseContext(self.progress.step, self.engine)):
             with self.engine.updating():
                 report = self.update(group)
@@ -103,6 +103,7 @@ class Trainer:
             self.show(self.batches.take_samples())
             if report.step == self.total_steps:
                 return
+        self.stop.took(phase_s=time.perf_counter() - began)
 
     def update(self, group: Sequence[Batch]) -> UpdateReport:
         """Do one optimizer update with this rank's micro-batches; each loss is averaged over all ranks."""
@@ -217,7 +218,7 @@ class Trainer:
 
         best: the evaluation, if this checkpoint is the best one.
         """
-        step = self.progress.step
+        step, started = self.progress.step, time.perf_counter()
         if step == self.saved_step:
             return
         self.flush_rows()
@@ -238,6 +239,7 @@ class Trainer:
             kept = progress.best_checkpoint if self.recipe.save.best else None
             self.checkpoints.retain(self.recipe.save.keep, None if kept is None else kept.step)
         self.engine.barrier()
+        self.stop.took(save_s=time.perf_counter() - started)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load a verified checkpoint."""

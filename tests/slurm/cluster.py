@@ -52,7 +52,10 @@ ReturnToService=2
 KillWait=5
 GresTypes=gpu
 {more}{nodes}
-PartitionName=all Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=30
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=9
 """
 
 

@@ -1,0 +1,104 @@
+"""Lists of runs as Slurm jobs: the folds of a cross-validation as a job array, the stages of a pipeline as a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ptft_dist.config.load import Loaded
+from ptft_dist.errors import RecipeError
+from ptft_dist.runs.folds import fold_runs, has_folds
+from ptft_dist.runs.pipeline import Pipeline, Stage
+from ptft_dist.slurm import jobs
+from ptft_dist.slurm.client import ENDED, job_facts
+from ptft_dist.slurm.render import Job
+from ptft_dist.slurm.requests import Request, Resources, training
+from ptft_dist.slurm.site import Site
+
+TABLE = "table"
+
+
+def fold_requests(
+    loaded: Loaded, recipe: str, overrides: Sequence[str], resources: Resources, site: Site, after: Sequence[str]
+) -> list[Request]:
+    """A job array with one task for each fold, and a job that then writes the table of their metrics.
+
+    Raises RecipeError if the recipe has no folds.
+    """
+    if not has_folds(loaded):
+        raise RecipeError("--array: the recipe has one run; data.folds: K makes K runs of it")
+    runs = fold_runs(loaded, recipe, overrides)
+    run_dirs = [run.run_dir.absolute() for run in runs]
+    found = training("folds", runs[0].load(), [run.words for run in runs], run_dirs, resources, site, after=after)
+    array = found[-1]
+    table = replace(
+        array.job,
+        commands=[("train", recipe, *overrides)],
+        name=f"{array.job.name}-{TABLE}",
+        file=f"{TABLE}.sbatch",
+        nodes=1,
+        gpus_per_node=None,
+        processes_per_node=1,
+        time=site.cpu_jobs.time,
+        after=(),
+    )
+    return [*found, Request(TABLE, table, site.without_gpus(), (), (array.name,))]
+
+
+def stage_requests(pipeline: Pipeline, site: Site, launch: str | None) -> list[Request]:
+    """The jobs of all stages that are not done. A stage waits for the jobs of the stages that it refers to.
+
+    A stage that is already queued with the same recipe and data keeps its job.
+
+    Args:
+        launch: a launch config for the stages that name none.
+
+    Raises:
+        RecipeError: a stage cannot be started, or its job is of an older version of it.
+    """
+    found: list[Request] = []
+    queued: dict[str, str] = {}
+    for stage in pipeline.stages:
+        if pipeline.is_done(stage):
+            continue
+        number = jobs.job_of(stage.folder)
+        if number is not None and (facts := job_facts(number)) is not None and facts["JobState"] not in ENDED:
+            if not pipeline.is_recorded(stage):
+                raise RecipeError(f"{stage.name}: job {number} has an older version of it; end it with ptft cancel")
+            queued[stage.name] = number
+            continue
+        pipeline.require_startable(stage)
+        after = [queued[name] for name in stage.references if name in queued]
+        needs = [name for name in stage.references if name in {request.name for request in found}]
+        found += _requests(stage, site, launch, after, needs, known=not needs and not after)
+    return found
+
+
+def _requests(
+    stage: Stage, site: Site, launch: str | None, after: list[str], needs: list[str], *, known: bool
+) -> list[Request]:
+    asked = stage.settings.job
+    resources = Resources(
+        launch=stage.settings.launch or launch,
+        nodes=asked.nodes,
+        gpus_per_node=asked.gpus_per_node,
+        processes_per_node=asked.processes_per_node,
+        time=asked.time,
+    )
+    verb, *words = stage.command
+    if verb == "train":
+        return training(
+            stage.name, stage.load(), [words], [stage.folder], resources, site, after=after, needs=needs, known=known
+        )
+    own = site if asked.gpus_per_node else site.without_gpus()
+    job = Job(
+        commands=[stage.command],
+        folder=Path.cwd(),
+        log=stage.folder / jobs.FOLDER,
+        name=stage.name,
+        gpus_per_node=asked.gpus_per_node,
+        time=asked.time or (None if asked.gpus_per_node else site.cpu_jobs.time),
+        after=tuple(after),
+    )
+    return [Request(stage.name, job, own, (stage.folder,), tuple(needs))]

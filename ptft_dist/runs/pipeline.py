@@ -1,0 +1,308 @@
+"""Pipelines: stages that build on each other's outputs, such as tokenizer, pretraining, fine-tuning, evaluation.
+
+    out: runs/demo
+    stages:
+      clm: {recipe: clm}
+      sft: {recipe: sft, set: {model.config: null, model.path: "${stage:clm}"}}
+
+Each stage has the directory OUT/NAME. `${stage:NAME}` is the output of an earlier stage:
+
+    train        OUT/NAME/model
+    tokenizer    OUT/NAME/tokenizer
+    evaluate     OUT/NAME/metrics.json
+
+A stage is done if its output exists, and was made with the same recipe, the same data and the same earlier stages. This
+is told by a hash of all three in OUT/NAME/stage.json, which is written when the stage starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, PositiveInt, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.section import Section
+from ptft_dist.config.shipped import find_shipped
+from ptft_dist.errors import EXIT_FINISHED, RecipeError
+from ptft_dist.reporting.messages import say
+
+OUTPUTS = {"train": "model", "tokenizer": "tokenizer", "evaluate": "metrics.json"}
+"""Verb -> its output in the directory of the stage."""
+RECORD, LIST = "stage.json", "pipeline.json"
+_REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
+
+
+class JobSettings(Section):
+    """What a stage asks Slurm for; without effect on this machine."""
+
+    nodes: PositiveInt = 1
+    gpus_per_node: PositiveInt | None = None
+    processes_per_node: PositiveInt | None = None
+    time: str | None = None
+    """The time limit, such as 24:00:00."""
+
+
+class StageSettings(Section):
+    verb: Literal["train", "tokenizer", "evaluate"] = "train"
+    recipe: str
+    """A file, relative to that of the pipeline, or the name of a shipped recipe."""
+    set: dict[str, Any] = Field(default_factory=dict)
+    """Values that replace those of the recipe."""
+    model: str | None = None
+    """The model to evaluate."""
+    launch: str | None = None
+    """A launch config. Default: that of the command line."""
+    show: tuple[str, ...] = ()
+    """Metrics for the table at the end."""
+    job: JobSettings = Field(default_factory=JobSettings)
+
+
+class PipelineSettings(Section):
+    out: str
+    """The directory of all stages, relative to the current directory."""
+    stages: dict[str, StageSettings] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage, with references replaced by paths."""
+
+    name: str
+    settings: StageSettings
+    folder: Path
+    """OUT/NAME, absolute."""
+    recipe: str
+    overrides: tuple[str, ...]
+    model: str | None
+    references: tuple[str, ...]
+    """The names of the stages whose outputs it uses, each once."""
+
+    @property
+    def output(self) -> Path:
+        return self.folder / OUTPUTS[self.settings.verb]
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder
+
+    @property
+    def command(self) -> list[str]:
+        """The words after `ptft`, without the launch config."""
+        verb = self.settings.verb
+        if verb == "train":
+            return [verb, self.recipe, *self.overrides, f"run_dir={json.dumps(str(self.folder))}"]
+        model = [] if self.model is None else [self.model]
+        return [verb, *model, self.recipe, *self.overrides, "--out", str(self.output)]
+
+    def load(self) -> Loaded:
+        """Its recipe. Raises RecipeError with the name of the stage."""
+        try:
+            return load_recipe(self.recipe, [*self.overrides, f"run_dir={json.dumps(str(self.folder))}"])
+        except RecipeError as error:
+            raise RecipeError(f"stage {self.name}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Stages in an order in which each refers to earlier ones only."""
+
+    out: Path
+    stages: tuple[Stage, ...]
+    again: frozenset[str] = frozenset()
+    """Names of stages to be done again although they are done, or have been done in another way."""
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether its output is there, and was made from what it would be made from now."""
+        return stage.name not in self.again and _has_ended_well(stage) and self.is_recorded(stage)
+
+    def is_recorded(self, stage: Stage) -> bool:
+        """Whether its last start was with the same recipe, data and earlier stages."""
+        return _recorded(stage) == self.keys[stage.name]
+
+    def require_startable(self, stage: Stage) -> None:
+        """Raises RecipeError if the stage has finished in another way, whose output a start would replace."""
+        if stage.name not in self.again and _has_ended_well(stage) and not self.is_recorded(stage):
+            raise RecipeError(
+                f"stage {stage.name}: its recipe, its data or an earlier stage has changed since it was done in "
+                f"{stage.folder}. --again {stage.name} does it and the stages after it again, and moves aside what is "
+                "there; or choose another --out"
+            )
+
+    def begin(self, stage: Stage) -> None:
+        """Record what the stage is made from. What is to be done again is moved aside, to OUT/NAME.1 or so."""
+        if stage.name in self.again and stage.folder.exists():
+            numbers = (number for number in itertools.count(1) if not (self.out / f"{stage.name}.{number}").exists())
+            stage.folder.rename(self.out / f"{stage.name}.{next(numbers)}")
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        (stage.folder / RECORD).write_text(json.dumps({"key": self.keys[stage.name], "verb": stage.settings.verb}))
+        (self.out / LIST).write_text(json.dumps({"stages": [each.name for each in self.stages]}))
+
+    @cached_property
+    def keys(self) -> Mapping[str, str]:
+        """A hash for each stage: of its recipe, its data files, and the hashes of the stages that it refers to."""
+        found: dict[str, str] = {}
+        for stage in self.stages:
+            loaded = stage.load()
+            own = loaded.recipe.tokenizer
+            if own.path is not None and own.path.startswith(str(self.out)):  # the key of that stage stands for it
+                recipe = loaded.recipe.model_copy(update={"tokenizer": own.model_copy(update={"path": None})})
+                inputs = input_fingerprint(Loaded(recipe, loaded.path, loaded.base, {}, "", {}))
+            else:
+                inputs = input_fingerprint(loaded)
+            parts = [stage.settings.verb, stage.model, dump_resolved(loaded), inputs]
+            parts += [found[name] for name in stage.references]
+            found[stage.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+        return found
+
+
+def read_pipeline(name: str, out: str | None = None, again: Sequence[str] = ()) -> Pipeline:
+    """Read a pipeline, and check the recipes of all its stages.
+
+    Args:
+        name: a file, or the name of a shipped pipeline.
+        out: replaces `out` of the file.
+        again: stages to be done again, with all that depend on them.
+
+    Raises:
+        RecipeError: the file, a reference or a recipe is wrong.
+    """
+    path = find_shipped("pipelines", name, ".yaml")
+    try:
+        values = YAML(typ="safe").load(path)
+        settings = PipelineSettings.model_validate(values if out is None else {**values, "out": out})
+    except (OSError, UnicodeDecodeError, YAMLError, TypeError) as error:
+        raise RecipeError(f"{path}: the pipeline cannot be read: {error}") from None
+    except ValidationError as error:
+        raise RecipeError(
+            "\n".join(f"{path}: {_place(each['loc'])}: {each['msg']}" for each in error.errors())
+        ) from None
+    folder = Path(settings.out).absolute()
+    stages: dict[str, Stage] = {}
+    for stage_name, each in settings.stages.items():
+        if not re.fullmatch(r"[\w.-]+", stage_name) or stage_name.startswith("."):
+            raise RecipeError(f"{path}: stages.{stage_name}: use letters, digits, - and _ in the name of a stage")
+        stages[stage_name] = _stage(stage_name, each, folder, path, stages)
+    if unknown := [each for each in again if each not in stages]:
+        raise RecipeError(f"--again: {', '.join(unknown)}: no such stage; the stages are {', '.join(stages)}")
+    marked = set(again)
+    for stage in stages.values():
+        marked |= {stage.name} if marked & set(stage.references) else set()
+    for stage in stages.values():
+        stage.load()
+    return Pipeline(folder, tuple(stages.values()), frozenset(marked))
+
+
+def _stage(name: str, settings: StageSettings, out: Path, path: Path, earlier: Mapping[str, Stage]) -> Stage:
+    used: dict[str, None] = {}
+
+    def output(found: re.Match[str]) -> str:
+        if found[1] not in earlier:
+            known = f"the stages before it are {', '.join(earlier)}" if earlier else "there is no stage before it"
+            raise RecipeError(f"{path}: stages.{name}: ${{stage:{found[1]}}}: no such stage; {known}")
+        used[found[1]] = None
+        return str(earlier[found[1]].output)
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, str):
+            return _REFERENCE.sub(output, value)
+        if isinstance(value, Mapping):
+            return {key: replaced(each) for key, each in value.items()}
+        return [replaced(each) for each in value] if isinstance(value, list | tuple) else value
+
+    if (settings.model is not None) != (settings.verb == "evaluate"):
+        raise RecipeError(f"{path}: stages.{name}.model: needed by the verb evaluate, and only by it")
+    if settings.verb == "tokenizer" and settings.launch is not None:
+        raise RecipeError(f"{path}: stages.{name}.launch: without effect on the verb tokenizer")
+    near = path.parent / settings.recipe
+    overrides = tuple(f"{key}={json.dumps(replaced(value))}" for key, value in settings.set.items())
+    model = None if settings.model is None else replaced(settings.model)
+    recipe = str(near.absolute()) if near.is_file() else settings.recipe
+    return Stage(name, settings, out / name, recipe, overrides, model, tuple(used))
+
+
+def run_here(pipeline: Pipeline, execute: Callable[[Stage, Sequence[str]], int], options: Sequence[str]) -> int:
+    """Do all stages that are not done, in order; the exit code of the one that failed or was stopped, or 0.
+
+    Args:
+        execute: runs `ptft` for one stage with these further options; its exit code.
+        options: those of `ptft train` for stages without a launch config.
+
+    Raises:
+        RecipeError: a stage would replace the output of another version of it.
+    """
+    for stage in pipeline.stages:
+        if pipeline.is_done(stage):
+            say(f"{stage.name}: already done in {stage.folder}")
+            continue
+        pipeline.require_startable(stage)
+        own = [] if stage.settings.launch is None else ["--launch", stage.settings.launch]
+        pipeline.begin(stage)
+        code = execute(stage, _without_launch(options, own) if stage.settings.verb == "train" else [])
+        if code != EXIT_FINISHED:
+            say(f"{stage.name} ended with exit code {code}. The same command continues with it.")
+            return code
+    return EXIT_FINISHED
+
+
+def table(pipeline: Pipeline) -> Iterator[str]:
+    """The metrics that the stages show: those of the first and of the last evaluation."""
+    yield f"{'stage':12} {'metric':24} {'first':>9} {'last':>9}"
+    for stage in pipeline.stages:
+        for metric in stage.settings.show:
+            first, last = _metric(stage, metric)
+            yield f"{stage.name:12} {metric:24} {first:>9} {last:>9}"
+
+
+def _metric(stage: Stage, name: str) -> tuple[str, str]:
+    if stage.settings.verb == "evaluate":
+        metrics = json.loads(stage.output.read_text(encoding="utf-8"))["metrics"]
+        return "", f"{metrics[f'eval/{name}']:.4g}"
+    lines = (stage.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    values = [row[f"eval/{name}"] for line in lines if f"eval/{name}" in (row := json.loads(line))]
+    return (f"{values[0]:.4g}", f"{values[-1]:.4g}") if values else ("", "none")
+
+
+def _without_launch(options: Sequence[str], own: Sequence[str]) -> list[str]:
+    """The options, with the launch config of the stage in place of that of the command line."""
+    if not own:
+        return list(options)
+    kept = list(options)
+    if "--launch" in kept:
+        at = kept.index("--launch")
+        del kept[at : at + 2]
+    return [*own, *kept]
+
+
+def _has_ended_well(stage: Stage) -> bool:
+    if not stage.output.exists():
+        return False
+    return stage.settings.verb != "train" or _read(stage.folder / "result.json").get("status") == "finished"
+
+
+def _recorded(stage: Stage) -> str | None:
+    return _read(stage.folder / RECORD).get("key")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The contents of a JSON file; empty if it is missing or damaged."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _place(place: tuple[int | str, ...]) -> str:
+    return ".".join(map(str, place)) or "pipeline"

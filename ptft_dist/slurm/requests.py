@@ -1,0 +1,130 @@
+"""What is to be submitted: jobs that may wait for each other, checked before the first one is queued."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from ptft_dist.config.load import Loaded
+from ptft_dist.errors import PtftError
+from ptft_dist.slurm import checks, jobs
+from ptft_dist.slurm.client import SlurmError, ask, associations, partitions
+from ptft_dist.slurm.render import Job, render
+from ptft_dist.slurm.site import Site
+
+_NO_LAUNCH = "--launch: needed on several nodes, such as multi_gpu, zero3 or cpu"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a job asks for."""
+
+    launch: str | None = None
+    """A launch config. Default: multi_gpu with GPUs, otherwise cpu."""
+    nodes: int = 1
+    gpus_per_node: int | None = None
+    processes_per_node: int | None = None
+    time: str | None = None
+
+    @property
+    def launch_config(self) -> str:
+        return self.launch or ("multi_gpu" if self.gpus_per_node else "cpu")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A job that is not submitted yet."""
+
+    name: str
+    job: Job
+    site: Site
+    run_dirs: tuple[Path, ...]
+    """Those that remember this job as theirs: one, or one for each task of a job array; none for work before."""
+    needs: tuple[str, ...] = ()
+    """Names of earlier requests that must succeed before."""
+    problems: tuple[str, ...] = field(default=())
+    """What is wrong with its recipe, data or launch config."""
+
+
+def training(
+    name: str,
+    loaded: Loaded,
+    commands: Sequence[Sequence[str]],
+    run_dirs: Sequence[Path],
+    resources: Resources,
+    site: Site,
+    *,
+    after: Sequence[str] = (),
+    needs: Sequence[str] = (),
+    known: bool = True,
+) -> list[Request]:
+    """The job that trains a recipe, after a job that prepares its data if they are not in the cache.
+
+    Without GPUs the job itself prepares the data.
+
+    Args:
+        commands: the words after `ptft train`, without the launch config; several for a job array.
+        run_dirs: a run directory for each command, absolute.
+        after: ids of jobs that must have succeeded before.
+        needs: as in Request.
+        known: the data and models of the recipe exist already, so that they can be checked.
+    """
+    own = run_dirs[0] if len(commands) == 1 else run_dirs[0].parent
+    job = Job(
+        commands=[("train", *words, "--launch", resources.launch_config) for words in commands],
+        folder=Path.cwd(),
+        log=own / jobs.FOLDER,
+        name=own.name,
+        nodes=resources.nodes,
+        gpus_per_node=resources.gpus_per_node,
+        processes_per_node=resources.processes_per_node,
+        time=resources.time,
+        after=tuple(after),
+    )
+    problems = [] if resources.launch or resources.nodes == 1 else [_NO_LAUNCH]
+    problems += checks.of_recipe(job, loaded, resources.launch_config, data=known, offline=site.offline)
+    if resources.gpus_per_node is None or (known and checks.is_prepared(loaded)):
+        return [Request(name, job, site, tuple(run_dirs), tuple(needs), tuple(problems))]
+    before = replace(
+        job,
+        commands=[("prepare", *words) for words in commands],
+        name=f"{job.name}-prepare",
+        file="prepare.sbatch",
+        nodes=1,
+        gpus_per_node=None,
+        time=site.cpu_jobs.time,
+    )
+    preparing = Request(f"{name}: prepare", before, site.without_gpus(), (), tuple(needs))
+    return [preparing, Request(name, job, site, tuple(run_dirs), (preparing.name,), tuple(problems))]
+
+
+def problems_of(requests: Sequence[Request], *, ask_slurm: bool) -> list[str]:
+    """All problems of the requests, each once. Raises SlurmError if Slurm does not answer."""
+    found = [problem for request in requests for problem in request.problems]
+    for request in requests:
+        try:
+            render(request.job, request.site)
+        except PtftError as error:
+            found.append(str(error))
+    if ask_slurm:
+        known, accounts = partitions(), associations()
+        for request in requests:
+            found += [*checks.of_cluster(request.job, request.site, known), *checks.of_accounts(request.site, accounts)]
+            found += [problem for run_dir in request.run_dirs for problem in checks.of_run_dir(run_dir)]
+    return list(dict.fromkeys(found))
+
+
+def submit_all(requests: Sequence[Request]) -> dict[str, str]:
+    """Submit the jobs; name -> id. If one is refused, those before it are cancelled. Raises SlurmError, RecipeError."""
+    numbers: dict[str, str] = {}
+    for request in requests:
+        after = (*request.job.after, *(numbers[name] for name in request.needs))
+        job = replace(request.job, after=after)
+        try:
+            numbers[request.name] = jobs.submit(job, render(job, request.site), request.run_dirs)
+        except PtftError as error:
+            if numbers:
+                ask("scancel", *numbers.values())
+            raise SlurmError(f"{request.name}: {error}. Nothing is queued") from None
+    return numbers
