@@ -103,6 +103,10 @@ def test_a_thousand_hostile_values_change_no_directive_and_execute_nothing(tmp_p
 # --- site profiles ----------------------------------------------------------------------------------------------------
 
 WRONG_SITES = [
+    ("container: {runtime: docker, image: x}", "container.runtime: Input should be 'apptainer' or 'pyxis'"),
+    ("container: {runtime: pyxis, imgae: x}", "container.imgae: unknown key; did you mean image?"),
+    ("cpu_jobs: {time: '1 h'}", "cpu_jobs.time: a value without spaces"),
+    ("starter: mpirun", "starter: Input should be 'accelerate' or 'srun'"),
     ("partitoin: gpu", "partitoin: unknown key; did you mean partition?"),
     ("partition: 'a b'", "partition: a value without spaces, quotes and line ends is needed here"),
     ('account: "x\\n#SBATCH --uid=0"', "account: a value without spaces"),
@@ -139,6 +143,72 @@ def test_what_a_site_adds() -> None:
     assert script.index("module load cuda/12.8") < script.index("source /venv") < script.index("set -u")
 
 
+def test_an_array_has_a_command_for_each_task(tmp_path: Path) -> None:
+    folds = [("train", "my.yaml", f"data.fold={i}", f"run_dir=it's fold {i}") for i in range(3)]
+    array = Job(commands=folds, folder=tmp_path, log=tmp_path / "slurm", name="a")
+    script = render(array, Site())
+    assert "#SBATCH --array=0-2" in script.splitlines()
+    assert f"#SBATCH --output={tmp_path}/slurm/%A_%a.log" in script.splitlines()
+    body = script[script.index("case ") : script.index("esac")] + 'esac\nprintf "%s\\n" "$@"\n'
+    for task, words in enumerate(folds):
+        env = {"SLURM_ARRAY_TASK_ID": str(task)}
+        done = subprocess.run(["bash", "-c", body], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.splitlines() == list(words)
+
+
+def test_work_that_does_not_train_is_one_task() -> None:
+    script = render(Job([("prepare", "my.yaml")], Path("/a"), Path("/a/slurm"), "a", gpus_per_node=None), Site())
+    assert "set -- prepare my.yaml" in script
+    for absent in ("--processes", "--machine-rank", "PTFT_END_TIME"):
+        assert absent not in script
+
+
+CONTAINERS = {
+    "apptainer": (
+        "container=(apptainer exec --nv --bind=/shared --bind=/a:/b '/images/my image.sif')",
+        'srun "${step[@]}" "${container[@]}" bash -c \'',
+        '"${container[@]}" ptft requeue "$code"',
+    ),
+    "pyxis": (
+        "step+=('--container-image=/images/my image.sif' --container-mounts=/tmp:/tmp,/shared:/shared,/a:/b)",
+        'srun "${step[@]}" bash -c \'',
+        "srun --overlap --nodes=1 --ntasks=1 '--container-image=/images/my image.sif' "
+        '--container-mounts=/tmp:/tmp,/shared:/shared,/a:/b ptft requeue "$code"',
+    ),
+}
+
+
+@pytest.mark.parametrize("runtime", CONTAINERS)
+def test_ptft_runs_in_a_container(tmp_path: Path, runtime: str) -> None:
+    site = tmp_path / "site.yaml"
+    image = "image: /images/my image.sif, mounts: [/shared, '/a:/b']"
+    site.write_text(f"gpus: gres\ncontainer: {{runtime: {runtime}, {image}}}\n")
+    script = render(job(gpus_per_node=2), read_site(str(site)))
+    for line in CONTAINERS[runtime]:
+        assert line in script
+    assert "command -v ptft" not in script  # it is in the image
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    if shutil.which("shellcheck") is not None:
+        done = subprocess.run(["shellcheck", "-"], input=script, capture_output=True, text=True, check=False)
+        assert done.stdout == ""
+
+
+def test_srun_starts_each_process() -> None:
+    script = render(job(nodes=2, processes_per_node=4), Site(starter="srun", cpus_per_task=32))
+    lines = script.splitlines()
+    assert "#SBATCH --ntasks-per-node=4" in lines
+    assert "#SBATCH --cpus-per-task=8" in lines
+    assert "tasks=$per_node" in lines
+    assert '  exec ptft "$@" --starter srun' in lines
+
+
+def test_work_without_gpus_has_its_own_partition() -> None:
+    site = Site.model_validate(
+        {"partition": "gpu", "gpus": "gres", "memory": "0", "cpu_jobs": {"partition": "cpu", "memory": "8G"}}
+    ).without_gpus()
+    assert (site.partition, site.gpus, site.memory) == ("cpu", None, "8G")
+
+
 # --- checks -----------------------------------------------------------------------------------------------------------
 
 CLUSTER = {
@@ -162,6 +232,55 @@ WRONG_JOBS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("asked", "site", "message"), WRONG_JOBS, ids=range(len(WRONG_JOBS)))
 def test_what_the_cluster_does_not_have(asked: dict[str, Any], site: dict[str, Any], message: str) -> None:
     assert list(checks.of_cluster(job(**asked), Site(**site), CLUSTER)) == [message]
+
+
+ACCOUNTS = {"physics": {"normal", "low"}, "biology": {"normal"}}
+WRONG_ACCOUNTS: list[tuple[dict[str, Any], list[str]]] = [
+    ({"account": "maths"}, ["account: maths; you have biology, physics"]),
+    ({"account": "biology", "qos": "low"}, ["qos: low; you may use normal"]),
+    ({"qos": "high"}, ["qos: high; you may use low, normal"]),
+    ({"account": "physics", "qos": "low"}, []),
+    ({}, []),
+]
+
+
+@pytest.mark.parametrize(("site", "problems"), WRONG_ACCOUNTS, ids=range(len(WRONG_ACCOUNTS)))
+def test_accounts_that_a_user_does_not_have(site: dict[str, Any], problems: list[str]) -> None:
+    assert list(checks.of_accounts(Site(**site), ACCOUNTS)) == problems
+    assert not list(checks.of_accounts(Site(**site), None))  # Slurm keeps no accounts
+
+
+def test_accounts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert client.associations() is None
+    program = tmp_path / "sacctmgr"
+    program.write_text("#!/bin/sh\necho 'physics|normal,low'\necho 'biology|normal'\necho 'physics|'\n")
+    program.chmod(0o755)
+    assert client.associations() == ACCOUNTS
+    program.write_text("#!/bin/sh\nexit 1\n")
+    assert client.associations() is None
+
+
+def test_several_nodes_need_a_launch_config(tmp_path: Path, documents: Path) -> None:
+    """The default would be plain data parallelism, in silence."""
+    write_recipe(tmp_path, documents)
+    done = ptft("submit", "recipe.yaml", "--nodes", "2", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "  --launch: needed on several nodes, such as multi_gpu, zero3 or cpu" in done.stderr
+    words = ("--processes", "2", "--machines", "2", "--machine-rank", "0", "--address", "localhost:1")
+    done = ptft("train", "recipe.yaml", *words, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        2, "error: --launch: needed on several machines, such as multi_gpu, zero3 or cpu\n",
+    )  # fmt: skip
+
+
+def test_an_array_needs_several_runs(tmp_path: Path, documents: Path) -> None:
+    write_recipe(tmp_path, documents)
+    done = ptft("submit", "recipe.yaml", "--array", "--dry-run", cwd=tmp_path)
+    assert (done.returncode, done.stderr[:60]) == (
+        2,
+        "error: --array: the recipe has one run; data.folds: K makes K run",
+    )
 
 
 def test_all_problems_at_once() -> None:

@@ -11,7 +11,7 @@ import torch
 
 from ptft_dist.errors import NonFiniteLossError, RecipeError, exit_code_of
 from ptft_dist.launch.environment import start_token
-from ptft_dist.slurm.requeue import after_start, decide, history
+from ptft_dist.slurm.requeue import Decision, after_start, commands, decide, history, lost_hosts
 
 STOPPED, LOST = {"exit_code": 75}, {"exit_code": 76}
 
@@ -110,3 +110,51 @@ def test_exit_codes_of_errors() -> None:
     assert exit_code_of(torch.distributed.DistNetworkError("EADDRINUSE")) == 76
     assert exit_code_of(RecipeError("x"), cause="rank 1: x") == 2
     assert exit_code_of(NonFiniteLossError("x")) == 5
+
+
+# --- what scontrol is asked to do -------------------------------------------------------------------------------------
+
+AGAIN = Decision(76, True, "")
+
+
+def facts(excluded: str = "(null)", nodes: int = 2, down: str = "") -> str:
+    """Of job 7 on a cluster of n1 to n4; n5 is in another partition."""
+    lines = [
+        f"JobId=7 JobName=a b Requeue=1 Partition=all ExcNodeList={excluded} NumNodes={nodes}-{nodes} Command=/x y"
+    ]
+    for number in range(1, 6):
+        state = "DOWN*" if f"n{number}" == down else "IDLE"
+        partitions = "all,long" if number < 5 else "long"
+        lines.append(f"NodeName=n{number} NodeHostName=host{number} State={state} Partitions={partitions}  Boot=x")
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("lost", "said", "update"),
+    [
+        ([], facts(), None),
+        (["n2"], facts(), "n2"),
+        (["host2"], facts(), "n2"),
+        (["elsewhere"], facts(), None),
+        (["n2"], facts("n[1,3]"), None),  # one node is left, and the job needs two
+        (["n2"], facts("n[1-1]"), "n1,n2"),
+        (["n2"], facts("n1"), "n1,n2"),
+        (["n1"], facts("n1"), None),
+        (["n2"], facts("n1", down="n3"), None),
+        (["n2", "n3"], facts(nodes=3), None),
+        (["n2"], "", None),  # Slurm does not answer
+    ],
+)
+def test_a_node_that_failed_is_excluded_while_enough_are_left(lost: list[str], said: str, update: str | None) -> None:
+    wanted = ["requeue 7"] + ([] if update is None else [f"update JobId=7 ExcNodeList={update}"])
+    assert commands(AGAIN, "7", lost, said) == wanted
+    assert commands(AGAIN._replace(requeue=False), "7", lost, said) == []
+
+
+def test_which_machines_a_start_has_lost(tmp_path: Path) -> None:
+    environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1"}
+    result = {"exit_code": 76, "lost_hosts": ["n2"], "start": start_token(environ)}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    assert lost_hosts(tmp_path, environ) == ["n2"]
+    assert lost_hosts(tmp_path, environ | {"SLURM_RESTART_COUNT": "2"}) == []
+    assert lost_hosts(None, environ) == []

@@ -191,6 +191,7 @@ def test_a_process_gets_the_run_and_the_options(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     assert LocalExecutor()(Run("a", "clm", ("optim.lr=1",), Path("run/a")), ["--resume", "never"]) == 3
     assert json.loads(Path("words.json").read_text()) == [
+        "train",
         "clm",
         "optim.lr=1",
         'run_dir="run/a"',

@@ -17,7 +17,7 @@ import psutil
 import pytest
 from support import COMMAND, ROOT, environment, last_step, lives, outcome, rows, start, wait_until, write_recipe
 
-from ptft_dist.launch.environment import start_token
+from ptft_dist.launch.environment import end_of_job, start_token
 from ptft_dist.training.stopping import StopRequest
 
 STEPS = 40
@@ -115,6 +115,36 @@ def test_whose_stop_file_is_obeyed(tmp_path: Path) -> None:
         assert StopRequest(file, start_token(job)).requested() == stops, written
         assert file.exists() == stops
     assert start_token({"PTFT_START_TOKEN": alone[0], **job}) == alone[0]  # given by the launcher to its ranks
+
+
+@pytest.mark.parametrize(
+    ("left_s", "save_s", "phase_s", "stops"),
+    [
+        (1000, 100, 0, False),
+        (229, 100, 0, True),  # 2 x 100 s and the margin of 30 s
+        (231, 100, 0, False),
+        (249, 100, 10, True),
+        (251, 100, 10, False),
+        (1, 0, 10, False),  # no save has been measured: Slurm's signal decides
+        (-5, 1, 1, True),
+    ],
+)
+def test_a_run_stops_before_the_end_of_its_job(left_s: float, save_s: float, phase_s: float, stops: bool) -> None:
+    stop = StopRequest(None, end=time.time() + left_s)
+    stop.took(phase_s=1000)
+    stop.took(save_s=save_s / 2)
+    stop.took(save_s=save_s)
+    stop.took(save_s=save_s / 3)
+    stop.took(phase_s=phase_s)
+    assert stop.requested() == stops
+    assert (stop.reason or "").startswith("the end of the job at ") == stops
+    assert not StopRequest(None).requested()
+
+
+def test_the_end_of_a_job_in_its_environment() -> None:
+    assert end_of_job({"PTFT_END_TIME": "1795950000"}) == 1795950000
+    assert end_of_job({"PTFT_END_TIME": ""}) is None
+    assert end_of_job({}) is None
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -132,7 +132,7 @@ class Cluster:
         self.daemons.append(subprocess.Popen(words, env=self.variables, stdin=quiet, stdout=log, stderr=log))
 
     def _states(self) -> str:
-        words = ["sinfo", "--Node", "--noheader", "--format=%T"]
+        words = ["sinfo", "--Node", "--noheader", "--partition=all", "--format=%T"]
         done = subprocess.run(self.on(None, words), env=self.variables, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
@@ -160,6 +160,12 @@ class Cluster:
         )
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout.strip()
+
+    def preempt(self, job: Job) -> None:
+        """Let a short job of a higher priority take all nodes, and wait for it."""
+        words = ["sbatch", "--parsable", f"--nodes={len(self.nodes)}", "--exclusive", "--partition=urgent"]
+        urgent = Job(self, self.ask(*words, "--output=/dev/null", "--wrap=sleep 1"), Path("/dev/null"))
+        job.until(lambda: urgent.fact("JobState") in ENDED, "the job that preempts it")
 
     def submit(
         self, *arguments: str, cwd: Path, nodes: int = 2, options: tuple[str, ...] = (), env: Mapping[str, str]
@@ -234,10 +240,13 @@ class Job:
         self.until(lambda: self.fact("JobState") in ENDED, "its end", timeout_s)
         return self.fact("JobState"), self.fact("ExitCode")
 
-    def requeued(self) -> None:
-        """Wait until the job has requeued itself, and start it."""
-        self.until(lambda: self.fact("JobState") == "PENDING" and self.fact("Restarts") != "0", "its requeue")
+    def requeued(self, times: int = 1, **changes: str) -> None:
+        """Wait until the job has been requeued so many times, and start it, with changed fields."""
+        self.until(
+            lambda: self.fact("JobState") == "PENDING" and int(self.fact("Restarts")) >= times, f"requeue {times}"
+        )
         # A requeued job waits for two minutes, in which its nodes forget that its credential was revoked. They compare
         # times in whole seconds, so that two seconds do here.
         time.sleep(2)
-        self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        fields = [f"{name}={value}" for name, value in changes.items()]
+        self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now", *fields)

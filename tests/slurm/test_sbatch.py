@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from cluster import Cluster, programs
 from support import eval_rows, last_step, outcome, start, train_rows, write_recipe
 
-STEPS = 60
+STEPS = 200
 MULTI = ("--launch", "multi_node_ddp")
 NASTY = """it's "my" $(touch pwned) $$ run"""
 
@@ -22,65 +24,68 @@ def test_tests_of_the_cluster_stay_in_one_process(cluster: Cluster, request: pyt
         assert request.node.nodeid.endswith("@slurm"), "groups have no effect: install what constraints.txt pins"
 
 
-def test_a_preempted_job_requeues_itself_and_ends_with_the_same_bits(
+def test_a_job_survives_all_that_a_cluster_does_to_it(
     cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
 ) -> None:
-    """The signal reaches every process of both nodes: launchers, ranks and data workers. The job ends with the bits of
-    two processes that were never stopped, and with the losses of one."""
+    """It ends with the bits of two processes that were never stopped, with the losses of one, and with one curve."""
     folder, run_dir, recipe = tmp_path, tmp_path / NASTY, f"{NASTY}.yaml"
-    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 50})
+    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 5}, eval={"every": 50})
     (folder / "recipe.yaml").rename(folder / recipe)
     for name, ranks in (("whole", 2), ("alone", 1)):
         run = start("train", recipe, f"run_dir={name}", cwd=folder, cache=cache, ranks=ranks)
         assert run.wait() == 0, run.stderr
 
+    slow = {"PYTHONPATH": str(Path(__file__).parent / "slow"), "PTFT_SLOW_STARTS": "4", "OMP_NUM_THREADS": "1"}
     words = (recipe, f"run_dir={json.dumps(NASTY)}", "data.workers=1", *MULTI)
-    job = cluster.submit(*words, cwd=folder, env={"PTFT_CACHE": str(cache)})
-    job.until(lambda: last_step(run_dir) >= 1, "update 1")
-    cluster.ask("scancel", "--signal=TERM", job.number)
-    job.requeued()
+    job = cluster.submit(
+        *words, cwd=folder, options=("--time=60", "--signal=TERM@1"), env={"PTFT_CACHE": str(cache)} | slow
+    )
 
-    step = last_step(run_dir)
-    assert 1 <= step < STEPS
-    assert (run_dir / f"checkpoints/step-{step:08d}/manifest.json").exists()
-    result = json.loads((run_dir / "result.json").read_text())
-    assert (result["status"], result["exit_code"], result["steps"]) == ("stopped", 75, step)
-    assert not (run_dir / "stop").exists()
-    assert "death signal" not in job.log  # torchrun, which would give the ranks five seconds
-    codes = re.findall(r"srun: error: (\S+): tasks? \S+: (.*)", job.log)
-    assert {what for _, what in codes} == {"Exited with exit code 75"}
-    assert {node for node, _ in codes} in ({"n0", "n1"}, {"n[0-1]"})
+    def kill_rank() -> None:
+        min(job.processes(RANK="1"), key=lambda process: process.create_time()).kill()
+
+    causes: dict[str, tuple[Callable[[], object], int]] = {
+        "a job of higher priority": (lambda: cluster.preempt(job), 75),
+        "a rank is killed": (kill_rank, 76),
+        "a signal to the script only": (lambda: cluster.ask("scancel", "--batch", "--signal=USR1", job.number), 75),
+        "the time limit": (lambda: None, 75),
+    }
+    updates = []
+    for number, (cause, (happen, _)) in enumerate(causes.items()):
+        wanted = last_step(run_dir) + 8
+        if cause != "the time limit":
+            job.until(lambda wanted=wanted: last_step(run_dir) >= wanted, f"8 updates before {cause}")  # type: ignore[misc]
+        if number == 0:
+            (rank,) = {each.environ()["PTFT_END_TIME"] for each in job.processes(RANK="0")}
+            assert time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(int(rank))) == job.fact("EndTime")
+        happen()
+        job.requeued(number + 1, **({"TimeLimit": "1"} if number == len(causes) - 2 else {}))
+        updates.append(last_step(run_dir))
+        assert not (run_dir / "stop").exists()
+        if number == 0:
+            result = json.loads((run_dir / "result.json").read_text())
+            assert (result["status"], result["exit_code"], result["steps"]) == ("stopped", 75, updates[0])
+            codes = re.findall(r"srun: error: (\S+): tasks? \S+: (.*)", job.log)
+            assert {what for _, what in codes} == {"Exited with exit code 75"}
+            assert {node for node, _ in codes} in ({"n0", "n1"}, {"n[0-1]"})
+            assert "death signal" not in job.log  # torchrun, which would give the ranks five seconds
+    assert "was killed by SIGKILL; perhaps the machine ran out of memory" in job.log
 
     assert job.wait() == ("COMPLETED", "0:0"), job.log
-    assert job.fact("Restarts") == "1"
-    assert f"resumed from {NASTY}/checkpoints/step-{step:08d}" in job.log
     assert len(train_rows(run_dir)) == STEPS
     assert outcome(run_dir) == outcome(folder / "whole")
+    history = [json.loads(line) for line in (run_dir / "slurm.jsonl").read_text().splitlines()]
+    assert [(row["restart"], row["exit_code"]) for row in history] == [
+        *((number, code) for number, (_, code) in enumerate(causes.values())),
+        (len(causes), 0),
+    ]
+    assert [row["requeued"] for row in history] == [True] * len(causes) + [False]
     environment = json.loads((run_dir / "environment.json").read_text())
     assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
     assert not list(folder.rglob("pwned"))
     for key, get in (("loss", train_rows), ("eval/loss", eval_rows)):
         expected = [row[key] for row in get(folder / "alone")]
         assert [row[key] for row in get(run_dir)] == pytest.approx(expected, rel=1e-5)
-
-
-def test_a_killed_rank_does_not_end_the_run(cluster: Cluster, tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The job is requeued, and ends with the bits of a run that lost no rank."""
-    write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 5}, eval={"every": 50})
-    run = start("train", "recipe.yaml", "run_dir=whole", cwd=tmp_path, cache=cache, ranks=2)
-    assert run.wait() == 0, run.stderr
-    job = cluster.submit("recipe.yaml", *MULTI, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
-    job.until(lambda: last_step(tmp_path / "run") >= 6, "update 6")
-    victim = min(job.processes(RANK="1"), key=lambda process: process.create_time())
-    victim.kill()
-    job.requeued()
-    assert "was killed by SIGKILL; perhaps the machine ran out of memory" in job.log
-    assert job.wait() == ("COMPLETED", "0:0"), job.log
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    lost, last = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
-    assert (lost["exit_code"], lost["requeued"], lost["nodes"]) == (76, True, "n[0-1]")
-    assert lost["update"] >= 5
-    assert (last["restart"], last["exit_code"], last["update"], last["requeued"]) == (1, 0, STEPS, False)
 
 
 def test_a_wrong_recipe_fails_the_job_with_its_code(cluster: Cluster, tmp_path: Path, documents: Path) -> None:
@@ -142,8 +147,8 @@ def test_a_node_that_ends_first_does_not_end_the_other(cluster: Cluster, tmp_pat
 
 def test_a_job_without_progress_is_not_requeued_for_ever(cluster: Cluster, tmp_path: Path) -> None:
     job = cluster.submit("my.yaml", cwd=tmp_path, nodes=1, env=stand_in(tmp_path, "exit 75"))
-    for _ in range(2):
-        job.requeued()
+    for number in (1, 2):
+        job.requeued(number)
         job.until(lambda: job.fact("JobState") != "PENDING", "its start")
     assert job.wait() == ("FAILED", "75:0"), job.log
     assert job.fact("Restarts") == "2"

@@ -39,7 +39,7 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     number = done.stdout.split(":")[0].removeprefix("job ")
     job = Job(cluster, number, run_dir / f"slurm/{number}.log")
     job.until(lambda: last_step(run_dir) >= 2, "update 2")
-    again = ptft(cluster, cache, tmp_path, *words)
+    again = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp")
     assert again.returncode == 2
     assert f"run_dir: job {number} (RUNNING) has it" in again.stderr
     status = ptft(cluster, cache, tmp_path, "status", ODD).stdout
@@ -70,12 +70,52 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     assert not list(tmp_path.rglob("pwned"))
 
 
+def submitted(done: subprocess.CompletedProcess[str], cluster: Cluster, log: Path) -> list[Job]:
+    """The jobs of a submission, in its order."""
+    assert done.returncode == 0, done.stderr
+    numbers = [line.split(":")[0].removeprefix("job ") for line in done.stdout.splitlines() if line.startswith("job ")]
+    return [Job(cluster, number, log / f"{number}.log") for number in numbers]
+
+
+def test_folds_are_an_array_with_a_table(cluster: Cluster, tmp_path: Path, documents: Path, cache: Path) -> None:
+    """Two tasks train on one node at the same time, each with two processes and without a launcher between; on a site
+    with GPUs the data are prepared before, in a job of their own."""
+    data = {"validation": None, "folds": 2}
+    write_recipe(tmp_path, documents, train={"max_steps": 4}, save={"every": 4}, eval={"every": 4}, data=data)
+    (tmp_path / "site.yaml").write_text("gpus: gres\nstarter: srun\nlead_s: 30\ncpu_jobs: {time: '9'}\n")
+    words = ("submit", "recipe.yaml", "--site", "site.yaml", "--gpus-per-node", "1", "--processes-per-node", "2")
+    done = ptft(cluster, tmp_path / "cache", tmp_path, *words, "--launch", "cpu", "--array")
+    prepare, folds, table = submitted(done, cluster, tmp_path / "run/slurm")
+    assert table.fact("Dependency").startswith(f"afterok:{folds.number}")
+    assert table.wait() == ("COMPLETED", "0:0"), table.log
+    assert prepare.fact("JobState") == "COMPLETED"
+    assert prepare.fact("TimeLimit") == "00:09:00"
+    assert prepare.fact("TRES").find("gres") == -1
+    logs = [(tmp_path / f"run/slurm/{folds.number}_{task}.log").read_text() for task in (0, 1)]
+    for log in logs:
+        assert "loaded from the cache" in log
+        assert "accelerate launch" not in log
+    summary = json.loads((tmp_path / "run/folds.json").read_text())
+    assert summary["folds"] == 2
+    assert "mean and sample standard deviation over 2 folds" in table.log
+    environment = json.loads((tmp_path / "run/fold-1/environment.json").read_text())
+    assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
+    run = start("train", "recipe.yaml", "data.fold=1", "run_dir=here", cwd=tmp_path, cache=cache, ranks=2)
+    assert run.wait() == 0, run.stderr
+    assert outcome(tmp_path / "run/fold-1") == outcome(tmp_path / "here")
+    assert ptft(cluster, cache, tmp_path, "status", "run/fold-1").stdout.startswith(f"job         {folds.number}_1\n")
+
+    again = ptft(cluster, tmp_path / "cache", tmp_path, *words, "--launch", "cpu", "--array", "--dry-run")
+    assert "set -- prepare" not in again.stdout  # the data are there
+
+
 def test_what_the_cluster_cannot_do_is_refused_before_queueing(
     cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
 ) -> None:
     write_recipe(tmp_path, documents)
     (tmp_path / "site.yaml").write_text("gpus: gres\ncpus_per_task: 99\n")
     words = ("submit", "recipe.yaml", "--site", "site.yaml", "--nodes", "3", "--gpus-per-node", "4", "--time", "1")
+    words += ("--launch", "multi_gpu")
     done = ptft(cluster, cache, tmp_path, *words)
     assert done.returncode == 2
     for problem in (

@@ -1,0 +1,211 @@
+"""Pipelines: which stages are done, in which order the others are, and what their references mean."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from support import ptft, write_recipe
+
+from ptft_dist.config.shipped import shipped
+from ptft_dist.errors import RecipeError
+from ptft_dist.runs.pipeline import Pipeline, Stage, read_pipeline, run_here, table
+
+STAGES = """\
+out: {out}
+stages:
+  words: {{verb: tokenizer, recipe: recipe.yaml}}
+  base:
+    recipe: recipe.yaml
+    set: {{tokenizer.train: null, tokenizer.path: "${{stage:words}}", optim.lr: {lr}}}
+    launch: cpu_zero2
+    show: [loss]
+  more:
+    recipe: recipe.yaml
+    set:
+      model.config: null
+      model.path: "${{stage:base}}"
+      tokenizer.train: null
+      tokenizer.path: "${{stage:words}}"
+  judge: {{verb: evaluate, recipe: recipe.yaml, model: "${{stage:more}}", show: [loss]}}
+  other: {{recipe: recipe.yaml, set: {{optim.lr: 1e-3}}}}
+"""
+ALL = ["words", "base", "more", "judge", "other"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    own = tmp_path / "text.txt"
+    own.write_text(documents.read_text())
+    write_recipe(tmp_path, own)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTFT_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def read(folder: Path, lr: str = "1e-3", again: Sequence[str] = ()) -> Pipeline:
+    (folder / "steps.yaml").write_text(STAGES.format(out="runs", lr=lr))
+    return read_pipeline("steps.yaml", again=again)
+
+
+class Worker:
+    """Does the work of a stage in no time; fails at one stage."""
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails, self.did = fails, [""]
+        self.did.clear()
+        self.options: dict[str, list[str]] = {}
+
+    def __call__(self, stage: Stage, options: Sequence[str]) -> int:
+        self.did.append(stage.name)
+        self.options[stage.name] = list(options)
+        if stage.name == self.fails:
+            return 3
+        if stage.settings.verb == "evaluate":
+            stage.output.write_text(json.dumps({"metrics": {"eval/loss": 1.5}}))
+            return 0
+        stage.output.mkdir()
+        if stage.settings.verb == "train":
+            (stage.folder / "result.json").write_text('{"status": "finished"}')
+            rows = ({"step": 0, "eval/loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 2, "eval/loss": 2.0})
+            (stage.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return 0
+
+
+def do(folder: Path, lr: str = "1e-3", again: Sequence[str] = (), fails: str = "") -> list[str]:
+    """The stages that were done."""
+    worker = Worker(fails)
+    assert run_here(read(folder, lr, again), worker, ["--launch", "cpu", "--processes", "2"]) == (3 if fails else 0)
+    return worker.did
+
+
+def test_references_are_the_outputs_of_earlier_stages(folder: Path) -> None:
+    words, base, more, judge, other = read(folder).stages
+    runs, recipe = folder / "runs", str(folder / "recipe.yaml")
+    assert words.command == ["tokenizer", recipe, "--out", f"{runs}/words/tokenizer"]
+    assert base.load().recipe.tokenizer.path == f"{runs}/words/tokenizer"
+    assert more.load().recipe.model.path == f"{runs}/base/model"
+    assert more.command[-1] == f'run_dir="{runs}/more"'
+    assert judge.command == ["evaluate", f"{runs}/more/model", recipe, "--out", f"{runs}/judge/metrics.json"]
+    assert [stage.references for stage in (words, base, more, judge, other)] == [
+        (), ("words",), ("base", "words"), ("more",), (),
+    ]  # fmt: skip
+
+
+def test_a_stage_that_is_done_is_not_done_again(folder: Path) -> None:
+    assert do(folder) == ALL
+    assert do(folder) == []
+
+
+def test_a_failure_holds_back_the_rest(folder: Path) -> None:
+    assert do(folder, fails="more") == ALL[:3]
+    assert do(folder) == ALL[2:]
+
+
+def test_the_launch_config_of_a_stage_comes_first(folder: Path) -> None:
+    worker = Worker()
+    run_here(read(folder), worker, ["--launch", "cpu", "--processes", "2"])
+    assert worker.options == {
+        "words": [],
+        "base": ["--launch", "cpu_zero2", "--processes", "2"],
+        "more": ["--launch", "cpu", "--processes", "2"],
+        "judge": [],
+        "other": ["--launch", "cpu", "--processes", "2"],
+    }
+
+
+def test_a_change_is_refused_until_it_is_asked_for(folder: Path) -> None:
+    """It changes the stages that depend on it; their old outputs are kept."""
+    do(folder)
+    with pytest.raises(RecipeError, match=r"stage base: its recipe, .* has changed .* --again base"):
+        do(folder, lr="2e-3")
+    assert json.loads((folder / "runs/base/result.json").read_text())["status"] == "finished"
+    assert do(folder, lr="2e-3", again=["base"]) == ["base", "more", "judge"]
+    assert (folder / "runs/base.1/model").is_dir()
+    assert (folder / "runs/judge.1/metrics.json").exists()
+    assert do(folder, lr="2e-3") == []
+    assert do(folder, lr="2e-3", again=["judge"]) == ["judge"]
+    assert (folder / "runs/judge.2/metrics.json").exists()
+
+
+def test_changed_data_change_all_that_read_them(folder: Path) -> None:
+    do(folder)
+    with (folder / "text.txt").open("a") as file:
+        file.write("one more document\n\n")
+    with pytest.raises(RecipeError, match="stage words: "):
+        do(folder)
+    assert do(folder, again=["words", "other"]) == ALL
+
+
+def test_a_failed_stage_may_be_repaired(folder: Path) -> None:
+    """What has not finished is no output to lose."""
+    do(folder, fails="base")
+    assert do(folder, lr="2e-3") == ALL[1:]
+
+
+def test_an_output_that_is_gone_is_made_again(folder: Path) -> None:
+    do(folder)
+    (folder / "runs/judge/metrics.json").unlink()
+    assert do(folder) == ["judge"]
+
+
+def test_the_table(folder: Path) -> None:
+    do(folder)
+    rows = [line.split() for line in table(read(folder))]
+    assert rows == [["stage", "metric", "first", "last"], ["base", "loss", "4", "2"], ["judge", "loss", "1.5"]]
+
+
+WRONG = {
+    "": "the pipeline cannot be read|Input should be",
+    "- a": "the pipeline cannot be read|Input should be",
+    "out: x": "stages: Field required",
+    "{out: x, stages: {}}": "stages: Dictionary should have at least 1 item",
+    "{out: x, stages: {a: {recipe: recipe.yaml, sets: {}}}}": "stages.a.sets: Extra inputs are not permitted",
+    "{out: x, stages: {a: {recipe: recipe.yaml, verb: pretrain}}}": "stages.a.verb: Input should be 'train'",
+    "{out: x, stages: {../a: {recipe: recipe.yaml}}}": "stages.../a: use letters",
+    "{out: x, stages: {a: {recipe: absent.yaml}}}": "stage a: absent.yaml: no such file",
+    "{out: x, stages: {a: {recipe: recipe.yaml, set: {optim.lrr: 1}}}}": "stage a: .*optim.lrr: unknown key",
+    '{out: x, stages: {a: {recipe: recipe.yaml, set: {model.path: "${stage:b}"}}, b: {recipe: recipe.yaml}}}':
+        r"stages.a: \$\{stage:b\}: no such stage; there is no stage before it",
+    "{out: x, stages: {a: {recipe: recipe.yaml, verb: evaluate}}}": "stages.a.model: needed by the verb evaluate",
+    "{out: x, stages: {a: {recipe: recipe.yaml, model: m}}}": "stages.a.model: needed by the verb evaluate, and only",
+    "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, launch: cpu}}}": "stages.a.launch: without effect",
+    "{out: x, stages: {a: {recipe: recipe.yaml, job: {nodes: 0}}}}": "stages.a.job.nodes: Input should be greater",
+    "a: [": "the pipeline cannot be read",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
+def test_a_wrong_pipeline(folder: Path, text: str) -> None:
+    (folder / "steps.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=WRONG[text]):
+        read_pipeline("steps.yaml")
+
+
+def test_an_unknown_stage_is_named(folder: Path) -> None:
+    with pytest.raises(RecipeError, match="--again: bass: no such stage; the stages are words, base"):
+        read(folder, again=["bass"])
+
+
+@pytest.mark.parametrize("path", sorted(shipped("pipelines").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_pipelines_are_valid(tmp_path: Path, path: Path) -> None:
+    done = ptft("pipeline", path.stem, "--out", str(tmp_path), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].startswith("tokenizer    ptft tokenizer clm --out ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_stages_for_real(folder: Path) -> None:
+    changes = 'model.config: null, model.path: "${stage:a}", tokenizer.train: null, tokenizer.path: "${stage:a}"'
+    stages = (
+        f"a: {{recipe: recipe.yaml, show: [loss]}}, b: {{recipe: recipe.yaml, set: {{{changes}, train.max_steps: 2}}}}"
+    )
+    text = f"{{out: runs, stages: {{{stages}}}}}"
+    (folder / "steps.yaml").write_text(text)
+    done = ptft("pipeline", "steps.yaml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "runs/b/model/model.safetensors").exists()
+    again = ptft("pipeline", "steps.yaml", cwd=folder)
+    assert "b: already done in" in again.stdout + again.stderr
