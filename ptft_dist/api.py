@@ -26,6 +26,7 @@ from ptft_dist.tasks.registry import recipe_class
 if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
     from ptft_dist.data.prepare import Prepared
+    from ptft_dist.data.trained_tokenizer import TokenizerReport
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
@@ -76,6 +77,26 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     loaded = load_recipe(source, overrides)
     check_sources(loaded.recipe, loaded.base)
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+
+
+@_hiding_secrets
+def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Path | None = None) -> TokenizerReport:
+    """Write the tokenizer that `prepare` trains for a recipe, or find it in its cache; and measure it.
+
+    Args:
+        out: the target. Default: RUN_DIR/tokenizer. The report lies beside it. If the directory has the tokenizer of
+            the same settings and data, nothing is done.
+
+    Raises:
+        RecipeError: the recipe trains no tokenizer, or `out` has other files.
+        DataError: a source is missing or malformed.
+    """
+    from ptft_dist.data.trained_tokenizer import TrainedTokenizer
+    from ptft_dist.tasks.registry import encoder_class
+
+    loaded = load_recipe(source, overrides)
+    target = Path(out) if out is not None else Path(loaded.recipe.run_dir) / "tokenizer"
+    return TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task)).write(target.absolute())
 
 
 @_hiding_secrets

@@ -22,6 +22,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("init", "ptft_dist.cli.init", "init"),
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
+    ("tokenizer", "ptft_dist.cli.tokenizer", "tokenizer"),
     ("config", "ptft_dist.cli.config", "app"),
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
