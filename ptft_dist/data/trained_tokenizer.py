@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +17,14 @@ from ptft_dist.data.encoder import Encoder, RowError, Side
 from ptft_dist.data.prepare import Job, check_fold
 from ptft_dist.data.sides import sided
 from ptft_dist.data.sources import check_sources
-from ptft_dist.data.tokenizer import load_tokenizer, text_only_backend
+from ptft_dist.data.stream import CHUNK_CHARACTERS
+from ptft_dist.data.tokenizer import first_megabytes, load_tokenizer, text_only_backend
 from ptft_dist.data.tokenizer_files import contents_of
 from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.reporting.messages import progress
 
 MEASURED_BYTES = 100_000_000
 """Bytes per token are measured on this many bytes from the beginning of each side, up to a whole text."""
-_TEXTS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -154,21 +153,15 @@ class TrainedTokenizer:
 
     def _compression(self, tokenizer: Any, side: Side) -> Compression | None:
         """Bytes and tokens of the first texts of a side; None if it has none."""
-        backend, texts = text_only_backend(tokenizer), self._texts(side)
+        backend, unknown_id = text_only_backend(tokenizer), tokenizer.unk_token_id
         size = tokens = unknown = 0
         with progress(f"measuring the tokenizer on the {side} texts", unit="bytes") as shown:
-            while batch := list(islice(texts, _TEXTS_AT_ONCE)):
-                for text, encoding in zip(
-                    batch, backend.encode_batch_fast(batch, add_special_tokens=False), strict=True
-                ):
-                    if size >= MEASURED_BYTES:
-                        break
-                    length = len(text.encode())
-                    size, tokens = size + length, tokens + len(encoding.ids)
-                    unknown += 0 if tokenizer.unk_token_id is None else encoding.ids.count(tokenizer.unk_token_id)
-                    shown.advance(length)
-                if size >= MEASURED_BYTES:
-                    break
+            for batch in _batches(first_megabytes(self._texts(side), MEASURED_BYTES / 1e6)):
+                encoded = [each.ids for each in backend.encode_batch_fast(batch, add_special_tokens=False)]
+                length = sum(len(text.encode()) for text in batch)
+                size, tokens = size + length, tokens + sum(map(len, encoded))
+                unknown += 0 if unknown_id is None else sum(ids.count(unknown_id) for ids in encoded)
+                shown.advance(length)
         return Compression(size, tokens, unknown) if size else None
 
     def _texts(self, side: Side) -> Iterator[str]:
@@ -190,15 +183,26 @@ class TrainedTokenizer:
             yield from encoder.texts(settings, record)
 
 
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts in groups of about CHUNK_CHARACTERS characters."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= CHUNK_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
 def describe(report: TokenizerReport) -> str:
     """The report as a few lines of text."""
-    special = ", ".join(
-        f"{role.removesuffix('_token')} {token}"
-        for role, token in report.special_tokens.items()
-        if isinstance(token, str)
-    )
-    extra = report.special_tokens.get("extra_special_tokens", [])
-    lines = [("vocabulary", f"{report.vocabulary:,} tokens"), ("special", ", ".join([special, *extra]) or "none")]
+    tokens = dict(report.special_tokens)
+    extra = tokens.pop("extra_special_tokens", [])
+    special = [f"{role.removesuffix('_token')} {token}" for role, token in tokens.items()]
+    lines = [("vocabulary", f"{report.vocabulary:,} tokens"), ("special", ", ".join([*special, *extra]) or "none")]
     for side, each in (("train", report.train), ("validation", report.validation)):
         if each is not None:
             unknown = f", {each.unknown_tokens:,} unknown tokens" if each.unknown_tokens else ""
