@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import CheckpointError, DataError, PtftError, RecipeError
+from ptft_dist.errors import DataError, PtftError, RecipeError
+from ptft_dist.networks.names import model_of
 from ptft_dist.tasks.common.preference_settings import PreferenceSettings
 from ptft_dist.tasks.registry import recipe_class
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.data.trained_tokenizer import TokenizerReport
+    from ptft_dist.evaluation import Evaluation
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
@@ -62,9 +64,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 @_hiding_secrets
 def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
     """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes."""
+    return read_recipe(source if isinstance(source, Mapping) else str(source), _words(overrides), recipe_class())
+
+
+def _words(overrides: Overrides) -> Sequence[str]:
+    """The overrides as on the command line."""
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return read_recipe(source if isinstance(source, Mapping) else str(source), overrides, recipe_class())
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return overrides
 
 
 @_hiding_secrets
@@ -145,13 +152,53 @@ def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | N
     Raises:
         PtftError: one of the errors in ptft_dist.errors; the message says what to do.
     """
+    from ptft_dist.evaluation import evaluate as run
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import messages
-    from ptft_dist.run import score
 
     loaded, here = load_recipe(source, overrides), place()
     with messages(here.rank):
-        return score(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model"))
+        return run(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model")).metrics
+
+
+@_hiding_secrets
+def evaluate_model(
+    model: str | Path,
+    source: Source | None = None,
+    overrides: Overrides = (),
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Evaluation:
+    """Evaluate the model of a run, or another one, on the validation rows of a recipe, each once.
+
+    Args:
+        model: the directory of a finished run, a model directory, an adapter directory, or a Hub name.
+        source: the recipe. Default: that of the run.
+        data: a file with validation rows, which replaces data.validation. It is read with the column mapping of the
+            recipe's sources.
+        out: a JSON file for the result, written atomically by rank 0.
+
+    Raises:
+        RecipeError: there is no recipe, or the model does not fit it.
+        CheckpointError: there is no model.
+        DataError: the data cannot be read.
+    """
+    _quiet_imports()
+    from ptft_dist.evaluation import evaluate_model as run
+    from ptft_dist.launch.environment import place
+    from ptft_dist.reporting.messages import messages
+
+    here = place()
+    with messages(here.rank):
+        return run(
+            model,
+            source,
+            _words(overrides),
+            here,
+            data=None if data is None else Path(data),
+            out=None if out is None else Path(out),
+        )
 
 
 @_hiding_secrets
@@ -193,7 +240,7 @@ def generate(
     """
     if use is not None and not adapters:
         raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
-    model, named = _model_of(model_dir), {name: _model_of(path) for name, path in (adapters or {}).items()}
+    model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
 
     _quiet_imports()
     from ptft_dist.generation import generate as run
@@ -237,7 +284,7 @@ def score(
     shapes = get_args(PreferenceSettings.model_fields["shape"].annotation)
     if shape is not None and shape not in shapes:
         raise RecipeError(f"shape: {shape!r} is none of {', '.join(shapes)}")
-    model = _model_of(model_dir)
+    model = model_of(model_dir)
     if not Path(file).is_file():
         raise DataError(f"{file} does not exist. Give a file with rows to score.")
     _quiet_imports()
@@ -321,12 +368,3 @@ def export(
         if push is not None:
             upload(folder, push, private=private)
     return folder
-
-
-def _model_of(path: str | Path) -> Path:
-    """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
-    given = Path(path)
-    model = given / "model" if (given / "model").is_dir() else given
-    if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
-    return model

@@ -27,6 +27,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
     ("generate", "ptft_dist.cli.generate", "generate"),
+    ("evaluate", "ptft_dist.cli.evaluate", "evaluate"),
     ("score", "ptft_dist.cli.score", "score"),
     ("merge", "ptft_dist.cli.merge", "merge"),
     ("export", "ptft_dist.cli.export", "export"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ptft_dist.errors import RecipeError
+from ptft_dist.errors import CheckpointError, RecipeError
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -45,3 +45,12 @@ def adapter_base(path: str | Path) -> tuple[str, str | None]:
         return str(config["base_model_name_or_path"]), config.get("revision")
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(f"{file} cannot be read: {error}. Export the adapter again") from None
+
+
+def model_of(path: str | Path) -> Path:
+    """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
+    given = Path(path)
+    model = given / "model" if (given / "model").is_dir() else given
+    if not any((model / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
+    return model
