@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.data.trained_tokenizer import TokenizerReport
     from ptft_dist.evaluation import Evaluation
+    from ptft_dist.hub import Fetched
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
@@ -104,6 +105,25 @@ def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Pat
     loaded = load_recipe(source, overrides)
     target = Path(out) if out is not None else Path(loaded.recipe.run_dir) / "tokenizer"
     return TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task)).write(target.absolute())
+
+
+@_hiding_secrets
+def prefetch(source: Source, overrides: Overrides = ()) -> list[Fetched]:
+    """Fetch a recipe's models, tokenizers and data sets from the Hub into the local caches, for nodes without internet.
+
+    Returns what the recipe names, and where it lies; also local files. Raises RecipeError and DataError.
+    """
+    from ptft_dist.hub import prefetch as run
+
+    return run(load_recipe(source, overrides))
+
+
+@_hiding_secrets
+def missing_offline(loaded: Loaded) -> list[str]:
+    """What a node without internet would not find in the local caches of the Hub; imports no torch. See `prefetch`."""
+    from ptft_dist.hub import missing_offline as run
+
+    return run(loaded)
 
 
 @_hiding_secrets

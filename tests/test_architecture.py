@@ -54,6 +54,7 @@ MAY_IMPORT = {
         "evaluation",
         "exporting",
         "generation",
+        "hub",
         "launch",
         "merging",
         "networks",
@@ -65,6 +66,7 @@ MAY_IMPORT = {
     "scoring": {"data", "errors", "generation", "networks", "reporting", "tasks"},
     "evaluation": {"config", "data", "errors", "launch", "networks", "reporting", "run", "session", "tasks"},
     "generation": {"data", "errors", "networks"},
+    "hub": {"config", "data", "errors", "networks"},
     "exporting": {
         "checkpoint",
         "config",

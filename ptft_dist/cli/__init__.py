@@ -23,6 +23,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
     ("tokenizer", "ptft_dist.cli.tokenizer", "tokenizer"),
+    ("prefetch", "ptft_dist.cli.prefetch", "prefetch"),
     ("config", "ptft_dist.cli.config", "app"),
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),

@@ -62,7 +62,7 @@ class Augmentation(Section):
     forward: ModelName | None = None
     """`back_translation`: the sequence-to-sequence model into the other language: a directory or a Hub name."""
     backward: ModelName | None = None
-    """`back_translation`: the model back into the original language."""
+    """`back_translation`: the model back into the original language: a directory or a Hub name."""
 
     @model_validator(mode="after")
     def _check(self) -> Augmentation:

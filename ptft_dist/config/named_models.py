@@ -23,6 +23,8 @@ class NamedModel:
     revision: str | None
     weights: bool
     """False if only its tokenizer is used."""
+    tokenizer: bool
+    """A key such as tokenizer.path names it, so it must have a tokenizer."""
 
 
 def named_models(recipe: Recipe) -> list[NamedModel]:
@@ -36,7 +38,12 @@ def named_models(recipe: Recipe) -> list[NamedModel]:
         if (same := merged.get(identity)) is None:
             merged[identity] = each
         else:
-            merged[identity] = replace(same, key=f"{same.key}, {each.key}", weights=same.weights or each.weights)
+            merged[identity] = replace(
+                same,
+                key=f"{same.key}, {each.key}",
+                weights=same.weights or each.weights,
+                tokenizer=same.tokenizer or each.tokenizer,
+            )
     return list(merged.values())
 
 
@@ -45,7 +52,8 @@ def _in_section(section: BaseModel, path: KeyPath) -> Iterator[NamedModel]:
         value = getattr(section, key)
         marker = _marker(field.annotation) or next((m for m in field.metadata if isinstance(m, NamesModel)), None)
         if marker is not None and value is not None:
-            yield NamedModel(dotted((*path, key)), value, getattr(section, "revision", None), marker.weights)
+            revision = getattr(section, "revision", None)
+            yield NamedModel(dotted((*path, key)), value, revision, marker.weights, not marker.weights)
         elif isinstance(value, BaseModel):
             yield from _in_section(value, (*path, key))
         elif isinstance(value, (list, tuple)):

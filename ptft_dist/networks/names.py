@@ -22,14 +22,9 @@ def directory_or_hub_name(path: str, base: Path, key: str) -> str:
     for candidate in (base / given, given.absolute()):
         if candidate.is_dir():
             return str(candidate)
-    if has_form_of_path(path):
+    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
         raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
     return path
-
-
-def has_form_of_path(name: str) -> bool:
-    """Whether a name cannot be one of the Hub."""
-    return Path(name).expanduser().is_absolute() or name.startswith(".") or name.count("/") > 1
 
 
 def is_adapter(path: str | Path) -> bool:
