@@ -94,7 +94,7 @@ def evaluate(loaded: Loaded, place: Place, model: str) -> Evaluation:
     trained = replace(loaded, recipe=loaded.recipe.model_copy(update={"model": reading_section(start, model)}))
     with libraries_restored():
         session = Session(trained, place, start=start, tokenizer_from=_tokenizer_of_run(Path(model)))
-        _check_tokenizer(session.trained.tokenizer, model)
+        _check_tokenizer(session.trained.tokenizer, model, loaded.recipe.tokenizer.trust_remote_code)
         session.start(training=False)
         assert session.validation is not None
         scores = session.validation.score(session.engine, session.task)
@@ -112,11 +112,12 @@ def _tokenizer_of_run(model: Path) -> Path | None:
     return run_dir / TOKENIZER if model.name == "model" and (run_dir / RESOLVED).is_file() else None
 
 
-def _check_tokenizer(tokenizer: Any, model: str) -> None:
+def _check_tokenizer(tokenizer: Any, model: str, trust_remote_code: bool) -> None:
     """Raises RecipeError if the model's directory has a tokenizer that gives other ids for the same tokens."""
     if not (Path(model) / "tokenizer_config.json").is_file():
         return
-    own, known = load_tokenizer(model, key="model").get_vocab(), tokenizer.get_vocab()
+    loaded = load_tokenizer(model, key="model", trust_remote_code=trust_remote_code)
+    own, known = loaded.get_vocab(), tokenizer.get_vocab()
     different = [token for token, i in own.items() if known.get(token, i) != i]
     if different or not own.keys() & known.keys():
         raise RecipeError(

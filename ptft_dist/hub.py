@@ -67,7 +67,8 @@ def prefetch(loaded: Loaded) -> list[Fetched]:
             if source.source is None:
                 fetched.append(_data(key, source, loaded.base))
         except PtftError as error:
-            problems += [type(error)(f"{key}.{line}") for line in str(error).splitlines()]
+            lines = str(error).splitlines() if source.path is not None else [str(error)]
+            problems += [type(error)(f"{key}.{line}") for line in lines]
     if problems:
         raise type(problems[0])("\n".join(map(str, problems)))
     return fetched
@@ -79,9 +80,10 @@ def missing_offline(loaded: Loaded) -> list[str]:
     Directories and files are not checked: an earlier job may still write them.
     """
     missing: list[str] = []
-    pending = named_models(loaded.recipe)
+    pending, known = named_models(loaded.recipe), set()
     while pending:
         named = pending.pop(0)
+        known.add((named.name, named.revision))
         try:
             place = Path(directory_or_hub_name(named.name, loaded.base, named.key))
         except RecipeError:
@@ -91,7 +93,8 @@ def missing_offline(loaded: Loaded) -> list[str]:
                 missing.append(f"{named.key}: {_described(named)}: {reason}")
                 continue
             place = _cached(named) or place
-        if (base := _base_of(named, place)) is not None:
+        base = _base_of(named, place)
+        if base is not None and (base.name, base.revision) not in known:
             pending.insert(0, base)
     for key, source in recipe_sources(loaded.recipe):
         if source.hub is not None and not Path(source.hub).is_dir() and not _has_data(source):
@@ -166,11 +169,15 @@ def _base_of(named: NamedModel, folder: Path) -> NamedModel | None:
 def _cached(named: NamedModel) -> Path | None:
     """The directory in the cache with the files of a model from the Hub."""
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    for name in _CONFIGS:
-        file = try_to_load_from_cache(named.name, name, revision=named.revision)
-        if isinstance(file, str):
-            return Path(file).parent
+    try:
+        for name in _CONFIGS:
+            file = try_to_load_from_cache(named.name, name, revision=named.revision)
+            if isinstance(file, str):
+                return Path(file).parent
+    except HFValidationError:
+        return None  # the Hub has no such names
     return None
 
 

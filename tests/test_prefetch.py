@@ -235,6 +235,15 @@ def test_names_of_a_recipe() -> None:
     assert missing_offline(load_recipe("clm")) == []
 
 
+def test_an_adapter_that_names_itself_and_a_name_that_none_has(tmp_path: Path, documents: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(tmp_path)}))
+    write(tmp_path, documents, model={"path": "no such--name"}, distillation={"teacher": str(tmp_path)})
+    loaded = load_recipe(tmp_path / "recipe.yaml")
+    assert missing_offline(loaded) == [
+        "model.path, tokenizer.path: no such--name: it is not in the cache of the Hub",
+    ]
+
+
 def test_files_that_are_needed() -> None:
     texts = ["README.md", "config.json", "model.safetensors.index.json", "tokenizer.json"]
     safe = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
