@@ -11,7 +11,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ptft_dist.api import checkpoints, evaluate, export, generate, load_recipe, merge, prepare, score, train
+    from ptft_dist.api import (
+        checkpoints,
+        evaluate,
+        evaluate_model,
+        export,
+        generate,
+        load_recipe,
+        merge,
+        missing_offline,
+        prefetch,
+        prepare,
+        score,
+        train,
+        train_tokenizer,
+    )
     from ptft_dist.run import Result
 
 __version__ = "0.1.0"
@@ -20,13 +34,17 @@ __all__ = [
     "__version__",
     "checkpoints",
     "evaluate",
+    "evaluate_model",
     "export",
     "generate",
     "load_recipe",
     "merge",
+    "missing_offline",
+    "prefetch",
     "prepare",
     "score",
     "train",
+    "train_tokenizer",
 ]
 
 

@@ -19,13 +19,17 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import CheckpointError, DataError, PtftError, RecipeError
+from ptft_dist.errors import DataError, PtftError, RecipeError
+from ptft_dist.networks.names import model_of
 from ptft_dist.tasks.common.preference_settings import PreferenceSettings
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
     from ptft_dist.data.prepare import Prepared
+    from ptft_dist.data.trained_tokenizer import TokenizerReport
+    from ptft_dist.evaluation import Evaluation
+    from ptft_dist.hub import Fetched
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
@@ -61,9 +65,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 @_hiding_secrets
 def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
     """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes."""
+    return read_recipe(source if isinstance(source, Mapping) else str(source), _words(overrides), recipe_class())
+
+
+def _words(overrides: Overrides) -> Sequence[str]:
+    """The overrides as on the command line."""
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    return read_recipe(source if isinstance(source, Mapping) else str(source), overrides, recipe_class())
+        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    return overrides
 
 
 @_hiding_secrets
@@ -76,6 +85,45 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     loaded = load_recipe(source, overrides)
     check_sources(loaded.recipe, loaded.base)
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+
+
+@_hiding_secrets
+def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Path | None = None) -> TokenizerReport:
+    """Write the tokenizer that `prepare` trains for a recipe, or find it in its cache; and measure it.
+
+    Args:
+        out: the target. Default: RUN_DIR/tokenizer. The report lies beside it. If the directory has the tokenizer of
+            the same settings and data, nothing is done.
+
+    Raises:
+        RecipeError: the recipe trains no tokenizer, or `out` has other files.
+        DataError: a source is missing or malformed.
+    """
+    from ptft_dist.data.trained_tokenizer import TrainedTokenizer
+    from ptft_dist.tasks.registry import encoder_class
+
+    loaded = load_recipe(source, overrides)
+    target = Path(out) if out is not None else Path(loaded.recipe.run_dir) / "tokenizer"
+    return TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task)).write(target.absolute())
+
+
+@_hiding_secrets
+def prefetch(source: Source, overrides: Overrides = ()) -> list[Fetched]:
+    """Fetch a recipe's models, tokenizers and data sets from the Hub into the local caches, for nodes without internet.
+
+    Returns what the recipe names, and where it lies; also local files. Raises RecipeError and DataError.
+    """
+    from ptft_dist.hub import prefetch as run
+
+    return run(load_recipe(source, overrides))
+
+
+@_hiding_secrets
+def missing_offline(loaded: Loaded) -> list[str]:
+    """What a node without internet would not find in the local caches of the Hub; imports no torch. See `prefetch`."""
+    from ptft_dist.hub import missing_offline as run
+
+    return run(loaded)
 
 
 @_hiding_secrets
@@ -124,13 +172,53 @@ def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | N
     Raises:
         PtftError: one of the errors in ptft_dist.errors; the message says what to do.
     """
+    from ptft_dist.evaluation import evaluate as run
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import messages
-    from ptft_dist.run import score
 
     loaded, here = load_recipe(source, overrides), place()
     with messages(here.rank):
-        return score(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model"))
+        return run(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model")).metrics
+
+
+@_hiding_secrets
+def evaluate_model(
+    model: str | Path,
+    source: Source | None = None,
+    overrides: Overrides = (),
+    *,
+    data: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Evaluation:
+    """Evaluate the model of a run, or another one, on the validation rows of a recipe, each once.
+
+    Args:
+        model: the directory of a finished run, a model directory, an adapter directory, or a Hub name.
+        source: the recipe. Default: that of the run.
+        data: a file with validation rows, which replaces data.validation. It is read with the column mapping of the
+            recipe's sources.
+        out: a JSON file for the result, written atomically by rank 0.
+
+    Raises:
+        RecipeError: there is no recipe, or the model does not fit it.
+        CheckpointError: there is no model.
+        DataError: the data cannot be read.
+    """
+    _quiet_imports()
+    from ptft_dist.evaluation import evaluate_model as run
+    from ptft_dist.launch.environment import place
+    from ptft_dist.reporting.messages import messages
+
+    here = place()
+    with messages(here.rank):
+        return run(
+            model,
+            source,
+            _words(overrides),
+            here,
+            data=None if data is None else Path(data),
+            out=None if out is None else Path(out),
+        )
 
 
 @_hiding_secrets
@@ -172,7 +260,7 @@ def generate(
     """
     if use is not None and not adapters:
         raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
-    model, named = _model_of(model_dir), {name: _model_of(path) for name, path in (adapters or {}).items()}
+    model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
 
     _quiet_imports()
     from ptft_dist.generation import generate as run
@@ -216,7 +304,7 @@ def score(
     shapes = get_args(PreferenceSettings.model_fields["shape"].annotation)
     if shape is not None and shape not in shapes:
         raise RecipeError(f"shape: {shape!r} is none of {', '.join(shapes)}")
-    model = _model_of(model_dir)
+    model = model_of(model_dir)
     if not Path(file).is_file():
         raise DataError(f"{file} does not exist. Give a file with rows to score.")
     _quiet_imports()
@@ -300,12 +388,3 @@ def export(
         if push is not None:
             upload(folder, push, private=private)
     return folder
-
-
-def _model_of(path: str | Path) -> Path:
-    """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
-    given = Path(path)
-    model = given / "model" if (given / "model").is_dir() else given
-    if not any((model / name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
-    return model

@@ -16,9 +16,9 @@ from ptft_dist.config.load import Loaded, read_resolved
 from ptft_dist.data.report import Report
 from ptft_dist.engine import SavedState
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
-from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.export import Export, export, require_free
 from ptft_dist.networks.frozen import read_digests
+from ptft_dist.networks.names import adapter_base, is_adapter
 from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.run import libraries_restored

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from ptft_dist.data.tokenizer import added_around
 from ptft_dist.errors import CheckpointError, RecipeError
-from ptft_dist.networks.adapt import is_adapter
+from ptft_dist.networks.names import is_adapter
 
 _CAUSAL, _SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditionalGeneration": _SEQ2SEQ}

@@ -11,13 +11,13 @@ import torch
 from ptft_dist.checkpoint.checkpoint import Checkpoints, read_checkpoint
 from ptft_dist.errors import CheckpointError, RecipeError
 from ptft_dist.exporting import load_run
-from ptft_dist.networks.adapt import is_adapter
 from ptft_dist.networks.adapt.merging import check_mergeable, merge
 from ptft_dist.networks.adapt.quantized import heads
 from ptft_dist.networks.adapt.reading import AdapterFiles, read_adapter
 from ptft_dist.networks.export import require_free
 from ptft_dist.networks.frozen import files_identity, read_digests
 from ptft_dist.networks.load import DTYPES
+from ptft_dist.networks.names import is_adapter
 from ptft_dist.networks.preview import preview_network
 from ptft_dist.reporting.messages import say
 from ptft_dist.run import libraries_restored

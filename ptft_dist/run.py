@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.secrets import hide
 from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
-from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, RecipeError, exit_code_of
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, exit_code_of
 from ptft_dist.launch.environment import (
     Place,
     describe_backend,
@@ -33,7 +33,6 @@ from ptft_dist.launch.environment import (
     start_token,
     tell_launcher,
 )
-from ptft_dist.networks.adapt import reading_section
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
@@ -93,12 +92,18 @@ def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> 
         with libraries_restored(loaded.recipe.train.deterministic):
             return _train(loaded, report, stop, resume, accept, started)
     except Exception as error:
-        announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
-        report.write(error, failure_code(error, place), time.monotonic() - started, _cause(place))
+        report_failure(error, report, started)
         raise
     finally:
         if lock is not None:
             lock.release()
+
+
+def report_failure(error: Exception, report: FailureReport, started: float) -> None:
+    """Announce a failure to the other ranks, and report it once. started: of time.monotonic."""
+    place = report.place
+    announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
+    report.write(error, failure_code(error, place), time.monotonic() - started, _cause(place))
 
 
 def failure_code(error: BaseException, place: Place) -> int:
@@ -318,24 +323,6 @@ def libraries_restored(deterministic: bool = False) -> Iterator[None]:
         if bars:
             transformers_logging.enable_progress_bar()
         reset_accelerate()
-
-
-def score(loaded: Loaded, place: Place, model: str) -> dict[str, float]:
-    """Evaluate a model on the recipe's validation rows; see api.evaluate."""
-    if not loaded.recipe.validated:
-        raise RecipeError("data.validation: not set, so there are no rows to evaluate; give a fraction, or sources")
-    section = reading_section(loaded.recipe.model, model)
-    with libraries_restored():
-        trained = replace(loaded, recipe=loaded.recipe.model_copy(update={"model": section}))
-        session = Session(trained, place, start=loaded.recipe.model)
-        session.start(training=False)
-        assert session.validation is not None
-        scores = session.validation.score(session.engine, session.task)
-        assert scores is not None
-        session.engine.barrier()
-        session.engine.close()
-    metrics, _ = scores
-    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def _ignore(_text: str) -> None: ...

@@ -18,8 +18,8 @@ from ptft_dist.data.order import split_update
 from ptft_dist.data.report import BadRows
 from ptft_dist.errors import CheckpointError, DataError, PtftError
 from ptft_dist.generation import libraries_restored
-from ptft_dist.networks.adapt import is_adapter
 from ptft_dist.networks.facts import read_facts
+from ptft_dist.networks.names import is_adapter
 from ptft_dist.reporting.messages import progress
 from ptft_dist.tasks.common.last_token import LastToken
 from ptft_dist.tasks.common.padding import pad

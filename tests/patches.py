@@ -384,6 +384,20 @@ def slow_micro_batches_of_evaluations(seconds: str) -> None:
     Validation.batches, Trainer.evaluate = slow, watched  # type: ignore[method-assign]
 
 
+def slow_score(seconds: str) -> None:
+    """Touch the file `evaluating`, and sleep before the validation rows are scored."""
+    from ptft_dist.training.validation import Validation
+
+    score = Validation.score
+
+    def slow(self: Validation, *args: Any) -> Any:
+        Path("evaluating").touch()
+        time.sleep(float(seconds))
+        return score(self, *args)
+
+    Validation.score = slow  # type: ignore[method-assign]
+
+
 def slow_prepare(seconds: str) -> None:
     """Touch the file `preparing`, and sleep in C code before data are prepared."""
     from ptft_dist.data import stream

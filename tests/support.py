@@ -192,7 +192,8 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT / "tests"))  # the server does not take sys.path, but `preloaded` is there
+        # The server does not take sys.path, but `preloaded` is there, and this package rather than an installed one.
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
         forkserver.ensure_running()
     return context
 

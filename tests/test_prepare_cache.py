@@ -208,7 +208,7 @@ def test_an_error_of_a_source_is_not_blamed_on_the_cache(
         raise ConnectionError("Connection reset by peer")
 
     monkeypatch.setattr(sources, "_read_hub", lost)
-    monkeypatch.setattr(sources, "_hub", lambda _: SimpleNamespace(_fingerprint="0123"))
+    monkeypatch.setattr(sources, "hub_dataset", lambda _: SimpleNamespace(_fingerprint="0123"))
     with pytest.raises(DataError, match=r"hub: org/name: the source cannot be read \(Connection reset by peer\)"):
         prepare(recipe(tokenizer_dir, train=[{"hub": "org/name"}]), base)
     with pytest.raises(DataError, match=r"hub: org/name: the source cannot be read"):

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ptft_dist.cli.ranks import end, end_at_signal
 from ptft_dist.errors import RecipeError
 
 if TYPE_CHECKING:
     from ptft_dist.config.load import Loaded
     from ptft_dist.launch.local import Machines
+
+
+_BEFORE = "before training, so there is nothing to save"
 
 
 def train(
@@ -76,7 +81,7 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
 
     here = place()
     show_messages(here.rank)
-    with ending_at_once(_end_before_training):
+    with ending_at_once(partial(end_at_signal, _BEFORE)):
         from ptft_dist.run import failure_code, run
 
         try:
@@ -84,38 +89,8 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
         except Exception as error:
             code = failure_code(error, here)
     if here.world_size > 1:
-        _end(code)
+        end(code)
     return code
-
-
-def _end_before_training(signal_name: str) -> None:
-    """Exit immediately, because there is nothing to save. Exit code 75 if the job is requeued."""
-    import signal
-
-    from ptft_dist.errors import EXIT_STOPPED
-    from ptft_dist.launch.environment import is_requeued, tell_launcher
-    from ptft_dist.reporting.messages import say
-
-    say(f"stopped by {signal_name} before training, so there is nothing to save")
-    code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
-    tell_launcher(code)
-    _end(code)
-
-
-def _end(code: int) -> None:
-    """Exit without interpreter shutdown.
-
-    After a failure, other ranks may wait in a collective, and leaving the process group would wait for them. After a
-    success, see Engine.close.
-    """
-    import multiprocessing
-    import sys
-
-    for reader in multiprocessing.active_children():
-        reader.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 def _launch(
@@ -153,7 +128,7 @@ def _launch(
     make_run_dir(run_dir)
     if not by_srun:  # there another task may be rank 0 already
         lock_run_dir(run_dir).release()  # only a check, to report the error before the ranks start; rank 0 locks it
-    with ending_at_once(_end_before_training):
+    with ending_at_once(partial(end_at_signal, _BEFORE)):
         prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     address = several.address if several else None

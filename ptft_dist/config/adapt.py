@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from ptft_dist.config.section import BelowOne, Positive, Section, Text, only_with
+from ptft_dist.config.section import BelowOne, ModelName, Positive, Section, Text, only_with
 
 
 def _as_tuple(value: Any) -> Any:
@@ -250,7 +250,7 @@ class AdaptSection(Section):
     """Bottleneck adapters (Houlsby, Pfeiffer)."""
     peft: dict[str, Any] | None = None
     """Any other method of peft: its `type`, such as vera, oft or loha, and the keyword arguments of its config."""
-    adapter: Text | None = None
+    adapter: ModelName | None = None
     """Continue to train this adapter: a directory or a Hub name. Its method and settings are its own."""
     name: Text = "default"
     """The name of the adapter in the network, for code that loads several."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ptft_dist.config.section import Section, Text, exactly_one, only_with
+from ptft_dist.config.section import ModelName, Section, Text, exactly_one, only_with
 
 
 class Source(Section):
@@ -59,10 +59,10 @@ class Augmentation(Section):
     """What a word is: text between spaces (default), or each character, as for Chinese."""
     synonyms: Text | None = None
     """`synonym`: a text file; each line is a word, a tab, and its synonyms separated by commas."""
-    forward: Text | None = None
+    forward: ModelName | None = None
     """`back_translation`: the sequence-to-sequence model into the other language: a directory or a Hub name."""
-    backward: Text | None = None
-    """`back_translation`: the model back into the original language."""
+    backward: ModelName | None = None
+    """`back_translation`: the model back into the original language: a directory or a Hub name."""
 
     @model_validator(mode="after")
     def _check(self) -> Augmentation:

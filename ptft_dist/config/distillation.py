@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
-from ptft_dist.config.section import Fraction, Positive, Section, Text, only_with
+from ptft_dist.config.section import Fraction, ModelName, Positive, Section, Text, only_with
 
 
 class DistillationSettings(Section):
@@ -18,7 +18,7 @@ class DistillationSettings(Section):
     metric_names: ClassVar[tuple[str, ...]] = ("hard_loss", "divergence")
     """Metrics of an evaluation in addition to those of the task."""
 
-    teacher: Text
+    teacher: ModelName
     """The teacher: a local directory or a Hub name. It must have the same vocabulary or the same labels."""
     revision: Text | None = None
     """The commit, branch or tag of a Hub model."""

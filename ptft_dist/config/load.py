@@ -178,9 +178,9 @@ def dump_resolved(loaded: Loaded) -> str:
     return f"# All values of a recipe. {_STARTS_AT}{base}\n{text}"
 
 
-def read_resolved(path: Path, schema: type[Recipe]) -> Loaded:
+def read_resolved(path: Path, schema: type[Recipe], overrides: Sequence[str] = ()) -> Loaded:
     """Read the file of `dump_resolved`, with the directory where its relative data paths start. Raises RecipeError."""
-    loaded = read_recipe(str(path), (), schema)
+    loaded = read_recipe(str(path), overrides, schema)
     first, _, _ = loaded.text.partition("\n")
     _, found, base = first.partition(_STARTS_AT)
     return replace(loaded, base=Path(json.loads(base))) if found else loaded

@@ -18,11 +18,13 @@ from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.section import (
     BelowOne,
     Fraction,
+    ModelName,
     NonNegative,
     Positive,
     RecipeProblems,
     Section,
     Text,
+    TokenizerName,
     exactly_one,
     only_with,
 )
@@ -37,7 +39,7 @@ class ModelSection(Section):
     config: dict[str, Any] | None = None
     """A transformers config: keyword arguments, with `model_type` among them. Weights are initialized at random.
     Vocabulary size and special token ids are taken from the tokenizer."""
-    path: Text | None = None
+    path: ModelName | None = None
     """Pretrained weights: a local directory or a Hub name."""
     revision: Text | None = None
     """The commit, branch or tag of a Hub model."""
@@ -96,7 +98,7 @@ class TokenizerTraining(Section):
 class TokenizerSection(Section):
     """The tokenizer. Without this section, the tokenizer of model.path is used."""
 
-    path: Text | None = None
+    path: TokenizerName | None = None
     """A local directory or a Hub name."""
     revision: Text | None = None
     """The commit, branch or tag of a Hub tokenizer."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ptft_dist.config.section import Positive, Section, Text, exactly_one, only_with
+from ptft_dist.config.section import ModelName, Positive, Section, Text, exactly_one, only_with
 
 
 class SamplingSettings(Section):
@@ -30,7 +30,7 @@ class SamplingSettings(Section):
 class RewardSource(Section):
     """One source of rewards."""
 
-    model: Text | None = None
+    model: ModelName | None = None
     """A reward model: a directory or a Hub name, such as the model of a run of task reward."""
     revision: Text | None = None
     """The commit, branch or tag of a Hub model."""

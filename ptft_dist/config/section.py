@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -12,6 +13,19 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Positive = Annotated[float, Field(gt=0.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Text = Annotated[str, Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class NamesModel:
+    """Marks the type of a key that names a model: a local directory or a Hub name. Its revision is the key `revision`
+    of the same section. See `ptft_dist.config.named_models`."""
+
+    weights: bool = True
+    """False if only the tokenizer is used."""
+
+
+ModelName = Annotated[Text, NamesModel()]
+TokenizerName = Annotated[Text, NamesModel(weights=False)]
 
 KeyPath = tuple[str | int, ...]
 """The keys and list indices from the top of a recipe to a value."""

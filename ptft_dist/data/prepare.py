@@ -94,15 +94,11 @@ def prepare(
         PtftError: the cache cannot be written.
     """
     started = time.monotonic()
-    if recipe.data.folds is not None and recipe.data.fold is None:
-        raise RecipeError(
-            "data.fold: required with data.folds here. Choose a fold, or start the recipe with `ptft train` outside of "
-            "a launcher, which runs all folds one after the other."
-        )
+    check_fold(recipe)
     base = base.absolute()  # so that paths in the result stay valid if the process changes its directory
     cache = cache_root(recipe.data.cache_dir, base)
     try:
-        job = _Job(recipe, base, cache, encoder)
+        job = Job(recipe, base, cache, encoder)
     except DataError:
         check_sources(recipe, base)  # lists all such mistakes with their keys
         raise
@@ -144,6 +140,15 @@ def prepare(
     return replace(prepared, old=old)
 
 
+def check_fold(recipe: Recipe) -> None:
+    """Raises RecipeError if the recipe has folds, and none is chosen."""
+    if recipe.data.folds is not None and recipe.data.fold is None:
+        raise RecipeError(
+            "data.fold: required with data.folds here. Choose a fold, or start the recipe with `ptft train` outside of "
+            "a launcher, which runs all folds one after the other."
+        )
+
+
 def _old_recipes(recipe: Recipe, survey: Mapping[str, Any]) -> dict[str, Recipe]:
     """Key -> a recipe whose training rows are the old data of that key, with the labels of the new data.
 
@@ -175,7 +180,7 @@ def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str
         DataError: a source is missing.
         RecipeError: there is no such tokenizer.
     """
-    return _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).inputs()
+    return Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).inputs()
 
 
 def is_prepared(recipe: Recipe, base: Path, encoder: type[Encoder]) -> bool:
@@ -185,11 +190,11 @@ def is_prepared(recipe: Recipe, base: Path, encoder: type[Encoder]) -> bool:
         DataError: a source is missing.
         RecipeError: there is no such tokenizer, or the cache directory cannot be created.
     """
-    mark = _Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).mark
+    mark = Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).mark
     return mark.is_file() and Path(mark.read_text(encoding="utf-8")).is_dir()
 
 
-class _Job:
+class Job:
     """The fingerprints, the tokenizer and the steps of one recipe."""
 
     def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder]) -> None:
@@ -291,7 +296,7 @@ class _Job:
     def _prints(self, sources: list[Source]) -> list[str]:
         return [fingerprint_source(source, self.base, self._memo) for source in sources]
 
-    def _trained_fingerprint(self) -> str:
+    def trained_fingerprint(self) -> str:
         assert self.recipe.tokenizer.train is not None
         validation = self._contents["validation"]
         return fingerprint(
@@ -319,17 +324,26 @@ class _Job:
             load_tokenizer(given)  # raises its errors here
             return files.fingerprint_of_copy(given), given.absolute()
         if section.train is not None:
-            name, directory = files.build(self._trained_fingerprint(), self._train_tokenizer)
+            name, directory = files.build(self.trained_fingerprint(), self._train_tokenizer)
         else:
             assert section.path is not None
             name, directory = files.load(section.path, self.base, section.revision, section.trust_remote_code)
-        added = (*section.add, *self.recipe.settings.added_tokens)
-        template = self.encoder.tokenizer_template(self.recipe.settings, self.base, learned=section.train is not None)
+        added, template = self.changes()
         if not added and template is None:
             return name, directory
         changed = fingerprint([name, added, template, version("transformers")])
         change = partial(self._change_tokenizer, directory, added, template)
         return changed, files.build_changed(changed, change)
+
+    def changes(self) -> tuple[tuple[str, ...], str | None]:
+        """The tokens and the chat template that are added to the tokenizer."""
+        section, settings = self.recipe.tokenizer, self.recipe.settings
+        template = self.encoder.tokenizer_template(settings, self.base, learned=section.train is not None)
+        return (*section.add, *settings.added_tokens), template
+
+    def has_trained(self, name: str) -> bool:
+        """Whether the cache has the tokenizer that was trained under this fingerprint."""
+        return self._tokenizers.has(name)
 
     def _change_tokenizer(self, directory: Path, added: tuple[str, ...], template: str | None) -> Any:
         from tokenizers import AddedToken

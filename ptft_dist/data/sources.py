@@ -87,7 +87,7 @@ def check_sources(recipe: Recipe, base: Path) -> None:
             if source.source is not None:
                 stdlib_files()
             elif source.path is not None:
-                _source_files(source, base)
+                source_files(source, base)
         except DataError as error:
             problems += [f"{key}.{line}" for line in str(error).splitlines()]
     if problems:
@@ -115,19 +115,19 @@ def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
     if source.source is not None:
         settings["contents"] = memo.digests(stdlib_files())
     elif source.hub is not None:
-        settings["contents"] = _hub(source)._fingerprint
+        settings["contents"] = hub_dataset(source)._fingerprint
     else:
-        files = _source_files(source, base)
+        files = source_files(source, base)
         settings["contents"] = list(zip(map(file_format, files), memo.digests(files), strict=True))
     return fingerprint(settings)
 
 
 def _read_files(source: Source, base: Path, columns: Sequence[str], only: bool) -> Iterator[Record]:
-    for file in _source_files(source, base):
+    for file in source_files(source, base):
         yield from read_file(file, columns=columns, unit=source.document or "file", only=only)
 
 
-def _source_files(source: Source, base: Path) -> list[Path]:
+def source_files(source: Source, base: Path) -> list[Path]:
     """The files of a path or glob, sorted.
 
     Raises:
@@ -193,7 +193,7 @@ def _settings_without_effect(source: Source, files: list[Path]) -> list[str]:
 
 
 def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Record]:
-    dataset = _hub(source)
+    dataset = hub_dataset(source)
     name = f"hub:{source.hub}[{source.split or 'train'}]"
     for column in columns:
         if column not in dataset.column_names:
@@ -202,7 +202,8 @@ def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Re
         yield Record(row, f"{name}#{number}")
 
 
-def _hub(source: Source) -> Any:
+def hub_dataset(source: Source) -> Any:
+    """The data set of a source from the Hub or from the cache of `datasets`. Raises DataError."""
     assert source.hub is not None
     return _load_hub(source.hub, source.config, source.split or "train", source.revision)
 

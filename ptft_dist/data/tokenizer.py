@@ -65,7 +65,7 @@ def train_tokenizer(
     unknown = () if settings.algorithm == "bpe" or "unk" in roles else ("unk",)
     special = special_tokens(settings.algorithm, (*roles, *unknown))
     backend, trainer = _untrained(settings, special, extra)
-    backend.train_from_iterator(_first_megabytes(texts, settings.max_megabytes), trainer)
+    backend.train_from_iterator(first_megabytes(texts, settings.max_megabytes), trainer)
     if "cls" in special:
         cls, sep = special["cls"], special["sep"]
         backend.post_processor = processors.TemplateProcessing(
@@ -145,7 +145,7 @@ def learnable(text: str, where: str) -> Iterator[str]:
         yield text[start:stop]
 
 
-def _first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
+def first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
     """Whole texts, until their UTF-8 size reaches the limit."""
     size = 0
     for text in texts:

@@ -40,6 +40,10 @@ class TokenizerFiles:
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
 
+    def has(self, name: str) -> bool:
+        """Whether the directory `name` has been built."""
+        return (self._cache / name).is_dir()
+
     def build(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> tuple[str, Path]:
         """Save the tokenizer of `make()` in the directory `name`, once; return its fingerprint and directory.
 
@@ -48,7 +52,7 @@ class TokenizerFiles:
         """
         directory = self._cache / name
         build_once(directory, lambda unfinished: _save(make(), unfinished, directory))
-        return _contents(directory), directory
+        return contents_of(directory), directory
 
     def build_changed(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> Path:
         """Save the tokenizer of `make()` in the directory `name`, its fingerprint; return the directory."""
@@ -56,7 +60,7 @@ class TokenizerFiles:
 
         def build(unfinished: Path) -> None:
             _save(make(), unfinished, directory)
-            origin = {"fingerprint": name, "contents": _contents(unfinished)}
+            origin = {"fingerprint": name, "contents": contents_of(unfinished)}
             with writing(directory):
                 (unfinished / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
 
@@ -65,7 +69,7 @@ class TokenizerFiles:
 
     def fingerprint_of_copy(self, directory: Path) -> str:
         """The fingerprint of a copy of a directory from `build` or `build_changed`, recognized by its contents."""
-        contents = _contents(directory)
+        contents = contents_of(directory)
         origin = directory / ORIGIN
         if origin.is_file():
             known = json.loads(origin.read_text(encoding="utf-8"))
@@ -93,7 +97,8 @@ def _save(tokenizer: PreTrainedTokenizerBase, unfinished: Path, directory: Path)
         tokenizer.save_pretrained(unfinished)
 
 
-def _contents(directory: Path) -> str:
+def contents_of(directory: Path) -> str:
+    """A hash of the names and contents of a directory's files."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != ORIGIN)
     return fingerprint({path.name: hashlib.blake2b(path.read_bytes()).hexdigest() for path in files})
 

@@ -18,8 +18,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.load import build_network, local_or_hub, read_config
+from ptft_dist.networks.names import adapter_base, is_adapter
 from ptft_dist.networks.preview import check_weights
 
 Digests = Callable[[Sequence[Path]], list[str]]

@@ -14,32 +14,16 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.config_keys import config_from_keys
 from ptft_dist.networks.facts import NetworkFacts, input_embedding
+from ptft_dist.networks.names import directory_or_hub_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
-    """The section with an absolute model.path if that is a directory. Hub names are not changed.
-
-    A relative path starts at the recipe's directory, or else at the current directory.
-
-    Raises:
-        RecipeError: the name has the form of a path, and there is no such directory.
-    """
+    """The section with an absolute model.path if that is a directory; see `directory_or_hub_name`."""
     if section.path is None:
         return section
     return section.model_copy(update={"path": directory_or_hub_name(section.path, base, key)})
-
-
-def directory_or_hub_name(path: str, base: Path, key: str) -> str:
-    """The absolute path of a directory, or the name of a model on the Hub; see `local_or_hub`."""
-    given = Path(path).expanduser()
-    for candidate in (base / given, given.absolute()):
-        if candidate.is_dir():
-            return str(candidate)
-    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
-    return path
 
 
 def build_config(

@@ -13,9 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.data.tokenizer import after_answer, load_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import adapter_base, is_adapter
 from ptft_dist.networks.adapt.switching import read_scorer
 from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.networks.names import adapter_base, is_adapter
 from ptft_dist.rl.rollout import Trajectory
 
 Ask = Callable[[Callable[..., Any], dict[str, torch.Tensor]], Any]

@@ -10,6 +10,7 @@ from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.prepare import is_prepared as prepared
 from ptft_dist.data.sources import check_sources
 from ptft_dist.errors import PtftError, RecipeError
+from ptft_dist.hub import missing_offline
 from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.settings import check_settings
 from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
@@ -36,7 +37,8 @@ def of_recipe(job: Job, loaded: Loaded, launch: str, *, data: bool, offline: boo
     found = [launch_config, lambda: batch_shape(loaded.recipe, job.processes)]
     if data:
         found.append(lambda: check_sources(loaded.recipe, loaded.base))
-    return [str(error) for check in found if (error := _error_of(check)) is not None]
+    missing = missing_offline(loaded) if offline and data else []
+    return missing + [str(error) for check in found if (error := _error_of(check)) is not None]
 
 
 def is_prepared(loaded: Loaded) -> bool:

@@ -20,8 +20,7 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.partial import train_part
 from ptft_dist.networks.facts import NetworkFacts
-
-ADAPTER_CONFIG = "adapter_config.json"
+from ptft_dist.networks.names import ADAPTER_CONFIG, adapter_base, is_adapter
 
 
 def adapted_facts(network: NetworkFacts, adapt: AdaptSection) -> NetworkFacts:
@@ -74,11 +73,6 @@ def adapt_network(
     return add_adapter(model, adapt, setup, sorted(fresh), preview=preview)
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Whether a local directory contains an adapter."""
-    return (Path(path) / ADAPTER_CONFIG).is_file()
-
-
 def check_backend(section: ModelSection, kind: str) -> None:
     """Check that a backend can run the method. kind: single, ddp, zero1, zero2, zero3 or fsdp2. Raises RecipeError."""
     if section.adapt.adalora is not None and kind not in ("single", "ddp"):
@@ -91,16 +85,6 @@ def check_backend(section: ModelSection, kind: str) -> None:
             "model.adapt.lora.init: eva runs the base before training, and zero3 has sharded it by then. Use ZeRO-2, "
             "DDP or FSDP2, or init: pissa"
         )
-
-
-def adapter_base(path: str | Path) -> tuple[str, str | None]:
-    """Directory or Hub name of an adapter's base, and its revision. Raises RecipeError if its config is unreadable."""
-    file = Path(path) / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        return str(config["base_model_name_or_path"]), config.get("revision")
-    except (OSError, ValueError, KeyError) as error:
-        raise RecipeError(f"{file} cannot be read: {error}. Export the adapter again") from None
 
 
 def reading_section(section: ModelSection, path: str) -> ModelSection:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import ADAPTER_CONFIG, is_adapter
+from ptft_dist.networks.names import ADAPTER_CONFIG, is_adapter
 
 _HEADS = (".score.weight", ".classifier.weight")
 _PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")

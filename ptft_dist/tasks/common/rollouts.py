@@ -25,7 +25,7 @@ from ptft_dist.networks.adapt.switching import (
 )
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
-from ptft_dist.networks.load import directory_or_hub_name
+from ptft_dist.networks.names import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
 from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model, tokenizer_of

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ptft_dist.config.section import Fraction, NonNegative, Positive
+from ptft_dist.config.section import Fraction, ModelName, NonNegative, Positive
 from ptft_dist.tasks.common.rollout_settings import RolloutSettings
 
 
@@ -15,7 +15,7 @@ class PpoSettings(RolloutSettings):
 
     section = "ppo"
 
-    critic: str | None = None
+    critic: ModelName | None = None
     """A network of its own as critic, initialized from this directory or Hub name: a reward model, or the policy's
     model.path. It must have the policy's tokenizer. Default: a linear layer on the policy's last hidden states."""
     epochs: PositiveInt = 4

@@ -18,7 +18,7 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.networks.critic import add_critic, add_value_head, token_values
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource
-from ptft_dist.networks.load import directory_or_hub_name
+from ptft_dist.networks.names import directory_or_hub_name
 from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, gae, token_rewards, whiten
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
 from ptft_dist.rl.rollout import Trajectory

@@ -1,0 +1,51 @@
+"""Local directories and Hub names of networks, and the base of an adapter directory. Does not import torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ptft_dist.errors import CheckpointError, RecipeError
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def directory_or_hub_name(path: str, base: Path, key: str) -> str:
+    """The absolute path of a directory, or the name of a model on the Hub.
+
+    A relative path starts at the recipe's directory, `base`, or else at the current directory.
+
+    Raises:
+        RecipeError: the name has the form of a path, and there is no such directory.
+    """
+    given = Path(path).expanduser()
+    for candidate in (base / given, given.absolute()):
+        if candidate.is_dir():
+            return str(candidate)
+    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
+        raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
+    return path
+
+
+def is_adapter(path: str | Path) -> bool:
+    """Whether a local directory contains an adapter."""
+    return (Path(path) / ADAPTER_CONFIG).is_file()
+
+
+def adapter_base(path: str | Path) -> tuple[str, str | None]:
+    """Directory or Hub name of an adapter's base, and its revision. Raises RecipeError if its config is unreadable."""
+    file = Path(path) / ADAPTER_CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        return str(config["base_model_name_or_path"]), config.get("revision")
+    except (OSError, ValueError, KeyError) as error:
+        raise RecipeError(f"{file} cannot be read: {error}. Export the adapter again") from None
+
+
+def model_of(path: str | Path) -> Path:
+    """The model or adapter directory that is `path`, or that the run in `path` has written. Raises CheckpointError."""
+    given = Path(path)
+    model = given / "model" if (given / "model").is_dir() else given
+    if not any((model / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+        raise CheckpointError(f"{given}: there is no model. A finished run writes it to {given / 'model'}.")
+    return model
