@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/python recipes/demo.py --out $(DEMO_DIR) --processes 2
+	$(BIN)/ptft pipeline demo --out $(DEMO_DIR) --launch cpu --processes 2
 	$(BIN)/ptft generate $(DEMO_DIR)/ppo --prompt "What does os.path.join do?" --max-new-tokens 24
 
 # Two processes, since tests of two ranks fill two cores by themselves. Tests that share a module's fixture stay together

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support import ptft, write_recipe
+from pipeline_support import small_demo
+from support import eval_rows, ptft, start, write_recipe
 
+import ptft_dist
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.runs.pipeline import Pipeline, Stage, read_pipeline, run_here, table
@@ -197,15 +199,46 @@ def test_shipped_pipelines_are_valid(tmp_path: Path, path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_two_stages_for_real(folder: Path) -> None:
-    changes = 'model.config: null, model.path: "${stage:a}", tokenizer.train: null, tokenizer.path: "${stage:a}"'
-    stages = (
-        f"a: {{recipe: recipe.yaml, show: [loss]}}, b: {{recipe: recipe.yaml, set: {{{changes}, train.max_steps: 2}}}}"
-    )
-    text = f"{{out: runs, stages: {{{stages}}}}}"
-    (folder / "steps.yaml").write_text(text)
-    done = ptft("pipeline", "steps.yaml", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert (folder / "runs/b/model/model.safetensors").exists()
-    again = ptft("pipeline", "steps.yaml", cwd=folder)
-    assert "b: already done in" in again.stdout + again.stderr
+def test_the_demo_ends_with_a_table_of_what_was_learned(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stages are small here; each starts from the outputs of those before."""
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    (tmp_path / "small.yaml").write_text(small_demo("out"))
+    monkeypatch.chdir(tmp_path)
+    stages = read_pipeline("small.yaml")
+
+    def execute(stage: Stage, options: Sequence[str]) -> int:
+        assert not options
+        run = start(*stage.command, cwd=tmp_path, cache=cache, ranks=1)
+        assert run.wait() == 0, run.stderr
+        return 0
+
+    assert run_here(stages, execute, []) == 0
+    rows = [line.split() for line in table(stages)][1:]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("clm", "perplexity"), ("sft", "perplexity"), ("reward", "accuracy"), ("ppo", "reward"), ("ppo", "kl"),
+        ("evaluate", "perplexity"),
+    ]  # fmt: skip
+    for name, metric, first, last in rows[:-1]:
+        seen = [row[f"eval/{metric}"] for row in eval_rows(tmp_path / "out" / name)]
+        assert [float(first), float(last)] == pytest.approx([seen[0], seen[-1]], rel=1e-3, abs=1e-3)
+    judge = stages.stages[-1]
+    same = ptft_dist.evaluate(judge.recipe, judge.overrides, model=tmp_path / "out/ppo/model")
+    assert float(rows[-1][-1]) == pytest.approx(same["eval/perplexity"], rel=1e-3)
+    assert float(rows[-1][-1]) != float(rows[1][-1])  # the policy is no longer the chat model
+
+
+def test_the_command_does_what_is_not_done(folder: Path) -> None:
+    stages = "a: {verb: tokenizer, recipe: recipe.yaml}, b: {verb: tokenizer, recipe: other.yaml}"
+    (folder / "steps.yaml").write_text(f"{{out: runs, stages: {{{stages}}}}}")
+    (folder / "other.yaml").write_text((folder / "recipe.yaml").read_text())
+    first = ptft("pipeline", "steps.yaml", cwd=folder)
+    assert first.returncode == 0, first.stderr
+    (folder / "runs/b/tokenizer").rename(folder / "away")
+    second = ptft("pipeline", "steps.yaml", cwd=folder)
+    assert "a: already done in" in second.stdout + second.stderr
+    assert (folder / "runs/b/tokenizer/tokenizer.json").read_text() == (folder / "away/tokenizer.json").read_text()
+    (folder / "recipe.yaml").write_text((folder / "other.yaml").read_text().replace("320", "300"))
+    third = ptft("pipeline", "steps.yaml", cwd=folder)
+    assert (third.returncode, third.stderr[:16]) == (2, "error: stage a: ")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,35 +44,3 @@ def test_a_shipped_recipe_runs(path: Path, run_dir_of: Callable[[Path], Path]) -
     assert [row["step"] for row in eval_rows(run_dir)] == [0, 3]
     assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
     assert any((run_dir / "model" / name).is_file() for name in ("config.json", "adapter_config.json"))
-
-
-def test_the_demo_ends_with_a_table_of_what_was_learned(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Its stages are small here; each starts from the model of the one before, and PPO from two of them."""
-    monkeypatch.syspath_prepend(ROOT / "recipes")
-    demo = importlib.import_module("demo")
-
-    def train_small(recipe: str, overrides: list[str], run_dir: Path, processes: int) -> None:  # noqa: ARG001
-        more = ["ppo.prompts=8"] if recipe == "ppo" else []
-        run = start(
-            "train", recipe, *overrides, *SMOKE, *more, f"run_dir={run_dir}", cwd=tmp_path, cache=cache, ranks=1
-        )
-        assert run.wait() == 0, run.stderr
-
-    monkeypatch.setattr(demo, "train", train_small)
-    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", str(tmp_path)])
-    monkeypatch.setenv("PTFT_CACHE", str(cache))
-    demo.main()
-    table = capsys.readouterr().out.split("stage", 1)[1].splitlines()[1:7]
-    after = {line[18:54].strip(): float(line.split()[-1]) for line in table}
-    last = {name: eval_rows(tmp_path / name)[-1] for name in ("clm", "sft", "reward", "ppo")}
-    assert after.pop("perplexity of source code") == pytest.approx(last["clm"]["eval/perplexity"], rel=1e-3)
-    assert after.pop("accuracy on held-out pairs") == pytest.approx(last["reward"]["eval/accuracy"], abs=1e-3)
-    assert after.pop("mean reward") == pytest.approx(last["ppo"]["eval/reward"], rel=1e-3)
-    assert after.pop("KL divergence from the reference") == pytest.approx(last["ppo"]["eval/kl"], rel=1e-3)
-    # The perplexities of the chat model and of the policy, on the same rows.
-    assert list(after) == ["perplexity of answers"]
-    before = float(table[-1].split()[-2])
-    assert before == pytest.approx(last["sft"]["eval/perplexity"], rel=1e-3)
-    assert after["perplexity of answers"] != before

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from cluster import Cluster, Job, programs
+from pipeline_support import small_demo
 from support import last_step, outcome, start, write_recipe
 
 STEPS = 600
@@ -107,6 +108,40 @@ def test_folds_are_an_array_with_a_table(cluster: Cluster, tmp_path: Path, docum
 
     again = ptft(cluster, tmp_path / "cache", tmp_path, *words, "--launch", "cpu", "--array", "--dry-run")
     assert "set -- prepare" not in again.stdout  # the data are there
+
+
+def test_a_pipeline_of_six_jobs_is_repaired_and_goes_on(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    broken: dict[str, object] = {"data.train.0.source": None, "data.train.0.path": str(rows)}
+    (tmp_path / "small.yaml").write_text(small_demo("out", sft=broken))
+    (tmp_path / "site.yaml").write_text("lead_s: 30\n")
+    words = ("pipeline", "small.yaml", "--submit", "--site", "site.yaml")
+    out = tmp_path / "out"
+
+    def jobs(done: subprocess.CompletedProcess[str]) -> dict[str, Job]:
+        assert done.returncode == 0, done.stderr
+        lines = [line.removeprefix("job ").split(": ") for line in done.stdout.splitlines() if line.startswith("job ")]
+        return {name: Job(cluster, number, out / name / f"slurm/{number}.log") for number, name in lines}
+
+    first = jobs(ptft(cluster, cache, tmp_path, *words))
+    assert list(first) == ["tokenizer", "clm", "sft", "reward", "ppo", "evaluate"]
+    held = jobs(ptft(cluster, cache, tmp_path, *words))  # all are queued already
+    assert held == {}
+    assert first["evaluate"].wait(300)[0] == "CANCELLED"
+    assert first["clm"].wait() == ("COMPLETED", "0:0"), first["clm"].log
+    assert first["sft"].wait() == ("FAILED", "3:0"), first["sft"].log
+    status = ptft(cluster, cache, tmp_path, "status", "out").stdout
+    assert "sft         job" in status
+    assert "last start: failed: the data are wrong" in status
+
+    talk = [{"role": "user", "content": "What does len do?"}, {"role": "assistant", "content": "It counts items."}]
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(40)))
+    second = jobs(ptft(cluster, cache, tmp_path, *words))
+    assert list(second) == ["sft", "reward", "ppo", "evaluate"]
+    assert second["ppo"].fact("Dependency").startswith("afterok:")
+    assert second["evaluate"].wait(300) == ("COMPLETED", "0:0"), second["evaluate"].log + second["ppo"].log
+    assert json.loads((out / "evaluate/metrics.json").read_text())["metrics"]["eval/perplexity"] > 1
+    assert jobs(ptft(cluster, cache, tmp_path, *words)) == {}
 
 
 def test_what_the_cluster_cannot_do_is_refused_before_queueing(
