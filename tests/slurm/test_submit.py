@@ -113,6 +113,7 @@ def test_folds_are_an_array_with_a_table(cluster: Cluster, tmp_path: Path, docum
 def test_a_pipeline_of_six_jobs_is_repaired_and_goes_on(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     broken: dict[str, object] = {"data.train.0.source": None, "data.train.0.path": str(rows)}
+    rows.write_text('{"messages": "a conversation"}\n')
     (tmp_path / "small.yaml").write_text(small_demo("out", sft=broken))
     (tmp_path / "site.yaml").write_text("lead_s: 30\n")
     words = ("pipeline", "small.yaml", "--submit", "--site", "site.yaml")
