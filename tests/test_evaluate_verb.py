@@ -16,8 +16,11 @@ from support import eval_rows, make_recipe, start
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ptft_dist import api
+from ptft_dist import api, evaluation
+from ptft_dist.data.formats import Record
+from ptft_dist.data.sides import _fraction
 from ptft_dist.errors import CheckpointError, DataError, RecipeError
+from ptft_dist.tasks.registry import encoder_class
 
 SHORT: dict[str, Any] = {"train": {"max_steps": 4}, "save": {"every": None}, "eval": {"every": None}}
 TEXTS = ["ab cd", "dog eat dog", "a b c d e f g", "the end", "one two"]
@@ -174,19 +177,28 @@ def test_a_learned_wordpiece_keeps_its_ids(
     assert result.metrics["eval/loss"] == pytest.approx(perplexity(tmp_path / "copy", TEXTS)[0], rel=1e-5)
 
 
-def test_labels_are_those_of_the_run(tmp_path: Path, cache: Path) -> None:
-    """The training rows of the other split have a third label; the columns are mapped like those of the sources."""
+def test_labels_are_those_of_the_run(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The training rows of the other split have a third label, which the head does not know; the run has skipped it as
+    a validation row. The columns are mapped like those of the sources."""
     recipe = json.loads(write_tiny(tmp_path, "classification", **SHORT).read_text())
     path = Path(recipe["data"]["train"][0]["path"])
     rows = [json.loads(line) for line in (tmp_path / path).read_text().splitlines()]
     named = [{"sentence": row["text"], "gold": row["label"]} for row in rows]
-    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named))
+    key = encoder_class("classification").key
+    candidates = (Record({"text": f"red {i}", "label": "plant"}, "") for i in range(100))
+    plant = next(record for record in candidates if _fraction(key(record)) < 0.2)
+    odd = {"sentence": plant.values["text"], "gold": "plant"}
+    (tmp_path / "named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*named, odd]))
     source = {"path": "named.jsonl", "fields": {"text": "sentence", "label": "gold"}}
-    recipe["data"] |= {"train": [source], "validation": 0.2}
+    recipe["data"] |= {"train": [source], "validation": 0.2, "bad_rows": "skip"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named[:30]))
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "_survey", lambda _: {})
+        with pytest.raises(RecipeError, match="was trained for the labels animal, thing"):
+            api.evaluate_model("run", data="own.jsonl")
     result = api.evaluate_model("run", data="own.jsonl")
     model, tokenizer = (
         each.from_pretrained("run/model") for each in (AutoModelForSequenceClassification, AutoTokenizer)
