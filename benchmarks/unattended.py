@@ -24,7 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/slurm")]
+sys.path.insert(0, str(ROOT / "tests/slurm"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 from cluster import Job, programs, running
 from hosts import Hosts
