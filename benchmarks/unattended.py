@@ -2,11 +2,11 @@
 
     sudo python benchmarks/unattended.py [--starts 30] [--seed 0]
 
-Three hosts as network namespaces; the job trains on two of them. Causes: the time limit, a job of higher priority, a host
-that dies, a host whose link is cut, SIGTERM, a disk that is full for a while, a rank that is killed. Weights, optimizer and
-metrics must be equal to the bit to those of a run that was never stopped, TensorBoard's curve must be whole, and the
-history must tell every cause. What takes long on a cluster is short here: Slurm's two minutes before a requeued job
-starts, its timeout for hosts (20 s), and the distance between causes. About ten minutes on 2 cores.
+Three hosts as network namespaces; the job trains on two of them. Causes: the time limit, a job of higher priority, a
+host that dies, a host whose link is cut, SIGTERM, a disk that is full for a while, a rank that is killed. Weights,
+optimizer and metrics must be equal to the bit to those of a run that was never stopped, TensorBoard's curve must be
+whole, and the history must tell every cause. What takes long on a cluster is short here: Slurm's two minutes before a
+requeued job starts, its timeout for hosts (20 s), and the time between causes. About ten minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "tests/slurm"))
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests/slurm"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from cluster import Job, programs, running
 from hosts import Hosts
-from support import curves, last_step, outcome, start, write_documents, write_recipe
+from support import ROOT, curves, last_step, outcome, start, write_documents, write_recipe
 
 from ptft_dist.slurm.requeue import history
 

@@ -135,12 +135,13 @@ def test_a_pipeline_of_six_jobs_is_repaired_and_goes_on(cluster: Cluster, tmp_pa
     assert "sft         job" in status
     assert "last start: failed: the data are wrong" in status
 
-    talk = [{"role": "user", "content": "What does len do?"}, {"role": "assistant", "content": "It counts items."}]
-    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(40)))
+    answer = {"role": "assistant", "content": "It counts items."}
+    talks = [[{"role": "user", "content": f"What does len do in case {i}?"}, answer] for i in range(40)]
+    rows.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
     second = jobs(ptft(cluster, cache, tmp_path, *words))
     assert list(second) == ["sft", "reward", "ppo", "evaluate"]
     assert second["ppo"].fact("Dependency").startswith("afterok:")
-    assert second["evaluate"].wait(300) == ("COMPLETED", "0:0"), second["evaluate"].log + second["ppo"].log
+    assert second["evaluate"].wait(300) == ("COMPLETED", "0:0"), "\n".join(job.log for job in second.values())
     assert json.loads((out / "evaluate/metrics.json").read_text())["metrics"]["eval/perplexity"] > 1
     assert jobs(ptft(cluster, cache, tmp_path, *words)) == {}
 
