@@ -64,6 +64,7 @@ def train(
 
 def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     """Train as this process's rank; return the exit code. Failures are already reported."""
+    from ptft_dist.launch.ending import end_now
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.training.stopping import ending_at_once
@@ -71,14 +72,16 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     here = place()
     show_messages(here.rank)
     with ending_at_once(_end_before_training):
-        from ptft_dist.run import failure_code, run
+        from ptft_dist.failures import Failures
+        from ptft_dist.run import run
 
+        failures = Failures(Path(loaded.recipe.run_dir), here)
         try:
-            code = run(loaded, here, resume=resume, accept=accept).exit_code
-        except Exception as error:
-            code = failure_code(error, here)
+            code = run(loaded, here, resume=resume, accept=accept, failures=failures).exit_code
+        except Exception:
+            code = failures.exit_code
     if here.world_size > 1:
-        _end(code)
+        end_now(code)
     return code
 
 
@@ -87,29 +90,14 @@ def _end_before_training(signal_name: str) -> None:
     import signal
 
     from ptft_dist.errors import EXIT_STOPPED
+    from ptft_dist.launch.ending import end_now
     from ptft_dist.launch.environment import is_requeued, tell_launcher
     from ptft_dist.reporting.messages import say
 
     say(f"stopped by {signal_name} before training, so there is nothing to save")
     code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
     tell_launcher(code)
-    _end(code)
-
-
-def _end(code: int) -> None:
-    """Exit without interpreter shutdown.
-
-    After a failure, other ranks may wait in a collective, and leaving the process group would wait for them. After a
-    success, see Engine.close.
-    """
-    import multiprocessing
-    import sys
-
-    for reader in multiprocessing.active_children():
-        reader.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    end_now(code)
 
 
 def _launch(
