@@ -253,6 +253,17 @@ def test_a_disk_that_is_full_at_the_end_fails_the_run_and_keeps_the_rest(
     assert [row["step"] for row in rows(disk / "run") if "loss" in row] == list(range(1, STEPS + 1))
 
 
+def test_a_shard_on_a_full_disk(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:
+    """In the middle of the file; torch raises a RuntimeError without a number."""
+    prepare_folder(tmp_path, documents)
+    patches = ["fill_disk_before_save:4:300000", "no_estimate"]
+    words = ("train", "recipe.yaml", f"run_dir={disk / 'run'}")
+    run = start(*words, cwd=tmp_path, cache=cache, kind="cpu_zero2", patches=patches)
+    assert run.wait() == 78, run.stderr
+    assert "a shard of the checkpoint could not be written" in run.stderr
+    assert "No space left on device" in run.stderr
+
+
 def test_a_rank_that_cannot_write_its_shard_leaves_no_rank_waiting(
     tmp_path: Path, documents: Path, cache: Path
 ) -> None:
