@@ -192,6 +192,22 @@ def wait_in_rank(rank: str, step: str) -> None:
     _before_update(rank, step, lambda: ctypes.CDLL(None).sleep(60))
 
 
+def out_of_memory_in_rank(rank: str, step: str) -> None:
+    """This rank allocates more than there is in this update."""
+    import torch
+
+    _before_update(rank, step, lambda: torch.empty(2**60, dtype=torch.uint8))
+
+
+def faulty_gpu_in_rank(rank: str, step: str) -> None:
+    """The GPU of this rank fails in this update."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    _before_update(rank, step, fail)
+
+
 def full_disk_in_rank(rank: str, step: str) -> None:
     """A write of this rank fails in this update."""
 

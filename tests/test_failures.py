@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import start, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import SaveError
 from ptft_dist.data.cache import writing
@@ -166,3 +169,27 @@ def test_a_lost_peer_follows_from_the_failure_that_was_announced_first(text: str
 )
 def test_an_error_in_the_program(text: str) -> None:
     assert exit_code_of(RuntimeError(text)) == EXIT_FAILED
+
+
+# --- whole runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("patch", "code", "said"),
+    [
+        ("out_of_memory_in_rank:1:3", 77, "a smaller batch.micro_size"),
+        ("full_disk_in_rank:1:3", 78, "free space, then start again"),
+        ("faulty_gpu_in_rank:1:3", 76, "or its connection is faulty"),
+    ],
+)
+def test_a_run_that_fails(tmp_path: Path, documents: Path, cache: Path, patch: str, code: int, said: str) -> None:
+    """On one machine; the other rank only sees that its connection is closed."""
+    write_recipe(tmp_path, documents, eval={"every": None})
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, patches=[patch])
+    assert run.wait() == code, run.stderr
+    assert set(run.exit_codes) == {code}
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    assert (result["status"], result["exit_code"], result["host"]) == ("failed", code, socket.gethostname())
+    assert result["error"].startswith("rank 1 failed first: ")
+    assert said in result["error"]
+    assert result.get("lost_hosts") == ([socket.gethostname()] if code == 76 else None)
