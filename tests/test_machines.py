@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from engine_ranks import start_ranks
-from support import start, write_recipe
+from support import Start, start, write_recipe
 
 from ptft_dist.engine import machines as module
 from ptft_dist.engine.machines import Loss, Machines, Patience, machine_of, watch_machines
@@ -37,11 +37,10 @@ def result(folder: Path) -> dict[str, Any]:
     return found
 
 
-def run_on_machines(folder: Path, cache: Path, *patches: str) -> Any:
-    """Two ranks, each on a machine of its own that is called rank-RANK."""
-    return start(
-        "train", "recipe.yaml", cwd=folder, cache=cache, ranks=2, patches=["a_machine_for_each_rank", *patches]
-    )
+def run_on_machines(folder: Path, cache: Path, *patches: str, count: int = 2) -> Start:
+    """Ranks that are each on a machine of their own, which is called rank-RANK."""
+    words, patches = ("train", "recipe.yaml", "batch.micro_size=2"), ("a_machine_for_each_rank", *patches)
+    return start(*words, cwd=folder, cache=cache, ranks=count, patches=patches)
 
 
 def test_a_killed_machine_is_named_by_the_rank_whose_collective_fails(folder: Path, cache: Path) -> None:
@@ -52,6 +51,15 @@ def test_a_killed_machine_is_named_by_the_rank_whose_collective_fails(folder: Pa
     assert (found["status"], found["exit_code"], found["lost_hosts"]) == ("failed", 76, ["rank-1"])
     assert "Lost: rank-1." in found["error"]
     assert found["host"] == "rank-0"
+
+
+def test_all_other_machines_say_that_one_is_lost(folder: Path, cache: Path) -> None:
+    """Whichever of them announces its failure first."""
+    run = run_on_machines(folder, cache, "die_in_rank:2:3", count=3)
+    assert run.wait(60) == 76, run.stderr
+    assert run.exit_codes == [76, 76, -9]
+    found = result(folder)
+    assert (found["exit_code"], found["lost_hosts"]) == (76, ["rank-2"])
 
 
 @pytest.mark.parametrize("lost", [0, 1])
