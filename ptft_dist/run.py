@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import os
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,9 @@ from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkp
 from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
-from ptft_dist.config.secrets import hide
-from ptft_dist.engine import Engine, announce_failure, first_failure, reset_accelerate, why_not_loadable
-from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError, exit_code_of
+from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
+from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError
+from ptft_dist.failures import Failures
 from ptft_dist.launch.environment import (
     Place,
     describe_backend,
@@ -33,18 +32,17 @@ from ptft_dist.launch.environment import (
     start_token,
     tell_launcher,
 )
+from ptft_dist.launch.result import write_result
 from ptft_dist.networks.export import Export, export
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.reporting.run_files import (
-    FailureReport,
     keep_tokenizer,
     kept_tokenizer,
     lock_run_dir,
     make_run_dir,
     save_tokenizer,
-    write_result,
     write_start,
 )
 from ptft_dist.session import Session
@@ -77,59 +75,44 @@ class Result:
         return EXIT_FINISHED if self.status == "finished" else EXIT_STOPPED
 
 
-def run(loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str]) -> Result:
+def run(
+    loaded: Loaded, place: Place, *, resume: str, accept: Sequence[str], failures: Failures | None = None
+) -> Result:
     """Train as this rank.
 
     A failure is reported once and raised. If training had begun, it is also written to logs/ and result.json.
+
+    failures: to learn the exit code of a failure from.
     """
-    run_dir, started = Path(loaded.recipe.run_dir), time.monotonic()
-    report, lock = FailureReport(run_dir, place), None
+    run_dir, lock = Path(loaded.recipe.run_dir), None
+    failures = failures or Failures(run_dir, place)
     try:
         make_run_dir(run_dir)
         lock = lock_run_dir(run_dir) if place.is_main else None
         stop_file, end = (run_dir / "stop", end_of_job(os.environ)) if place.is_main else (None, None)
         stop = StopRequest(stop_file, start_token(os.environ), end)
         with libraries_restored(loaded.recipe.train.deterministic):
-            return _train(loaded, report, stop, resume, accept, started)
+            return _train(loaded, failures, stop, resume, accept)
     except Exception as error:
-        report_failure(error, report, started)
+        failures.report_error(error)
         raise
     finally:
         if lock is not None:
             lock.release()
 
 
-def report_failure(error: Exception, report: FailureReport, started: float) -> None:
-    """Announce a failure to the other ranks, and report it once. started: of time.monotonic."""
-    place = report.place
-    announce_failure(hide(f"rank {place.rank}: {type(error).__name__}: {error}"))
-    report.write(error, failure_code(error, place), time.monotonic() - started, _cause(place))
-
-
-def failure_code(error: BaseException, place: Place) -> int:
-    """The exit code of this rank after an error."""
-    return exit_code_of(error, _cause(place))
-
-
-def _cause(place: Place) -> str | None:
-    """The failure that another rank has announced first; None without one."""
-    first = first_failure()
-    return None if first is None or first.startswith(f"rank {place.rank}:") else first
-
-
-def _train(
-    loaded: Loaded, report: FailureReport, stop: StopRequest, how: str, accept: Sequence[str], started: float
-) -> Result:
-    recipe, run_dir, main = loaded.recipe, Path(loaded.recipe.run_dir), report.place.is_main
+def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, accept: Sequence[str]) -> Result:
+    recipe, run_dir, place = loaded.recipe, Path(loaded.recipe.run_dir), failures.place
+    main = place.is_main
     checkpoints = Checkpoints(run_dir / "checkpoints")
-    session = Session(loaded, report.place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
-    loadable = partial(why_not_loadable, kind=session.kind, ranks=report.place.world_size)
+    session = Session(loaded, place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
+    loadable = partial(why_not_loadable, kind=session.kind, ranks=place.world_size)
     free = partial(may_change, recipe=recipe)
     resume = Resume(checkpoints, how, accept, session.identity, loadable, free)
     resume.after_requeue(restarted_job())
     resume.precheck()
     session.plan  # noqa: B018  # raises its errors before a process group exists
-    session.start()
+    session.start(formed=failures.watch_machines)
     engine = session.engine
     checkpoint = resume.choose(engine, warn if main else _ignore)
     base = session.base_identity() if engine.trained_count < engine.parameter_count else None
@@ -144,7 +127,7 @@ def _train(
         if main:
             resume.begin(checkpoint, warn, job_id())
             _begin(session, trainer, checkpoint)
-        report.begun = True
+        failures.report.begun = True
         with stop.listening():
             outcome = trainer.fit()
         if outcome.finished:
@@ -154,9 +137,10 @@ def _train(
             sink.close()
     result = _result(trainer, outcome, run_dir)
     if main:
-        _finish(result, trainer, time.monotonic() - started, generates=recipe.settings.writes)
+        _finish(result, trainer, failures.wall_s, generates=recipe.settings.writes)
         stop.fulfilled()
     engine.barrier()
+    failures.over()
     engine.close()
     tell_launcher(result.exit_code)
     return result

@@ -7,6 +7,7 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -211,8 +212,10 @@ class Session:
 
     # --- with the other processes ------------------------------------------------------------------------------------
 
-    def start(self, *, training: bool = True) -> None:
+    def start(self, *, training: bool = True, formed: Callable[[Engine], None] = lambda _engine: None) -> None:
         """Form the process group, build network and task, and wrap the network; the optimizer only for training.
+
+        formed: called as soon as the process group exists.
 
         Raises:
             RecipeError: the network does not fit the task.
@@ -223,6 +226,7 @@ class Session:
             self.prepare_penalties()
         self.add_start_column(training=training)
         self.engine = Engine(recipe.train.precision, self._deepspeed_config())
+        formed(self.engine)
         self.agree_on_data()
         self.trained.build(self.engine, wrap=self._with_teacher, rows=self.prepared.train if training else None)
         model, section = self.trained.model, self.trained.section

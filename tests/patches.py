@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -157,6 +158,90 @@ def die_in_rank(rank: str, step: str) -> None:
         return update(self, group)
 
     Trainer.update = dying  # type: ignore[method-assign]
+
+
+def a_machine_for_each_rank() -> None:
+    """Each rank is on a machine of its own, called rank-RANK."""
+    import socket
+
+    rank = os.environ["RANK"]
+    os.environ["GROUP_RANK"] = rank
+    socket.gethostname = lambda: f"rank-{rank}"  # type: ignore[assignment]
+
+
+def short_grace(seconds: str) -> None:
+    """End soon after another machine is gone."""
+    from ptft_dist.engine import machines
+
+    machines.GRACE_S = float(seconds)
+
+
+def no_connection_between_machines() -> None:
+    from ptft_dist.engine.machines import Machines
+
+    def refused(*_: Any) -> None:
+        raise ConnectionRefusedError(111, "Connection refused")
+
+    Machines.join = refused  # type: ignore[method-assign]
+
+
+def wait_in_rank(rank: str, step: str) -> None:
+    """This rank waits in this update in C code, as in a collective that does not return."""
+    import ctypes
+
+    _before_update(rank, step, lambda: ctypes.CDLL(None).sleep(60))
+
+
+def out_of_memory_in_rank(rank: str, step: str) -> None:
+    """This rank allocates more than there is in this update."""
+    import torch
+
+    _before_update(rank, step, lambda: torch.empty(2**60, dtype=torch.uint8))
+
+
+def faulty_gpu_in_rank(rank: str, step: str) -> None:
+    """The GPU of this rank fails in this update."""
+
+    def fail() -> None:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    _before_update(rank, step, fail)
+
+
+def full_disk_in_rank(rank: str, step: str) -> None:
+    """A write of this rank fails in this update."""
+
+    def fail() -> None:
+        raise OSError(28, "No space left on device")
+
+    _before_update(rank, step, fail)
+
+
+def end_late_in_rank(rank: str, seconds: str) -> None:
+    """This rank takes a while after all others have ended."""
+    from ptft_dist.engine import Engine
+
+    barrier = Engine.barrier
+
+    def late(self: Engine) -> None:
+        barrier(self)
+        if os.environ["RANK"] == rank and Path("run/result.json").exists():
+            time.sleep(float(seconds))
+
+    Engine.barrier = late  # type: ignore[method-assign]
+
+
+def _before_update(rank: str, step: str, action: Callable[[], Any]) -> None:
+    from ptft_dist.training.trainer import Trainer
+
+    update = Trainer.update
+
+    def acting(self: Trainer, group: Any) -> Any:
+        if os.environ.get("RANK", "0") == rank and self.progress.step + 1 == int(step):
+            action()
+        return update(self, group)
+
+    Trainer.update = acting  # type: ignore[method-assign]
 
 
 def evaluations(*losses: str) -> None:

@@ -397,7 +397,7 @@ def test_a_run_directory_on_a_full_disk(tmp_path: Path, documents: Path, cache: 
         while True:
             filler.write(bytes(4096))
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
-    assert run.wait() == 2
+    assert run.wait() == 78
     assert "error: run_dir: " in run.stderr
     assert "cannot be written: No space left on device" in run.stderr
     assert "Traceback" not in run.stderr

@@ -20,7 +20,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import ptft_dist.engine as module
 from ptft_dist.engine import Engine, announce_failure, complete_deepspeed_config, first_failure
-from ptft_dist.errors import CheckpointError
+from ptft_dist.errors import CheckpointError, Failure
 
 KINDS = {"ddp": "cpu", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "fsdp2"}
 LAYER = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16  # elements of one layer of the network
@@ -291,15 +291,18 @@ def test_a_frozen_network_gives_its_logits_from_shards(tmp_path: Path, kind: str
 # --- ranks that fail --------------------------------------------------------------------------------------------------
 
 
-def wait_for_a_rank(how: str) -> tuple[float, str | None, str]:
+MADE_TO_FAIL = Failure(1, "h2", 1, "RuntimeError: made to fail")
+
+
+def wait_for_a_rank(how: str) -> tuple[float, Failure | None, str]:
     """Rank 1 hangs or fails in the second update; how long rank 0 waits, and what it learns."""
     module.UPDATE_TIMEOUT = timedelta(seconds=2)
     engine = make_engine()
     with engine.updating():
         engine.all_sum(1.0)
     if engine.rank == 1 and how == "fails":
-        announce_failure("rank 1: RuntimeError: made to fail")
-        announce_failure("rank 1: another one, later")
+        announce_failure(MADE_TO_FAIL)
+        announce_failure(MADE_TO_FAIL._replace(text="another one, later"))
         os._exit(3)
     started = time.monotonic()
     try:
@@ -324,7 +327,7 @@ def test_a_dead_rank_is_noticed_soon(tmp_path: Path, how: str) -> None:
     waited, who, error = result(tmp_path, 0)
     assert error
     assert waited < 6
-    assert who == ("rank 1: RuntimeError: made to fail" if how == "fails" else None)
+    assert who == (MADE_TO_FAIL if how == "fails" else None)
 
 
 def late_outside_of_an_update() -> bool:
@@ -344,7 +347,7 @@ def test_a_long_evaluation_is_waited_for(tmp_path: Path) -> None:
     assert on_ranks(late_outside_of_an_update, folder=tmp_path) == [True, True]
 
 
-def nobody_failed() -> str | None:
+def nobody_failed() -> Failure | None:
     engine = make_engine()
     engine.barrier()
     failure = first_failure()
@@ -355,4 +358,4 @@ def nobody_failed() -> str | None:
 def test_without_a_failure_nobody_is_named(tmp_path: Path) -> None:
     assert on_ranks(nobody_failed, folder=tmp_path) == [None, None]
     assert first_failure() is None
-    announce_failure("there is no process group to tell")
+    announce_failure(MADE_TO_FAIL)  # there is no process group to tell

@@ -23,6 +23,11 @@ STOPPED, LOST = {"exit_code": 75}, {"exit_code": 76}
         (75, STOPPED, 75, True),
         (137, STOPPED, 75, True),  # srun has killed the tasks of another node
         (76, LOST, 76, True),
+        (77, {"exit_code": 77}, 77, False),
+        (137, {"exit_code": 77}, 77, False),
+        (77, None, 77, False),
+        (78, {"exit_code": 78}, 78, True),
+        (78, None, 78, True),
         (137, None, 76, True),  # the machine is gone, or out of memory, and nobody could report it
         (143, None, 76, True),
         (1, {"exit_code": 1}, 1, False),
@@ -47,6 +52,13 @@ def test_a_job_without_progress_ends() -> None:
     assert "3 starts have ended without a new checkpoint (update 5)" in stuck.why
     assert decide(75, STOPPED, [4, 5, 6], 3).requeue
     assert not decide(75, STOPPED, [4, 5, 6, 7], 3).requeue
+
+
+def test_a_full_disk_has_the_budget_of_starts_without_progress() -> None:
+    assert decide(78, {"exit_code": 78}, [5, 5], 100).requeue
+    stuck = decide(78, {"exit_code": 78}, [5, 5, 5], 100)
+    assert not stuck.requeue
+    assert stuck.why.startswith("the disk is full or the quota is used up; not requeued, because 3 starts")
 
 
 def test_a_job_that_slurm_will_not_requeue() -> None:
@@ -105,10 +117,10 @@ def test_a_start_that_has_not_read_its_recipe() -> None:
 def test_exit_codes_of_errors() -> None:
     gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1")
     assert exit_code_of(gone) == 76
-    assert exit_code_of(gone, cause="rank 1: RuntimeError: a bug") == 1
+    assert exit_code_of(gone, cause=1) == 1
     assert exit_code_of(RuntimeError("a bug")) == 1
     assert exit_code_of(torch.distributed.DistNetworkError("EADDRINUSE")) == 76
-    assert exit_code_of(RecipeError("x"), cause="rank 1: x") == 2
+    assert exit_code_of(RecipeError("x"), cause=1) == 2
     assert exit_code_of(NonFiniteLossError("x")) == 5
 
 

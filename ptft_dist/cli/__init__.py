@@ -14,7 +14,7 @@ import typer
 
 from ptft_dist import __version__
 from ptft_dist.config.secrets import hide, hide_in_libraries
-from ptft_dist.errors import PtftError
+from ptft_dist.errors import PtftError, exit_code_of
 from ptft_dist.reporting.messages import show_messages
 
 # name, module, function (or a Typer app with subcommands)
@@ -96,7 +96,7 @@ def main() -> None:
         sys.exit(end.exit_code)
     except PtftError as error:
         print(hide(f"error: {error}"), file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code_of(error))
     except typer.TyperException as error:
         print(f"error: {error.format_message()}\nSee `ptft --help` and `ptft VERB --help`.", file=sys.stderr)
         sys.exit(2)
@@ -106,7 +106,7 @@ def main() -> None:
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(_EXIT_READER_GONE)
         print(hide(traceback.format_exc()), end="", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(exit_code_of(error))
 
 
 def _reader_is_gone() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptft_dist.cli.ranks import end, end_at_signal
+from ptft_dist.cli.ranks import end_at_signal
+from ptft_dist.launch.ending import end_now
 
 if TYPE_CHECKING:
     from ptft_dist.evaluation import Evaluation
@@ -45,21 +45,20 @@ def evaluate(
         if here.world_size == 1:
             _print(call())
             return
-        end(_as_rank(call, here, Path(model)))
+        end_now(_as_rank(call, here, Path(model)))
 
 
 def _as_rank(call: Callable[[], Evaluation], here: Place, model: Path) -> int:
     """Evaluate as one rank of several; return the exit code. A failure is reported once, by the rank that fails
     first."""
-    from ptft_dist.reporting.run_files import FailureReport
-    from ptft_dist.run import failure_code, report_failure
+    from ptft_dist.failures import Failures
 
-    started = time.monotonic()
+    failures = Failures(model, here)
     try:
         result = call()
     except Exception as error:
-        report_failure(error, FailureReport(model, here), started)
-        return failure_code(error, here)
+        failures.report_error(error)
+        return failures.exit_code
     if here.is_main:
         _print(result)
     return 0

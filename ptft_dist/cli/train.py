@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ptft_dist.cli.ranks import end, end_at_signal
+from ptft_dist.cli.ranks import end_at_signal
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch.ending import end_now
 
 if TYPE_CHECKING:
     from ptft_dist.config.load import Loaded
@@ -82,14 +83,16 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     here = place()
     show_messages(here.rank)
     with ending_at_once(partial(end_at_signal, _BEFORE)):
-        from ptft_dist.run import failure_code, run
+        from ptft_dist.failures import Failures
+        from ptft_dist.run import run
 
+        failures = Failures(Path(loaded.recipe.run_dir), here)
         try:
-            code = run(loaded, here, resume=resume, accept=accept).exit_code
-        except Exception as error:
-            code = failure_code(error, here)
+            code = run(loaded, here, resume=resume, accept=accept, failures=failures).exit_code
+        except Exception:
+            code = failures.exit_code
     if here.world_size > 1:
-        end(code)
+        end_now(code)
     return code
 
 

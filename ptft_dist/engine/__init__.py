@@ -27,10 +27,12 @@ from ptft_dist.engine.backends import backend_class, why_not_loadable
 from ptft_dist.engine.deepspeed_settings import Precision, complete_deepspeed_config
 from ptft_dist.engine.frozen import FrozenNetwork, place_frozen
 from ptft_dist.engine.loss_module import LossModule
+from ptft_dist.engine.machines import Loss, Machines, watch_machines
 from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
 from ptft_dist.engine.parameters import element_counts, require_tied, tied_groups, trainable_names
 from ptft_dist.engine.processes import (
     PROCESS_GROUP_TIMEOUT,
+    STORE_GONE,
     UPDATE_TIMEOUT,
     announce_failure,
     first_failure,
@@ -45,8 +47,11 @@ from ptft_dist.engine.state import Files
 from ptft_dist.errors import RecipeError
 
 __all__ = [
+    "STORE_GONE",
     "Engine",
     "FrozenNetwork",
+    "Loss",
+    "Machines",
     "Precision",
     "SavedState",
     "announce_failure",
@@ -54,6 +59,7 @@ __all__ = [
     "first_failure",
     "planned_kind",
     "reset_accelerate",
+    "watch_machines",
     "why_not_loadable",
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from datetime import timedelta
 from typing import Any
@@ -12,13 +13,14 @@ from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState, DistributedType, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from ptft_dist.errors import RecipeError
+from ptft_dist.errors import EXIT_FAILED, Failure, RecipeError
 
 # Outside of updates, ranks may wait for one that writes a checkpoint or exports, but never for tokenization.
 PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)
 # Within an update, all ranks do the same work and differ only by a slow read or the compilation of a kernel.
 UPDATE_TIMEOUT = timedelta(minutes=5)
 FAILURE_KEY = "ptft_dist/failure"
+STORE_GONE = Failure(-1, "", EXIT_FAILED, "the process with the rendezvous store (rank 0 or the launcher) has ended")
 
 
 def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> str:
@@ -86,24 +88,24 @@ def set_collective_timeout(timeout: timedelta) -> None:
         dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
-def announce_failure(text: str) -> None:
+def announce_failure(failure: Failure) -> None:
     """Announce to the other ranks why this one ends; the first announcement of a run is kept. Call before exit.
 
     Otherwise a rank that waits for this one only gets a broken connection or a timeout.
     """
     if dist.is_initialized():
         with contextlib.suppress(dist.DistError):  # the process with the store has ended
-            _store().compare_set(FAILURE_KEY, "", text)
+            _store().compare_set(FAILURE_KEY, "", json.dumps(failure))
 
 
-def first_failure() -> str | None:
-    """The failure that was announced first; None if there is none."""
+def first_failure() -> Failure | None:
+    """The failure that was announced first; None if there is none; STORE_GONE if nobody can say."""
     if not dist.is_initialized():
         return None
     try:
-        return _store().get(FAILURE_KEY).decode() if _store().check([FAILURE_KEY]) else None
+        return Failure(*json.loads(_store().get(FAILURE_KEY))) if _store().check([FAILURE_KEY]) else None
     except dist.DistError:
-        return "the process with the rendezvous store (rank 0 or the launcher) has ended"
+        return STORE_GONE
 
 
 def _store() -> dist.Store:

@@ -13,10 +13,10 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from ptft_dist.errors import EXIT_FAILED, EXIT_LOST
-from ptft_dist.launch.environment import EXIT_CODE_FILE
+from ptft_dist.launch.environment import EXIT_CODE_FILE, RUN_DIR
+from ptft_dist.launch.result import RESULT, has_begun, write_failure
 
 
 def main() -> None:
@@ -30,25 +30,39 @@ def main() -> None:
     try:
         run()
     except ChildFailedError as error:
-        reported = Path(os.environ[EXIT_CODE_FILE]).read_text()
-        for line in ends(error.failures, reported=bool(reported)):
-            print(line, file=sys.stderr, flush=True)
-        sys.exit(EXIT_LOST if any(map(was_killed, error.failures.values())) else EXIT_FAILED)
+        sys.exit(_report({rank: int(failure.exitcode) for rank, failure in error.failures.items()}))
     except subprocess.CalledProcessError as error:  # one process, which accelerate starts without torchrun
-        sys.exit(max(error.returncode, 1))
+        sys.exit(_report({0: error.returncode}) if error.returncode < 0 else error.returncode)
 
 
-def was_killed(failure: Any) -> bool:
+def _report(codes: Mapping[int, int]) -> int:
+    """Report the ranks that failed; the exit code of the launcher. codes: by rank, negative after a signal."""
+    reported = bool(Path(os.environ[EXIT_CODE_FILE]).read_text())
+    lines = ends(codes, reported=reported)
+    for line in lines:
+        print(line, file=sys.stderr, flush=True)
+    if not any(map(was_killed, codes.values())):
+        return EXIT_FAILED
+    run_dir, host = Path(os.environ[RUN_DIR]), socket.gethostname()
+    if not reported and has_begun(run_dir):
+        try:
+            write_failure(run_dir, {"exit_code": EXIT_LOST, "error": "\n".join(lines), "host": host}, [host])
+        except OSError as error:
+            print(f"{run_dir / RESULT} cannot be written: {error.strerror}", file=sys.stderr)
+    return EXIT_LOST
+
+
+def was_killed(code: int) -> bool:
     """Whether a signal ended the rank, other than SIGTERM, with which torchrun ends the other ranks."""
-    return failure.exitcode < 0 and -failure.exitcode != signal.SIGTERM
+    return code < 0 and -code != signal.SIGTERM
 
 
-def ends(failures: Mapping[int, Any], *, reported: bool) -> list[str]:
+def ends(codes: Mapping[int, int], *, reported: bool) -> list[str]:
     """What to say of each rank that ended with a failure. reported: a rank has already reported the cause."""
     lines = []
-    for rank, failure in sorted(failures.items()):
-        code, place = int(failure.exitcode), f"rank {rank} on {socket.gethostname()}"
-        if was_killed(failure):
+    for rank, code in sorted(codes.items()):
+        place = f"rank {rank} on {socket.gethostname()}"
+        if was_killed(code):
             memory = "; perhaps the machine ran out of memory" if -code == signal.SIGKILL else ""
             lines.append(f"{place} was killed by {signal.Signals(-code).name}{memory}")
         elif code > 0 and not reported:

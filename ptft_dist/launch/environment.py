@@ -140,6 +140,10 @@ EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
 """The environment variable with the path of the file in which ranks write their exit code for `ptft train --launch`."""
 
 
+RUN_DIR = "PTFT_RUN_DIR"
+"""The environment variable in which `ptft train --launch` names the run directory to `accelerate launch`."""
+
+
 def tell_launcher(exit_code: int) -> None:
     """Pass the exit code to `ptft train --launch`, because torchrun and `accelerate launch` do not. Raises OSError.
 

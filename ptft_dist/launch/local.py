@@ -15,8 +15,9 @@ from types import FrameType
 from typing import NoReturn
 
 from ptft_dist.errors import RecipeError
-from ptft_dist.launch.environment import EXIT_CODE_FILE, START_TOKEN, start_token
+from ptft_dist.launch.environment import EXIT_CODE_FILE, RUN_DIR, START_TOKEN, start_token
 from ptft_dist.launch.launch_file import LaunchFile
+from ptft_dist.launch.network import gloo_interface
 from ptft_dist.signals import STOP, ignore_stop_signals
 
 
@@ -149,7 +150,12 @@ def launch(
     }
     descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
     os.close(descriptor)
-    environment |= {EXIT_CODE_FILE: name, START_TOKEN: token}
+    environment |= {EXIT_CODE_FILE: name, START_TOKEN: token, RUN_DIR: str(run_dir.absolute())}
+    if address is not None:
+        interface, message = gloo_interface(address, environment)
+        environment |= interface
+        if message is not None:
+            print(message, file=sys.stderr, flush=True)
     try:
         # A new session, so that the ranks do not get a terminal's Ctrl-C. Slurm may still signal each process of a job.
         # torchrun ignores these signals, and so does a rank until it installs its own handler.

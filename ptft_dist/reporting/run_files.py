@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,8 +24,18 @@ from filelock import FileLock, Timeout
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import EXIT_LOST, PtftError, RecipeError, StillRunningError
+from ptft_dist.errors import (
+    EXIT_LOST,
+    REMEDIES,
+    Failure,
+    MachineLostError,
+    PtftError,
+    RecipeError,
+    StillRunningError,
+    is_hardware_fault,
+)
 from ptft_dist.launch.environment import Place, job_id, restarted_job, start_token, tell_launcher
+from ptft_dist.launch.result import ENVIRONMENT, RESULT, write_failure
 from ptft_dist.reporting.messages import fail, say
 
 TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
@@ -102,10 +112,11 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], m
         "command": sys.argv,
         "ptft_dist": __version__,
         "packages": {name: metadata.version(name) for name in PACKAGES},
+        "start": start_token(os.environ),
         **machine,
     }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=1))
-    (run_dir / "result.json").unlink(missing_ok=True)
+    (run_dir / RESULT).unlink(missing_ok=True)
+    (run_dir / ENVIRONMENT).write_text(json.dumps(environment, indent=1))
 
 
 def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) -> None:
@@ -140,17 +151,6 @@ def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
     return run_dir / TOKENIZER if same and (run_dir / TOKENIZER).is_dir() else None
 
 
-def write_result(run_dir: Path, values: dict[str, Any]) -> None:
-    """Replace result.json atomically."""
-    result = {**values, "start": start_token(os.environ)}
-    partial = run_dir / f".result-{os.getpid()}.json"
-    try:
-        partial.write_text(json.dumps(result, indent=1))
-        partial.replace(run_dir / "result.json")
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 class FailureReport:
     """Reports the first failure among the ranks of this machine once, and its exit code to the launcher.
 
@@ -163,33 +163,65 @@ class FailureReport:
         self.log = run_dir / "logs" / f"rank-{place.rank}.log"
         self.claim = _scratch() / f"failed-{_this_start()}"
 
-    def write(self, error: Exception, exit_code: int, wall_s: float, cause: str | None = None) -> None:
-        """cause: the failure of another rank that this one follows from, if one was announced."""
-        trace = hide(traceback.format_exc())
+    def write(
+        self,
+        error: Exception,
+        exit_code: int,
+        wall_s: float,
+        cause: Failure | None = None,
+        lost_hosts: Sequence[str] = (),
+    ) -> None:
+        """Report an error of this rank.
+
+        Args:
+            cause: the failure of another rank that this one follows from, if one was announced.
+            lost_hosts: the machines that were lost, as far as this rank knows.
+        """
+        trace = hide("".join(traceback.format_exception(error)))
         if self.begun:
             with _reporting(self.log), self.log.open("a") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.place.rank} failed\n{trace}\n")
+        what = self._what(error, exit_code, cause, lost_hosts)
+        if self._is_first():
+            if not isinstance(error, PtftError):
+                fail(trace)
+            where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
+            fail(f"error: {what}{where}")
+            with _reporting(self.claim):
+                tell_launcher(exit_code)
+        elif not lost_hosts:
+            return  # another rank of this machine failed first; this failure probably follows from it
+        if self.begun:
+            host = cause.host if cause is not None and cause.host else socket.gethostname()
+            result = {"exit_code": exit_code, "wall_s": round(wall_s, 2), "error": what, "host": host}
+            with _reporting(self.run_dir / RESULT):
+                write_failure(self.run_dir, result, lost_hosts)
+
+    def _is_first(self) -> bool:
+        """Whether no other rank of this machine has failed before."""
         with _reporting(self.claim):
             try:
                 self.claim.touch(exist_ok=self.place.world_size == 1)
             except FileExistsError:
-                return  # another rank failed first; this failure probably follows from it
-        who = f"rank {self.place.rank} failed first: " if self.place.world_size > 1 else ""
+                return False
+        return True
+
+    def _what(self, error: Exception, exit_code: int, cause: Failure | None, lost_hosts: Sequence[str]) -> str:
+        """The error in words, with what it follows from or what to do."""
         what = hide(str(error) if isinstance(error, PtftError) else f"{type(error).__name__}: {error}")
-        if cause is not None and not isinstance(error, PtftError):
-            what += f"\nThis follows from an earlier failure: {hide(cause)}"
-        elif exit_code == EXIT_LOST:
-            what += "\nAnother rank was killed (out of memory?); the launcher's summary names it."
-        if not isinstance(error, PtftError):
-            fail(trace)
-        where = f"\nlog: {self.log}" if self.begun and not isinstance(error, PtftError) else ""
-        fail(f"error: {who}{what}{where}")
-        with _reporting(self.claim):
-            tell_launcher(exit_code)
-        if self.begun:
-            result = {"status": "failed", "exit_code": exit_code, "wall_s": round(wall_s, 2), "error": f"{who}{what}"}
-            with _reporting(self.run_dir / "result.json"):
-                write_result(self.run_dir, result)
+        if self.place.world_size > 1 and not isinstance(error, MachineLostError):
+            what = f"rank {self.place.rank} failed first: {what}"
+        if cause is not None and (not isinstance(error, PtftError) or isinstance(error, MachineLostError)):
+            return f"{what}\nThis follows from an earlier failure: {hide(cause.said)}"
+        if isinstance(error, PtftError):
+            return what
+        if is_hardware_fault(error):
+            return f"{what}\nA GPU of {socket.gethostname()} or its connection is faulty."
+        if exit_code == EXIT_LOST and lost_hosts:
+            return f"{what}\nLost: {', '.join(lost_hosts)}."
+        if exit_code == EXIT_LOST:
+            return f"{what}\nAnother rank was killed (out of memory?); the launcher's summary names it."
+        return f"{what}\n{REMEDIES[exit_code]}." if exit_code in REMEDIES else what
 
 
 def _scratch() -> Path:

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ptft_dist.errors import EXIT_FAILED, EXIT_FINISHED, EXIT_LOST, EXIT_STOPPED
+from ptft_dist.errors import EXIT_DISK, EXIT_FAILED, EXIT_FINISHED, EXIT_LOST, EXIT_MEMORY, EXIT_STOPPED
 from ptft_dist.launch.environment import start_token
 from ptft_dist.slurm.client import fields
 
@@ -30,6 +30,8 @@ CAUSES = {
     5: "failed: the loss is not finite",
     EXIT_STOPPED: "stopped, to be resumed",
     EXIT_LOST: "a process or a node was lost",
+    EXIT_MEMORY: "failed: out of memory",
+    EXIT_DISK: "the disk is full or the quota is used up",
 }
 """Exit code of a start -> its cause."""
 BY_SLURM = "ended and requeued by Slurm itself: a node was down, or a checkpoint took too long"
@@ -65,7 +67,7 @@ def decide(
     if code not in CAUSES:  # a signal, such as that of srun to the tasks of other nodes
         code = EXIT_LOST
     why = CAUSES[code]
-    if code not in (EXIT_STOPPED, EXIT_LOST):
+    if code not in (EXIT_STOPPED, EXIT_LOST, EXIT_DISK):
         return Decision(code, False, why)
     if not may:
         return Decision(code, False, f"{why}; not requeued, because the job was cancelled or is not to be requeued")

@@ -241,7 +241,7 @@ def test_a_disk_that_is_full_at_the_end_fails_the_run_and_keeps_the_rest(
     prepare_folder(tmp_path, documents)
     arguments = ("train", "recipe.yaml", "run_dir=disk/run")
     run = start(*arguments, cwd=tmp_path, cache=cache, patches=["fill_disk_before_save:8:0"])
-    assert run.wait() == 4, run.stderr
+    assert run.wait() == 78, run.stderr
     assert "error: the checkpoint was not written; earlier ones are untouched" in run.stderr
     assert "Traceback" not in run.stderr
     assert sorted(path.name for path in (disk / "run/checkpoints").iterdir())[-1] == "step-00000006"
@@ -253,6 +253,17 @@ def test_a_disk_that_is_full_at_the_end_fails_the_run_and_keeps_the_rest(
     assert [row["step"] for row in rows(disk / "run") if "loss" in row] == list(range(1, STEPS + 1))
 
 
+def test_a_shard_on_a_full_disk(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:
+    """In the middle of the file; torch raises a RuntimeError without a number."""
+    prepare_folder(tmp_path, documents)
+    patches = ["fill_disk_before_save:4:300000", "no_estimate"]
+    words = ("train", "recipe.yaml", f"run_dir={disk / 'run'}")
+    run = start(*words, cwd=tmp_path, cache=cache, kind="cpu_zero2", patches=patches)
+    assert run.wait() == 78, run.stderr
+    assert "a shard of the checkpoint could not be written" in run.stderr
+    assert "No space left on device" in run.stderr
+
+
 def test_a_rank_that_cannot_write_its_shard_leaves_no_rank_waiting(
     tmp_path: Path, documents: Path, cache: Path
 ) -> None:
@@ -261,7 +272,7 @@ def test_a_rank_that_cannot_write_its_shard_leaves_no_rank_waiting(
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": 2, "kind": "cpu_zero2"}
     run = start("train", "recipe.yaml", patches=["break_shard:1:8"], **place)
     run.processes[1].join(60)
-    assert run.exit_codes[1] == 4, run.stderr
+    assert run.exit_codes[1] == 78, run.stderr
     assert "No space left" in run.stderr
     run.kill()  # as a launcher does when one of its ranks has ended; without one, gloo notices at the next message
     whole = start("checkpoints", "run", cwd=tmp_path, cache=cache)

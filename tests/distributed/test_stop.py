@@ -250,6 +250,26 @@ def test_a_rank_that_is_killed_ends_the_others(tmp_path: Path, launched: Callabl
     assert "ChildFailedError" not in said
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher_leaves_a_result_if_no_rank_could(
+    tmp_path: Path, launched: Callable[..., psutil.Popen], processes: int
+) -> None:
+    """All ranks are killed at once."""
+    command = launched([*TWO[:-1], str(processes)])
+    ranks = [each for each in command.children(recursive=True) if "-m ptft_dist train" in " ".join(each.cmdline())]
+    ranks = [each for each in ranks if "accelerate_launch" not in " ".join(each.cmdline())]
+    assert len(ranks) >= processes
+    for each in ranks:
+        each.suspend()  # so that none of them reports the end of another
+    for each in ranks:
+        each.kill()
+    assert command.wait(timeout=60) == 76
+    result = json.loads((tmp_path / "run/result.json").read_text())
+    host = socket.gethostname()
+    assert (result["status"], result["exit_code"], result["lost_hosts"]) == ("failed", 76, [host])
+    assert f"rank 0 on {host} was killed by SIGKILL" in result["error"]
+
+
 def test_a_rank_that_raises_is_named(tmp_path: Path, launched: Callable[..., psutil.Popen]) -> None:
     accelerate = [
         sys.executable,

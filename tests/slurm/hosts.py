@@ -56,7 +56,11 @@ class Hosts(Cluster):
     def start(self) -> None:
         self._make_network()
         names = {"hc": f"{NET}.{CONTROLLER}", **{node: self.address(node) for node in self.nodes}}
-        (self.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(f"{a} {n}\n" for n, a in names.items()))
+        for host in names:
+            # As on Debian, the own name comes first with a loopback address.
+            own = f"127.0.0.1 localhost\n127.0.1.1 {host}\n"
+            others = "".join(f"{address} {name}\n" for name, address in names.items() if name != host)
+            (self.folder / f"hosts-{host}").write_text(own + others)
         super().start()
 
     def _make_network(self) -> None:
@@ -87,7 +91,7 @@ class Hosts(Cluster):
     def on(self, host: str | None, words: list[str]) -> list[str]:
         """Not by `ip netns exec`, which mounts a /sys without cgroups."""
         host = host or "hc"
-        script = f'hostname {host}; mount --bind {self.folder}/hosts /etc/hosts; exec "$@"'
+        script = f'hostname {host}; mount --bind {self.folder}/hosts-{host} /etc/hosts; exec "$@"'
         return [
             "nsenter",
             f"--net=/var/run/netns/{host}",

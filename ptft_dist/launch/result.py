@@ -1,0 +1,65 @@
+"""result.json: how a start of a run has ended. Ranks write it, or the launcher if no rank could.
+
+status       finished, stopped or failed
+exit_code    that of the run
+error, host  after a failure: what failed first, and where
+lost_hosts   after a failure with exit code 76: the machines to avoid at the next start, if they are known
+start        names the start, see `start_token`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ptft_dist.errors import EXIT_LOST
+from ptft_dist.launch.environment import start_token
+
+RESULT, ENVIRONMENT = "result.json", "environment.json"
+
+
+def write_result(run_dir: Path, values: Mapping[str, Any]) -> None:
+    """Replace result.json atomically. Raises OSError."""
+    result = {**values, "start": start_token(os.environ)}
+    partial = run_dir / f".result-{os.getpid()}.json"
+    try:
+        partial.write_text(json.dumps(result, indent=1))
+        partial.replace(run_dir / RESULT)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_failure(run_dir: Path, values: Mapping[str, Any], lost_hosts: Sequence[str] = ()) -> None:
+    """Write result.json for a start that has failed. The first failure is kept: later ones follow from it.
+
+    Only `lost_hosts` are added to it, if it says as well that a process or machine was lost. Raises OSError.
+
+    Args:
+        values: without status and lost_hosts.
+        lost_hosts: the machines that were lost, as far as this process knows.
+    """
+    first = _read(run_dir / RESULT)
+    kept = first if first.get("status") == "failed" else {"status": "failed", **values}
+    known = list(kept.get("lost_hosts", ()))
+    added = [host for host in lost_hosts if host not in known] if kept["exit_code"] == EXIT_LOST else []
+    if added:
+        kept["lost_hosts"] = known + added
+    if added or kept is not first:
+        write_result(run_dir, kept)
+
+
+def has_begun(run_dir: Path) -> bool:
+    """Whether this start has begun to train. Before that, result.json is that of an earlier start."""
+    return bool(_read(run_dir / ENVIRONMENT).get("start") == start_token(os.environ))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file; empty if it does not exist or is damaged."""
+    try:
+        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values
