@@ -32,8 +32,6 @@ from support import ROOT, curves, last_step, outcome, start, write_documents, wr
 
 from ptft_dist.slurm.requeue import history
 
-DISK_MB = 48
-
 
 class Week:
     """The causes, and what is repaired before the next start."""

@@ -16,6 +16,7 @@ from cluster import SEARCH, Cluster
 
 BRIDGE, CONTROLLER = "ptft-br", "254"
 NET = "10.77.0"
+DISK_MB = 48
 
 
 def missing() -> list[str]:
@@ -40,6 +41,8 @@ class Hosts(Cluster):
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__(folder, nodes=tuple(f"h{i}" for i in range(1, count + 1)))
         del self.variables["GLOO_SOCKET_IFNAME"]  # the loopback interface, which other tests use
+        self.disk, self.local = folder / "disk", folder / "local"
+        """A small disk that all hosts share, and a directory that is another one on each host."""
 
     def address(self, node: str) -> str:
         return f"{NET}.{node.removeprefix('h')}"
@@ -55,6 +58,9 @@ class Hosts(Cluster):
 
     def start(self) -> None:
         self._make_network()
+        for place in (self.disk, self.local):
+            place.mkdir()
+        run("mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", str(self.disk))
         names = {"hc": f"{NET}.{CONTROLLER}", **{node: self.address(node) for node in self.nodes}}
         for host in names:
             # As on Debian, the own name comes first with a loopback address.
@@ -91,7 +97,8 @@ class Hosts(Cluster):
     def on(self, host: str | None, words: list[str]) -> list[str]:
         """Not by `ip netns exec`, which mounts a /sys without cgroups."""
         host = host or "hc"
-        script = f'hostname {host}; mount --bind {self.folder}/hosts-{host} /etc/hosts; exec "$@"'
+        script = f"hostname {host}; mount --bind {self.folder}/hosts-{host} /etc/hosts; "
+        script += f'mount -t tmpfs tmpfs {self.local}; exec "$@"'
         return [
             "nsenter",
             f"--net=/var/run/netns/{host}",
@@ -130,3 +137,4 @@ class Hosts(Cluster):
     def stop(self) -> None:
         super().stop()
         self._remove_network()
+        run("umount", "--lazy", str(self.disk), check=False)
