@@ -7,13 +7,15 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
 from ptft_dist.launch.settings import check_settings, settings_of_environment
 from ptft_dist.signals import BY_A_LAUNCHER
+
+if TYPE_CHECKING:
+    from ptft_dist.config.recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import RecipeError
+
+if TYPE_CHECKING:
+    from ptft_dist.config.recipe import Recipe
 
 # Fields of `deepspeed_config`, and the environment variables in which Accelerate 1.15 passes them.
 DEEPSPEED_VARIABLES = {

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.resolve import batch_shape
-from ptft_dist.data.prepare import is_prepared as prepared
 from ptft_dist.data.sources import check_sources
 from ptft_dist.errors import PtftError, RecipeError
-from ptft_dist.hub import missing_offline
 from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.settings import check_settings
 from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
@@ -37,12 +35,22 @@ def of_recipe(job: Job, loaded: Loaded, launch: str, *, data: bool, offline: boo
     found = [launch_config, lambda: batch_shape(loaded.recipe, job.processes)]
     if data:
         found.append(lambda: check_sources(loaded.recipe, loaded.base))
-    missing = missing_offline(loaded) if offline and data else []
-    return missing + [str(error) for check in found if (error := _error_of(check)) is not None]
+    if offline and data:
+        from ptft_dist.hub import missing_offline
+
+        found.append(lambda: _raise(missing_offline(loaded)))
+    return [str(error) for check in found if (error := _error_of(check)) is not None]
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise RecipeError("\n  ".join([*problems, "ptft prefetch fetches them, on a node with internet"]))
 
 
 def is_prepared(loaded: Loaded) -> bool:
     """Whether the cache has the data of the recipe. No, if they cannot be found at all."""
+    from ptft_dist.data.prepare import is_prepared as prepared  # slow to import, and needed on GPUs only
+
     try:
         return prepared(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
     except PtftError:

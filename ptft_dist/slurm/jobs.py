@@ -15,11 +15,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.slurm.client import ENDED, SlurmError, ask, job_facts, sbatch
-from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.requeue import history, newest_update
+
+if TYPE_CHECKING:
+    from ptft_dist.slurm.render import Job
 
 FOLDER, _JOB = "slurm", "job.json"
 _LOOK_EVERY_S = 0.5
