@@ -163,6 +163,35 @@ def test_work_that_does_not_train_is_one_task() -> None:
         assert absent not in script
 
 
+def test_a_node_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> None:
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, body in (
+        ("srun", 'while [ "$1" != bash ]; do shift; done; exec "$@"'),
+        ("ptft", '[ "$1" != requeue ] || exit "$2"; touch started'),
+        ("scontrol", "exit 0"),
+    ):
+        (programs / name).write_text(f"#!/bin/bash\n{body}\n")
+        (programs / name).chmod(0o755)
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_NUM_NODES": "1", "SLURM_NNODES": "1"}
+    environment |= {"SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    asked = job(folder=tmp_path, log=tmp_path / "run/slurm")
+    script = tmp_path / "copy.sh"
+    script.write_text(render(asked, Site()))
+
+    def done() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["bash", script], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+
+    refused = done()
+    assert (refused.returncode, (tmp_path / "started").exists()) == (2, False)
+    assert f"does not see {asked.script}: run_dir must be on a disk that all nodes share" in refused.stderr
+    asked.log.mkdir(parents=True)
+    asked.script.touch()
+    assert (done().returncode, (tmp_path / "started").exists()) == (0, True)
+
+
 CONTAINERS = {
     "apptainer": (
         "container=(apptainer exec --nv --bind=/shared --bind=/a:/b '/images/my image.sif')",
@@ -170,10 +199,10 @@ CONTAINERS = {
         '"${container[@]}" ptft requeue "$code"',
     ),
     "pyxis": (
-        "step+=('--container-image=/images/my image.sif' --container-mounts=/tmp:/tmp,/shared:/shared,/a:/b)",
+        "step+=('--container-image=/images/my image.sif' '--container-mounts=/tmp:/tmp,/shared:/shared,/a:/b')",
         'srun "${step[@]}" bash -c \'',
         "srun --overlap --nodes=1 --ntasks=1 '--container-image=/images/my image.sif' "
-        '--container-mounts=/tmp:/tmp,/shared:/shared,/a:/b ptft requeue "$code"',
+        "'--container-mounts=/tmp:/tmp,/shared:/shared,/a:/b' ptft requeue \"$code\"",
     ),
 }
 
@@ -274,13 +303,25 @@ def test_several_nodes_need_a_launch_config(tmp_path: Path, documents: Path) -> 
     )  # fmt: skip
 
 
+def test_offline_nodes_need_what_the_recipe_names(tmp_path: Path, documents: Path) -> None:
+    write_recipe(
+        tmp_path,
+        documents,
+        model={"path": "nobody/nothing", "config": None},
+        tokenizer={"path": "nobody/nothing", "train": None},
+    )
+    (tmp_path / "site.yaml").write_text("offline: true\n")
+    done = ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "  model.path, tokenizer.path: nobody/nothing: it is not in the cache of the Hub" in done.stderr
+    assert "ptft prefetch fetches them, on a node with internet" in done.stderr
+
+
 def test_an_array_needs_several_runs(tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
     done = ptft("submit", "recipe.yaml", "--array", "--dry-run", cwd=tmp_path)
-    assert (done.returncode, done.stderr[:60]) == (
-        2,
-        "error: --array: the recipe has one run; data.folds: K makes K run",
-    )
+    message = "error: --array: the recipe has one run; data.folds: K makes K runs of it\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_all_problems_at_once() -> None:

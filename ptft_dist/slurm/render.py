@@ -144,7 +144,8 @@ def _container(site: Site, *, gpus: bool) -> tuple[str, str, str]:
 
 
 def _quoted(words: Sequence[str]) -> str:
-    return " ".join(map(shlex.quote, words))
+    """Also commas, which shellcheck takes for mistakes in an array."""
+    return " ".join(f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
 
 
 def hand_written() -> str:

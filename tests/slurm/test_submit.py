@@ -47,6 +47,10 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     for line in (rf"job {number}", "state running", "nodes n[0-1]"):
         assert line in " ".join(status.split())
 
+    assert ptft(cluster, cache, tmp_path, "status", number).stdout.splitlines()[0].split() == ["job", number]
+    (listed,) = ptft(cluster, cache, tmp_path, "status").stdout.splitlines()
+    assert listed.split()[:2] == [number, "running"]
+    assert listed.endswith(f" {run_dir}")
     assert ptft(cluster, cache, tmp_path, "cancel", ODD).stdout == f"job {number} saves a checkpoint and ends\n"
     assert job.wait() == ("FAILED", "75:0"), job.log
     step = last_step(run_dir)
@@ -64,6 +68,9 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     assert f"resumed from {ODD}/checkpoints/step-{step:08d}" in logs.stdout
     assert "ptft: finished" in logs.stdout
     assert outcome(run_dir) == outcome(tmp_path / "whole")
+    second = ptft(cluster, cache, tmp_path, "logs", "--task", "1", ODD).stdout
+    assert second.startswith("1: + accelerate launch")
+    assert all(line.startswith("1: ") for line in second.splitlines())
     status = ptft(cluster, cache, tmp_path, "status", ODD).stdout
     assert f"checkpoint  update {STEPS}" in status
     assert "start 1" in status
