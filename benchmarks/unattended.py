@@ -3,10 +3,10 @@
     sudo python benchmarks/unattended.py [--starts 30] [--seed 0]
 
 Three hosts as network namespaces; the job trains on two of them. Causes: the time limit, a job of higher priority, a
-host that dies, a host whose link is cut, SIGTERM, a disk that is full for a while, a rank that is killed. Weights,
-optimizer and metrics must be equal to the bit to those of a run that was never stopped, TensorBoard's curve must be
-whole, and the history must tell every cause. What takes long on a cluster is short here: Slurm's two minutes before a
-requeued job starts, its timeout for hosts (20 s), and the time between causes. About ten minutes on 2 cores.
+host that dies, a host whose link is cut, SIGTERM, a disk that is full for a while, a rank that is killed, `scontrol
+requeue`. Weights, optimizer and metrics must be equal to the bit to those of a run that was never stopped, TensorBoard's
+curve must be whole, and the history must tell every cause. What takes long on a cluster is short here: Slurm's two
+minutes before a requeued job starts, its timeout for hosts (20 s), and the time between causes.
 """
 
 from __future__ import annotations
@@ -45,9 +45,13 @@ class Week:
             "host dies": (self._kill_host, "lost|Slurm itself"),
             "link is cut": (self._cut, "lost|Slurm itself|stopped"),
             "SIGTERM": (self._signal, "stopped"),
+            "scontrol requeue": (lambda: self._ask("scontrol", "requeue", job.number), "stopped|lost|Slurm itself"),
             "disk is full": (self._fill_disk, "disk"),
             "rank is killed": (self._kill_rank, "lost"),
         }
+
+    def _ask(self, *words: str) -> None:
+        self.hosts.ask(*words)
 
     def _nodes(self) -> list[str]:
         return self.hosts.ask("scontrol", "show", "hostnames", self.job.fact("NodeList")).split()

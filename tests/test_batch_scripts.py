@@ -18,7 +18,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.slurm import checks, client
 from ptft_dist.slurm.client import Partition, fields, seconds
 from ptft_dist.slurm.render import Job, hand_written, render
-from ptft_dist.slurm.site import Site, proposed, read_site
+from ptft_dist.slurm.site import Container, Site, proposed, read_site
 
 SITES = ("cpu", "gpu", "preemptible")
 GOLDEN = ROOT / "tests/golden"
@@ -69,6 +69,7 @@ def test_a_thousand_hostile_values_change_no_directive_and_execute_nothing(tmp_p
         ("srun", 'while [ "$1" != bash ]; do shift; done; shift 4; printf "%s\\0" "$@" > "$HEARD"'),
         ("ptft", "exit 0"),
         ("scontrol", "exit 0"),
+        ("apptainer", "exit 0"),
     ):
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
         (programs / name).chmod(0o755)
@@ -83,7 +84,8 @@ def test_a_thousand_hostile_values_change_no_directive_and_execute_nothing(tmp_p
         folder = tmp_path / f"folder{number}{hostile().replace('/', '')}"
         folder.mkdir()
         values = {"A": hostile(), "B": hostile()}
-        site = Site(variables=values, cache=hostile())
+        box = Container(runtime="apptainer", image=hostile(), mounts=(hostile(), hostile())) if number % 2 else None
+        site = Site(variables=values, cache=hostile(), container=box)
         script = render(job(*words, folder=folder, log=folder / hostile(), name=hostile()), site)
         # sbatch reads no options after the first command.
         read = takewhile(lambda line: not line.strip() or line.startswith("#"), script.split("\n"))
