@@ -103,8 +103,8 @@ def require_job(run_dir: Path) -> str:
 
 def status(run_dir: Path) -> list[tuple[str, str]]:
     """What is known of a run: name and text of each fact. Raises RecipeError, SlurmError."""
-    if (names := _stages(run_dir)) is not None:
-        return [(name, _stage_state(run_dir / name)) for name in names]
+    if (names := _parts(run_dir)) is not None:
+        return [(name, _part_state(run_dir / name)) for name in names]
     job = require_job(run_dir)
     facts = _facts(job)
     lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts))]
@@ -123,7 +123,13 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
 
 
 def cancel(run_dir: Path) -> str:
-    """End the run's job, which saves a checkpoint first if it trains; what was done. Raises RecipeError, SlurmError."""
+    """End the run's job, which saves a checkpoint first if it trains; what was done. Raises RecipeError, SlurmError.
+
+    Of a pipeline or an array: all its jobs, the last ones first, because they wait for the others.
+    """
+    if (names := _parts(run_dir)) is not None:
+        known = [name for name in reversed(names) if job_of(run_dir / name) is not None]
+        return "\n".join(f"{name}: {cancel(run_dir / name)}" for name in known)
     job = require_job(run_dir)
     facts = job_facts(job)
     if facts is None or facts["JobState"] in ENDED:
@@ -160,14 +166,19 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
         time.sleep(_LOOK_EVERY_S)
 
 
-def _stages(out: Path) -> list[str] | None:
-    """The names of the stages if this is the directory of a pipeline."""
+def _parts(out: Path) -> list[str] | None:
+    """The names of the stages if this is the directory of a pipeline, or of the folds if it is that of an array."""
     file = out / "pipeline.json"
-    return list(json.loads(file.read_text())["stages"]) if file.exists() else None
+    if file.exists():
+        return list(json.loads(file.read_text())["stages"])
+    found = sorted(
+        (each.parent.parent.name for each in out.glob(f"fold-*/{FOLDER}/{_JOB}")), key=lambda name: (len(name), name)
+    )
+    return found if found and not (out / FOLDER / _JOB).exists() else None
 
 
-def _stage_state(folder: Path) -> str:
-    """The job of a stage and its state, what its last start has ended with, and its update."""
+def _part_state(folder: Path) -> str:
+    """The job of a stage or a fold and its state, what its last start has ended with, and its update."""
     job, ended = job_of(folder), history(folder)
     facts = None if job is None else _facts(job)
     words = [] if facts is None else [f"job {job} {_state(facts)}"]

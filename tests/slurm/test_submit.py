@@ -113,6 +113,12 @@ def test_folds_are_an_array_with_a_table(cluster: Cluster, tmp_path: Path, docum
     assert outcome(tmp_path / "run/fold-1") == outcome(tmp_path / "here")
     assert ptft(cluster, cache, tmp_path, "status", "run/fold-1").stdout.startswith(f"job         {folds.number}_1\n")
 
+    lines = ptft(cluster, cache, tmp_path, "status", "run").stdout.splitlines()
+    assert [line.split()[:4] for line in lines] == [
+        [f"fold-{i}", "job", f"{folds.number}_{i}", "completed,"] for i in (0, 1)
+    ]
+    ended = ptft(cluster, cache, tmp_path, "cancel", "run").stdout.splitlines()
+    assert ended == [f"fold-{i}: job {folds.number}_{i} has already ended" for i in (1, 0)]
     again = ptft(cluster, tmp_path / "cache", tmp_path, *words, "--launch", "cpu", "--array", "--dry-run")
     assert "set -- prepare" not in again.stdout  # the data are there
 
