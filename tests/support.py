@@ -63,7 +63,6 @@ PRELOADED = [
     "ptft_dist.networks.adapt.merging",
     "ptft_dist.networks.adapt.quantized",
     *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
-    "preloaded",
     "ptft_dist.networks.adapt.adapters",
     "ptft_dist.old_network",
     "bitsandbytes",
@@ -93,6 +92,7 @@ PRELOADED = [
     "transformers.integrations.deepspeed",
     "transformers.integrations.mistral",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "encoder_decoder", "llama", "t5", "xlnet")),
+    "preloaded",
 ]
 
 

@@ -11,7 +11,7 @@ import in_process
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import eval_rows, file_digest, outcome, ptft, start, train_rows, write_recipe
+from support import eval_rows, file_digest, merge, outcome, ptft, start, train_rows, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.training.progress import Judge, RunProgress
@@ -70,10 +70,12 @@ def test_the_files_of_a_run(tmp_path: Path, documents: Path, cache: Path) -> Non
 
 
 def test_gradient_checkpointing_and_workers_change_no_loss(tmp_path: Path, documents: Path, cache: Path) -> None:
-    plain = losses(run(tmp_path, documents, cache, "plain"))
+    short: dict[str, Any] = {"train": {"max_steps": 4}, "eval": {"every": None}, "save": {"every": None}}
+    plain = losses(run(tmp_path, documents, cache, "plain", **short))
+    assert len(plain) == 4
     model = {"gradient_checkpointing": True}
-    assert losses(run(tmp_path, documents, cache, "saving", model=model)) == pytest.approx(plain, rel=1e-6)
-    assert losses(run(tmp_path, documents, cache, "workers", data={"workers": 2})) == plain
+    assert losses(run(tmp_path, documents, cache, "saving", model=model, **short)) == pytest.approx(plain, rel=1e-6)
+    assert losses(run(tmp_path, documents, cache, "workers", **merge(short, {"data": {"workers": 2}}))) == plain
 
 
 def test_a_compiled_network_has_the_same_losses_and_names(tmp_path: Path, documents: Path, cache: Path) -> None:
@@ -225,7 +227,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path, documents:
 
 def test_going_on_from_a_pretrained_model(tmp_path: Path, documents: Path, cache: Path) -> None:
     """model.path and tokenizer.path take what a run exported: the first loss is about the last one of that run."""
-    first = run(tmp_path, documents, cache, "first", train={"max_steps": 30})
+    first = run(tmp_path, documents, cache, "first")
     recipe = json.loads((tmp_path / "recipe-first/recipe.yaml").read_text())
     model = str(first / "model")
     recipe |= {"model": {"path": model}, "tokenizer": {"path": model}}
