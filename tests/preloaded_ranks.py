@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import json
 import os
 import runpy
@@ -23,7 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from support import ROOT, fork_server
+from support import ROOT, as_started_by_a_user, fork_server
 
 
 @functools.cache
@@ -44,7 +43,6 @@ def preloaded() -> dict[str, str]:
 
 def serve(listener: socket.socket) -> None:
     """Fork a rank for each client, until the tests end."""
-    gc.freeze()
     events = selectors.DefaultSelector()
     events.register(listener, selectors.EVENT_READ)
     while True:
@@ -103,6 +101,7 @@ def fork_rank(client: socket.socket, listener: socket.socket) -> int:
 def become_rank(request: dict[str, Any]) -> None:
     """Run the module or the script of the client, in its directory and its environment."""
     os.setsid()
+    as_started_by_a_user()
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
