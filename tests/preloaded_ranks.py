@@ -7,6 +7,7 @@ ends as the rank does. Tests whose point is the whole start of a rank leave PYTH
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -14,6 +15,7 @@ import os
 import runpy
 import selectors
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -29,6 +31,7 @@ from support import ROOT, as_started_by_a_user, fork_server
 def preloaded() -> dict[str, str]:
     """Environment variables for a launcher."""
     folder = Path(tempfile.mkdtemp(prefix="ptft-ranks-"))
+    atexit.register(shutil.rmtree, folder)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(folder / "socket"))
     listener.listen(16)
