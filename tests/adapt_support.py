@@ -24,9 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
 """Name of a case -> keys of the model section."""
 
 
-def write_base(folder: Path, cache: Path, task: str) -> Path:
+def write_base(folder: Path, cache: Path, task: str, layers: int = 2) -> Path:
     """A network that was trained for 2 updates of the tiny recipe, for `model.path`."""
-    write_tiny(folder, task, train={"max_steps": 2}, eval={"every": None}, save={"every": None}, run_dir="base")
+    short: dict[str, Any] = {"train": {"max_steps": 2}, "eval": {"every": None}, "save": {"every": None}}
+    write_tiny(folder, task, layers=layers, **short, run_dir="base")
     run = start("train", "recipe.yaml", cwd=folder, cache=cache)
     assert run.wait() == 0, run.stderr
     return folder / "base/model"

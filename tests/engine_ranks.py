@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from support import STARTED, Start, environment, fork_server, free_port, rank_variables
+from support import STARTED, Start, as_started_by_a_user, environment, fork_server, free_port, rank_variables
 
 
 def on_ranks(function: Callable[..., Any], *arguments: Any, folder: Path, ranks: int = 2, kind: str = "cpu") -> Any:
@@ -39,6 +39,7 @@ def start_ranks(
 
 
 def _rank(body: Callable[[], Any], variables: dict[str, str], folder: str, rank: int) -> None:
+    as_started_by_a_user()
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(folder)

@@ -7,8 +7,8 @@ import json
 from ruamel.yaml import YAML
 from support import ROOT
 
-SMALL = {"train.max_steps": 3, "eval.every": 3, "eval.max_rows": 8, "save.every": 3, "data.train.0.limit": 40}
-SMALL |= {"data.validation": 0.2, "batch.global_size": 8, "batch.micro_size": 2}
+SMALL = {"train.max_steps": 2, "eval.every": 2, "eval.max_rows": 8, "save.every": 2, "data.train.0.limit": 40}
+SMALL |= {"data.validation": 0.2, "batch.global_size": 8, "batch.micro_size": 4}
 
 
 def small_demo(out: str, **changes: dict[str, object]) -> str:

@@ -1,7 +1,8 @@
-"""Imported once by the server that forks the tests' processes: everything that each process would otherwise build."""
+"""Imported last by the server that forks the tests' processes: everything that each process would otherwise build."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -15,3 +16,5 @@ command()
 for package in PACKAGES:
     importlib.metadata.version(package)  # kept by versions_once.py
 get_checkpoint_conversion_mapping("llama")  # compiles hundreds of regular expressions, needed by every export
+gc.freeze()
+gc.enable()  # disabled by versions_once.py

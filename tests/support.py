@@ -63,7 +63,6 @@ PRELOADED = [
     "ptft_dist.networks.adapt.merging",
     "ptft_dist.networks.adapt.quantized",
     *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
-    "preloaded",
     "ptft_dist.networks.adapt.adapters",
     "ptft_dist.old_network",
     "bitsandbytes",
@@ -93,6 +92,7 @@ PRELOADED = [
     "transformers.integrations.deepspeed",
     "transformers.integrations.mistral",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("bert", "encoder_decoder", "llama", "t5", "xlnet")),
+    "preloaded",
 ]
 
 
@@ -198,9 +198,19 @@ def fork_server() -> ForkServerContext:
     return context
 
 
+def as_started_by_a_user() -> None:
+    """Undo what a process inherits from the fork server and the tests.
+
+    With the start method of the server's processes, a reader of data would start a server of its own, and import
+    everything.
+    """
+    gc.freeze()  # what the server imported is never garbage
+    multiprocessing.set_start_method(None, force=True)
+
+
 def forked_rank(args: list[str], env: dict[str, str], cwd: str, output: str, patches: Sequence[str]) -> None:
     """The body of a forked process: `ptft *args`, after `apply` of each of `patches`."""
-    gc.freeze()  # what the server imported is never garbage
+    as_started_by_a_user()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

@@ -31,6 +31,7 @@ OLD = [{"path": "old.jsonl"}]
 EWC = {"strength": 50.0, "data": OLD, "rows": 20}
 REPLAY = {"data": OLD, "weight": 0.25}
 ALL = {"ewc": EWC, "l2_sp": {"strength": 0.1}, "replay": REPLAY}
+FOUR: dict[str, Any] = {"train": {"max_steps": 4}, "eval": {"every": 2}, "save": {"every": 2}}  # updates
 SPLITS = {
     "ddp": (2, "cpu"),
     "zero2": (2, "cpu_zero2"),
@@ -42,7 +43,7 @@ SPLITS = {
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), cache, "classification")
+    return write_base(tmp_path_factory.mktemp("base"), cache, "classification", layers=1)
 
 
 def write(
@@ -116,7 +117,7 @@ def test_penalties_and_their_gradients_are_those_of_the_formulas() -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory, base: Path, cache: Path) -> Path:
     """The directory of a run of everything in one process."""
     folder = tmp_path_factory.mktemp("whole")
-    write(folder, base, ALL)
+    write(folder, base, ALL, **FOUR)
     run = start("train", "recipe.yaml", "run_dir=whole", cwd=folder, cache=cache)
     assert run.wait() == 0, run.stderr
     return folder
@@ -134,7 +135,7 @@ def test_any_split_has_the_same_losses_and_penalties(whole: Path, cache: Path, n
     run = start("train", "recipe.yaml", f"run_dir={name}", cwd=whole, cache=cache, ranks=ranks, kind=kind)
     assert run.wait() == 0, run.stderr
     ours, theirs = train_rows(whole / name), train_rows(whole / "whole")
-    assert len(ours) == len(theirs) == 8
+    assert len(ours) == len(theirs) == 4
     for row, expected in zip(ours, theirs, strict=True):
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5), row
         assert row["penalty"] == pytest.approx(expected["penalty"], rel=1e-3, abs=1e-9), row
@@ -142,12 +143,12 @@ def test_any_split_has_the_same_losses_and_penalties(whole: Path, cache: Path, n
 
 def test_killed_and_resumed_is_never_killed(tmp_path: Path, base: Path, cache: Path) -> None:
     """On two ranks; the last checkpoint is lost. The second start finds the Fisher information in the cache."""
-    write(tmp_path, base, {"ewc": {**EWC, "rows": 21}, "replay": REPLAY})
+    write(tmp_path, base, {"ewc": {**EWC, "rows": 21}, "replay": REPLAY}, **FOUR)
     first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert first.wait() == 0, first.stderr
     assert "Fisher information of 21 old rows" in first.stderr  # computed by the rank that came first
     expected = outcome(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/step-00000008")
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
     shutil.rmtree(tmp_path / "run/model")
     again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert again.wait() == 0, again.stderr

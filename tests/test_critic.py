@@ -22,6 +22,8 @@ from ptft_dist.networks.critic import add_critic, token_values
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.frozen import FrozenSource
 
+FOUR: dict[str, Any] = {"train": {"max_steps": 4}, "eval": {"every": 2}, "save": {"every": 2}}  # updates
+
 
 @pytest.fixture(scope="module")
 def starts(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
@@ -30,7 +32,7 @@ def starts(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     for name, task in (("chat", "sft"), ("reward", "reward")):
         (folder / name).mkdir()
         own = {} if name == "chat" else {"tokenizer": {"path": f"{folder}/chat/run/model", "train": None}}
-        write_tiny(folder / name, task, train={"max_steps": 4}, **own)
+        write_tiny(folder / name, task, layers=1, train={"max_steps": 4}, **own)
         done(start("train", "recipe.yaml", cwd=folder / name, cache=cache))
     return folder
 
@@ -44,7 +46,8 @@ def write_ppo(folder: Path, starts: Path, critic: Path | str, **changes: Any) ->
     model = str(starts / "chat/run/model")
     folder.mkdir(exist_ok=True)
     given = {"model": {"path": model, "config": None}, "tokenizer": {"path": model, "train": None}}
-    write_tiny(folder, "ppo", **{**given, "ppo": {"critic": str(critic), "kl": 0.1}, **changes})
+    ppo = {"critic": str(critic), "kl": 0.1, "epochs": 2}
+    write_tiny(folder, "ppo", **{**given, "ppo": ppo, **FOUR, **changes})
 
 
 def test_values_are_those_of_the_prefixes(starts: Path) -> None:
@@ -101,7 +104,7 @@ def test_it_is_trained_exported_and_resumed(
     assert "value_head" not in names
 
     expected = outcome(run_dir)
-    shutil.rmtree(run_dir / "checkpoints/step-00000008")
+    shutil.rmtree(run_dir / "checkpoints/step-00000004")
     shutil.rmtree(run_dir / "model")
     again = done(start("train", "recipe.yaml", cwd=tmp_path / "ddp", cache=cache, ranks=2))
     assert "resumed from" in again.stderr

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
-from support import COMMAND, environment, ptft, start, wait_until
+from support import COMMAND, environment, start, wait_until
 from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
@@ -181,12 +181,12 @@ def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, cache: Path) -> None:
     assert "--resume: a checkpoint belongs to one fold" in run.stderr
 
 
-def test_a_fold_that_fails_ends_all_with_its_code(tmp_path: Path) -> None:
+def test_a_fold_that_fails_ends_all_with_its_code(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS)
     with (tmp_path / "rows.jsonl").open("a") as file:
         file.write('{"text": "no label"}\n')
-    ended = ptft("train", "recipe.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(tmp_path / "cache")})
-    assert ended.returncode == 3, ended.stderr
+    ended = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, patches=["fork_local_runs"])
+    assert ended.wait() == 3, ended.stderr
     assert "rows.jsonl:161" in ended.stderr
     assert "fold 0 of 3 ended with exit code 3" in ended.stderr
     assert not (tmp_path / "run/fold-1").exists()

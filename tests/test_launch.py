@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 from in_process import make_recipe
 from launch_support import HEAD, STOCK, launcher_arguments, launcher_environment
+from preloaded_ranks import preloaded
 from support import ROOT, environment, eval_rows, free_port, ptft, start, train_rows, write_recipe
 
 from ptft_dist.config.shipped import shipped
@@ -347,10 +349,12 @@ def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.Monk
 # --- real runs --------------------------------------------------------------------------------------------------------
 
 
-def accelerate(config: Path, *words: str, cwd: Path, cache: Path) -> subprocess.Popen[str]:
-    """Stock `accelerate launch` with a config."""
+def accelerate(
+    config: Path, *words: str, cwd: Path, cache: Path, ranks: Mapping[str, str] | None = None
+) -> subprocess.Popen[str]:
+    """Stock `accelerate launch` with a config. ranks: variables that say how it starts them."""
     launch = ["accelerate.commands.launch", "--config_file", str(config), *words]
-    env = environment({"PTFT_CACHE": str(cache), "PYTHONPATH": str(ROOT)})
+    env = environment({"PTFT_CACHE": str(cache), "PYTHONPATH": str(ROOT), **(ranks or {})})
     pipe = subprocess.PIPE
     return subprocess.Popen([sys.executable, "-m", *launch], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
 
@@ -391,7 +395,8 @@ def test_a_shipped_deepspeed_config_under_stock_accelerate_from_anywhere(
 
 def test_a_stock_deepspeed_config_under_our_launcher(tmp_path: Path, cache: Path, alone: Path) -> None:
     write(tmp_path, STOCK["zero3"])
-    done = ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    env = {"PTFT_CACHE": str(cache), **preloaded()}
+    done = ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
     assert backend_of(tmp_path / "run") == ("zero3", 2)
     same_curve(tmp_path / "run", alone)
@@ -401,7 +406,7 @@ def test_a_refusal_by_the_ranks_keeps_its_exit_code(tmp_path: Path, documents: P
     """The launcher process does not read checkpoints; torchrun ends with 1 for every failure."""
     write_recipe(tmp_path, documents)
     words = ["train", "recipe.yaml", "--launch", "cpu", "--resume", "no/such/checkpoint"]
-    done = ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    done = ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache), **preloaded()})
     assert done.returncode == 4, done.stderr
     assert "no/such/checkpoint" in done.stderr
     assert not (tmp_path / "run/result.json").exists()
@@ -414,7 +419,8 @@ def test_two_nodes_on_one_host(tmp_path: Path, cache: Path, alone: Path) -> None
     words = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     train = ["-m", "ptft_dist", "train", "recipe.yaml"]
     nodes = [
-        accelerate(config, *words, "--machine_rank", str(rank), *train, cwd=tmp_path, cache=cache) for rank in (0, 1)
+        accelerate(config, *words, "--machine_rank", str(rank), *train, cwd=tmp_path, cache=cache, ranks=preloaded())
+        for rank in (0, 1)
     ]
     for node in nodes:
         _, errors = node.communicate(timeout=120)

@@ -351,7 +351,7 @@ PLACES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A chat model that was trained for two updates."""
-    return write_base(tmp_path_factory.mktemp("base"), cache, "sft")
+    return write_base(tmp_path_factory.mktemp("base"), cache, "sft", layers=1)
 
 
 def write(folder: Path, base: Path, task: str, model: dict[str, Any], settings: dict[str, Any], **more: Any) -> Path:

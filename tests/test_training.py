@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import in_process
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import eval_rows, file_digest, outcome, ptft, start, train_rows, write_recipe
+from support import eval_rows, file_digest, merge, outcome, ptft, start, train_rows, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.training.progress import Judge, RunProgress
@@ -26,10 +26,11 @@ def run(
     name: str = "run",
     code: int = 0,
     patches: Sequence[str] = (),
+    env: Mapping[str, str] | None = None,
     **changes: Any,
 ) -> Path:
     recipe = write_recipe(tmp_path / f"recipe-{name}", documents, **changes)
-    done = start("train", str(recipe), f"run_dir={name}", cwd=tmp_path, cache=cache, patches=patches)
+    done = start("train", str(recipe), f"run_dir={name}", cwd=tmp_path, cache=cache, patches=patches, env=env)
     assert done.wait() == code, done.stderr
     return tmp_path / name
 
@@ -70,10 +71,12 @@ def test_the_files_of_a_run(tmp_path: Path, documents: Path, cache: Path) -> Non
 
 
 def test_gradient_checkpointing_and_workers_change_no_loss(tmp_path: Path, documents: Path, cache: Path) -> None:
-    plain = losses(run(tmp_path, documents, cache, "plain"))
+    short: dict[str, Any] = {"train": {"max_steps": 4}, "eval": {"every": None}, "save": {"every": None}}
+    plain = losses(run(tmp_path, documents, cache, "plain", **short))
+    assert len(plain) == 4
     model = {"gradient_checkpointing": True}
-    assert losses(run(tmp_path, documents, cache, "saving", model=model)) == pytest.approx(plain, rel=1e-6)
-    assert losses(run(tmp_path, documents, cache, "workers", data={"workers": 2})) == plain
+    assert losses(run(tmp_path, documents, cache, "saving", model=model, **short)) == pytest.approx(plain, rel=1e-6)
+    assert losses(run(tmp_path, documents, cache, "workers", **merge(short, {"data": {"workers": 2}}))) == plain
 
 
 def test_a_compiled_network_has_the_same_losses_and_names(tmp_path: Path, documents: Path, cache: Path) -> None:
@@ -81,7 +84,8 @@ def test_a_compiled_network_has_the_same_losses_and_names(tmp_path: Path, docume
     short: dict[str, Any] = {"train": {"max_steps": 2}, "data": {"validation": None}, "eval": {"every": None}}
     small = {"config": {"num_hidden_layers": 1}}
     plain = run(tmp_path, documents, cache, "plain", **short, model=small)
-    compiled = run(tmp_path, documents, cache, "compiled", **short, model=small | {"compile": True})
+    in_process = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # instead of processes that import torch first
+    compiled = run(tmp_path, documents, cache, "compiled", **short, model=small | {"compile": True}, env=in_process)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     names = set(load_file(compiled / "model/model.safetensors"))
     assert names == set(load_file(tmp_path / "plain/model/model.safetensors"))
@@ -225,7 +229,7 @@ def test_a_finished_run_started_again_changes_nothing(tmp_path: Path, documents:
 
 def test_going_on_from_a_pretrained_model(tmp_path: Path, documents: Path, cache: Path) -> None:
     """model.path and tokenizer.path take what a run exported: the first loss is about the last one of that run."""
-    first = run(tmp_path, documents, cache, "first", train={"max_steps": 30})
+    first = run(tmp_path, documents, cache, "first")
     recipe = json.loads((tmp_path / "recipe-first/recipe.yaml").read_text())
     model = str(first / "model")
     recipe |= {"model": {"path": model}, "tokenizer": {"path": model}}

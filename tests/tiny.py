@@ -184,13 +184,17 @@ ROLLING = ("ppo", "grpo", "rloo")
 """Tasks that learn from their own responses."""
 
 
-def write_tiny(folder: Path, task: str, dropout: float = 0.0, **changes: Any) -> Path:
+LAYERS = {"bert": "num_hidden_layers", "llama": "num_hidden_layers", "t5": "num_layers", "xlnet": "n_layer"}
+
+
+def write_tiny(folder: Path, task: str, dropout: float = 0.0, layers: int = 2, **changes: Any) -> Path:
     """recipe.yaml and rows.jsonl in `folder`: 160 ragged rows, 8 updates of 12 rows, evaluation and save every 4."""
     special, row = ALL[task]
     write_rows(folder / "rows.jsonl", made(160, row))
     if task in ROLLING:
         (folder / "rewarding.py").write_text(REWARDS)
     config = dict(special["model"]["config"])
+    config[LAYERS[config["model_type"]]] = layers
     for key in ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate", "dropout"):
         if _has(config["model_type"], key):
             config[key] = dropout

@@ -1,4 +1,4 @@
-"""Imported by the server that forks the tests' processes: each package's version is read once.
+"""Imported first by the server that forks the tests' processes: each package's version is read once.
 
 It is read from a file with the package's whole description, and a start asks for a dozen versions.
 """
@@ -6,6 +6,9 @@ It is read from a file with the package's whole description, and a start asks fo
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.metadata
+
+gc.disable()  # nothing of the imports that follow is garbage; preloaded.py enables it again
 
 importlib.metadata.version = functools.cache(importlib.metadata.version)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +20,31 @@ CASES += [("eva", "ddp")]
 TRAIN: dict[str, Any] = {"train": {"max_steps": 4}, "save": {"every": 2}, "eval": {"every": 2}}
 
 
+SEVERAL_LAYERS = ("last_layers", "adalora")  # methods that treat layers differently
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    return write_base(tmp_path_factory.mktemp("base"), cache, "classification")
+    """A network of one layer."""
+    return write_base(tmp_path_factory.mktemp("base"), cache, "classification", layers=1)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path, base: Path) -> Any:
+def base_of(tmp_path_factory: pytest.TempPathFactory, cache: Path, base: Path) -> Callable[[str], Path]:
+    """The network that a method adapts."""
+    deep = functools.cache(lambda: write_base(tmp_path_factory.mktemp("deep"), cache, "classification"))
+    return lambda method: deep() if method in SEVERAL_LAYERS else base
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path, base_of: Callable[[str], Path]) -> Any:
     """The run of one process, which is started once for each method."""
     folders: dict[str, Path] = {}
 
     def provide(method: str) -> Path:
         if method not in folders:
             folder = tmp_path_factory.mktemp(method)
-            write_adapted(folder, base, "classification", METHODS[method], **TRAIN)
+            write_adapted(folder, base_of(method), "classification", METHODS[method], **TRAIN)
             run = start("train", "recipe.yaml", cwd=folder, cache=cache)
             assert run.wait() == 0, run.stderr
             folders[method] = folder / "run"
@@ -42,12 +55,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path, base: Path) -> 
 
 @pytest.mark.parametrize(("method", "name"), CASES)
 def test_any_split_has_the_same_losses_and_a_killed_run_goes_on_exactly(
-    tmp_path: Path, cache: Path, base: Path, whole: Any, method: str, name: str
+    tmp_path: Path, cache: Path, base_of: Callable[[str], Path], whole: Any, method: str, name: str
 ) -> None:
     """The run is ended after its last save but one, and goes on from there with the same bits."""
     ranks, kind = RUNS[name]
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": ranks, "kind": kind}
-    write_adapted(tmp_path, base, "classification", METHODS[method], **TRAIN)
+    write_adapted(tmp_path, base_of(method), "classification", METHODS[method], **TRAIN)
     first = start("train", "recipe.yaml", **place)
     assert first.wait() == 0, first.stderr
     reference, run_dir = whole(method), tmp_path / "run"

@@ -221,7 +221,8 @@ def test_a_full_disk_costs_one_save(
 def test_rows_that_found_no_room_are_written_later(tmp_path: Path, documents: Path, cache: Path, disk: Path) -> None:
     """The disk is full for fifty updates, more than fits into the last page of an open file."""
     prepare_folder(tmp_path, documents)
-    long = ("train", "recipe.yaml", "train.max_steps=110", "save.every=50", "eval.every=20", "eval.max_rows=4")
+    long = ["train", "recipe.yaml", "train.max_steps=110", "save.every=50", "eval.every=20", "eval.max_rows=4"]
+    long += ["batch.global_size=2", "batch.micro_size=2"]
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache}
     whole = start(*long, "run_dir=whole", **place)
     assert whole.wait() == 0, whole.stderr

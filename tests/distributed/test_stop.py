@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from preloaded_ranks import preloaded
 from support import COMMAND, ROOT, environment, last_step, lives, outcome, rows, start, wait_until, write_recipe
 
 from ptft_dist.launch.environment import end_of_job, start_token
@@ -185,7 +186,7 @@ def launched(tmp_path: Path, documents: Path, cache: Path) -> Iterator[Callable[
 
     def begin(words: list[str]) -> psutil.Popen:
         stderr = (tmp_path / "stderr").open("w")
-        variables = environment({"PTFT_CACHE": str(cache)})
+        variables = environment({"PTFT_CACHE": str(cache), **preloaded()})
         command = psutil.Popen(words, cwd=tmp_path, env=variables, stdout=subprocess.DEVNULL, stderr=stderr)
         running.append(command)
         wait_until(lambda: last_step(tmp_path / "run") >= 2 or command.poll() is not None, "update 2", timeout_s=120)

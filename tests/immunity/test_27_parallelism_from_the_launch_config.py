@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from in_process import make_recipe
+from preloaded_ranks import preloaded
 from support import environment, ptft, write_recipe
 
 from ptft_dist.errors import RecipeError
@@ -70,7 +71,7 @@ def test_through_stock_accelerate_launch(tmp_path: Path, documents: Path, cache:
     done = subprocess.run(
         [sys.executable, "-m", *words, "-m", "ptft_dist", "train", str(recipe)],
         cwd=tmp_path,
-        env=environment({"PTFT_CACHE": str(cache)}),
+        env=environment({"PTFT_CACHE": str(cache), **preloaded()}),
         capture_output=True,
         text=True,
     )

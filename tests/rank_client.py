@@ -1,0 +1,40 @@
+"""A stand-in for the Python interpreter with which a real launcher starts its ranks: see preloaded_ranks.py.
+
+python rank_client.py SOCKET [-u] -m MODULE ARGUMENTS... or SCRIPT ARGUMENTS...
+
+It has the life of the rank that the server forks for it: it passes signals on, and ends as the rank ends.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+
+
+def main() -> None:
+    words = [word for word in sys.argv[2:] if word != "-u"]
+    ignored = [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    server.connect(sys.argv[1])
+    for number in PASSED_ON:
+        if number not in ignored:
+            signal.signal(number, lambda received, _frame: server.send(bytes([received])))
+    cwd = os.getcwd()  # noqa: PTH109  # pathlib is slow to import
+    request = {"words": words, "env": dict(os.environ), "cwd": cwd, "parent": os.getppid()}
+    with os.fdopen(os.memfd_create("request"), "w") as file:  # an environment may be larger than a packet
+        json.dump({**request, "ignored": ignored}, file)
+        file.flush()
+        socket.send_fds(server, [b"start"], [file.fileno(), 0, 1, 2])
+    code = json.loads(server.recv(64))
+    if code < 0:  # ended by a signal
+        if -code in PASSED_ON:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
