@@ -4,9 +4,9 @@
 
 Three hosts as network namespaces; the job trains on two of them. Causes: the time limit, a job of higher priority, a
 host that dies, a host whose link is cut, SIGTERM, a disk that is full for a while, a rank that is killed, `scontrol
-requeue`. Weights, optimizer and metrics must be equal to the bit to those of a run that was never stopped, TensorBoard's
-curve must be whole, and the history must tell every cause. What takes long on a cluster is short here: Slurm's two
-minutes before a requeued job starts, its timeout for hosts (20 s), and the time between causes.
+requeue`. Weights, optimizer and metrics must be equal to the bit to those of a run that was never stopped, the curve
+in TensorBoard must be whole, and the history must tell every cause. What takes long on a cluster is short here: the two
+minutes before a requeued job starts, the timeout for hosts (20 s), and the time between causes.
 """
 
 from __future__ import annotations

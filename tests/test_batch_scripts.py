@@ -93,7 +93,8 @@ def test_a_thousand_hostile_values_change_no_directive_and_execute_nothing(tmp_p
         assert [re.sub("job-name=.*", "job-name=a", line) for line in directives] == plain[:-1]
         heard = tmp_path / "heard"
         (tmp_path / "job.sh").write_text(script)
-        environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_NUM_NODES": "1", "HEARD": str(heard)}
+        environment = {"PATH": f"{programs}:/usr/bin:/bin", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "7"}
+        environment["HEARD"] = str(heard)
         done = subprocess.run(
             ["bash", tmp_path / "job.sh"], env=environment, cwd=tmp_path, capture_output=True, check=False
         )
@@ -170,7 +171,7 @@ def test_a_node_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> N
     programs.mkdir()
     for name, body in (
         ("srun", 'while [ "$1" != bash ]; do shift; done; exec "$@"'),
-        ("ptft", '[ "$1" != requeue ] || exit "$2"; touch started'),
+        ("ptft", '[ "$1" != requeue ] || exit "$3"; touch started'),
         ("scontrol", "exit 0"),
     ):
         (programs / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -198,13 +199,13 @@ CONTAINERS = {
     "apptainer": (
         "container=(apptainer exec --nv --bind=/shared --bind=/a:/b '/images/my image.sif')",
         'srun "${step[@]}" "${container[@]}" bash -c \'',
-        '"${container[@]}" ptft requeue "$code"',
+        '"${container[@]}" ptft requeue "$job" "$code"',
     ),
     "pyxis": (
-        "step+=('--container-image=/images/my image.sif' '--container-mounts=/tmp:/tmp,/shared:/shared,/a:/b')",
+        "step+=('--container-image=/images/my image.sif' '--container-mounts=/shared:/shared,/a:/b')",
         'srun "${step[@]}" bash -c \'',
         "srun --overlap --nodes=1 --ntasks=1 '--container-image=/images/my image.sif' "
-        "'--container-mounts=/tmp:/tmp,/shared:/shared,/a:/b' ptft requeue \"$code\"",
+        '\'--container-mounts=/shared:/shared,/a:/b\' ptft requeue "$job" "$code"',
     ),
 }
 

@@ -11,8 +11,11 @@ from pipeline_support import small_demo
 from support import eval_rows, ptft, start, write_recipe
 
 import ptft_dist
+from ptft_dist.api import input_fingerprint
+from ptft_dist.config.load import dump_resolved
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
+from ptft_dist.reporting.run_files import lock_run_dir
 from ptft_dist.runs.pipeline import Pipeline, Stage, read_pipeline, run_here, table
 
 STAGES = """\
@@ -69,8 +72,12 @@ class Worker:
             stage.output.write_text(json.dumps({"metrics": {"eval/loss": 1.5}}))
             return 0
         stage.output.mkdir()
+        (stage.output / "tokenizer.json").write_text("{}")
         if stage.settings.verb == "train":
+            loaded = stage.load()
             (stage.folder / "result.json").write_text('{"status": "finished"}')
+            (stage.folder / "resolved.yaml").write_text(dump_resolved(loaded))
+            (stage.folder / "environment.json").write_text(json.dumps({"inputs": input_fingerprint(loaded)}))
             rows = ({"step": 0, "eval/loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 2, "eval/loss": 2.0})
             (stage.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         return 0
@@ -132,6 +139,30 @@ def test_a_change_is_refused_until_it_is_asked_for(folder: Path) -> None:
     assert (folder / "runs/judge.2/metrics.json").exists()
 
 
+def test_again_that_was_stopped_leaves_no_stage_that_only_seems_done(folder: Path) -> None:
+    do(folder)
+    worker = Worker(fails="base")
+    assert run_here(read(folder, again=["base"]), worker, []) == 3
+    assert do(folder) == ["base", "more", "judge"]
+
+
+def test_a_stage_that_has_read_another_recipe_is_not_done(folder: Path) -> None:
+    """Such as one that was edited while the stage waited for its turn."""
+    do(folder)
+    (folder / "runs/other/resolved.yaml").write_text("task: clm\n")
+    with pytest.raises(RecipeError, match="stage other: its recipe, its data or an earlier stage has changed"):
+        do(folder)
+
+
+def test_again_does_not_touch_what_is_still_running(folder: Path) -> None:
+    do(folder)
+    held = lock_run_dir(folder / "runs/more")
+    with pytest.raises(RecipeError, match="another process is training in"):
+        do(folder, again=["base"])
+    held.release()
+    assert not list((folder / "runs").glob("*.1"))
+
+
 def test_changed_data_change_all_that_read_them(folder: Path) -> None:
     do(folder)
     with (folder / "text.txt").open("a") as file:
@@ -174,6 +205,10 @@ WRONG = {
     "{out: x, stages: {a: {recipe: recipe.yaml, verb: evaluate}}}": "stages.a.model: needed by the verb evaluate",
     "{out: x, stages: {a: {recipe: recipe.yaml, model: m}}}": "stages.a.model: needed by the verb evaluate, and only",
     "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, launch: cpu}}}": "stages.a.launch: without effect",
+    "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, show: [loss]}}}": "stages.a.show: the verb tokenizer",
+    "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, job: {nodes: 2}}}}": "stages.a.job.nodes: without",
+    "{out: x, stages: {a: {recipe: recipe.yaml, set: {run_dir: 2026-11-29}}}}": "stages.a.set: .*put dates in quotes",
+    "{out: x, stages: {a.1: {recipe: recipe.yaml}}}": "stages.a.1: use letters",
     "{out: x, stages: {a: {recipe: recipe.yaml, job: {nodes: 0}}}}": "stages.a.job.nodes: Input should be greater",
     "a: [": "the pipeline cannot be read",
 }  # fmt: skip

@@ -47,7 +47,10 @@ def test_how_a_start_ends(srun: int, result: dict[str, Any] | None, code: int, r
 def test_a_job_without_progress_ends() -> None:
     assert decide(76, LOST, [5, 5], 100).requeue
     assert decide(76, LOST, [4, 5, 5], 100).requeue
-    stuck = decide(76, LOST, [4, 5, 5, 5], 100)
+    assert decide(76, LOST, [5, 5, 5], 100).requeue  # the first of them has written it
+    assert not decide(76, LOST, [0, 0, 0], 100).requeue
+    assert decide(76, LOST, [4, 5, 5, 5], 100).requeue
+    stuck = decide(76, LOST, [4, 5, 5, 5, 5], 100)
     assert not stuck.requeue
     assert "3 starts have ended without a new checkpoint (update 5)" in stuck.why
     assert decide(75, STOPPED, [4, 5, 6], 3).requeue
@@ -56,7 +59,7 @@ def test_a_job_without_progress_ends() -> None:
 
 def test_a_full_disk_has_the_budget_of_starts_without_progress() -> None:
     assert decide(78, {"exit_code": 78}, [5, 5], 100).requeue
-    stuck = decide(78, {"exit_code": 78}, [5, 5, 5], 100)
+    stuck = decide(78, {"exit_code": 78}, [5, 5, 5, 5], 100)
     assert not stuck.requeue
     assert stuck.why.startswith("the disk is full or the quota is used up; not requeued, because 3 starts")
 
@@ -82,22 +85,22 @@ def test_a_history_that_cannot_be_written_does_not_prevent_the_requeue(
 def test_the_history_of_a_run(tmp_path: Path) -> None:
     """Starts of other jobs do not count, nor does the result of an earlier start."""
     (tmp_path / "slurm.jsonl").write_text("".join(json.dumps({"job": "6", "update": 0}) + "\n" for _ in range(5)))
-    for restart, update in enumerate((3, 3, 3)):
+    for restart, update in enumerate((3, 3, 3, 3)):
         environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart), "SLURM_JOB_NODELIST": "n[0-1]"}
         folder = tmp_path / f"checkpoints/step-{update:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").touch()
         (tmp_path / "checkpoints/step-00000009").mkdir(exist_ok=True)  # without a manifest it is no checkpoint
         decision = after_start(tmp_path, 137, environ, 100)
-        assert decision.requeue == (restart < 2)
+        assert decision.requeue == (restart < 3)
         (tmp_path / "result.json").write_text(json.dumps({"exit_code": 0, "start": start_token(environ)}))
     assert after_start(tmp_path, 137, environ, 100).code == 0
     rows = history(tmp_path)[5:]
     assert [(row["restart"], row["update"], row["exit_code"]) for row in rows] == [
-        (0, 3, 76), (1, 3, 76), (2, 3, 76), (2, 3, 0),
+        (0, 3, 76), (1, 3, 76), (2, 3, 76), (3, 3, 76), (3, 3, 0),
     ]  # fmt: skip
     assert rows[0]["nodes"] == "n[0-1]"
-    assert [row["requeued"] for row in rows] == [True, True, False, False]
+    assert [row["requeued"] for row in rows] == [True, True, True, False, False]
 
 
 def test_starts_that_slurm_has_ended_itself_are_in_the_history(tmp_path: Path) -> None:

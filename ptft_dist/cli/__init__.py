@@ -36,6 +36,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("status", "ptft_dist.cli.submit", "status"),
     ("logs", "ptft_dist.cli.submit", "logs"),
     ("cancel", "ptft_dist.cli.submit", "cancel"),
+    ("folds", "ptft_dist.cli.folds", "folds"),
     ("pipeline", "ptft_dist.cli.pipeline", "pipeline"),
     ("requeue", "ptft_dist.cli.requeue", "requeue"),
 )

@@ -13,6 +13,7 @@ from ptft_dist.errors import RecipeError
 
 
 def requeue(
+    job: Annotated[str, typer.Argument(help="The id of the job; of a task of an array: ARRAY_TASK.")],
     code: Annotated[int, typer.Argument(help="The exit code of srun.")],
     run_file: Annotated[Path, typer.Argument(help="The file that PTFT_RUN_FILE names.")],
     limit: Annotated[int, typer.Option(min=0, help="The most requeues of the job.")] = 100,
@@ -36,6 +37,6 @@ def requeue(
     may = fields(facts.partition("\n")[0]).get("Requeue") != "0"
     decision = after_start(run_dir, code, os.environ, limit, may=may)
     print(f"ptft: {decision.why}", file=sys.stderr)
-    for line in commands(decision, os.environ["SLURM_JOB_ID"], lost_hosts(run_dir, os.environ), facts):
+    for line in commands(decision, job, lost_hosts(run_dir, os.environ), facts):
         print(line)
     raise typer.Exit(decision.code)

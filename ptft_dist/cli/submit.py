@@ -8,8 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ptft_dist.errors import RecipeError
-
 _RUN = typer.Argument(help="The run directory, or the id of its job.")
 
 
@@ -18,7 +16,8 @@ def submit(
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=1e-4.")] = None,
     site: Annotated[str, typer.Option(help="A site profile: a file, or a shipped one such as cpu or gpu.")] = "cpu",
     launch: Annotated[
-        str | None, typer.Option(help="A launch config, such as zero3. Default: multi_gpu, or cpu without GPUs.")
+        str | None,
+        typer.Option(help="A launch config, such as zero3. Default on one node: multi_gpu or cpu."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process for each.")] = None,
@@ -27,34 +26,39 @@ def submit(
     ] = None,
     time: Annotated[str | None, typer.Option(help="The time limit of a start, such as 24:00:00 or 2-00:00:00.")] = None,
     after: Annotated[
-        list[str] | None, typer.Option(help="The id of a job that must have succeeded before (repeatable).")
+        list[str] | None, typer.Option(help="Start after the job with this id has succeeded (repeatable).")
+    ] = None,
+    resume: Annotated[str, typer.Option(help="As of ptft train; for the first start only.")] = "auto",
+    accept: Annotated[
+        list[str] | None, typer.Option(help="A key that may differ from the checkpoint (repeatable).")
     ] = None,
     array: Annotated[bool, typer.Option("--array", help="The folds of the recipe as a job array.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
-    """Train a recipe as a Slurm job, which requeues and resumes itself."""
+    """Submit training as a Slurm job that requeues itself and resumes."""
     from ptft_dist.api import load_recipe
     from ptft_dist.runs.on_slurm import fold_requests
     from ptft_dist.slurm.render import render
-    from ptft_dist.slurm.requests import Resources, problems_of, submit_all, training
+    from ptft_dist.slurm.requests import Resources, check, submit_all, training
     from ptft_dist.slurm.site import read_site
 
     loaded, profile, words = load_recipe(recipe, overrides or []), read_site(site), [recipe, *(overrides or [])]
-    asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time)
+    options = [*(["--resume", resume] if resume != "auto" else []), *(f"--accept={key}" for key in accept or ())]
+    asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time, tuple(options))
     run_dir = Path(loaded.recipe.run_dir).absolute()
     if array:
         requests = fold_requests(loaded, recipe, overrides or [], asked, profile, after or [])
     else:
         requests = training("train", loaded, [words], [run_dir], asked, profile, after=after or [])
-    if problems := problems_of(requests, ask_slurm=not dry_run):
-        raise RecipeError("nothing was submitted:\n" + "\n".join(f"  {problem}" for problem in problems))
+    check(requests, ask_slurm=not dry_run)
     if dry_run:
         print("\n".join(render(request.job, request.site) for request in requests), end="")
         return
     numbers = submit_all(requests)
     for request in requests:
         job = request.job
-        print(f"job {numbers[request.name]}: {job.processes} processes on {job.nodes} nodes, script {job.script}")
+        what = f"{job.processes} processes on {job.nodes} nodes" if job.trains else job.commands[0][0]
+        print(f"job {numbers[request.name]}: {what}, script {job.script}")
     for verb in ("status", "logs -f", "cancel"):
         print(f"  ptft {verb} {loaded.recipe.run_dir}{'/fold-0' if array else ''}")
 
@@ -64,7 +68,7 @@ def status(
 ) -> None:
     """Show the Slurm job of a run: its state, update and checkpoint, and how its starts have ended.
 
-    Of a pipeline: the state of each stage. Without an argument: all jobs of yours.
+    Of a pipeline: the state of each stage. Without an argument: your queued and running jobs.
     """
     from ptft_dist.slurm import jobs
 
@@ -79,7 +83,9 @@ def status(
 def logs(
     run: Annotated[str, _RUN],
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
-    task: Annotated[int | None, typer.Option(min=0, help="Only the lines of this node; with srun: this rank.")] = None,
+    task: Annotated[
+        int | None, typer.Option(min=0, help="Only this node, from 0; with starter srun: this rank.")
+    ] = None,
 ) -> None:
     """Print the log of a run's Slurm job."""
     from ptft_dist.slurm import jobs

@@ -13,7 +13,7 @@ Kind = Literal["launch_configs", "ds_configs", "slurm", "recipes", "pipelines"]
 _SINGULAR: dict[Kind, str] = {
     "launch_configs": "launch config",
     "ds_configs": "DeepSpeed config",
-    "slurm": "Slurm batch file",
+    "slurm": "site profile or Slurm script",
     "recipes": "recipe",
     "pipelines": "pipeline",
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -128,15 +129,17 @@ def prepare(
         )
     except (DataError, OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"The prepared data are damaged: {error}\nDelete {directory} and start again.") from error
-    with contextlib.suppress(OSError):  # only `is_prepared` needs it
-        job.mark.parent.mkdir(exist_ok=True)
-        job.mark.write_text(str(directory), encoding="utf-8")
     old = {}
     for key, old_recipe in _old_recipes(recipe, prepared.survey).items():
         try:
             old[key] = prepare(old_recipe, base, encoder, tokenizer_from=tokenizer_path, workers=workers)
         except DataError as error:
             raise DataError(f"{key}: {error}") from error
+    with contextlib.suppress(OSError):  # only `is_prepared` needs it
+        job.mark.parent.mkdir(exist_ok=True)
+        partial = job.mark.with_name(f".{job.mark.name}-{os.getpid()}")
+        partial.write_text(str(directory), encoding="utf-8")
+        partial.replace(job.mark)
     return replace(prepared, old=old)
 
 
@@ -262,7 +265,8 @@ class Job:
     def mark(self) -> Path:
         """A file that names the directory of the stores, found without loading a tokenizer."""
         own = self.recipe.model_dump(mode="json", exclude={"run_dir", "optim", "save", "eval", "log", "batch"})
-        return self.cache / "marks" / fingerprint([PREPARE_VERSION, self.inputs(), own])
+        versions = [version(name) for name in ("tokenizers", "transformers", *self.encoder.libraries)]
+        return self.cache / "marks" / fingerprint([PREPARE_VERSION, versions, self.inputs(), own])
 
     def inputs(self) -> str:
         """See `input_fingerprint`."""

@@ -46,7 +46,7 @@ def _report(codes: Mapping[int, int]) -> int:
     run_dir, host = Path(os.environ[RUN_DIR]), socket.gethostname()
     if not reported and has_begun(run_dir):
         try:
-            write_failure(run_dir, {"exit_code": EXIT_LOST, "error": "\n".join(lines), "host": host}, [host])
+            write_failure(run_dir, {"exit_code": EXIT_LOST, "error": "\n".join(lines), "host": host})
         except OSError as error:
             print(f"{run_dir / RESULT} cannot be written: {error.strerror}", file=sys.stderr)
     return EXIT_LOST

@@ -184,7 +184,7 @@ def become_rank(words: Sequence[str], threads: int, variables: Mapping[str, str]
 def free_port(environ: Mapping[str, str]) -> int:
     """A port that all tasks of a Slurm job on one node choose, and other jobs do not: as in slurm/job.sbatch.j2."""
     restarts = int(environ.get("SLURM_RESTART_COUNT") or 0)
-    return 20000 + (int(environ["SLURM_JOB_ID"]) + 7 * restarts) % 10000
+    return 20000 + (int(environ["SLURM_JOB_ID"]) + 3331 * restarts) % 10000
 
 
 def _environment(threads: int, variables: Mapping[str, str]) -> dict[str, str]:

@@ -42,7 +42,8 @@ def write_failure(run_dir: Path, values: Mapping[str, Any], lost_hosts: Sequence
         lost_hosts: the machines that were lost, as far as this process knows.
     """
     first = _read(run_dir / RESULT)
-    kept = first if first.get("status") == "failed" else {"status": "failed", **values}
+    ours = first.get("status") == "failed" and first.get("start") == start_token(os.environ)
+    kept = first if ours else {"status": "failed", **values}
     known = list(kept.get("lost_hosts", ()))
     added = [host for host in lost_hosts if host not in known] if kept["exit_code"] == EXIT_LOST else []
     if added:

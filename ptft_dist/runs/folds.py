@@ -53,8 +53,21 @@ def train_folds(
     with executor.forwarding_signals():
         code = run_all(runs, ["--resume", resume, *options], executor, skip_finished=resume == "auto")
     if code == EXIT_FINISHED and writes:
-        _write_summary(Path(loaded.recipe.run_dir), [result["metrics"] for result in collect(runs)])
+        summarize_folds(loaded, recipe, overrides)
     return code
+
+
+def summarize_folds(loaded: Loaded, recipe: str, overrides: Sequence[str]) -> None:
+    """Write folds.json from the results of all folds, and print it.
+
+    Raises:
+        RecipeError: the recipe has no folds.
+        PtftError: a fold has not finished.
+    """
+    if not has_folds(loaded):
+        raise RecipeError("data.folds: not set, or one fold is chosen by data.fold; there is no table")
+    results = collect(fold_runs(loaded, recipe, overrides))
+    _write_summary(Path(loaded.recipe.run_dir), [result["metrics"] for result in results])
 
 
 def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:

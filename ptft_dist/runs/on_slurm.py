@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from ptft_dist.api import missing_offline
 from ptft_dist.config.load import Loaded
 from ptft_dist.errors import RecipeError
 from ptft_dist.runs.folds import fold_runs, has_folds
 from ptft_dist.runs.pipeline import Pipeline, Stage
 from ptft_dist.slurm import jobs
+from ptft_dist.slurm.checks import is_prepared
 from ptft_dist.slurm.client import ENDED, job_facts
 from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.requests import Request, Resources, training
@@ -30,16 +32,18 @@ def fold_requests(
         raise RecipeError("--array: the recipe has one run; data.folds: K makes K runs of it")
     runs = fold_runs(loaded, recipe, overrides)
     run_dirs = [run.run_dir.absolute() for run in runs]
-    found = training("folds", runs[0].load(), [run.words for run in runs], run_dirs, resources, site, after=after)
+    folds = [run.load() for run in runs]
+    prepared = resources.gpus_per_node is None or all(map(is_prepared, folds))
+    words = [run.words for run in runs]
+    found = training("folds", folds[0], words, run_dirs, resources, site, after=after, prepared=prepared)
     array = found[-1]
     table = replace(
         array.job,
-        commands=[("train", recipe, *overrides)],
+        commands=[("folds", recipe, *overrides)],
         name=f"{array.job.name}-{TABLE}",
         file=f"{TABLE}.sbatch",
         nodes=1,
         gpus_per_node=None,
-        processes_per_node=1,
         time=site.cpu_jobs.time,
         after=(),
     )
@@ -60,15 +64,16 @@ def stage_requests(pipeline: Pipeline, site: Site, launch: str | None) -> list[R
     found: list[Request] = []
     queued: dict[str, str] = {}
     for stage in pipeline.stages:
-        if pipeline.is_done(stage):
-            continue
         number = jobs.job_of(stage.folder)
         if number is not None and (facts := job_facts(number)) is not None and facts["JobState"] not in ENDED:
-            if not pipeline.is_recorded(stage):
-                raise RecipeError(f"{stage.name}: job {number} has an older version of it; end it with ptft cancel")
+            if stage.name in pipeline.again or not pipeline.is_recorded(stage):
+                raise RecipeError(f"stage {stage.name}: its job {number} has not ended; end it with ptft cancel")
             queued[stage.name] = number
             continue
-        pipeline.require_startable(stage)
+        if stage.name not in pipeline.again:
+            if pipeline.is_done(stage):
+                continue
+            pipeline.require_startable(stage)
         after = [queued[name] for name in stage.references if name in queued]
         needs = [name for name in stage.references if name in {request.name for request in found}]
         found += _requests(stage, site, launch, after, needs, known=not needs and not after)
@@ -92,6 +97,7 @@ def _requests(
             stage.name, stage.load(), [words], [stage.folder], resources, site, after=after, needs=needs, known=known
         )
     own = site if asked.gpus_per_node else site.without_gpus()
+    missing = missing_offline(stage.load()) if site.offline else []
     job = Job(
         commands=[stage.command],
         folder=Path.cwd(),
@@ -101,4 +107,4 @@ def _requests(
         time=asked.time or (None if asked.gpus_per_node else site.cpu_jobs.time),
         after=tuple(after),
     )
-    return [Request(stage.name, job, own, (stage.folder,), tuple(needs))]
+    return [Request(stage.name, job, own, (stage.folder,), tuple(needs), tuple(missing))]

@@ -11,8 +11,8 @@ Each stage has the directory OUT/NAME. `${stage:NAME}` is the output of an earli
     tokenizer    OUT/NAME/tokenizer
     evaluate     OUT/NAME/metrics.json
 
-A stage is done if its output exists, and was made with the same recipe, the same data and the same earlier stages. This
-is told by a hash of all three in OUT/NAME/stage.json, which is written when the stage starts.
+A stage is done if its output exists, and was made from the same recipe, data and earlier stages: OUT/NAME/stage.json
+has a hash of all three, written when the stage starts or is submitted. A training has also noted what it has read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from ptft_dist.api import input_fingerprint, load_recipe
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.section import Section
 from ptft_dist.config.shipped import find_shipped
-from ptft_dist.errors import EXIT_FINISHED, RecipeError
+from ptft_dist.errors import EXIT_FINISHED, PtftError, RecipeError
 from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.run_files import lock_run_dir
+from ptft_dist.runs.run_list import is_finished
 
 OUTPUTS = {"train": "model", "tokenizer": "tokenizer", "evaluate": "metrics.json"}
 """Verb -> its output in the directory of the stage."""
@@ -63,7 +65,7 @@ class StageSettings(Section):
     model: str | None = None
     """The model to evaluate."""
     launch: str | None = None
-    """A launch config. Default: that of the command line."""
+    """A launch config: a file, relative to that of the pipeline, or a shipped one. Default: --launch."""
     show: tuple[str, ...] = ()
     """Metrics for the table at the end."""
     job: JobSettings = Field(default_factory=JobSettings)
@@ -92,6 +94,10 @@ class Stage:
     @property
     def output(self) -> Path:
         return self.folder / OUTPUTS[self.settings.verb]
+
+    @property
+    def trains(self) -> bool:
+        return self.settings.verb == "train"
 
     @property
     def run_dir(self) -> Path:
@@ -125,29 +131,44 @@ class Pipeline:
 
     def is_done(self, stage: Stage) -> bool:
         """Whether its output is there, and was made from what it would be made from now."""
-        return stage.name not in self.again and _has_ended_well(stage) and self.is_recorded(stage)
+        return _has_ended_well(stage) and self.is_recorded(stage) and (not stage.trains or is_finished(stage))
 
     def is_recorded(self, stage: Stage) -> bool:
         """Whether its last start was with the same recipe, data and earlier stages."""
         return _recorded(stage) == self.keys[stage.name]
 
     def require_startable(self, stage: Stage) -> None:
-        """Raises RecipeError if the stage has finished in another way, whose output a start would replace."""
-        if stage.name not in self.again and _has_ended_well(stage) and not self.is_recorded(stage):
+        """Raises RecipeError if the stage has finished with another recipe or other data. A start would lose that."""
+        if _has_ended_well(stage) and not self.is_done(stage):
             raise RecipeError(
                 f"stage {stage.name}: its recipe, its data or an earlier stage has changed since it was done in "
                 f"{stage.folder}. --again {stage.name} does it and the stages after it again, and moves aside what is "
                 "there; or choose another --out"
             )
 
-    def begin(self, stage: Stage) -> None:
-        """Record what the stage is made from. What is to be done again is moved aside, to OUT/NAME.1 or so."""
-        if stage.name in self.again and stage.folder.exists():
+    def set_aside(self) -> list[tuple[Path, Path]]:
+        """Move the directories of all stages to be done again to OUT/NAME.1 or so; where each was and is.
+
+        All at once, so that none counts as done when only some have been done again.
+
+        Raises RecipeError if a process still trains in one of them; nothing is moved then.
+        """
+        old = [stage for stage in self.stages if stage.name in self.again and stage.folder.exists()]
+        for stage in old:
+            lock_run_dir(stage.folder).release()
+        moved = []
+        for stage in old:
             numbers = (number for number in itertools.count(1) if not (self.out / f"{stage.name}.{number}").exists())
-            stage.folder.rename(self.out / f"{stage.name}.{next(numbers)}")
+            moved.append((stage.folder, self.out / f"{stage.name}.{next(numbers)}"))
+            stage.folder.rename(moved[-1][1])
+        return moved
+
+    def begin(self, stage: Stage) -> None:
+        """Record what the stage is made from."""
         stage.folder.mkdir(parents=True, exist_ok=True)
         (stage.folder / RECORD).write_text(json.dumps({"key": self.keys[stage.name], "verb": stage.settings.verb}))
-        (self.out / LIST).write_text(json.dumps({"stages": [each.name for each in self.stages]}))
+        outputs = {each.name: OUTPUTS[each.settings.verb] for each in self.stages}
+        (self.out / LIST).write_text(json.dumps({"stages": outputs}))
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
@@ -156,11 +177,11 @@ class Pipeline:
         for stage in self.stages:
             loaded = stage.load()
             own = loaded.recipe.tokenizer
-            if own.path is not None and own.path.startswith(str(self.out)):  # the key of that stage stands for it
+            if own.path is not None and Path(own.path).is_relative_to(self.out):  # the key of that stage stands for it
                 recipe = loaded.recipe.model_copy(update={"tokenizer": own.model_copy(update={"path": None})})
-                inputs = input_fingerprint(Loaded(recipe, loaded.path, loaded.base, {}, "", {}))
+                inputs = _inputs(stage, Loaded(recipe, loaded.path, loaded.base, {}, "", {}))
             else:
-                inputs = input_fingerprint(loaded)
+                inputs = _inputs(stage, loaded)
             parts = [stage.settings.verb, stage.model, dump_resolved(loaded), inputs]
             parts += [found[name] for name in stage.references]
             found[stage.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -191,7 +212,7 @@ def read_pipeline(name: str, out: str | None = None, again: Sequence[str] = ()) 
     folder = Path(settings.out).absolute()
     stages: dict[str, Stage] = {}
     for stage_name, each in settings.stages.items():
-        if not re.fullmatch(r"[\w.-]+", stage_name) or stage_name.startswith("."):
+        if not re.fullmatch(r"[\w-]+", stage_name):
             raise RecipeError(f"{path}: stages.{stage_name}: use letters, digits, - and _ in the name of a stage")
         stages[stage_name] = _stage(stage_name, each, folder, path, stages)
     if unknown := [each for each in again if each not in stages]:
@@ -223,12 +244,22 @@ def _stage(name: str, settings: StageSettings, out: Path, path: Path, earlier: M
 
     if (settings.model is not None) != (settings.verb == "evaluate"):
         raise RecipeError(f"{path}: stages.{name}.model: needed by the verb evaluate, and only by it")
-    if settings.verb == "tokenizer" and settings.launch is not None:
-        raise RecipeError(f"{path}: stages.{name}.launch: without effect on the verb tokenizer")
+    if settings.verb != "train":
+        ranks = {f"job.{key}": getattr(settings.job, key) for key in ("nodes", "processes_per_node")}
+        for key, value in {"launch": settings.launch, **ranks}.items():
+            if value not in (None, 1):
+                raise RecipeError(f"{path}: stages.{name}.{key}: without effect on the verb {settings.verb}")
+    if settings.verb == "tokenizer" and settings.show:
+        raise RecipeError(f"{path}: stages.{name}.show: the verb tokenizer has no metrics")
     near = path.parent / settings.recipe
-    overrides = tuple(f"{key}={json.dumps(replaced(value))}" for key, value in settings.set.items())
+    try:
+        overrides = tuple(f"{key}={json.dumps(replaced(value))}" for key, value in settings.set.items())
+    except TypeError as error:
+        raise RecipeError(f"{path}: stages.{name}.set: {error}; put dates in quotes") from None
     model = None if settings.model is None else replaced(settings.model)
     recipe = str(near.absolute()) if near.is_file() else settings.recipe
+    if settings.launch is not None and (path.parent / settings.launch).is_file():
+        settings = settings.model_copy(update={"launch": str((path.parent / settings.launch).absolute())})
     return Stage(name, settings, out / name, recipe, overrides, model, tuple(used))
 
 
@@ -242,16 +273,17 @@ def run_here(pipeline: Pipeline, execute: Callable[[Stage, Sequence[str]], int],
     Raises:
         RecipeError: a stage would replace the output of another version of it.
     """
+    pipeline.set_aside()
     for stage in pipeline.stages:
         if pipeline.is_done(stage):
             say(f"{stage.name}: already done in {stage.folder}")
             continue
         pipeline.require_startable(stage)
-        own = [] if stage.settings.launch is None else ["--launch", stage.settings.launch]
         pipeline.begin(stage)
-        code = execute(stage, _without_launch(options, own) if stage.settings.verb == "train" else [])
+        code = execute(stage, stage_options(stage, options))
         if code != EXIT_FINISHED:
-            say(f"{stage.name} ended with exit code {code}. The same command continues with it.")
+            again = " without --again" if pipeline.again else ""
+            say(f"{stage.name} ended with exit code {code}. The same command{again} continues with it.")
             return code
     return EXIT_FINISHED
 
@@ -267,28 +299,38 @@ def table(pipeline: Pipeline) -> Iterator[str]:
 
 def _metric(stage: Stage, name: str) -> tuple[str, str]:
     if stage.settings.verb == "evaluate":
-        metrics = json.loads(stage.output.read_text(encoding="utf-8"))["metrics"]
-        return "", f"{metrics[f'eval/{name}']:.4g}"
+        value = json.loads(stage.output.read_text(encoding="utf-8"))["metrics"].get(f"eval/{name}")
+        return "", "none" if value is None else f"{value:.4g}"
     lines = (stage.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     values = [row[f"eval/{name}"] for line in lines if f"eval/{name}" in (row := json.loads(line))]
     return (f"{values[0]:.4g}", f"{values[-1]:.4g}") if values else ("", "none")
 
 
-def _without_launch(options: Sequence[str], own: Sequence[str]) -> list[str]:
-    """The options, with the launch config of the stage in place of that of the command line."""
-    if not own:
-        return list(options)
+def stage_options(stage: Stage, options: Sequence[str]) -> list[str]:
+    """The options of a stage's command: of `options`, with the launch config of the stage in place of that there."""
+    if not stage.trains:
+        return []
     kept = list(options)
+    if stage.settings.launch is None:
+        return kept
     if "--launch" in kept:
         at = kept.index("--launch")
         del kept[at : at + 2]
-    return [*own, *kept]
+    return ["--launch", stage.settings.launch, *kept]
+
+
+def _inputs(stage: Stage, loaded: Loaded) -> str:
+    try:
+        return input_fingerprint(loaded)
+    except PtftError as error:
+        error.args = (f"stage {stage.name}: {error}",)
+        raise
 
 
 def _has_ended_well(stage: Stage) -> bool:
     if not stage.output.exists():
         return False
-    return stage.settings.verb != "train" or _read(stage.folder / "result.json").get("status") == "finished"
+    return not stage.trains or _read(stage.folder / "result.json").get("status") == "finished"
 
 
 def _recorded(stage: Stage) -> str | None:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ptft_dist.api import input_fingerprint, load_recipe
 from ptft_dist.config.load import Loaded, dump_resolved
@@ -73,7 +73,16 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
     return EXIT_FINISHED
 
 
-def is_finished(run: Run) -> bool:
+class Finishable(Protocol):
+    """A run, or a stage of a pipeline that trains."""
+
+    @property
+    def run_dir(self) -> Path: ...
+
+    def load(self) -> Loaded: ...
+
+
+def is_finished(run: Finishable) -> bool:
     """Whether the run directory contains a finished run with the same recipe and the same data.
 
     All values of the recipe and the contents of the data and tokenizer files are compared, but not the weights of a

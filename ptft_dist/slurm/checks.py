@@ -35,7 +35,7 @@ def of_recipe(job: Job, loaded: Loaded, launch: str, *, data: bool, offline: boo
     found = [launch_config, lambda: batch_shape(loaded.recipe, job.processes)]
     if data:
         found.append(lambda: check_sources(loaded.recipe, loaded.base))
-    if offline and data:
+    if offline:
         from ptft_dist.hub import missing_offline
 
         found.append(lambda: _raise(missing_offline(loaded)))
@@ -48,7 +48,7 @@ def _raise(problems: list[str]) -> None:
 
 
 def is_prepared(loaded: Loaded) -> bool:
-    """Whether the cache has the data of the recipe. No, if they cannot be found at all."""
+    """Whether the cache has the data of the recipe. No, if the sources cannot be found at all."""
     from ptft_dist.data.prepare import is_prepared as prepared  # slow to import, and needed on GPUs only
 
     try:

@@ -38,15 +38,24 @@ def submit(job: Job, script: str, run_dirs: Sequence[Path]) -> str:
     try:
         job.log.mkdir(parents=True, exist_ok=True)
         job.script.write_text(script, encoding="utf-8")
-        array = len(job.commands) > 1
-        number = sbatch(job.script, job.log, array=array)
+        for run_dir in run_dirs:
+            (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(error) from None
+    array = len(job.commands) > 1
+    number = sbatch(job.script, job.log, array=array)
+    try:
         for task, run_dir in enumerate(run_dirs):
             own = f"{number}_{task}" if array else number
-            (run_dir / FOLDER).mkdir(parents=True, exist_ok=True)
             (run_dir / FOLDER / _JOB).write_text(json.dumps({"job": own, "log": str(job.log / f"{own}.log")}))
     except OSError as error:
-        raise RecipeError(f"run_dir: {job.log} cannot be written: {error.strerror}. Choose another run_dir") from None
+        ask("scancel", number)
+        raise _not_written(error) from None
     return number
+
+
+def _not_written(error: OSError) -> RecipeError:
+    return RecipeError(f"run_dir: {error.filename} cannot be written: {error.strerror}. Choose another run_dir")
 
 
 def job_of(run_dir: Path) -> str | None:
@@ -71,7 +80,10 @@ def find_run(text: str) -> Path:
     command = Path("" if facts is None else facts.get("Command", ""))
     if command.parent.name != FOLDER:
         raise RecipeError(f"{text}: neither a directory, nor a job of ptft submit that Slurm remembers")
-    return next((each for each in _run_dirs(command) if job_of(each) == text), command.parent.parent)
+    found = next((each for each in _run_dirs(command) if job_of(each) == text), None)
+    if found is None:
+        raise RecipeError(f"{text}: not the job that trains in {command.parent.parent}; give the run directory")
+    return found
 
 
 def _run_dirs(script: Path) -> list[Path]:
@@ -85,7 +97,7 @@ def waiting_and_running() -> list[tuple[str, str, str, str]]:
     found = []
     for line in ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%M of %l|%o").splitlines():
         number, state, clock, command = line.split("|", 3)
-        if Path(command).parent.name == FOLDER and command.endswith(".sbatch"):
+        if Path(command).parent.name == FOLDER and Path(command).name != "train.sbatch":
             run_dir = next((each for each in _run_dirs(Path(command)) if job_of(each) == number), None)
             found.append((number, state.lower(), clock, str(run_dir or Path(command).parent.parent)))
     return found
@@ -104,7 +116,7 @@ def require_job(run_dir: Path) -> str:
 def status(run_dir: Path) -> list[tuple[str, str]]:
     """What is known of a run: name and text of each fact. Raises RecipeError, SlurmError."""
     if (names := _parts(run_dir)) is not None:
-        return [(name, _part_state(run_dir / name)) for name in names]
+        return [(name, _part_state(run_dir / name, output)) for name, output in names.items()]
     job = require_job(run_dir)
     facts = _facts(job)
     lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts))]
@@ -152,7 +164,7 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
     label = None if task is None else re.compile(rf" *{task}: ")
     if not path.exists() and not follow:
         raise RecipeError(f"{path}: there is no log. The job has not started, or it was not started by ptft submit")
-    place = 0
+    place, rest, shown = 0, "", False
     while True:
         ended = not follow or (facts := job_facts(job)) is None or facts["JobState"] in ENDED
         if path.exists():
@@ -160,28 +172,34 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
                 file.seek(place)
                 text = file.read()
                 place = file.tell()
-            yield text if label is None else "".join(line for line in text.splitlines(True) if label.match(line))
+            if label is not None:
+                *whole, rest = (rest + text).split("\n")
+                text = "".join(f"{line}\n" for line in whole if label.match(line))
+                shown = shown or bool(text)
+            yield text
+        if ended and label is not None and not shown:
+            raise RecipeError(f"--task: {path} has no lines of task {task}; a job with one task has no numbers")
         if ended:
             return
         time.sleep(_LOOK_EVERY_S)
 
 
-def _parts(out: Path) -> list[str] | None:
-    """The names of the stages if this is the directory of a pipeline, or of the folds if it is that of an array."""
+def _parts(out: Path) -> dict[str, Path | None] | None:
+    """The stages if this is the directory of a pipeline, with their outputs; or the folds if it is that of an array."""
     file = out / "pipeline.json"
     if file.exists():
-        return list(json.loads(file.read_text())["stages"])
-    found = sorted(
-        (each.parent.parent.name for each in out.glob(f"fold-*/{FOLDER}/{_JOB}")), key=lambda name: (len(name), name)
-    )
-    return found if found and not (out / FOLDER / _JOB).exists() else None
+        return {name: out / name / output for name, output in json.loads(file.read_text())["stages"].items()}
+    folds = (each.parent.parent.name for each in out.glob(f"fold-*/{FOLDER}/{_JOB}"))
+    names = sorted(folds, key=lambda name: (len(name), name))
+    return dict.fromkeys(names) if names and not (out / FOLDER / _JOB).exists() else None
 
 
-def _part_state(folder: Path) -> str:
+def _part_state(folder: Path, output: Path | None) -> str:
     """The job of a stage or a fold and its state, what its last start has ended with, and its update."""
     job, ended = job_of(folder), history(folder)
     facts = None if job is None else _facts(job)
     words = [] if facts is None else [f"job {job} {_state(facts)}"]
+    words += ["done"] if output is not None and output.exists() else []
     words += [f"last start: {ended[-1]['cause']}"] if ended else []
     words += [f"update {text}" for text in _progress(folder)]
     return ", ".join(words) or ("no job" if job is None else f"job {job} has ended; Slurm has forgotten it")

@@ -90,6 +90,7 @@ def render(job: Job, site: Site) -> str:
         limit=f" --limit {site.requeues}",
         file=_printable(job.script),
         script=shlex.quote(str(job.script)),
+        log=shlex.quote(str(job.log)),
         options=_options(job, site),
         modules=[shlex.quote(module) for module in site.modules],
         setup=site.setup.strip("\n"),
@@ -138,7 +139,7 @@ def _container(site: Site, *, gpus: bool) -> tuple[str, str, str]:
     if site.container.runtime == "apptainer":
         words = ["apptainer", "exec", *(["--nv"] if gpus else []), *(f"--bind={each}" for each in mounts)]
         return "", '"${container[@]}" ', _quoted([*words, site.container.image])
-    pairs = [each if ":" in each else f"{each}:{each}" for each in ("/tmp", *mounts)]  # PTFT_RUN_FILE
+    pairs = [each if ":" in each else f"{each}:{each}" for each in mounts]  # PTFT_RUN_FILE
     options = _quoted([f"--container-image={site.container.image}", f"--container-mounts={','.join(pairs)}"])
     return options, f"srun --overlap --nodes=1 --ntasks=1 {options} ", ""
 
@@ -162,6 +163,7 @@ def hand_written() -> str:
         limit="",
         file="",
         script="",
+        log="",
         options=[*options, "output=%x-%j.log"],
         modules=(),
         setup="",

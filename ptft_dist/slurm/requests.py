@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ptft_dist.config.load import Loaded
-from ptft_dist.errors import PtftError
+from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.slurm import checks, jobs
 from ptft_dist.slurm.client import SlurmError, ask, associations, partitions
 from ptft_dist.slurm.render import Job, render
@@ -26,6 +26,8 @@ class Resources:
     gpus_per_node: int | None = None
     processes_per_node: int | None = None
     time: str | None = None
+    options: tuple[str, ...] = ()
+    """Other options of `ptft train`."""
 
     @property
     def launch_config(self) -> str:
@@ -58,6 +60,7 @@ def training(
     after: Sequence[str] = (),
     needs: Sequence[str] = (),
     known: bool = True,
+    prepared: bool | None = None,
 ) -> list[Request]:
     """The job that trains a recipe, after a job that prepares its data if they are not in the cache.
 
@@ -69,10 +72,13 @@ def training(
         after: ids of jobs that must have succeeded before.
         needs: as in Request.
         known: the data and models of the recipe exist already, so that they can be checked.
+        prepared: the data of all commands are in the cache. Default: those of `loaded` are.
     """
+    if prepared is None:
+        prepared = known and checks.is_prepared(loaded)
     own = run_dirs[0] if len(commands) == 1 else run_dirs[0].parent
     job = Job(
-        commands=[("train", *words, "--launch", resources.launch_config) for words in commands],
+        commands=[("train", *words, "--launch", resources.launch_config, *resources.options) for words in commands],
         folder=Path.cwd(),
         log=own / jobs.FOLDER,
         name=own.name,
@@ -84,7 +90,7 @@ def training(
     )
     problems = [] if resources.launch or resources.nodes == 1 else [_NO_LAUNCH]
     problems += checks.of_recipe(job, loaded, resources.launch_config, data=known, offline=site.offline)
-    if resources.gpus_per_node is None or (known and checks.is_prepared(loaded)):
+    if resources.gpus_per_node is None or (known and prepared):
         return [Request(name, job, site, tuple(run_dirs), tuple(needs), tuple(problems))]
     before = replace(
         job,
@@ -99,20 +105,24 @@ def training(
     return [preparing, Request(name, job, site, tuple(run_dirs), (preparing.name,), tuple(problems))]
 
 
-def problems_of(requests: Sequence[Request], *, ask_slurm: bool) -> list[str]:
-    """All problems of the requests, each once. Raises SlurmError if Slurm does not answer."""
-    found = [problem for request in requests for problem in request.problems]
+def check(requests: Sequence[Request], *, ask_slurm: bool) -> None:
+    """Raises RecipeError with all problems of the requests, SlurmError if Slurm does not answer."""
+    known, accounts = (partitions(), associations()) if ask_slurm else ({}, None)
+    found = []
     for request in requests:
+        problems = list(request.problems)
         try:
             render(request.job, request.site)
         except PtftError as error:
-            found.append(str(error))
-    if ask_slurm:
-        known, accounts = partitions(), associations()
-        for request in requests:
-            found += [*checks.of_cluster(request.job, request.site, known), *checks.of_accounts(request.site, accounts)]
-            found += [problem for run_dir in request.run_dirs for problem in checks.of_run_dir(run_dir)]
-    return list(dict.fromkeys(found))
+            problems.append(str(error))
+        if ask_slurm:
+            problems += checks.of_cluster(request.job, request.site, known)
+            problems += checks.of_accounts(request.site, accounts)
+            problems += [problem for run_dir in request.run_dirs for problem in checks.of_run_dir(run_dir)]
+        name = f"{request.name}: " if len(requests) > 1 else ""
+        found += [f"  {name}{problem}" for problem in problems]
+    if found:
+        raise RecipeError("nothing was submitted:\n" + "\n".join(found))
 
 
 def submit_all(requests: Sequence[Request]) -> dict[str, str]:

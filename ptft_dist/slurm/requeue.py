@@ -37,7 +37,7 @@ CAUSES = {
 BY_SLURM = "ended and requeued by Slurm itself: a node was down, or a checkpoint took too long"
 """The cause of a start whose script could not go on to `ptft requeue`."""
 WITHOUT_PROGRESS = 3
-"""So many starts in a row may end without a new checkpoint."""
+"""After so many starts in a row without a new checkpoint, the job ends."""
 
 
 class Decision(NamedTuple):
@@ -73,9 +73,9 @@ def decide(
         return Decision(code, False, f"{why}; not requeued, because the job was cancelled or is not to be requeued")
     if len(updates) > limit:
         return Decision(code, False, f"{why}; not requeued, because the job has been requeued {limit} times")
-    last = updates[-WITHOUT_PROGRESS:]
-    if len(last) == WITHOUT_PROGRESS and len(set(last)) == 1:
-        stuck = f"{WITHOUT_PROGRESS} starts have ended without a new checkpoint (update {last[-1]})"
+    before, last = [0, *updates[:-WITHOUT_PROGRESS]][-1], updates[-WITHOUT_PROGRESS:]
+    if len(last) == WITHOUT_PROGRESS and set(last) == {before}:
+        stuck = f"{WITHOUT_PROGRESS} starts have ended without a new checkpoint (update {before})"
         return Decision(code, False, f"{why}; not requeued, because {stuck}")
     return Decision(code, True, why)
 
@@ -132,7 +132,8 @@ def commands(decision: Decision, job_id: str, lost: Sequence[str], facts: str) -
     nodes = [line for line in lines if "NodeName" in line and job["Partition"] in line.get("Partitions", "").split(",")]
     known = job.get("ExcNodeList", "(null)")
     before = set() if known == "(null)" else {node["NodeName"] for node in nodes if _is_in(node["NodeName"], known)}
-    bad = {node["NodeName"] for node in nodes if {node["NodeName"], node.get("NodeHostName")} & set(lost)}
+    names = {*lost, *(host.partition(".")[0] for host in lost)}  # with and without its domain
+    bad = {node["NodeName"] for node in nodes if {node["NodeName"], node.get("NodeHostName")} & names}
     left = [node for node in nodes if node["NodeName"] not in before | bad and not _DOWN.search(node["State"])]
     found = [f"requeue {job_id}"]
     if bad - before and len(left) >= int(job["NumNodes"].split("-")[0]):
@@ -190,6 +191,6 @@ def _result(run_dir: Path, environ: Mapping[str, str]) -> dict[str, Any] | None:
     """result.json, unless an earlier start has written it."""
     try:
         result: dict[str, Any] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return None
     return result if result.get("start") == start_token(environ) else None

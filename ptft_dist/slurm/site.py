@@ -40,6 +40,7 @@ class CpuJobs(Section):
     reservation: Word | None = None
     cpus_per_task: PositiveInt | None = None
     memory: Word | None = None
+    options: dict[Word, Word | None] = Field(default_factory=dict)
     time: Word | None = None
     """The time limit of such a job."""
 
@@ -86,7 +87,7 @@ class Site(Section):
 
     def without_gpus(self) -> Site:
         """The profile of jobs without GPUs."""
-        own = {key: value for key, value in self.cpu_jobs.model_dump(exclude={"time"}).items() if value is not None}
+        own = self.cpu_jobs.model_dump(exclude={"time"}, exclude_unset=True)
         return self.model_copy(update={"gpus": None, "gpu_type": None, **own})
 
 

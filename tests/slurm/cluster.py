@@ -206,7 +206,7 @@ class Job:
     def fact(self, name: str) -> str:
         """A field of `scontrol show job`, such as JobState, ExitCode (code:signal) or Restarts."""
         text = self.cluster.ask("scontrol", "--oneliner", "show", "job", self.number)
-        found = re.search(rf" {name}=(\S+)", text)
+        found = re.search(rf"(?:^| ){name}=(\S+)", text)
         assert found, text
         return found[1]
 

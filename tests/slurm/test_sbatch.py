@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cluster import Cluster, programs
+from cluster import Cluster, Job, programs
 from support import eval_rows, last_step, outcome, start, train_rows, write_recipe
 
 STEPS = 200
@@ -153,6 +153,26 @@ def test_a_job_without_progress_is_not_requeued_for_ever(cluster: Cluster, tmp_p
     assert job.wait() == ("FAILED", "75:0"), job.log
     assert job.fact("Restarts") == "2"
     assert "3 starts have ended without a new checkpoint" in job.log
+
+
+def test_a_task_of_an_array_requeues_itself_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """Slurm takes the id of one of the tasks for that of the whole array."""
+    body = """
+    echo "$SLURM_ARRAY_TASK_ID" >> starts
+    if [ "${SLURM_RESTART_COUNT:-0}" = 0 ] && [ "$SLURM_ARRAY_TASK_ID" = 1 ]; then exit 75; fi
+    while [ ! -e go ]; do sleep 0.1; done
+    """
+    env = stand_in(tmp_path, body)
+    array = cluster.submit("my.yaml", cwd=tmp_path, nodes=1, options=("--array=0-1", "--output=a-%a.log"), env=env)
+    first, last = (Job(cluster, f"{array.number}_{i}", tmp_path / f"a-{i}.log") for i in (0, 1))
+    assert last.fact("JobId") == array.number  # it is the last task that has the id of the array
+    last.requeued()
+    assert first.fact("JobState") == "RUNNING"
+    assert first.fact("Restarts") == "0"
+    (tmp_path / "go").touch()
+    assert last.wait() == ("COMPLETED", "0:0"), last.log
+    assert first.wait() == ("COMPLETED", "0:0"), first.log
+    assert sorted((tmp_path / "starts").read_text().split()) == ["0", "1", "1"]
 
 
 def test_without_ptft_it_says_so(cluster: Cluster, tmp_path: Path) -> None:
