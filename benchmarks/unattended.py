@@ -113,7 +113,7 @@ def live(folder: Path, hosts: Hosts, starts: int, chance: random.Random) -> None
     disk = hosts.disk
     documents = write_documents(folder / "text.txt")
     steps = 25 * starts
-    write_recipe(folder, documents, train={"max_steps": steps}, save={"every": 3}, eval={"every": 50})
+    write_recipe(folder, documents, train={"max_steps": steps}, save={"every": 3, "keep": 2}, eval={"every": 50})
     whole = start("train", "recipe.yaml", "run_dir=whole", cwd=folder, cache=folder / "cache", ranks=2)
     if whole.wait(timeout_s=600):
         raise SystemExit(whole.stderr)
