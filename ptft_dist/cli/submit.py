@@ -17,7 +17,7 @@ def submit(
     site: Annotated[str, typer.Option(help="A site profile: a file, or a shipped one such as cpu or gpu.")] = "cpu",
     launch: Annotated[
         str | None,
-        typer.Option(help="A launch config, such as zero3. Default on one node: multi_gpu or cpu."),
+        typer.Option(help="A launch config, such as zero3. Needed on several nodes."),
     ] = None,
     nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(min=1, help="GPUs of each node, one process for each.")] = None,

@@ -18,7 +18,7 @@ from ptft_dist.slurm.site import Site
 from ptft_dist.tasks.registry import encoder_class
 
 
-def of_recipe(job: Job, loaded: Loaded, launch: str, *, data: bool, offline: bool) -> list[str]:
+def of_recipe(job: Job, loaded: Loaded, launch: str | None, *, data: bool, offline: bool) -> list[str]:
     """The problems of recipe, launch config, data and models.
 
     Args:
@@ -27,6 +27,8 @@ def of_recipe(job: Job, loaded: Loaded, launch: str, *, data: bool, offline: boo
     """
 
     def launch_config() -> None:
+        if launch is None:
+            return
         file = read_launch_file(launch)
         check_settings(file.settings, loaded.recipe)
         if file.distributed_type == "NO" and job.processes > 1:

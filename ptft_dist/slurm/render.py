@@ -61,6 +61,11 @@ class Job:
         return self.commands[0][0] == "train"
 
     @property
+    def launched(self) -> bool:
+        """Whether it trains with a launch config. Otherwise `ptft train` itself is the only process."""
+        return self.trains and "--launch" in self.commands[0]
+
+    @property
     def per_node(self) -> int:
         """Processes of each node."""
         return self.processes_per_node or self.gpus_per_node or 1
@@ -82,6 +87,7 @@ def render(job: Job, site: Site) -> str:
     return _filled(
         commands=[_quoted(command) for command in job.commands],
         trains=job.trains,
+        launched=job.launched,
         starter=site.starter,
         contained=site.container is not None,
         container=container,
@@ -103,7 +109,7 @@ def render(job: Job, site: Site) -> str:
 
 def _options(job: Job, site: Site) -> list[str]:
     """Those of sbatch, without the leading --."""
-    tasks = job.per_node if site.starter == "srun" and job.trains else 1
+    tasks = job.per_node if site.starter == "srun" and job.launched else 1
     cpus = None if site.cpus_per_task is None else max(1, site.cpus_per_task // tasks)
     options = [f"job-name={re.sub(r'[^A-Za-z0-9._-]', '_', job.name)[:64] or 'ptft'}", f"nodes={job.nodes}"]
     options += [f"ntasks-per-node={tasks}"]
@@ -155,6 +161,7 @@ def hand_written() -> str:
     return _filled(
         commands=(),
         trains=True,
+        launched=True,
         starter="accelerate",
         contained=False,
         container="",

@@ -21,7 +21,7 @@ class Resources:
     """What a job asks for."""
 
     launch: str | None = None
-    """A launch config. Default: multi_gpu with GPUs, otherwise cpu."""
+    """A launch config. Default: none for one process, otherwise multi_gpu with GPUs, or cpu."""
     nodes: int = 1
     gpus_per_node: int | None = None
     processes_per_node: int | None = None
@@ -30,8 +30,10 @@ class Resources:
     """Other options of `ptft train`."""
 
     @property
-    def launch_config(self) -> str:
-        return self.launch or ("multi_gpu" if self.gpus_per_node else "cpu")
+    def launch_config(self) -> str | None:
+        if self.launch is not None or self.nodes * (self.processes_per_node or self.gpus_per_node or 1) == 1:
+            return self.launch
+        return "multi_gpu" if self.gpus_per_node else "cpu"
 
 
 @dataclass(frozen=True)
@@ -77,8 +79,10 @@ def training(
     if prepared is None:
         prepared = known and checks.is_prepared(loaded)
     own = run_dirs[0] if len(commands) == 1 else run_dirs[0].parent
+    config = resources.launch_config
+    launch = () if config is None else ("--launch", config)
     job = Job(
-        commands=[("train", *words, "--launch", resources.launch_config, *resources.options) for words in commands],
+        commands=[("train", *words, *launch, *resources.options) for words in commands],
         folder=Path.cwd(),
         log=own / jobs.FOLDER,
         name=own.name,
@@ -89,7 +93,7 @@ def training(
         after=tuple(after),
     )
     problems = [] if resources.launch or resources.nodes == 1 else [_NO_LAUNCH]
-    problems += checks.of_recipe(job, loaded, resources.launch_config, data=known, offline=site.offline)
+    problems += checks.of_recipe(job, loaded, config, data=known, offline=site.offline)
     if resources.gpus_per_node is None or (known and prepared):
         return [Request(name, job, site, tuple(run_dirs), tuple(needs), tuple(problems))]
     before = replace(
