@@ -49,7 +49,7 @@ def submit(
     if array:
         requests = fold_requests(loaded, recipe, overrides or [], asked, profile, after or [])
     else:
-        requests = training("train", loaded, [words], [run_dir], asked, profile, after=after or [])
+        requests = training("train", [loaded], [words], [run_dir], asked, profile, after=after or [])
     check(requests, ask_slurm=not dry_run)
     if dry_run:
         print("\n".join(render(request.job, request.site) for request in requests), end="")

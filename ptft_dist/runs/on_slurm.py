@@ -12,7 +12,6 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.runs.folds import fold_runs, has_folds
 from ptft_dist.runs.pipeline import Pipeline, Stage
 from ptft_dist.slurm import jobs
-from ptft_dist.slurm.checks import is_prepared
 from ptft_dist.slurm.client import ENDED, job_facts
 from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.requests import Request, Resources, training
@@ -33,9 +32,8 @@ def fold_requests(
     runs = fold_runs(loaded, recipe, overrides)
     run_dirs = [run.run_dir.absolute() for run in runs]
     folds = [run.load() for run in runs]
-    prepared = resources.gpus_per_node is None or all(map(is_prepared, folds))
     words = [run.words for run in runs]
-    found = training("folds", folds[0], words, run_dirs, resources, site, after=after, prepared=prepared)
+    found = training("folds", folds, words, run_dirs, resources, site, after=after)
     array = found[-1]
     table = replace(
         array.job,
@@ -94,7 +92,7 @@ def _requests(
     verb, *words = stage.command
     if verb == "train":
         return training(
-            stage.name, stage.load(), [words], [stage.folder], resources, site, after=after, needs=needs, known=known
+            stage.name, [stage.load()], [words], [stage.folder], resources, site, after=after, needs=needs, known=known
         )
     own = site if asked.gpus_per_node else site.without_gpus()
     missing = missing_offline(stage.load()) if site.offline else []

@@ -53,7 +53,7 @@ class Request:
 
 def training(
     name: str,
-    loaded: Loaded,
+    recipes: Sequence[Loaded],
     commands: Sequence[Sequence[str]],
     run_dirs: Sequence[Path],
     resources: Resources,
@@ -62,22 +62,19 @@ def training(
     after: Sequence[str] = (),
     needs: Sequence[str] = (),
     known: bool = True,
-    prepared: bool | None = None,
 ) -> list[Request]:
     """The job that trains a recipe, after a job that prepares its data if they are not in the cache.
 
     Without GPUs the job itself prepares the data.
 
     Args:
-        commands: the words after `ptft train`, without the launch config; several for a job array.
-        run_dirs: a run directory for each command, absolute.
+        recipes: one, or several for a job array, which differ in nothing that a check looks at.
+        commands: for each recipe, the words after `ptft train`, without the launch config.
+        run_dirs: for each recipe, its run directory, absolute.
         after: ids of jobs that must have succeeded before.
         needs: as in Request.
         known: the data and models of the recipe exist already, so that they can be checked.
-        prepared: the data of all commands are in the cache. Default: those of `loaded` are.
     """
-    if prepared is None:
-        prepared = known and checks.is_prepared(loaded)
     own = run_dirs[0] if len(commands) == 1 else run_dirs[0].parent
     config = resources.launch_config
     launch = () if config is None else ("--launch", config)
@@ -93,8 +90,8 @@ def training(
         after=tuple(after),
     )
     problems = [] if resources.launch or resources.nodes == 1 else [_NO_LAUNCH]
-    problems += checks.of_recipe(job, loaded, config, data=known, offline=site.offline)
-    if resources.gpus_per_node is None or (known and prepared):
+    problems += checks.of_recipe(job, recipes[0], config, data=known, offline=site.offline)
+    if resources.gpus_per_node is None or (known and all(map(checks.is_prepared, recipes))):
         return [Request(name, job, site, tuple(run_dirs), tuple(needs), tuple(problems))]
     before = replace(
         job,
