@@ -272,6 +272,15 @@ def test_the_first_failure_stays_in_result_json(tmp_path: Path) -> None:
     assert "lost_hosts" not in found
 
 
+def test_the_failure_of_an_earlier_start_does_not_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for restart, error in (("0", "a bug"), ("1", "lost")):
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        write_failure(tmp_path, {"exit_code": 76, "error": error}, [f"h{restart}"])
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert (found["error"], found["lost_hosts"]) == ("lost", ["h1"])
+
+
 def test_lost_hosts_are_added_to_a_loss(tmp_path: Path) -> None:
     write_failure(tmp_path, {"exit_code": 76, "error": "closed by peer"})
     write_failure(tmp_path, {"exit_code": 76, "error": "machine h2 has ended"}, ["h2"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.errors import EXIT_LOST
-from ptft_dist.launch.environment import start_token
+from ptft_dist.launch.environment import START_TOKEN, start_token
 
 RESULT, ENVIRONMENT = "result.json", "environment.json"
 
@@ -42,14 +42,19 @@ def write_failure(run_dir: Path, values: Mapping[str, Any], lost_hosts: Sequence
         lost_hosts: the machines that were lost, as far as this process knows.
     """
     first = _read(run_dir / RESULT)
-    ours = first.get("status") == "failed" and first.get("start") == start_token(os.environ)
-    kept = first if ours else {"status": "failed", **values}
+    kept = first if first.get("status") == "failed" and _may_be_of_this_start(first) else {"status": "failed", **values}
     known = list(kept.get("lost_hosts", ()))
     added = [host for host in lost_hosts if host not in known] if kept["exit_code"] == EXIT_LOST else []
     if added:
         kept["lost_hosts"] = known + added
     if added or kept is not first:
         write_result(run_dir, kept)
+
+
+def _may_be_of_this_start(result: Mapping[str, Any]) -> bool:
+    """Not if it is known to be of another start. Processes of a launcher that is not ours share no token."""
+    shares_token = START_TOKEN in os.environ or "SLURM_JOB_ID" in os.environ
+    return not shares_token or result.get("start") == start_token(os.environ)
 
 
 def has_begun(run_dir: Path) -> bool:

@@ -267,7 +267,8 @@ def test_the_launcher_leaves_a_result_if_no_rank_could(
     assert command.wait(timeout=60) == 76
     result = json.loads((tmp_path / "run/result.json").read_text())
     host = socket.gethostname()
-    assert (result["status"], result["exit_code"], result["lost_hosts"]) == ("failed", 76, [host])
+    assert (result["status"], result["exit_code"], result["host"]) == ("failed", 76, host)
+    assert "lost_hosts" not in result  # the machine may be sound
     assert f"rank 0 on {host} was killed by SIGKILL" in result["error"]
 
 

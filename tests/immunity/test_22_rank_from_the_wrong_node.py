@@ -30,7 +30,7 @@ for node in reversed(range(count)):
 PTFT = f"""#!{sys.executable}
 import json, os, sys
 if sys.argv[1] == "requeue":
-    sys.exit(int(sys.argv[2]))
+    sys.exit(int(sys.argv[3]))
 json.dump(sys.argv[1:], open(f"heard-{{os.environ['SLURMD_NODENAME']}}.json", "w"))
 """
 SCONTROL = """#!/bin/sh

@@ -60,7 +60,7 @@ def test_through_the_batch_file(folder: Path) -> None:
     programs.mkdir()
     for name, body in {
         "srun": 'while [ "${1#-}" != "$1" ]; do shift; done; exec "$@"',
-        "ptft": f'[ "$1" = requeue ] && exit "$2"; exec {sys.executable} hear.py "$@"',
+        "ptft": f'[ "$1" = requeue ] && exit "$3"; exec {sys.executable} hear.py "$@"',
     }.items():
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
