@@ -37,7 +37,6 @@ def submit(
 ) -> None:
     """Submit training as a Slurm job that requeues itself and resumes."""
     from ptft_dist.api import load_recipe
-    from ptft_dist.runs.on_slurm import fold_requests
     from ptft_dist.slurm.render import render
     from ptft_dist.slurm.requests import Resources, check, submit_all, training
     from ptft_dist.slurm.site import read_site
@@ -47,6 +46,8 @@ def submit(
     asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time, tuple(options))
     run_dir = Path(loaded.recipe.run_dir).absolute()
     if array:
+        from ptft_dist.runs.on_slurm import fold_requests
+
         requests = fold_requests(loaded, recipe, overrides or [], asked, profile, after or [])
     else:
         requests = training("train", [loaded], [words], [run_dir], asked, profile, after=after or [])
