@@ -125,7 +125,8 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
     if facts is not None and "TimeLimit" in facts:
         lines.append(("time", f"{facts.get('RunTime', '?')} of {facts['TimeLimit']}"))
     lines += [("update", text) for text in _progress(run_dir)]
-    lines.append(("checkpoint", f"update {newest_update(run_dir)}"))
+    update = newest_update(run_dir)
+    lines.append(("checkpoint", f"update {update}" if update else "none"))
     for number, start in enumerate(history(run_dir), 1):
         again = ", requeued" if start["requeued"] else ""
         lines.append(
@@ -209,7 +210,7 @@ def _facts(job: str) -> Mapping[str, str] | None:
     try:
         return job_facts(job)
     except SlurmError as error:
-        return {"JobState": f"unknown: {error}"}
+        return {"JobState": "UNKNOWN", "Reason": str(error).splitlines()[0]}
 
 
 def _state(facts: Mapping[str, str]) -> str:
