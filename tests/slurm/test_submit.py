@@ -10,12 +10,15 @@ from cluster import Cluster, Job, programs
 from pipeline_support import small_demo
 from support import last_step, outcome, start, write_recipe
 
-STEPS = 600
+STEPS = 60
+SLOW = {"PYTHONPATH": str(Path(__file__).parent / "slow"), "PTFT_SLOW_STARTS": "1"}
 ODD = """it's 100% "mine" $(touch pwned)"""
 
 
-def ptft(cluster: Cluster, cache: Path, cwd: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    variables = cluster.variables | {"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+def ptft(
+    cluster: Cluster, cache: Path, cwd: Path, *words: str, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    variables = cluster.variables | {"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | (env or {})
     return subprocess.run(
         [programs() / "ptft", *words], cwd=cwd, env=variables, capture_output=True, text=True, check=False
     )
@@ -24,7 +27,7 @@ def ptft(cluster: Cluster, cache: Path, cwd: Path, *words: str) -> subprocess.Co
 def test_a_run_is_submitted_watched_cancelled_and_resumed(
     cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
 ) -> None:
-    write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 500}, eval={"every": 500})
+    write_recipe(tmp_path, documents, train={"max_steps": STEPS}, save={"every": 50}, eval={"every": 50})
     written = ptft(cluster, cache, tmp_path, "init", "start", "--site")
     assert written.returncode == 0, written.stderr
     profile = (tmp_path / "start/site.yaml").read_text()
@@ -35,7 +38,7 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
 
     run_dir = tmp_path / ODD
     words = ("submit", "recipe.yaml", f"run_dir={json.dumps(ODD)}", "--site", "site.yaml", "--nodes", "2")
-    done = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp")
+    done = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp", env=SLOW)
     assert done.returncode == 0, done.stderr
     number = done.stdout.split(":")[0].removeprefix("job ")
     job = Job(cluster, number, run_dir / f"slurm/{number}.log")
