@@ -131,6 +131,7 @@ def live(folder: Path, hosts: Hosts, starts: int, chance: random.Random) -> None
         week.causes[cause][0]()
         job.until(lambda number=number: int(job.fact("Restarts")) > number, f"a requeue after: {cause}", 300)  # type: ignore[misc]
         job.until(lambda: job.fact("JobState") == "PENDING", "the end of this start", 300)
+        hosts.ask("scontrol", "update", f"JobId={job.number}", "StartTime=now+30minutes")  # so long may a repair take
         print(f"start {number + 1}: update {last_step(run_dir)}, {cause}", flush=True)
         week.repair()
         following = "1" if causes[number + 1 : number + 2] == ["time limit"] else "60"
