@@ -129,9 +129,8 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
     lines.append(("checkpoint", f"update {update}" if update else "none"))
     for number, start in enumerate(history(run_dir), 1):
         again = ", requeued" if start["requeued"] else ""
-        lines.append(
-            (f"start {number}", f"{start['time']} job {start['job']} {start['nodes']}: {start['cause']}{again}")
-        )
+        where = (start["time"], f"job {start['job']}", start["nodes"])
+        lines.append((f"start {number}", f"{' '.join(filter(None, where))}: {start['cause']}{again}"))
     return lines
 
 
