@@ -92,7 +92,7 @@ MAY_IMPORT = {
         "trained_network",
     },
     "merging": {"checkpoint", "errors", "exporting", "networks", "reporting", "run"},
-    "runs": {"api", "config", "errors", "reporting", "signals", "slurm"},
+    "runs": {"api", "config", "errors", "launch", "reporting", "signals", "slurm"},
     "slurm": {"config", "data", "errors", "hub", "launch", "tasks"},
     "cli": None,
     "__main__": {"cli"},

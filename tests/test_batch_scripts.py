@@ -239,6 +239,9 @@ def test_work_without_gpus_has_its_own_partition() -> None:
         {"partition": "gpu", "gpus": "gres", "memory": "0", "cpu_jobs": {"partition": "cpu", "memory": "8G"}}
     ).without_gpus()
     assert (site.partition, site.gpus, site.memory) == ("cpu", None, "8G")
+    gpu = {"constraint": "a100", "account": "mine", "options": {"exclusive": None}}
+    plain = Site.model_validate({**gpu, "cpu_jobs": {"constraint": None, "options": {}}}).without_gpus()
+    assert (plain.constraint, plain.account, plain.options) == (None, "mine", {})
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------

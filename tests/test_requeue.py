@@ -173,3 +173,6 @@ def test_which_machines_a_start_has_lost(tmp_path: Path) -> None:
     assert lost_hosts(tmp_path, environ) == ["n2"]
     assert lost_hosts(tmp_path, environ | {"SLURM_RESTART_COUNT": "2"}) == []
     assert lost_hosts(None, environ) == []
+    (tmp_path / "result.json").write_text("")  # as a full disk leaves it
+    assert lost_hosts(tmp_path, environ) == []
+    assert after_start(tmp_path, 75, environ, 100).requeue

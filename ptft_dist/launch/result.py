@@ -41,7 +41,7 @@ def write_failure(run_dir: Path, values: Mapping[str, Any], lost_hosts: Sequence
         values: without status and lost_hosts.
         lost_hosts: the machines that were lost, as far as this process knows.
     """
-    first = _read(run_dir / RESULT)
+    first = read_json(run_dir / RESULT)
     kept = first if first.get("status") == "failed" and _may_be_of_this_start(first) else {"status": "failed", **values}
     known = list(kept.get("lost_hosts", ()))
     added = [host for host in lost_hosts if host not in known] if kept["exit_code"] == EXIT_LOST else []
@@ -59,13 +59,13 @@ def _may_be_of_this_start(result: Mapping[str, Any]) -> bool:
 
 def has_begun(run_dir: Path) -> bool:
     """Whether this start has begun to train. Before that, result.json is that of an earlier start."""
-    return bool(_read(run_dir / ENVIRONMENT).get("start") == start_token(os.environ))
+    return bool(read_json(run_dir / ENVIRONMENT).get("start") == start_token(os.environ))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A JSON file; empty if it does not exist or is damaged."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The contents of a file that a run writes; empty if it is missing or damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return values
+    return values if isinstance(values, dict) else {}

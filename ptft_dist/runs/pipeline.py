@@ -36,6 +36,7 @@ from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.config.section import Section
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import EXIT_FINISHED, PtftError, RecipeError
+from ptft_dist.launch.result import read_json
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.run_files import lock_run_dir
 from ptft_dist.runs.run_list import is_finished
@@ -330,20 +331,11 @@ def _inputs(stage: Stage, loaded: Loaded) -> str:
 def _has_ended_well(stage: Stage) -> bool:
     if not stage.output.exists():
         return False
-    return not stage.trains or _read(stage.folder / "result.json").get("status") == "finished"
+    return not stage.trains or read_json(stage.folder / "result.json").get("status") == "finished"
 
 
 def _recorded(stage: Stage) -> str | None:
-    return _read(stage.folder / RECORD).get("key")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """The contents of a JSON file; empty if it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}
+    return read_json(stage.folder / RECORD).get("key")
 
 
 def _place(place: tuple[int | str, ...]) -> str:

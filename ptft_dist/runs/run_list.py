@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from ptft_dist.api import input_fingerprint, load_recipe
 from ptft_dist.config.load import Loaded, dump_resolved
 from ptft_dist.errors import EXIT_FINISHED, PtftError
+from ptft_dist.launch.result import read_json
 from ptft_dist.reporting.messages import say
 
 
@@ -92,7 +93,7 @@ def is_finished(run: Finishable) -> bool:
     Raises:
         RecipeError, DataError: the recipe or its inputs cannot be read.
     """
-    if _read_json(run.run_dir / "result.json").get("status") != "finished":
+    if read_json(run.run_dir / "result.json").get("status") != "finished":
         return False
     loaded = run.load()
     try:
@@ -101,7 +102,7 @@ def is_finished(run: Finishable) -> bool:
         return False
     if resolved != dump_resolved(loaded):
         return False
-    return _read_json(run.run_dir / "environment.json").get("inputs") == input_fingerprint(loaded)
+    return read_json(run.run_dir / "environment.json").get("inputs") == input_fingerprint(loaded)
 
 
 def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:
@@ -110,17 +111,8 @@ def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:
     Raises:
         PtftError: a run has not finished.
     """
-    results = [(run, _read_json(run.run_dir / "result.json")) for run in runs]
+    results = [(run, read_json(run.run_dir / "result.json")) for run in runs]
     unfinished = [run.name for run, result in results if result.get("status") != "finished"]
     if unfinished:
         raise PtftError(f"{', '.join(unfinished)}: no finished result in the run directory. Train it first.")
     return [result for _, result in results]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The contents of a file that a run writes; empty if it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

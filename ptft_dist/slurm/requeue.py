@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from ptft_dist.errors import EXIT_DISK, EXIT_FAILED, EXIT_FINISHED, EXIT_LOST, EXIT_MEMORY, EXIT_STOPPED
 from ptft_dist.launch.environment import start_token
+from ptft_dist.launch.result import RESULT, read_json
 from ptft_dist.slurm.client import fields
 
 HISTORY = "slurm.jsonl"
@@ -188,9 +189,6 @@ def lost_hosts(run_dir: Path | None, environ: Mapping[str, str]) -> list[str]:
 
 
 def _result(run_dir: Path, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """result.json, unless an earlier start has written it."""
-    try:
-        result: dict[str, Any] = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    """result.json, unless it is damaged, or an earlier start has written it."""
+    result = read_json(run_dir / RESULT)
     return result if result.get("start") == start_token(environ) else None
