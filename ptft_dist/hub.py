@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,18 +50,13 @@ def prefetch(loaded: Loaded) -> list[Fetched]:
     """
     fetched: list[Fetched] = []
     problems: list[PtftError] = []
-    pending, known = named_models(loaded.recipe), set()
-    while pending:
-        named = pending.pop(0)
-        known.add((named.name, named.revision))
+    models = _Models(loaded)
+    for named in models:
         try:
             fetched.append(_model(named, loaded.base))
-            base = _base_of(named, fetched[-1].path)
+            models.lies_in(fetched[-1].path)
         except PtftError as error:
             problems.append(error)
-            continue
-        if base is not None and (base.name, base.revision) not in known:
-            pending.insert(0, base)
     for key, source in recipe_sources(loaded.recipe):
         try:
             if source.source is None:
@@ -80,10 +75,8 @@ def missing_offline(loaded: Loaded) -> list[str]:
     Directories and files are not checked: an earlier job may still write them.
     """
     missing: list[str] = []
-    pending, known = named_models(loaded.recipe), set()
-    while pending:
-        named = pending.pop(0)
-        known.add((named.name, named.revision))
+    models = _Models(loaded)
+    for named in models:
         try:
             place = Path(directory_or_hub_name(named.name, loaded.base, named.key))
         except RecipeError:
@@ -93,9 +86,7 @@ def missing_offline(loaded: Loaded) -> list[str]:
                 missing.append(f"{named.key}: {_described(named)}: {reason}")
                 continue
             place = _cached(named) or place
-        base = _base_of(named, place)
-        if base is not None and (base.name, base.revision) not in known:
-            pending.insert(0, base)
+        models.lies_in(place)
     for key, source in recipe_sources(loaded.recipe):
         if source.hub is not None and not Path(source.hub).is_dir() and not _has_data(source):
             missing.append(f"{key}.hub: {source.hub}: the data set is not in the cache {_data_cache()}")
@@ -103,6 +94,27 @@ def missing_offline(loaded: Loaded) -> list[str]:
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
+
+
+class _Models:
+    """The models that a recipe names, each followed by the base if it is an adapter; a base only once."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self._pending, self._known = named_models(loaded.recipe), set[tuple[str, str | None]]()
+        self._last: NamedModel | None = None
+
+    def __iter__(self) -> Iterator[NamedModel]:
+        while self._pending:
+            self._last = self._pending.pop(0)
+            self._known.add((self._last.name, self._last.revision))
+            yield self._last
+
+    def lies_in(self, folder: Path) -> None:
+        """Where the last model lies, so that its base can be found. Raises PtftError."""
+        assert self._last is not None
+        base = _base_of(self._last, folder)
+        if base is not None and (base.name, base.revision) not in self._known:
+            self._pending.insert(0, base)
 
 
 def needed_files(files: Iterable[str], *, weights: bool) -> list[str]:

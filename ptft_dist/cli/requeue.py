@@ -18,7 +18,7 @@ def requeue(
     run_file: Annotated[Path, typer.Argument(help="The file that PTFT_RUN_FILE names.")],
     limit: Annotated[int, typer.Option(min=0, help="The most requeues of the job.")] = 100,
 ) -> None:
-    """Say what follows after a start of the Slurm job of this process; exit with the code of the job.
+    """Decide whether the Slurm job of this process is requeued; exit with the code of the job. Batch scripts call it.
 
     A run that was stopped, or lost a process or a node, goes on. A fault of the recipe, the data or the program does
     not; neither does a job that makes no progress. Each start gets a line in RUN/slurm.jsonl.

@@ -187,7 +187,7 @@ def input_fingerprint(recipe: Recipe, base: Path, encoder: type[Encoder]) -> str
 
 
 def is_prepared(recipe: Recipe, base: Path, encoder: type[Encoder]) -> bool:
-    """Whether the cache has the data of this recipe. It may say no for data that another recipe has prepared.
+    """Whether the cache has the data of this recipe. False also if only a recipe with other keys has prepared them.
 
     Raises:
         DataError: a source is missing.

@@ -263,7 +263,7 @@ class Machines:
             self._lost(Loss(tuple(hosts), how, exit_code))
 
     def _let_in(self) -> None:
-        """Listen no longer when all are here."""
+        """Stop listening once all other machines have connected."""
         here = sum(peer.host is not None for peer in self.peers.values())
         if self.listener is not None and here == len(self.hosts) - 1:
             self._close(self.listener)
@@ -272,7 +272,7 @@ class Machines:
                     self._close(connection)
 
     def _ended(self, peer: _Peer, error: OSError | None) -> None:
-        """A connection has ended: was it meant to?"""
+        """Note a loss, unless the other end has said goodbye before its connection ended."""
         if peer.host is None or peer.said_bye:
             return
         if peer.exit_code is not None:

@@ -37,7 +37,7 @@ def interfaces() -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class Lookups:
-    """What is asked of the system."""
+    """Questions to the operating system; tests answer them otherwise."""
 
     host: Callable[[], str] = lambda: socket.gethostname()
     resolve: Callable[[str], list[str]] = resolve

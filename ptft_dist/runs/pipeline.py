@@ -143,8 +143,8 @@ class Pipeline:
         if _has_ended_well(stage) and not self.is_done(stage):
             raise RecipeError(
                 f"stage {stage.name}: its recipe, its data or an earlier stage has changed since it was done in "
-                f"{stage.folder}. --again {stage.name} does it and the stages after it again, and moves aside what is "
-                "there; or choose another --out"
+                f"{stage.folder}. --again {stage.name} reruns it and all stages that depend on it, and renames their "
+                "old directories; or choose another --out"
             )
 
     def set_aside(self) -> list[tuple[Path, Path]]:

@@ -44,7 +44,7 @@ class Request:
     job: Job
     site: Site
     run_dirs: tuple[Path, ...]
-    """Those that remember this job as theirs: one, or one for each task of a job array; none for work before."""
+    """Those that remember this job as theirs: one, or one for each task of a job array; none if it does not train."""
     needs: tuple[str, ...] = ()
     """Names of earlier requests that must succeed before."""
     problems: tuple[str, ...] = field(default=())
