@@ -5,6 +5,7 @@ Under pytest-xdist each worker has its own cache, documents and fork server. Por
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from support import kill_leftovers, write_documents
 
 from ptft_dist.config import secrets
+from ptft_dist.signals import STOP
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -49,6 +51,16 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _no_leftovers() -> Iterator[None]:
     yield
     kill_leftovers()
+
+
+@pytest.fixture(autouse=True)
+def _signals_restored() -> Iterator[None]:
+    """What a process does with a signal is inherited by the processes of later tests."""
+    numbers = (signal.SIGINT, *STOP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)
