@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.data.trained_tokenizer import TokenizerReport
-    from ptft_dist.evaluation import Evaluation
     from ptft_dist.hub import Fetched
+    from ptft_dist.judging.evaluation import Evaluation
+    from ptft_dist.judging.prediction import Predictions
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
@@ -172,13 +173,15 @@ def evaluate(source: Source, overrides: Overrides = (), *, model: str | Path | N
     Raises:
         PtftError: one of the errors in ptft_dist.errors; the message says what to do.
     """
-    from ptft_dist.evaluation import evaluate as run
+    from ptft_dist.judging.evaluation import evaluate as run
+    from ptft_dist.judging.target import Target, run_of
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import messages
 
     loaded, here = load_recipe(source, overrides), place()
+    name = str(model or Path(loaded.recipe.run_dir) / "model")
     with messages(here.rank):
-        return run(loaded, here, str(model or Path(loaded.recipe.run_dir) / "model")).metrics
+        return run(Target(name, loaded, run_of(Path(name)), own=False), here).metrics
 
 
 @_hiding_secrets
@@ -189,15 +192,22 @@ def evaluate_model(
     *,
     data: str | Path | None = None,
     out: str | Path | None = None,
+    stride: int | None = None,
 ) -> Evaluation:
     """Evaluate the model of a run, or another one, on the validation rows of a recipe, each once.
 
+    An interrupted evaluation with a file for its result goes on where it was.
+
     Args:
         model: the directory of a finished run, a model directory, an adapter directory, or a Hub name.
-        source: the recipe. Default: that of the run.
+        source: the recipe. Default: that of the run; for a model without a run, with `data`: one that follows from its
+            architecture.
         data: a file with validation rows, which replaces data.validation. It is read with the column mapping of the
             recipe's sources.
-        out: a JSON file for the result, written atomically by rank 0.
+        out: a JSON file for the result, written atomically by rank 0; FILE.rows.jsonl beside it has a line for each
+            example. Default: evaluation.json in the run directory, for a run with its own recipe and rows.
+        stride: for task clm, also measure the perplexity of whole documents with a window of data.max_length tokens
+            that moves on by this many tokens.
 
     Raises:
         RecipeError: there is no recipe, or the model does not fit it.
@@ -205,7 +215,7 @@ def evaluate_model(
         DataError: the data cannot be read.
     """
     _quiet_imports()
-    from ptft_dist.evaluation import evaluate_model as run
+    from ptft_dist.judging.evaluation import evaluate_model as run
     from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import messages
 
@@ -218,7 +228,43 @@ def evaluate_model(
             here,
             data=None if data is None else Path(data),
             out=None if out is None else Path(out),
+            stride=stride,
         )
+
+
+@_hiding_secrets
+def predict(
+    model: str | Path,
+    file: str | Path,
+    out: str | Path,
+    *,
+    source: Source | None = None,
+    overrides: Overrides = (),
+) -> Predictions:
+    """Answer each row of a file with a trained model, and write rows and answers as JSON lines, in the same order.
+
+    A row gets the field `prediction`: label and probabilities, a tag for each word, a number, a span of the context, or
+    a text. An interrupted prediction goes on where it was. On several processes each answers a share of the rows.
+
+    Args:
+        model: the directory of a finished run, a model directory, an adapter directory, or a Hub name.
+        file: in any format that recipes read, with the columns of the training rows; answers are not needed.
+        out: the JSON lines, written atomically by rank 0.
+        source: the recipe. Default: that of the run, else one that follows from the architecture.
+
+    Raises:
+        RecipeError: the model does not fit the recipe, or its task gives no answers.
+        CheckpointError: there is no model.
+        DataError: the file cannot be read, or rows are invalid.
+    """
+    _quiet_imports()
+    from ptft_dist.judging.prediction import predict as run
+    from ptft_dist.launch.environment import place
+    from ptft_dist.reporting.messages import messages
+
+    here = place()
+    with messages(here.rank):
+        return run(model, source, _words(overrides), here, file=Path(file), out=Path(out))
 
 
 @_hiding_secrets

@@ -122,7 +122,7 @@ def test_inputs_and_loss_are_those_of_transformers(kind: str, pair: bool) -> Non
         assert torch.equal(batch.inputs["token_type_ids"], theirs["token_type_ids"])
         assert bool((theirs["token_type_ids"] == 1).any()) == pair
     with torch.no_grad():
-        loss, metrics, logits = task.loss(model, batch.inputs)
+        loss, metrics, logits, *_ = task.loss(model, batch.inputs)
         expected = model(**theirs, labels=torch.tensor([i % 3 for i in range(12)]))
     assert batch.count == 12
     assert loss.item() / batch.count == pytest.approx(expected.loss.item(), rel=1e-5)
@@ -140,7 +140,7 @@ def test_several_labels_are_those_of_transformers() -> None:
     gold = torch.tensor([[0.0, 0, 0], [1, 0, 0], [1, 0, 1], [1, 1, 1]])
     assert torch.equal(batch.inputs["targets"], gold)
     with torch.no_grad():
-        loss, _, _ = task.loss(model, batch.inputs)
+        loss, *_ = task.loss(model, batch.inputs)
         plain = {k: x for k, x in batch.inputs.items() if k != "targets"}
         expected = model(**plain, labels=gold)
     assert model.config.problem_type == "multi_label_classification"
@@ -199,7 +199,7 @@ def test_a_stand_in_counts_nothing(multi_label: bool) -> None:
     label: Any = ["thing"] if multi_label else "thing"
     rows = encoded(ours, words, [{"text": TEXTS[3], "label": label}])
     task, model = made(ours, words)
-    loss, metrics, _ = task.loss(model, mask_all(task.collate(rows, keys(1)).inputs))
+    loss, metrics, *_ = task.loss(model, mask_all(task.collate(rows, keys(1)).inputs))
     loss.backward()
     assert loss.item() == 0
     assert [x.item() for x in metrics["accuracy"]] == [0, 0]

@@ -206,7 +206,7 @@ def test_the_loss_is_that_of_transformers(tokenizers: dict[str, Any], config: ty
     batch = task.collate(rows, [(0, i) for i in range(5)])
     task = for_model(task, model)
     with torch.no_grad():
-        loss, metrics, _ = task.loss(model, batch.inputs)
+        loss, metrics, *_ = task.loss(model, batch.inputs)
         ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"].long()
         theirs = model(input_ids=ids, attention_mask=mask, labels=batch.inputs["targets"])
     assert loss.item() == pytest.approx(theirs.loss.item() * batch.count, rel=1e-5)

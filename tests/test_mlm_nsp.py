@@ -268,7 +268,7 @@ def test_the_losses_are_those_of_transformers(
     batch = batch_of(task, store, [0, 3, 5, 11, 12, 14])
     inputs = batch.inputs
     with torch.no_grad():
-        loss, metrics, _ = task.loss(model, inputs)
+        loss, metrics, *_ = task.loss(model, inputs)
         theirs = model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"].long(),

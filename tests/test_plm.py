@@ -146,7 +146,7 @@ def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast, mo
     batch = task.collate(rows_of(tokenizer, [20, 41, 64]), [(0, i) for i in range(3)])
     inputs = {key: x for key, x in batch.inputs.items() if key != "targets"}
     with torch.no_grad():
-        loss, metrics, _ = task.loss(model, batch.inputs)
+        loss, metrics, *_ = task.loss(model, batch.inputs)
         theirs = model(**inputs, labels=batch.inputs["targets"])
     assert batch.count == (batch.inputs["targets"] != -100).sum() > 10
     assert loss.item() == pytest.approx(theirs.loss.item() * batch.count, rel=1e-5)

@@ -278,7 +278,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
         ragged = [i for i in range(len(store)) if i not in full][:12]
         together = task.collate(*rows_of(store, ragged))
         assert (together.inputs["attention_mask"] == 0).any()
-        loss, metrics, _ = task.loss(model, together.inputs)
+        loss, metrics, *_ = task.loss(model, together.inputs)
         alone = [theirs(task.collate(*rows_of(store, [i])).inputs) for i in ragged]
     assert together.count == len(ragged)
     assert loss.item() == pytest.approx(sum(alone), rel=1e-5)
@@ -290,7 +290,7 @@ def test_a_stand_in_counts_nothing(tmp_path: Path) -> None:
     model = network(tokenizer)
     task = for_model(task, model)
     batch = task.collate(*rows_of(prepared.train, [0, 1, 2]))
-    loss, metrics, _ = task.loss(model, mask_all(batch.inputs))
+    loss, metrics, *_ = task.loss(model, mask_all(batch.inputs))
     loss.backward()
     assert loss.item() == 0
     assert [x.item() for x in metrics["accuracy"]] == [0, 0]

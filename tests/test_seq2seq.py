@@ -271,7 +271,7 @@ def test_the_loss_is_that_of_transformers(config: dict[str, Any]) -> None:
     read = labels != -100  # what stands in padding nobody reads
     assert torch.equal(batch.inputs["decoder_input_ids"][read], theirs["decoder_input_ids"][read])
     with torch.no_grad():
-        loss, metrics, _ = task.loss(model, batch.inputs)
+        loss, metrics, *_ = task.loss(model, batch.inputs)
         expected = model(**{key: theirs[key] for key in ("input_ids", "attention_mask", "labels")})
     assert batch.count == (labels != -100).sum() == sum(len(row.columns["labels"]) for row in rows)
     assert batch.tokens == batch.count + sum(len(row.input_ids) for row in rows)
@@ -321,7 +321,7 @@ def test_padding_of_either_side_changes_no_row(config: dict[str, Any]) -> None:
 def test_a_stand_in_counts_nothing_and_its_gradient_is_zero() -> None:
     tokenizer = tokenizer_that()
     task, model = network(T5, tokenizer, label_smoothing=0.1)
-    loss, metrics, _ = task.loss(model, mask_all(task.collate(rows_of(tokenizer)).inputs))
+    loss, metrics, *_ = task.loss(model, mask_all(task.collate(rows_of(tokenizer)).inputs))
     loss.backward()
     assert loss.item() == 0
     assert [x.item() for x in metrics["accuracy"]] == [0, 0]

@@ -147,7 +147,7 @@ def test_the_loss_is_that_of_transformers(tokenizer: PreTrainedTokenizerFast, co
     batch = task.collate(rows_of(tokenizer, [20, 33, 64]), [(0, i) for i in range(3)])
     inputs = batch.inputs
     with torch.no_grad():
-        loss, metrics, _ = task.loss(model, inputs)
+        loss, metrics, *_ = task.loss(model, inputs)
         theirs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], labels=inputs["targets"])
     assert batch.count == (inputs["targets"] != -100).sum()
     assert loss.item() == pytest.approx(theirs.loss.item() * batch.count, rel=1e-5)

@@ -412,7 +412,7 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path, pieces: str) -> None:
     for ours, name in (("input_ids",) * 2, ("attention_mask",) * 2, ("targets", "labels")):
         assert torch.equal(batch.inputs[ours], theirs_in[name]), name
     theirs = model(**theirs_in)
-    loss, metrics, predictions = task.loss(model, batch.inputs)
+    loss, metrics, predictions, *_ = task.loss(model, batch.inputs)
     assert loss.item() / batch.count == pytest.approx(theirs.loss.item(), rel=1e-5)
     counted = theirs_in["labels"] != -100
     assert batch.count == counted.sum()
@@ -427,7 +427,7 @@ def test_a_stand_in_counts_nothing(tmp_path: Path) -> None:
     model = network(tokenizer, len(prepared.survey["labels"]))
     task = for_model(task, model)
     batch = task.collate([prepared.train.row(0)], [(0, 0)])
-    loss, metrics, _ = task.loss(model, mask_all(batch.inputs))
+    loss, metrics, *_ = task.loss(model, mask_all(batch.inputs))
     loss.backward()
     assert loss.item() == 0
     assert [x.item() for x in metrics["accuracy"]] == [0, 0]

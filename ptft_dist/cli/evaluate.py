@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptft_dist.cli.ranks import end_at_signal
-from ptft_dist.launch.ending import end_now
+from ptft_dist.cli.ranks import end_at_signal, run_as_rank
 
 if TYPE_CHECKING:
-    from ptft_dist.evaluation import Evaluation
-    from ptft_dist.launch.environment import Place
+    from ptft_dist.judging.evaluation import Evaluation
 
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
+SHOWN_LABELS = 12
+"""A confusion matrix of more labels is in the file only."""
 
 
 def evaluate(
@@ -29,50 +29,73 @@ def evaluate(
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="The recipe; default: that of the run. Values to set."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="A file with rows, instead of data.validation.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the metrics to this JSON file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The result as JSON. Default: RUN/evaluation.json, for the run's own rows.")
+    ] = None,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="clm: also the perplexity of whole documents, by a window that moves.")
+    ] = None,
 ) -> None:
-    """Evaluate a model on the validation rows of a recipe, and print its metrics.
+    """Evaluate a model on the validation rows of a recipe, and print its metrics and tables.
 
-    Works under `accelerate launch -m ptft_dist evaluate ...` too: each process evaluates a share of the rows.
+    Works under `accelerate launch -m ptft_dist evaluate ...` too: each process evaluates a share of the rows. The same
+    command goes on with an interrupted evaluation that writes a file.
     """
     from ptft_dist import api
-    from ptft_dist.launch.environment import place
-    from ptft_dist.training.stopping import ending_at_once
 
-    here, (recipe, overrides) = place(), _split(words or [])
-    call = partial(api.evaluate_model, model, recipe, overrides, data=data, out=out)
-    with ending_at_once(partial(end_at_signal, "during the evaluation; nothing was written")):
-        if here.world_size == 1:
-            _print(call())
-            return
-        end_now(_as_rank(call, here, Path(model)))
+    recipe, overrides = split_words(words or [])
+    call = partial(api.evaluate_model, model, recipe, overrides, data=data, out=out, stride=stride)
+    run_as_rank(call, show, Path(model), partial(end_at_signal, "during the evaluation; the same command goes on"))
 
 
-def _as_rank(call: Callable[[], Evaluation], here: Place, model: Path) -> int:
-    """Evaluate as one rank of several; return the exit code. A failure is reported once, by the rank that fails
-    first."""
-    from ptft_dist.failures import Failures
-
-    failures = Failures(model, here)
-    try:
-        result = call()
-    except Exception as error:
-        failures.report_error(error)
-        return failures.exit_code
-    if here.is_main:
-        _print(result)
-    return 0
-
-
-def _split(words: Sequence[str]) -> tuple[str | None, list[str]]:
+def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:
     """The recipe, if the first word is one, and the overrides."""
     if words and (Path(words[0]).is_file() or not _OVERRIDE.match(words[0])):
         return words[0], list(words[1:])
     return None, list(words)
 
 
-def _print(result: Evaluation) -> None:
+def show(result: Evaluation) -> None:
+    """Print metrics and tables."""
     width = max(map(len, ("rows", *result.metrics)))
     print(f"{'rows':<{width}}  {result.rows:,}")
     for name, value in result.metrics.items():
         print(f"{name:<{width}}  {value:.6g}")
+    details = result.details
+    for name in ("labels", "questions"):
+        if name in details:
+            print()
+            _table(details[name])
+    if "confusion" in details and len(details["confusion"]["labels"]) <= SHOWN_LABELS:
+        labels, counts = details["confusion"]["labels"], details["confusion"]["counts"]
+        print()
+        rows = [
+            {"gold \\ predicted": a, **dict(zip(labels, row, strict=True))}
+            for a, row in zip(labels, counts, strict=True)
+        ]
+        _table(rows)
+    if "calibration" in details:
+        print(f"\nexpected calibration error  {details['calibration']['ece']:.4f}")
+    for name in ("perplexity", "strided_perplexity"):
+        if name in details:
+            print()
+            for key, value in details[name].items():
+                print(f"{name.replace('_', ' ')}, {key:<14} {value:,.6g}")
+    if details.get("worst"):
+        print("\nlargest losses")
+        for each in details["worst"][:3]:
+            print(f"  row {each['row']:,}, loss {each['loss']:.4g}: {_short(each['text'])}")
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print rows with the same keys as aligned columns."""
+    cells = [list(rows[0])] + [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        first, *others = zip(line, widths, strict=True)
+        print("  ".join([f"{first[0]:<{first[1]}}", *(f"{text:>{width}}" for text, width in others)]))
+
+
+def _short(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= 80 else flat[:79] + "…"

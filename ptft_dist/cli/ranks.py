@@ -1,6 +1,45 @@
-"""How a command ends at a signal that comes before it has anything to save."""
+"""How commands run as one rank of several, and how they end at a signal that comes before they have saved anything."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def run_as_rank(
+    call: Callable[[], T], show: Callable[[T], None], subject: Path, at_signal: Callable[[str], None]
+) -> None:
+    """Run `call` as the only process or as one rank of several, and show its result once.
+
+    A failure is reported once, by the rank that fails first.
+
+    Args:
+        subject: what the command works on, for the report of a failure.
+        at_signal: called with the name of a signal; ends the process.
+    """
+    from ptft_dist.launch.ending import end_now
+    from ptft_dist.launch.environment import place
+    from ptft_dist.training.stopping import ending_at_once
+
+    here = place()
+    with ending_at_once(at_signal):
+        if here.world_size == 1:
+            show(call())
+            return
+        from ptft_dist.failures import Failures
+
+        failures = Failures(subject, here)
+        try:
+            result = call()
+        except Exception as error:
+            failures.report_error(error)
+            end_now(failures.exit_code)
+        if here.is_main:
+            show(result)
+        end_now(0)
 
 
 def end_at_signal(what: str, signal_name: str) -> None:

@@ -129,6 +129,8 @@ class Encoder:
     """The meta of training examples is stored too."""
     numbered: ClassVar[str | None] = None
     """The key of `Example.meta` for the number of the record, counted from 1 over all records with examples."""
+    answer_roles: ClassVar[tuple[str, ...]] = ()
+    """The columns with the answers, which rows to predict do not have."""
     store: ClassVar[type[Any]]
     """The class that reads the store of `writer`."""
 
@@ -217,6 +219,15 @@ class Encoder:
         if common["bad_rows"] == "stop":  # otherwise every setting may affect which rows are valid
             section = {key: value for key, value in section.items() if key in settings.text_settings}
         return [common["task"], section, common["bad_rows"]]
+
+    @classmethod
+    def unanswered(cls, settings: Any, survey: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+        """The values of a row with a made-up answer, so that it can be encoded although its answer is unknown.
+
+        Raises:
+            RowError: there is nothing to answer.
+        """
+        raise NotImplementedError
 
     # --- with the tokenizer ------------------------------------------------------------------------------------------
 

@@ -24,15 +24,20 @@ When each hook of a task is called, and on which ranks:
         collate, evaluate(model, inputs), predictions(output)
         eval_metrics(totals)        from averages over all ranks
         scores(predictions, row)    rank 0 only: metrics that are not averages, and samples
+ptft evaluate and ptft predict, rank 0 only
+        answer(predictions, rows)   what the predictions for the rows of one example say
+        judge(answer, rows)         the answer beside the reference
+        details(judged)             tables about all examples
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -153,6 +158,21 @@ class LossOut(NamedTuple):
     """Name -> (total, count)."""
     predictions: torch.Tensor | None = None
     """[B, ...], for metrics that are not averages."""
+    row_losses: torch.Tensor | None = None
+    """The summed loss of each row, without weights between several losses, and its count: [B, 2]. For `ptft evaluate`;
+    None if the task has none."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The answer to one example beside its reference."""
+
+    answer: Mapping[str, Any]
+    """As `Task.answer` returns it."""
+    reference: Any
+    """As JSON."""
+    values: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Name of a metric -> total and count; the metric of many examples is the sum of totals over that of counts."""
 
 
 class Task(Protocol):
@@ -233,6 +253,21 @@ class Task(Protocol):
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics over all predictions (row number -> prediction, in order), and samples to show."""
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any] | None:
+        """The answer to one example as JSON, from the predictions for all its rows; None: the task gives no answers.
+
+        For example a label with probabilities, a tag for each word, or a text.
+        """
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        """Compare the answer to one example with the reference in the meta of its rows."""
+
+    def target_ids(self, row: Row) -> np.ndarray | None:
+        """The tokens whose negative log-likelihood is the row's loss, in order; None if the loss is something else."""
+
+    def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        """Tables about all examples as JSON, by name, such as the scores of each label."""
 
 
 class Probe(Protocol):
@@ -323,3 +358,15 @@ class BaseTask:
         row: Callable[[int], Row],  # noqa: ARG002
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return {}, []
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any] | None:  # noqa: ARG002
+        return None
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        raise NotImplementedError
+
+    def target_ids(self, row: Row) -> np.ndarray | None:  # noqa: ARG002
+        return None
+
+    def details(self, judged: Sequence[Judged]) -> dict[str, Any]:  # noqa: ARG002
+        return {}

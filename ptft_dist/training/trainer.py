@@ -116,7 +116,7 @@ class Trainer:
         for i, batch in enumerate(group):
             with engine.micro_batch(last=i == len(group) - 1):
                 engine.seed(self.recipe.train.seed, step, i)
-                loss, metrics, _ = engine.forward(self.task.loss, batch.inputs)
+                loss, metrics, *_ = engine.forward(self.task.loss, batch.inputs)
                 engine.backward((loss.reshape(-1) * scale.to(loss.dtype)).sum())
             averages.add(loss, metrics)
         reduced = engine.all_sum(*averages.sums())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
@@ -24,6 +24,7 @@ class ClassificationRows(LabelledTextRows):
     """Encodes labelled texts. Columns: input_ids, token_type_ids, and labels: one id; with multi_label any number."""
 
     surveys = True
+    answer_roles = ("label",)
     columns = {**LabelledTextRows.columns, "labels": "<i4"}
 
     settings: ClassificationSettings
@@ -63,6 +64,12 @@ class ClassificationRows(LabelledTextRows):
                 "more. Correct the label column, or name the right one with fields: {label: ...}."
             )
         return {"labels": labels}
+
+    @classmethod
+    def unanswered(
+        cls, settings: ClassificationSettings, survey: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        return {**values, "label": [] if settings.multi_label else survey["labels"][0]}
 
     def pieces(self, record: Record) -> Sequence[Any]:
         return [_marked(record)] if self.settings.entities else super().pieces(record)

@@ -14,7 +14,8 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.scores.labels import classification_scores, multi_label_scores
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
+from ptft_dist.tasks.common.scores.tables import SHOWN_LABELS, calibration, class_table, confusion
+from ptft_dist.tasks.protocol import IGNORE, Batch, Judged, LossOut, TaskSetup
 
 
 class Classification(LabelledTextTask):
@@ -64,22 +65,34 @@ class Classification(LabelledTextTask):
         loss_sum, _ = self.loss_of(logits, targets)
         return LossOut(loss_sum, {"accuracy": (correct.sum(), mask.sum())}, logits.detach())
 
+    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        out, targets = self.loss(model, inputs), inputs["targets"]
+        assert out.predictions is not None
+        losses, counts = self._losses(out.predictions, targets)
+        return out._replace(row_losses=torch.stack([losses.flatten(1).sum(1), counts.flatten(1).sum(1)], 1))
+
     def choices(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits [B, labels] and targets: label ids [B]; with multi_label 0 or 1 [B, labels]."""
         return self.logits(model, inputs), inputs["targets"]
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The summed loss, and the denominator of its mean."""
+        losses, counts = self._losses(logits, targets)
+        return losses.sum(), counts.sum()
+
+    def _losses(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses and denominators: [B, 1]; with multi_label [B, labels]."""
         weights = None if self.weights is None else self.weights.to(logits.device)
         if self.settings.multi_label:
             mask = ~targets.isnan()
             losses = F.binary_cross_entropy_with_logits(
                 logits, targets.nan_to_num(), pos_weight=weights, reduction="none"
             )
-            return (losses * mask).sum(), mask.sum()
-        loss_sum = weighted_cross_entropy(logits, targets, weights, self.settings.label_smoothing)
+            return losses * mask, mask.float()
+        losses = weighted_cross_entropy(logits, targets, weights, self.settings.label_smoothing)
         mask = targets != IGNORE
-        return loss_sum, mask.sum() if weights is None else (weights[targets.clamp(min=0)] * mask).sum()
+        counts = mask.float() if weights is None else weights[targets.clamp(min=0)] * mask
+        return losses[:, None], counts[:, None]
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         return {"loss": totals["loss"]}
@@ -97,12 +110,51 @@ class Classification(LabelledTextTask):
         gold_ids = [int(row(number).columns["labels"][0]) for number in predictions]
         return classification_scores(gold_ids, logits.argmax(-1).tolist(), len(self.labels)), []
 
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:  # noqa: ARG002
+        """The label (with multi_label: labels), and the probability of every label."""
+        logits = torch.tensor(predictions[0], dtype=torch.float64)
+        multi_label = self.settings.multi_label
+        shares = (logits.sigmoid() if multi_label else logits.softmax(0)).tolist()
+        probabilities = dict(zip(self.labels, shares, strict=True))
+        if multi_label:
+            chosen = [label for label, logit in zip(self.labels, logits.tolist(), strict=True) if logit > 0]
+            return {"labels": chosen, "probabilities": probabilities}
+        return {"label": self.labels[int(logits.argmax())], "probabilities": probabilities}
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        names = rows[0].meta["label"]
+        if self.settings.multi_label:
+            return Judged(answer, names, {"accuracy": (set(answer["labels"]) == set(names), 1)})
+        return Judged(answer, names[0], {"accuracy": (answer["label"] == names[0], 1)})
+
+    def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        """Scores of each label, the confusion of labels (not with multi_label), and the calibration.
+
+        With multi_label, the calibration is over all decisions on a label.
+        """
+        ids = {label: i for i, label in enumerate(self.labels)}
+        shares = np.array([list(each.answer["probabilities"].values()) for each in judged])
+        if self.settings.multi_label:
+            gold = np.array([[label in each.reference for label in self.labels] for each in judged], int)
+            predicted = np.array([[label in each.answer["labels"] for label in self.labels] for each in judged], int)
+            certainty = np.maximum(shares, 1 - shares)
+            return {
+                "labels": class_table(gold, predicted, self.labels),
+                "calibration": calibration(certainty.ravel(), (gold == predicted).ravel()),
+            }
+        gold = np.array([ids[each.reference] for each in judged])
+        predicted = np.array([ids[each.answer["label"]] for each in judged])
+        tables: dict[str, Any] = {"labels": class_table(gold, predicted, self.labels)}
+        if len(ids) <= SHOWN_LABELS:
+            tables["confusion"] = confusion(gold, predicted, self.labels)
+        return {**tables, "calibration": calibration(shares.max(1), gold == predicted)}
+
 
 def weighted_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor | None, smoothing: float
 ) -> torch.Tensor:
-    """PyTorch's weighted cross_entropy summed over rows, before the division by the sum of the targets' weights."""
-    return F.cross_entropy(logits, targets, weights, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
+    """PyTorch's weighted cross_entropy of each row, before the division by the sum of the targets' weights: [B]."""
+    return F.cross_entropy(logits, targets, weights, ignore_index=IGNORE, reduction="none", label_smoothing=smoothing)
 
 
 def label_weights(setup: TaskSetup) -> torch.Tensor | None:

@@ -21,7 +21,7 @@ from ptft_dist.tasks.common.isolation import (
     probe_rows,
     restarting_positions,
 )
-from ptft_dist.tasks.common.losses import network_inputs, perplexity
+from ptft_dist.tasks.common.losses import network_inputs, perplexity, row_losses
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple, padded_width
 from ptft_dist.tasks.common.router_loss import router_loss
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
@@ -67,11 +67,7 @@ class NextTokenTask(BaseTask):
         for i, row in enumerate(rows):
             n = len(row.input_ids)
             input_ids[i, :n] = row.input_ids
-            targets[i, : n - 1] = self.next_tokens(row)
-            if self.isolate:
-                starts = row.document_starts
-                # The last token of a document does not predict the first of the next one.
-                targets[i, starts[starts > 0] - 1] = IGNORE
+            targets[i, : n - 1] = self._targets(row)
         inputs = {"input_ids": torch.from_numpy(input_ids), "targets": torch.from_numpy(targets)}
         if self.isolate:
             inputs["position_ids"] = torch.from_numpy(restarting_positions(rows, width))
@@ -81,23 +77,41 @@ class NextTokenTask(BaseTask):
         tokens = sum(len(row.input_ids) for row in rows)
         return Batch(inputs, int((targets != IGNORE).sum()), tokens, more_counts)
 
+    def _targets(self, row: Row) -> np.ndarray:
+        targets = self.next_tokens(row)
+        if not self.isolate:
+            return targets
+        # The last token of a document does not predict the first of the next one.
+        starts = row.document_starts
+        targets = targets.copy()
+        targets[starts[starts > 0] - 1] = IGNORE
+        return targets
+
+    def target_ids(self, row: Row) -> np.ndarray:
+        targets = self._targets(row)
+        return targets[targets != IGNORE]
+
     def next_tokens(self, row: Row) -> np.ndarray:
         """The targets of all tokens except the last: int64 [T - 1], -100 without a label."""
         return row.input_ids[1:]
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The summed cross-entropy: a scalar; for a mixture of experts [2], with the weighted router loss."""
+        targets = inputs["targets"]
         if not self.balances_experts:
-            return LossOut(-self.logprobs(model, inputs, self.fused).sum(), {})
+            logprobs = self.logprobs(model, inputs, self.fused)
+            return LossOut(-logprobs.sum(), {}, row_losses=row_losses(-logprobs.detach(), targets))
         output = model(**network_inputs(inputs), use_cache=False, output_router_logits=True)
         tokens = F.cross_entropy(
-            output.logits.flatten(0, 1).float(), inputs["targets"].flatten(), ignore_index=IGNORE, reduction="sum"
+            output.logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORE, reduction="none"
         )
         lengths = inputs["targets_lengths"]
-        row_losses = router_loss(output.router_logits or (), lengths, self.network.experts_per_token)
-        balance, count = row_losses.sum(), (lengths > 0).sum()
+        balances = router_loss(output.router_logits or (), lengths, self.network.experts_per_token)
+        balance, count = balances.sum(), (lengths > 0).sum()
         return LossOut(
-            torch.stack([tokens, self.network.router_loss_weight * balance]), {"router_loss": (balance.detach(), count)}
+            torch.stack([tokens.sum(), self.network.router_loss_weight * balance]),
+            {"router_loss": (balance.detach(), count)},
+            row_losses=row_losses(tokens.detach().view(targets.shape), targets),
         )
 
     def loss_of(self, logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

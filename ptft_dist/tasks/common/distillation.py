@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.tasks.common.network_checks import check_same_tokens
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, Probe, Task, TaskSetup
+from ptft_dist.tasks.protocol import IGNORE, Batch, Judged, LossOut, Probe, Task, TaskSetup
 
 
 class Teacher(Protocol):
@@ -107,7 +108,8 @@ class Distillation:
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         own, with_teacher = self.task.evaluate(model, self._inputs_of_student(inputs)), self.loss(model, inputs)
-        return LossOut(with_teacher.loss_sum, {**own.metrics, **with_teacher.metrics}, own.predictions)
+        metrics = {**own.metrics, **with_teacher.metrics}
+        return LossOut(with_teacher.loss_sum, metrics, own.predictions, own.row_losses)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """The task's metrics, computed from its own loss, with the total loss, hard_loss and divergence."""
@@ -135,6 +137,20 @@ class Distillation:
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return self.task.scores(predictions, row)
+
+    def target_ids(self, row: Row) -> np.ndarray | None:
+        ids: np.ndarray | None = self.task.target_ids(row)
+        return ids
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any] | None:
+        answer: Mapping[str, Any] | None = self.task.answer(predictions, rows)
+        return answer
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        return self.task.judge(answer, rows)
+
+    def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        return self.task.details(judged)
 
     def _inputs_of_student(self, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return _without_types(inputs, self.student_has_types)

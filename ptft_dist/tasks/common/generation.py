@@ -14,6 +14,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from ptft_dist.data.store import Row
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 from ptft_dist.tasks.common.scores.text import text_scores
+from ptft_dist.tasks.protocol import Judged
 
 
 def generate(
@@ -73,7 +74,7 @@ def generation_scores(
     """
     metas = [row(number).meta for number in predictions]
     ids = list(predictions.values())
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts = [generated_text(tokenizer, each) for each in ids]
     references = [meta["reference"] for meta in metas]
     scores = text_scores(texts, references, settings)
     samples = [
@@ -81,3 +82,17 @@ def generation_scores(
         for number, meta, text in zip(predictions, metas, texts, strict=True)
     ]
     return scores, samples[: settings.show]
+
+
+def generated_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    """The text of generated token ids."""
+    text: Any = tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return str(text)
+
+
+def judged_text(answer: Mapping[str, Any], row: Row, settings: GenerationSettings) -> Judged:
+    """A generated text beside its reference, with those metrics that are averages over texts."""
+    reference = row.meta["reference"]
+    averages = tuple(name for name in settings.metrics if name in ("exact_match", "rouge"))
+    scores = text_scores([answer["text"]], [reference], settings.model_copy(update={"metrics": averages}))
+    return Judged(answer, reference, {name: (value, 1) for name, value in scores.items()})

@@ -27,6 +27,30 @@ def target_positions(targets: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.flatnonzero(targets != IGNORE))
 
 
+def row_losses(losses: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """LossOut.row_losses: the sum over the targets of each row, and their number: fp32 [B, 2].
+
+    Args:
+        losses: of each target [B, ...], 0 without one.
+        targets: [B, ...], -100 or NaN without a target.
+    """
+    counted = ~targets.isnan() if targets.is_floating_point() else targets != IGNORE
+    return torch.stack([losses.flatten(1).sum(1), counted.flatten(1).sum(1).to(losses.dtype)], 1)
+
+
+def position_row_losses(
+    logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`row_losses` of the cross-entropy at positions; arguments as of `loss_at_positions`, targets [B, ...]."""
+    labels, rows = targets.flatten(), torch.arange(targets.numel(), device=targets.device) // targets[0].numel()
+    flat = logits.flatten(0, -2)
+    if positions is not None:
+        flat, labels, rows = (x.index_select(0, positions) for x in (flat, labels, rows))
+    losses = F.cross_entropy(flat.float(), labels, ignore_index=IGNORE, reduction="none")
+    pairs = torch.stack([losses, (labels != IGNORE).float()], 1)
+    return pairs.new_zeros(len(targets), 2).index_add_(0, rows, pairs)
+
+
 def loss_at_positions(
     logits: torch.Tensor, targets: torch.Tensor, positions: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

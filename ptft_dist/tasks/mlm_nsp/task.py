@@ -13,7 +13,7 @@ from transformers import AutoModelForPreTraining, PretrainedConfig
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
-from ptft_dist.tasks.common.losses import POSITIONS, loss_at_positions, network_inputs, perplexity
+from ptft_dist.tasks.common.losses import POSITIONS, loss_at_positions, network_inputs, perplexity, position_row_losses
 from ptft_dist.tasks.common.masked_rows import MaskedRows
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.common.padding_probe import refuse_known
@@ -53,7 +53,16 @@ class MaskedLMWithPairs(BaseTask):
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """The two losses, summed over the masked tokens and over the pairs: loss_sum [2]."""
+        return self._loss(inputs, model(**network_inputs(inputs)))
+
+    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        """The losses of rows are those of the masked tokens."""
         output = model(**network_inputs(inputs))
+        rows = position_row_losses(output.prediction_logits, inputs["targets"], inputs[POSITIONS])
+        return self._loss(inputs, output)._replace(row_losses=rows)
+
+    @staticmethod
+    def _loss(inputs: dict[str, torch.Tensor], output: Any) -> LossOut:
         tokens, right_tokens, token_count = loss_at_positions(
             output.prediction_logits, inputs["targets"], inputs[POSITIONS]
         )

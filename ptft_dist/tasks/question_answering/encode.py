@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
@@ -32,10 +32,12 @@ class QuestionRows(RowEncoder):
         question: number of the question.
         text: the window's part of the context.
         offsets: [start, end) of each of its tokens in `text`, in characters.
+        begin: where `text` begins in the context, in characters.
         answers: the gold answers; empty if there is no answer.
     """
 
     surveys = True
+    answer_roles = ("answers",)
     numbered = "question"
     columns = {"token_type_ids": "u1", "context": "<i4", "start": "<i4", "end": "<i4"}
 
@@ -73,6 +75,15 @@ class QuestionRows(RowEncoder):
     ) -> dict[str, Any]:
         """The number of training rows without an answer, as `unanswerable`."""
         return {"unanswerable": sum(not answers_of(record) for record in records)}
+
+    @classmethod
+    def unanswered(
+        cls,
+        settings: QuestionAnsweringSettings,  # noqa: ARG003
+        survey: Mapping[str, Any],  # noqa: ARG003
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {**values, "answers": {"text": [], "answer_start": []}}
 
     def pieces(self, record: Record) -> Sequence[Any]:
         return [record.values["question"], record.values["context"]]
@@ -176,4 +187,4 @@ def _windows(tokens: int, room: int, stride: int) -> list[range]:
 def _window_text(context: str, offsets: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """A window's part of the context, and the character offsets of its tokens in this part."""
     begin, end = offsets[0][0], offsets[-1][1]
-    return {"text": context[begin:end], "offsets": [[a - begin, b - begin] for a, b in offsets]}
+    return {"text": context[begin:end], "begin": begin, "offsets": [[a - begin, b - begin] for a, b in offsets]}

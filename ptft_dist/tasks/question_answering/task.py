@@ -14,8 +14,9 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
-from ptft_dist.tasks.common.scores.spans import span_scores
-from ptft_dist.tasks.protocol import IGNORE, Batch, LossOut, TaskSetup
+from ptft_dist.tasks.common.losses import row_losses
+from ptft_dist.tasks.common.scores.spans import answer_scores, span_scores
+from ptft_dist.tasks.protocol import IGNORE, Batch, Judged, LossOut, TaskSetup
 
 
 class QuestionAnswering(LabelledTextTask):
@@ -66,7 +67,16 @@ class QuestionAnswering(LabelledTextTask):
 
     def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         start, end = self.end_logits(model, inputs)
-        return self.scored(inputs, start, end)._replace(predictions=self.best_spans(inputs, start, end))
+        targets = inputs["targets_start"], inputs["targets_end"]
+        losses = sum(
+            F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="none") / 2
+            for logits, target in zip((start, end), targets, strict=True)
+        )
+        assert isinstance(losses, torch.Tensor)
+        rows = row_losses(losses[:, None], targets[0][:, None])
+        return self.scored(inputs, start, end)._replace(
+            predictions=self.best_spans(inputs, start, end), row_losses=rows
+        )
 
     def end_logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Start logits and end logits, both fp32 [B, T], -inf for padding."""
@@ -120,29 +130,58 @@ class QuestionAnswering(LabelledTextTask):
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Exact match and F1 over questions.
+        """Exact match and F1 over questions."""
+        windows: dict[int, list[tuple[Any, Row]]] = {}
+        for number, prediction in predictions.items():
+            window = row(number)
+            windows.setdefault(window.meta["question"], []).append((prediction, window))
+        texts = [self.answer(*zip(*each, strict=True))["text"] for each in windows.values()]
+        return span_scores(texts, [each[0][1].meta["answers"] for each in windows.values()]), []
 
-        The prediction of a question is the best span of all its windows. The score of no answer is the minimum over
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:
+        """The best span of all windows of a question: its text and [start, end) in the context, in characters.
+
+        The text is empty, and start and end are null, if there is no answer. The score of no answer is the minimum over
         the windows, because most windows do not contain the answer.
         """
-        best: dict[int, tuple[float, str]] = {}
-        no_answer_scores: dict[int, float] = {}
-        answers: dict[int, list[str]] = {}
-        for number, (first, last, score, no_answer) in predictions.items():
-            window = row(number)
-            meta = window.meta
-            question = meta["question"]
-            answers[question] = meta["answers"]
-            no_answer_scores[question] = min(no_answer, no_answer_scores.get(question, np.inf))
-            best_score, _ = best.setdefault(question, (-np.inf, ""))
-            if score > best_score:
-                context_start = int(window.columns["context"][0])
-                start = meta["offsets"][int(first) - context_start][0]
-                end = meta["offsets"][int(last) - context_start][1]
-                best[question] = score, meta["text"][start:end].strip()
-        margin = self.settings.no_answer_margin
-        texts = [
-            "" if self.may_decline and no_answer_scores[question] - score > margin else text
-            for question, (score, text) in best.items()
-        ]
-        return span_scores(texts, list(answers.values())), []
+        no_answer = min(prediction[3] for prediction in predictions)
+        best = max(range(len(rows)), key=lambda i: predictions[i][2])
+        first, last, score, _ = predictions[best]
+        declined = self.may_decline and no_answer - score > self.settings.no_answer_margin
+        if declined or score == -np.inf:
+            return {"text": "", "start": None, "end": None, "score": _finite(score), "no_answer_score": no_answer}
+        meta, context_start = rows[best].meta, int(rows[best].columns["context"][0])
+        start = meta["offsets"][int(first) - context_start][0]
+        end = meta["offsets"][int(last) - context_start][1]
+        found = meta["text"][start:end]
+        text = found.strip()
+        begin = meta.get("begin", 0) + start + len(found) - len(found.lstrip())
+        return {
+            "text": text,
+            "start": begin,
+            "end": begin + len(text),
+            "score": score,
+            "no_answer_score": no_answer,
+        }
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        answers = rows[0].meta["answers"]
+        exact, f1 = answer_scores(answer["text"], answers)
+        return Judged(answer, answers, {"exact_match": (exact, 1), "f1": (f1, 1)})
+
+    def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        """Exact match and F1 of questions with and without an answer."""
+        kinds = {"with an answer": [each for each in judged if each.reference]}
+        kinds["without an answer"] = [each for each in judged if not each.reference]
+        return {
+            "questions": [
+                {"kind": kind, **span_scores([e.answer["text"] for e in part], [e.reference for e in part])}
+                | {"questions": len(part)}
+                for kind, part in kinds.items()
+                if part
+            ]
+        }
+
+
+def _finite(score: float) -> float | None:
+    return score if np.isfinite(score) else None

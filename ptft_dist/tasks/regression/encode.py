@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import Example, RowError
 from ptft_dist.data.formats import Record, json_type
@@ -22,6 +22,17 @@ class RegressionRows(LabelledTextRows):
     """Encodes texts with a number. Columns: input_ids, token_type_ids, and labels: one fp32 number."""
 
     columns = {**LabelledTextRows.columns, "labels": "<f4"}
+
+    answer_roles = ("label",)
+
+    @classmethod
+    def unanswered(
+        cls,
+        settings: LabelledText,  # noqa: ARG003
+        survey: Mapping[str, Any],  # noqa: ARG003
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {**values, "label": 0.0}
 
     @classmethod
     def check(cls, settings: LabelledText, record: Record) -> None:

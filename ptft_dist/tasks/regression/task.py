@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ptft_dist.data.store import Row
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.scores.labels import regression_scores
-from ptft_dist.tasks.protocol import Batch, LossOut, TaskSetup
+from ptft_dist.tasks.protocol import Batch, Judged, LossOut, TaskSetup
 
 ERRORS: dict[str, Callable[..., torch.Tensor]] = {"mse": F.mse_loss, "mae": F.l1_loss, "huber": F.huber_loss}
 
@@ -33,10 +34,24 @@ class Regression(LabelledTextTask):
         predicted, targets = self.logits(model, inputs)[:, 0], inputs["targets"]
         mask = ~targets.isnan()  # NaN: a row of a dummy batch
         losses = ERRORS[self.settings.loss](predicted, targets.nan_to_num(), reduction="none")
-        return LossOut((losses * mask).sum(), {}, predicted.detach())
+        rows = torch.stack([losses.detach() * mask, mask.float()], 1)
+        return LossOut((losses * mask).sum(), {}, predicted.detach(), rows)
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         gold = [float(row(number).columns["labels"][0]) for number in predictions]
         return regression_scores(gold, list(predictions.values())), []
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:  # noqa: ARG002
+        return {"number": float(predictions[0])}
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        gold = float(rows[0].meta["label"])
+        error = answer["number"] - gold
+        return Judged(answer, gold, {"mse": (error**2, 1), "mae": (abs(error), 1)})
+
+    def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
+        """Quantiles of prediction minus reference, by percent."""
+        errors = [each.answer["number"] - each.reference for each in judged]
+        return {"errors": {f"p{q:02}": float(np.percentile(errors, q)) for q in (1, 5, 25, 50, 75, 95, 99)}}

@@ -19,7 +19,7 @@ from ptft_dist.tasks.common.last_token import LastToken, padding_token
 from ptft_dist.tasks.common.losses import network_inputs
 from ptft_dist.tasks.common.preference_rows import halves
 from ptft_dist.tasks.common.scores.preferences import preference_scores
-from ptft_dist.tasks.protocol import Batch, LossOut, TaskSetup
+from ptft_dist.tasks.protocol import Batch, Judged, LossOut, TaskSetup
 
 MARGIN = "targets_margin"
 """Name of the batch input with the margins: fp32 [B], 0 without one, NaN in a dummy batch."""
@@ -98,7 +98,8 @@ class RewardModelling(LabelledTextTask):
             "margin": (((chosen - rejected).detach() * mask).sum(), pairs),
             "reward": (((chosen + rejected).detach() * mask).sum(), 2 * pairs),
         }
-        return LossOut((losses * mask).sum(), metrics, torch.stack([chosen, rejected], 1).detach())
+        rows = torch.stack([losses.detach() * mask, mask.float()], 1)
+        return LossOut((losses * mask).sum(), metrics, torch.stack([chosen, rejected], 1).detach(), rows)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         return {"loss": totals["loss"]}
@@ -109,6 +110,15 @@ class RewardModelling(LabelledTextTask):
         """Scores over all validation pairs. predictions: row number -> rewards of the chosen and the rejected text."""
         lengths = np.array([row(number).columns["parts"][1:] for number in predictions])
         return preference_scores(np.array(list(predictions.values())), lengths), []
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:  # noqa: ARG002
+        chosen, rejected = predictions[0]
+        return {"score_chosen": chosen, "score_rejected": rejected}
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:  # noqa: ARG002
+        """The reference is that the chosen text is better."""
+        margin = answer["score_chosen"] - answer["score_rejected"]
+        return Judged(answer, "chosen", {"accuracy": (margin > 0, 1), "margin": (margin, 1)})
 
 
 def _text(ids: np.ndarray) -> Row:

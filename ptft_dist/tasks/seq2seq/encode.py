@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, RowError
@@ -26,6 +26,7 @@ class Seq2SeqRows(RowEncoder):
     Both include the tokenizer's special tokens, and exactly one EOS.
     """
 
+    answer_roles = ("target",)
     columns = {"labels": "token"}
     length_columns = ("input_ids", "labels")
 
@@ -58,6 +59,15 @@ class Seq2SeqRows(RowEncoder):
     def texts(cls, settings: Seq2SeqSettings, record: Record) -> Iterator[str]:
         yield settings.prefix + record.values["source"]
         yield record.values["target"]
+
+    @classmethod
+    def unanswered(
+        cls,
+        settings: Seq2SeqSettings,  # noqa: ARG003
+        survey: Mapping[str, Any],  # noqa: ARG003
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return {**values, "target": require_text(values, "source")}
 
     def pieces(self, record: Record) -> Sequence[Any]:
         return [self.settings.prefix + record.values["source"], record.values["target"]]

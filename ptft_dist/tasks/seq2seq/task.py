@@ -13,10 +13,10 @@ from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
-from ptft_dist.tasks.common.generation import generate, generation_scores
-from ptft_dist.tasks.common.losses import network_inputs, perplexity
+from ptft_dist.tasks.common.generation import generate, generated_text, generation_scores, judged_text
+from ptft_dist.tasks.common.losses import network_inputs, perplexity, row_losses
 from ptft_dist.tasks.common.padding import pad, pad_multiple
-from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
+from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, Judged, LossOut, TaskSetup
 
 
 class Seq2Seq(BaseTask):
@@ -102,12 +102,13 @@ class Seq2Seq(BaseTask):
     def _loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor], smoothing: float) -> LossOut:
         targets = inputs["targets"]
         logits = model(**network_inputs(inputs), use_cache=False).logits.float().flatten(0, 1)
-        loss_sum = F.cross_entropy(
-            logits, targets.flatten(), ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+        losses = F.cross_entropy(
+            logits, targets.flatten(), ignore_index=IGNORE, reduction="none", label_smoothing=smoothing
         )
         mask = targets.flatten() != IGNORE
         correct = (logits.argmax(-1) == targets.flatten()) & mask
-        return LossOut(loss_sum, {"accuracy": (correct.sum(), mask.sum())})
+        rows = row_losses(losses.detach().view(targets.shape), targets)
+        return LossOut(losses.sum(), {"accuracy": (correct.sum(), mask.sum())}, row_losses=rows)
 
     def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
         """Add the perplexity. loss: mean over the target tokens, in nats; accuracy: the fraction of target tokens
@@ -121,3 +122,12 @@ class Seq2Seq(BaseTask):
         if self.settings.generation is None:
             return {}, []
         return generation_scores(self.tokenizer, self.settings.generation, predictions, row)
+
+    def target_ids(self, row: Row) -> np.ndarray:
+        return row.columns["labels"]
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:  # noqa: ARG002
+        return {"text": generated_text(self.tokenizer, predictions[0])}
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        return judged_text(answer, rows[0], self.settings.generation)

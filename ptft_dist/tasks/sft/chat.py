@@ -68,6 +68,31 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
     return _complete(messages, tools_of(values), given)
 
 
+def with_answer(values: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """The row with this text as its last answer, instead of its own.
+
+    Raises:
+        RowError: the row has neither messages, nor an instruction, nor a prompt.
+    """
+    filled = dict(values)
+    for column, role, content, end in (
+        ("messages", "role", "content", "assistant"),
+        ("conversations", "from", "value", "gpt"),
+    ):
+        if isinstance(messages := values.get(column), list):
+            asked = list(messages)
+            while asked and isinstance(asked[-1], dict) and asked[-1].get(role) == end:
+                asked.pop()
+            filled[column] = [*asked, {role: end, content: text}]
+            return filled
+    if values.get("instruction") is not None:
+        return {**filled, "output": text}
+    if values.get("prompt") is not None:
+        is_text = isinstance(values["prompt"], str)
+        return {**filled, "completion": text if is_text else [{"role": "assistant", "content": text}]}
+    raise RowError("there are no messages, no instruction and no prompt to answer. Map a column with fields.")
+
+
 def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> Conversation:
     """The conversation, truncated after its last assistant message.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from ptft_dist.tasks.common.chat_template import (
     saved_template,
 )
 from ptft_dist.tasks.common.control_tokens import ControlTokens
-from ptft_dist.tasks.sft.chat import SHAPES, read_row, shape_of
+from ptft_dist.tasks.sft.chat import SHAPES, read_row, shape_of, with_answer
 from ptft_dist.tasks.sft.settings import SftSettings
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ class ConversationRows(RowEncoder):
     The first token is never a target.
     """
 
+    answer_roles = ("completion", "output")
     columns = {"learned": "u1"}
     text_only = False  # the template's special tokens are control tokens; a text that contains one is refused
 
@@ -134,6 +135,15 @@ class ConversationRows(RowEncoder):
             yield parsed.prompt + parsed.completion
         else:
             yield from (message["content"] for message in parsed.messages if message["content"])
+
+    @classmethod
+    def unanswered(
+        cls,
+        settings: SftSettings,  # noqa: ARG003
+        survey: Mapping[str, Any],  # noqa: ARG003
+        values: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        return with_answer(values, ".")
 
     def pieces(self, record: Record) -> Sequence[Any]:
         parsed = _read(self.settings, record)

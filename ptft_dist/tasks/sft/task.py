@@ -14,9 +14,9 @@ from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
-from ptft_dist.tasks.common.generation import generate, generation_scores, left_padded
+from ptft_dist.tasks.common.generation import generate, generated_text, generation_scores, judged_text, left_padded
 from ptft_dist.tasks.common.padding import pad
-from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut, TaskSetup
+from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, Judged, LossOut, TaskSetup
 
 PROMPT = "prompt/"
 """Prefix of the batch inputs that hold prompts for generation."""
@@ -93,7 +93,7 @@ class SupervisedFineTuning(NextTokenTask):
             return out
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
         ids = generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
-        return LossOut(out.loss_sum, out.metrics, ids)
+        return out._replace(predictions=ids)
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
@@ -102,6 +102,12 @@ class SupervisedFineTuning(NextTokenTask):
         if self.settings.generation is None:
             return {}, []
         return generation_scores(self.tokenizer, self.settings.generation, predictions, row)
+
+    def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:  # noqa: ARG002
+        return {"text": generated_text(self.tokenizer, predictions[0])}
+
+    def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
+        return judged_text(answer, rows[0], self.settings.generation)
 
 
 def conversation_lengths(row: Row) -> np.ndarray:

@@ -11,7 +11,14 @@ from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedToke
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
-from ptft_dist.tasks.common.losses import POSITIONS, loss_at_positions, network_inputs, perplexity, target_positions
+from ptft_dist.tasks.common.losses import (
+    POSITIONS,
+    loss_at_positions,
+    network_inputs,
+    perplexity,
+    position_row_losses,
+    target_positions,
+)
 from ptft_dist.tasks.common.padding import pad, pad_id, pad_multiple
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
 from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
@@ -91,7 +98,20 @@ class SpanCorruption(BaseTask):
         return np.append(kept, self.eos_id)
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        logits = model(**network_inputs(inputs)).logits
+        return self._loss(inputs, self._logits(model, inputs))
+
+    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+        logits = self._logits(model, inputs)
+        rows = position_row_losses(logits, inputs["targets"], inputs[POSITIONS])
+        return self._loss(inputs, logits)._replace(row_losses=rows)
+
+    @staticmethod
+    def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = model(**network_inputs(inputs)).logits
+        return logits
+
+    @staticmethod
+    def _loss(inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> LossOut:
         loss_sum, right, count = loss_at_positions(logits, inputs["targets"], inputs[POSITIONS])
         return LossOut(loss_sum, {"accuracy": (right, count)})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
@@ -37,6 +37,7 @@ class TaggedRows(RowEncoder):
     """
 
     surveys = True
+    answer_roles = ("tags",)
     numbered = "sentence"
     columns = {"token_type_ids": "u1", "labels": "<i4"}
     pretokenized = True
@@ -108,6 +109,14 @@ class TaggedRows(RowEncoder):
                 "Correct the tags, or name their column with fields: {tags: ...}."
             )
         return {"labels": labels}
+
+    @classmethod
+    def unanswered(
+        cls, settings: TokenClassificationSettings, survey: Mapping[str, Any], values: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        count = len(require_list(values, "tokens"))
+        tags = ([label] * count for label in survey["labels"])
+        return {**values, "tags": next(each for each in tags if misplaced(settings.scheme, each) is None)}
 
     def pieces(self, record: Record) -> Sequence[Any]:
         if not record.values["tokens"]:

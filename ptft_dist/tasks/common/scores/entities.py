@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 AVERAGES = ("micro", "macro", "weighted")
 
@@ -36,17 +37,10 @@ def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     Args:
         gold, predicted: the tags of each sentence. Corresponding sentences have the same length.
     """
-    correct: Counter[str] = Counter()
-    expected: Counter[str] = Counter()
-    claimed: Counter[str] = Counter()
-    words = correct_words = 0
-    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
-        gold_entities, predicted_entities = entities(gold_tags), entities(predicted_tags)
-        correct.update(entity_type for entity_type, _, _ in gold_entities & predicted_entities)
-        expected.update(entity_type for entity_type, _, _ in gold_entities)
-        claimed.update(entity_type for entity_type, _, _ in predicted_entities)
-        words += len(gold_tags)
-        correct_words += sum(a == b for a, b in zip(gold_tags, predicted_tags, strict=True))
+    correct, expected, claimed = _counts(gold, predicted)
+    pairs = list(zip(gold, predicted, strict=True))
+    words = sum(len(tags) for tags, _ in pairs)
+    correct_words = sum(a == b for tags, others in pairs for a, b in zip(tags, others, strict=True))
     types = sorted(expected | claimed)
     by_type = [_scores(correct[name], claimed[name], expected[name]) for name in types]
     averages = {
@@ -58,6 +52,33 @@ def entity_scores(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[st
     for average in AVERAGES:
         scores |= dict(zip(score_names(average), averages[average], strict=True))
     return scores
+
+
+def entity_table(gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and frequency in `gold` (`support`) of each type. Arguments as of `entity_scores`."""
+    correct, expected, claimed = _counts(gold, predicted)
+    names = ("precision", "recall", "f1")
+    return [
+        {
+            "label": name,
+            **dict(zip(names, _scores(correct[name], claimed[name], expected[name]), strict=True)),
+            "support": expected[name],
+        }
+        for name in sorted(expected | claimed)
+    ]
+
+
+def _counts(
+    gold: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]]
+) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """By type, the numbers of correct, gold and predicted entities."""
+    correct, expected, claimed = Counter[str](), Counter[str](), Counter[str]()
+    for gold_tags, predicted_tags in zip(gold, predicted, strict=True):
+        gold_entities, predicted_entities = entities(gold_tags), entities(predicted_tags)
+        correct.update(entity_type for entity_type, _, _ in gold_entities & predicted_entities)
+        expected.update(entity_type for entity_type, _, _ in gold_entities)
+        claimed.update(entity_type for entity_type, _, _ in predicted_entities)
+    return correct, expected, claimed
 
 
 def score_names(average: str) -> tuple[str, str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from ptft_dist.tasks.common.generation_settings import ROUGE, GenerationSettings
 # Scripts without spaces between words: iteration marks, kana, Han.
 _SPACELESS = [(0x3005, 0x3007), (0x3040, 0x30FF), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF)]
 _SPACELESS += [(0xF900, 0xFAFF), (0xFF66, 0xFF9D), (0x20000, 0x3FFFF)]
+_SPACELESS_CHARACTER = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in _SPACELESS) + "]")
 
 
 def text_scores(
@@ -58,6 +60,11 @@ class Words:
     def tokenize(self, text: str) -> list[str]:
         lower = unicodedata.normalize("NFC", text).lower()
         return "".join(map(_spaced, lower)).split()
+
+
+def count_words(text: str) -> int:
+    """The number of words: runs of characters without white space, and each Chinese or Japanese character."""
+    return sum(len(_SPACELESS_CHARACTER.sub(" x ", part).split()) for part in text.split())
 
 
 def _spaced(character: str) -> str:

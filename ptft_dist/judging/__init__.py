@@ -1,0 +1,1 @@
+"""Judging a trained model: its metrics on validation rows, and its answers to new rows."""

@@ -1,0 +1,131 @@
+"""Perplexity by token, byte and word, and that of long documents with a sliding window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ptft_dist.config.load import Loaded
+from ptft_dist.data.encoder import EncoderContext
+from ptft_dist.data.sides import sided
+from ptft_dist.data.store import Row
+from ptft_dist.engine import Engine
+from ptft_dist.errors import RecipeError
+from ptft_dist.judging.rows import RowList
+from ptft_dist.reporting.messages import progress
+from ptft_dist.tasks.common.causal import NextTokenTask
+from ptft_dist.tasks.common.documents import DocumentRows
+from ptft_dist.tasks.common.losses import perplexity
+from ptft_dist.tasks.common.scores.text import count_words
+from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut, Task
+from ptft_dist.tasks.registry import encoder_class
+from ptft_dist.training.batches import Shape, micro_batch
+
+
+def perplexity_of(loss: float, tokens: float, texts: Sequence[str]) -> dict[str, float]:
+    """exp(loss / N), where N is the number of tokens, of bytes (UTF-8) or of words in the texts; and bits per byte.
+
+    Perplexities by byte or word can be compared between tokenizers. A word has no white space in it; each Chinese or
+    Japanese character is a word.
+
+    Args:
+        loss: summed negative log-likelihood in nats.
+        tokens: number of tokens that it is the sum over.
+    """
+    size, words = sum(len(text.encode()) for text in texts), sum(map(count_words, texts))
+    return {
+        "token": perplexity(loss / (tokens or 1)),
+        "byte": perplexity(loss / (size or 1)),
+        "word": perplexity(loss / (words or 1)),
+        "bits_per_byte": loss / math.log(2) / (size or 1),
+        "tokens": int(tokens),
+        "bytes": size,
+        "words": words,
+    }
+
+
+class StridedPerplexity:
+    """The perplexity of whole documents: a window of data.max_length tokens moves on by `stride` tokens, and each token
+    is predicted once, in the first window that has it.
+
+    All tokens but those of the first window have at least max_length - stride tokens before them.
+    """
+
+    def __init__(self, loaded: Loaded, tokenizer: PreTrainedTokenizerBase, stride: int) -> None:
+        """Read and encode the validation documents.
+
+        Raises:
+            RecipeError: the task has no documents, or the stride is no part of the window.
+        """
+        recipe, self.stride, self.window = loaded.recipe, stride, loaded.recipe.data.max_length
+        kind = encoder_class(recipe.task)
+        if not issubclass(kind, DocumentRows) or recipe.task != "clm":
+            raise RecipeError(
+                f"--stride: moves a window over documents, for task clm; this recipe has task {recipe.task}"
+            )
+        if not 0 < stride < self.window:
+            raise RecipeError(f"--stride: {stride} is not between 0 and data.max_length ({self.window})")
+        encoder = kind(EncoderContext.of(recipe, tokenizer))
+        read = sided(recipe.data, partial(kind.read, recipe.settings, base=loaded.base), kind.key)
+        self.texts: list[str] = []
+        self.rows: list[Row] = []
+        for side, record in read:
+            if side != "validation" or not record.values["text"].strip():
+                continue
+            (outcome,) = encoder.outcomes([record])
+            for example in outcome.examples:
+                self.texts.append(record.values["text"])
+                self.rows += windows(np.array(example.columns["input_ids"], np.int64), self.window, stride)
+
+    def measure(self, engine: Engine, task: Task, shape: Shape) -> dict[str, Any]:
+        """`perplexity_of`, window, stride and number of documents; the same on every rank."""
+        assert isinstance(task, NextTokenTask)
+        store = RowList(self.rows, [len(row.input_ids) for row in self.rows])
+        lengths = store.lengths(np.arange(len(store)))
+        keys = np.stack([np.full(len(store), EVALUATION_EPOCH), np.arange(len(store))], axis=1)
+        micro_tokens = shape.micro_tokens or (shape.micro_size or 1) * self.window
+        parts = Shape(shape.rank, shape.world_size, None, micro_tokens, True).split(lengths)
+        total = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        collate = partial(_collate, task)
+        with engine.evaluating(), progress("measuring the perplexity", len(parts), "micro-batches") as shown:
+            for part in parts:
+                batch = micro_batch(store, keys[part[shape.rank]], keys[0], collate)
+                out = LossOut(*engine.forward(task.loss, batch.inputs))
+                assert out.row_losses is not None
+                total += out.row_losses.double().sum(0)
+                shown.advance()
+        loss, tokens = engine.all_sum(*total.unbind()).tolist()
+        return {
+            **perplexity_of(loss, tokens, self.texts),
+            "window": self.window,
+            "stride": self.stride,
+            "documents": len(self.texts),
+        }
+
+
+def windows(ids: np.ndarray, length: int, stride: int) -> list[Row]:
+    """The windows of a document: rows whose column `scored` is the position of the first token to predict."""
+    rows, scored = [], 1
+    for start in range(0, len(ids), stride):
+        end = min(start + length, len(ids))
+        if end > scored:
+            columns = {"scored": np.array([scored - start])}
+            rows.append(Row(ids[start:end], np.zeros(1, np.int64), columns))
+        scored = max(scored, end)
+        if end == len(ids):
+            break
+    return rows
+
+
+def _collate(task: NextTokenTask, rows: Sequence[Row], keys: Sequence[tuple[int, int]]) -> Batch:
+    """The task's batch, without the targets before `scored`."""
+    batch = task.collate(rows, keys)
+    for i, row in enumerate(rows):
+        batch.inputs["targets"][i, : int(row.columns["scored"][0]) - 1] = IGNORE
+    return batch

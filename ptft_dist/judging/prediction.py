@@ -1,0 +1,257 @@
+"""Answers to new rows, one for each row of a file and in its order, for `ptft predict`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ptft_dist.config.recipe import ModelSection, Recipe, Source
+from ptft_dist.config.resolve import batch_shape
+from ptft_dist.data.encoder import EncoderContext, RowError
+from ptft_dist.data.example_store import META, meta_bytes
+from ptft_dist.data.formats import Record
+from ptft_dist.data.report import BadRows
+from ptft_dist.data.row_encoder import RowEncoder
+from ptft_dist.data.sources import read_records
+from ptft_dist.data.store import Row
+from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
+from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.judging.files import check_writable, write_file
+from ptft_dist.judging.journal import Journal
+from ptft_dist.judging.rows import RowList
+from ptft_dist.judging.target import Target, find_target, labels_of, source_of
+from ptft_dist.launch.environment import Place, deepspeed_config_of_launch
+from ptft_dist.networks.load import local_or_hub, read_config
+from ptft_dist.reporting.messages import progress, say, warn
+from ptft_dist.run import libraries_restored
+from ptft_dist.session import run_probe
+from ptft_dist.tasks.protocol import EVALUATION_EPOCH, LossOut
+from ptft_dist.tasks.registry import encoder_class
+from ptft_dist.trained_network import TrainedNetwork
+from ptft_dist.training.batches import Shape, micro_batch
+
+CHUNK = 1024
+"""Rows of each process that are encoded and sorted by length together. An interruption loses at most one chunk."""
+ANSWER = "prediction"
+"""The field that is added to a row."""
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The result of a prediction, equal on all ranks."""
+
+    out: Path
+    rows: int
+    """Number of rows in the file."""
+    unanswered: int
+    """Rows without an answer, such as a sentence without words; their prediction says why."""
+
+
+def predict(
+    model: str | Path,
+    source: str | Path | Mapping[str, Any] | None,
+    overrides: Sequence[str],
+    place: Place,
+    *,
+    file: Path,
+    out: Path,
+) -> Predictions:
+    """Answer the rows of a file; see api.predict."""
+    if not file.is_file():
+        raise DataError(f"{file} does not exist. Give a file with rows")
+    if out.absolute() == file.absolute():
+        raise RecipeError(f"{out}: this is the file with the rows. Name another file for the answers")
+    target = find_target(model, source, overrides, file)
+    kind = encoder_class(target.loaded.recipe.task)
+    if not kind.answer_roles:
+        raise RecipeError(f"{model}: task {target.loaded.recipe.task} gives no answers to rows. {_INSTEAD}")
+    if place.is_main:
+        check_writable(out)
+    with libraries_restored():
+        predictor = Predictor(target, place, kind)
+        count = predictor.check(file)
+        stat = file.stat()
+        identity = [target.files(), str(file.absolute()), stat.st_size, stat.st_mtime_ns, predictor.recipe.own_values()]
+        journal = Journal(out.with_name(f".{out.name}.journal"), identity) if place.is_main else None
+        predictor.start()
+        done = predictor.engine.gather_objects(None if journal is None else journal.count)[0]
+        if done:
+            say(f"going on after {done:,} rows of an interrupted prediction")
+        with progress("predicting", count, "rows") as shown:
+            shown.advance(done)
+            for chunk, answers in predictor.answers(file, done):
+                if journal is not None:
+                    journal.add(*(_line(record, answers[i]) for i, record in enumerate(chunk)))
+                shown.advance(len(chunk))
+        unanswered = 0
+        if journal is not None:
+            unanswered = sum(list(row[ANSWER]) == ["problem"] for row in journal.values())
+            write_file(out, journal.lines())
+            journal.remove()
+            if unanswered:
+                warn(f"{unanswered:,} of {count:,} rows have no answer; their {ANSWER} says why")
+        unanswered = predictor.engine.gather_objects(unanswered)[0]
+        predictor.engine.barrier()
+        predictor.engine.close()
+    return Predictions(out, count, unanswered)
+
+
+_INSTEAD = (
+    "For a reward model use ptft score; for a causal language model ptft generate, or a recipe with task: sft after "
+    "the model; for metrics ptft evaluate"
+)
+
+
+def _line(record: Record, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {**record.values, ANSWER: answer}
+
+
+class Predictor:
+    """A trained network with what turns rows without answers into its inputs."""
+
+    engine: Engine
+
+    def __init__(self, target: Target, place: Place, kind: type[RowEncoder]) -> None:
+        """Check model, recipe and launch config. Needs no other process.
+
+        Raises:
+            RecipeError: the model does not fit the recipe.
+        """
+        loaded = target.for_reading(place.world_size)
+        loaded = replace(loaded, recipe=_with_generation(loaded.recipe))
+        self.recipe, self.base, self.kind = loaded.recipe, loaded.base, kind
+        section = local_or_hub(self.recipe.model, self.base)
+        survey = target.survey or _survey_of(self.recipe, section)
+        self.zero_config = deepspeed_config_of_launch()
+        self.shape = batch_shape(self.recipe, place.world_size)
+        backend = planned_kind(place.world_size, self.zero_config)
+        self.trained = TrainedNetwork(loaded, target.tokenizer_directory(), survey, backend, lambda: 1)
+        self.context = EncoderContext.of(self.recipe, self.trained.tokenizer, survey)
+        self.encoder = kind(self.context)
+
+    def check(self, file: Path) -> int:
+        """The number of rows of a file. Raises DataError, with all of the first bad rows."""
+        bad, count = BadRows(), 0
+        for record in self._records(file):
+            count += 1
+            if ANSWER in record.values:
+                raise DataError(
+                    f"{record.where}: the row has a field {ANSWER!r} already, which the answer would replace. Rename it"
+                )
+            try:
+                self.kind.check(self.recipe.settings, self._unanswered(record))
+            except RowError as problem:
+                bad.add(record.where, problem)
+        if bad.count:
+            more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
+            raise DataError("\n".join(bad.first) + f"{more}\nCorrect or remove these rows.")
+        return count
+
+    def _records(self, file: Path) -> Iterator[Record]:
+        """The rows of a file, read like the recipe's sources. Columns with answers need not exist."""
+        roles = self.kind.answer_roles
+        values = source_of(file, self.recipe)
+        values["fields"] = {role: name for role, name in values.get("fields", {}).items() if role not in roles}
+        needed = [role for role in self.kind.required(self.recipe.settings) if role not in roles]
+        return read_records(Source.model_validate(values), self.base, needed)
+
+    def _unanswered(self, record: Record) -> Record:
+        return Record(self.kind.unanswered(self.recipe.settings, self.context.survey, record.values), record.where)
+
+    def start(self) -> None:
+        """Form the process group, and build and place the network."""
+        recipe, config = self.recipe, None
+        if self.zero_config is not None:
+            config = complete_deepspeed_config(
+                self.zero_config,
+                recipe.train.precision,
+                recipe.optim.max_grad_norm,
+                self.shape.micro_size or 1,
+                self.shape.accumulation,
+            )
+        self.engine = Engine(recipe.train.precision, config)
+        self.trained.build(self.engine)
+        self.engine.prepare_reading(self.trained.model)
+        run_probe(self.engine, self.trained.task)
+
+    def answers(self, file: Path, done: int) -> Iterator[tuple[list[Record], dict[int, Mapping[str, Any]]]]:
+        """The rows after the first `done` in chunks, with the answer to each row of a chunk; on rank 0 only."""
+        records = islice(self._records(file), done, None)
+        rank, ranks = self.engine.dp_rank, self.engine.dp_size
+        while chunk := list(islice(records, CHUNK * ranks)):
+            mine = list(range(rank, len(chunk), ranks))
+            # A rank without rows must take part in every forward pass, with a row of another rank.
+            given = self._answers(chunk, mine or [0], len(mine))
+            found: dict[int, Mapping[str, Any]] = {}
+            for part in self.engine.gather_on_main(given):
+                found |= part
+            yield chunk, found
+
+    def _answers(self, chunk: Sequence[Record], numbers: Sequence[int], count: int) -> dict[int, Mapping[str, Any]]:
+        """The answers to the rows with these numbers, of which only the first `count` are wanted."""
+        answers: dict[int, Mapping[str, Any]] = {}
+        rows: list[Row] = []
+        owners: list[int] = []
+        lengths: list[int] = []
+        outcomes = self.encoder.outcomes([self._unanswered(chunk[i]) for i in numbers])
+        for number, outcome in zip(numbers, outcomes, strict=True):
+            if outcome.problem is not None:
+                raise DataError(f"{chunk[number].where}: {outcome.problem}")
+            if outcome.dropped is not None:
+                answers[number] = {"problem": outcome.dropped}
+            for example in outcome.examples:
+                columns = dict(example.columns)
+                ids = np.asarray(columns.pop("input_ids")).astype(np.int64)
+                columns = {name: x if x.dtype.kind == "f" else x.astype(np.int64) for name, x in columns.items()}
+                columns[META] = np.frombuffer(meta_bytes(example.meta), np.uint8)
+                rows.append(Row(ids, np.zeros(1, np.int64), columns))
+                owners.append(number)
+                lengths.append(len(ids))
+        predictions = self._forward(RowList(rows, lengths), wanted=count > 0)
+        windows: dict[int, list[int]] = {}
+        for i, owner in enumerate(owners):
+            windows.setdefault(owner, []).append(i)
+        if not count:
+            return {}
+        for owner, indices in windows.items():
+            answer = self.trained.task.answer([predictions[i] for i in indices], [rows[i] for i in indices])
+            answers[owner] = answer or {}
+        return answers
+
+    def _forward(self, rows: RowList, *, wanted: bool) -> dict[int, Any]:
+        """The predictions for rows, by index. All ranks make the same number of forward passes."""
+        task, engine = self.trained.task, self.engine
+        micro_size = self.recipe.eval.micro_size
+        shape = Shape(0, 1, micro_size, None if micro_size is not None else self.shape.micro_tokens, True)
+        parts = [part for (part,) in shape.split(rows.lengths(np.arange(len(rows))))] if len(rows) else []
+        most = max(engine.gather_objects(len(parts)))
+        predictions: dict[int, Any] = {}
+        keys = np.stack([np.full(len(rows), EVALUATION_EPOCH), np.arange(len(rows))], axis=1)
+        with engine.evaluating():
+            for part in [*parts, *[np.array([], int)] * (most - len(parts))]:
+                batch = micro_batch(rows, keys[part], keys[0], task.collate)
+                out = LossOut(*engine.forward(task.evaluate, batch.inputs))
+                if wanted and len(part):
+                    assert out.predictions is not None
+                    predictions |= dict(zip(batch.rows, task.predictions(out.predictions), strict=False))
+        return predictions
+
+
+def _with_generation(recipe: Recipe) -> Recipe:
+    """The recipe with generation at evaluations, for tasks whose answers are texts."""
+    settings = recipe.settings
+    if getattr(settings, "generation", 0) is not None:
+        return recipe
+    section = type(settings).model_validate({**settings.model_dump(exclude_unset=True), "generation": {"metrics": []}})
+    return recipe.model_copy(update={recipe.task: section})
+
+
+def _survey_of(recipe: Recipe, section: ModelSection) -> dict[str, Any]:
+    """What is known about the rows that a network was trained on: its labels."""
+    labels = labels_of(read_config(section, {}))
+    return {"labels": labels, "unanswerable": int(bool(getattr(recipe.settings, "no_answer_margin", 0)))}
