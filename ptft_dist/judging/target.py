@@ -107,8 +107,7 @@ def find_target(
         CheckpointError: the run has no model.
     """
     given = Path(model)
-    resolved = given / RESOLVED
-    run_dir = given if resolved.is_file() else None
+    run_dir = given if (given / RESOLVED).is_file() else run_of(given)
     if source is None and run_dir is None and rows is None:
         raise RecipeError(
             f"{model}: no run directory (it has no {RESOLVED}), so a recipe is needed, which names the task and the "
@@ -117,11 +116,11 @@ def find_target(
     name = str(model_of(given)) if given.is_dir() else directory_or_hub_name(str(model), Path.cwd(), "model")
     if source is not None:
         recipe = source if isinstance(source, Mapping) else str(source)
-        return Target(name, read_recipe(recipe, overrides, recipe_class()), run_of(Path(name)), False)
+        return Target(name, read_recipe(recipe, overrides, recipe_class()), run_dir, False)
     if run_dir is not None:
-        return Target(name, read_resolved(resolved, recipe_class(), overrides), run_dir, not overrides)
+        return Target(name, read_resolved(run_dir / RESOLVED, recipe_class(), overrides), run_dir, not overrides)
     assert rows is not None
-    return Target(name, read_recipe(recipe_of(name, rows), overrides, recipe_class()), run_of(Path(name)), False)
+    return Target(name, read_recipe(recipe_of(name, rows), overrides, recipe_class()), None, False)
 
 
 def run_of(model: Path) -> Path | None:
