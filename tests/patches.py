@@ -475,10 +475,10 @@ def slow_score(seconds: str) -> None:
 
     score = Validation.score
 
-    def slow(self: Validation, *args: Any) -> Any:
+    def slow(self: Validation, *args: Any, **options: Any) -> Any:
         Path("evaluating").touch()
         time.sleep(float(seconds))
-        return score(self, *args)
+        return score(self, *args, **options)
 
     Validation.score = slow  # type: ignore[method-assign]
 

@@ -16,10 +16,11 @@ from support import eval_rows, make_recipe, start
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ptft_dist import api, evaluation
+from ptft_dist import api
 from ptft_dist.data.formats import Record
 from ptft_dist.data.sides import _fraction
 from ptft_dist.errors import CheckpointError, DataError, RecipeError
+from ptft_dist.judging.target import Target
 from ptft_dist.tasks.registry import encoder_class
 
 SHORT: dict[str, Any] = {"train": {"max_steps": 4}, "save": {"every": None}, "eval": {"every": None}}
@@ -60,12 +61,22 @@ def perplexity(model_dir: Path, texts: list[str]) -> tuple[float, float]:
 
 
 def test_a_run_is_evaluated_from_anywhere(trained: Path) -> None:
-    """With its own recipe, whose paths start elsewhere, and without a change in its directory."""
-    before = sorted((path, path.stat().st_mtime_ns) for path in (trained / "run").rglob("*"))
+    """With its own recipe, whose paths start elsewhere. Only the result is written to its directory."""
+
+    def files() -> set[tuple[Path, int]]:
+        return {(path, path.stat().st_mtime_ns) for path in (trained / "run").rglob("*") if path.is_file()}
+
+    before = files()
+    other = api.evaluate_model(trained / "run", overrides={"eval.max_rows": 3})
+    assert files() == before
     result = api.evaluate_model(trained / "run")
     assert result.metrics == pytest.approx(last_metrics(trained / "run"), rel=1e-6)
     assert (result.model, result.recipe) == (str(trained / "run/model"), str(trained / "run/resolved.yaml"))
-    assert sorted((path, path.stat().st_mtime_ns) for path in (trained / "run").rglob("*")) == before
+    assert other.rows == 3 < result.rows
+    written = {path for path, _ in files() - before}
+    assert written == {trained / "run" / name for name in ("evaluation.json", "evaluation.rows.jsonl")}
+    for path in written:
+        path.unlink()
 
 
 def test_other_rows_have_the_perplexity_of_transformers(trained: Path, tmp_path: Path) -> None:
@@ -74,13 +85,10 @@ def test_other_rows_have_the_perplexity_of_transformers(trained: Path, tmp_path:
     loss, expected = perplexity(trained / "run/model", TEXTS)
     assert result.metrics["eval/loss"] == pytest.approx(loss, rel=1e-5)
     assert result.metrics["eval/perplexity"] == pytest.approx(expected, rel=1e-5)
-    assert json.loads((tmp_path / "results/own.json").read_text()) == {
-        "model": str(trained / "run/model"),
-        "recipe": str(trained / "run/resolved.yaml"),
-        "metrics": result.metrics,
-        "rows": len(TEXTS),
-    }
-    assert [path.name for path in (tmp_path / "results").iterdir()] == ["own.json"]
+    written = json.loads((tmp_path / "results/own.json").read_text())
+    assert written == result.values()
+    assert written["rows"] == len(TEXTS)
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["own.json", "own.rows.jsonl"]
 
 
 def test_a_file_of_another_format(trained: Path, tmp_path: Path) -> None:
@@ -99,8 +107,10 @@ def test_two_processes_print_and_write_once(trained: Path, tmp_path: Path, cache
         written = json.loads((tmp_path / "own.json").read_text())
         assert written["metrics"]["eval/loss"] == pytest.approx(perplexity(trained / "run/model", TEXTS)[0], rel=1e-5)
         assert written["rows"] == len(TEXTS)
-        table = dict(line.split() for line in done.stdout.splitlines())
-        assert len(done.stdout.splitlines()) == len(table) == 1 + len(written["metrics"])
+        first = done.stdout.splitlines()[: 1 + len(written["metrics"])]
+        table = dict(line.split() for line in first)
+        assert len(first) == len(table)
+        assert done.stdout.count("eval/loss") == 1
         assert table["eval/loss"] == f"{written['metrics']['eval/loss']:.6g}"
         (tmp_path / "own.json").unlink()
 
@@ -123,7 +133,7 @@ def test_a_signal_ends_it_without_a_file(trained: Path, tmp_path: Path, cache: P
     done.until((tmp_path / "evaluating").exists, "the evaluation")
     os.kill(done.processes[0].pid or 0, signal.SIGTERM)
     assert done.wait() == 75
-    assert "stopped by SIGTERM during the evaluation; nothing was written" in done.stderr
+    assert "stopped by SIGTERM during the evaluation; the same command goes on" in done.stderr
     assert not (tmp_path / "own.json").exists()
 
 
@@ -140,7 +150,7 @@ def test_another_model_needs_a_recipe(trained: Path, tmp_path: Path, cache: Path
     assert done.stdout.startswith("rows             3\n")
     done = start("evaluate", "copy", "eval.max_rows=3", cwd=tmp_path, cache=cache)
     assert done.wait() == 2
-    assert "ptft evaluate MODEL RECIPE" in done.stderr
+    assert "give a RECIPE after the model, or a file with rows" in done.stderr
 
 
 def test_what_is_missing_is_said(trained: Path, tmp_path: Path) -> None:
@@ -196,7 +206,7 @@ def test_labels_are_those_of_the_run(tmp_path: Path, cache: Path, monkeypatch: p
     assert run.wait() == 0, run.stderr
     (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in named[:30]))
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_survey", lambda _: {})
+        patch.setattr(Target, "survey", {})
         with pytest.raises(RecipeError, match="was trained for the labels animal, thing"):
             api.evaluate_model("run", data="own.jsonl")
     result = api.evaluate_model("run", data="own.jsonl")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ptft_dist.cli.ranks import end_at_signal, run_as_rank
+from ptft_dist.cli.ranks import LAUNCH, PROCESSES, end_at_signal, launched, run_as_rank
 
 if TYPE_CHECKING:
     from ptft_dist.judging.evaluation import Evaluation
@@ -35,14 +35,20 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(min=1, help="clm: also the perplexity of whole documents, by a window that moves.")
     ] = None,
+    launch: Annotated[str | None, typer.Option(help=LAUNCH)] = None,
+    processes: Annotated[int | None, typer.Option(min=1, help=PROCESSES)] = None,
 ) -> None:
     """Evaluate a model on the validation rows of a recipe, and print its metrics and tables.
 
-    Works under `accelerate launch -m ptft_dist evaluate ...` too: each process evaluates a share of the rows. The same
-    command goes on with an interrupted evaluation that writes a file.
+    With --launch or --processes, or under `accelerate launch -m ptft_dist evaluate ...`, each process evaluates a share
+    of the rows. The same command goes on with an interrupted evaluation that writes a file.
     """
     from ptft_dist import api
 
+    given = {"--data": data, "--out": out, "--stride": stride}
+    options = [str(word) for option in given.items() if option[1] is not None for word in option]
+    if (code := launched(launch, processes, ["evaluate", model, *(words or []), *options])) is not None:
+        raise typer.Exit(code)
     recipe, overrides = split_words(words or [])
     call = partial(api.evaluate_model, model, recipe, overrides, data=data, out=out, stride=stride)
     run_as_rank(call, show, Path(model), partial(end_at_signal, "during the evaluation; the same command goes on"))

@@ -2,11 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+
+LAUNCH = "A launch config: a file, or a shipped one such as multi_gpu, zero3, cpu."
+PROCESSES = "Processes on this machine."
+
+
+def launched(launch: str | None, processes: int | None, words: Sequence[str]) -> int | None:
+    """Run `ptft WORDS` in several processes by a launch config; the exit code. None if neither option is given.
+
+    Raises:
+        RecipeError: this is one of the processes already, or the launch config is no valid one.
+    """
+    if launch is None and processes is None:
+        return None
+    import os
+
+    from ptft_dist.errors import RecipeError
+    from ptft_dist.launch.environment import place
+    from ptft_dist.launch.launch_file import read_launch_file
+    from ptft_dist.launch.local import command, default_launch, local_processes, run_ranks
+
+    if place().launched:
+        raise RecipeError("--launch, --processes: no effect in a process that a launcher has started")
+    file = read_launch_file(launch or default_launch())
+    count = local_processes(file, processes, None)
+    return run_ranks(
+        command(file, processes, None, words), max(1, len(os.sched_getaffinity(0)) // count), file.variables
+    )
 
 
 def run_as_rank(

@@ -24,7 +24,7 @@ from ptft_dist.tasks.common.documents import DocumentRows
 from ptft_dist.tasks.common.losses import perplexity
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut, Task
-from ptft_dist.tasks.registry import encoder_class
+from ptft_dist.tasks.registry import encoder_class, task_class
 from ptft_dist.training.batches import Shape, micro_batch
 
 
@@ -65,9 +65,10 @@ class StridedPerplexity:
         """
         recipe, self.stride, self.window = loaded.recipe, stride, loaded.recipe.data.max_length
         kind = encoder_class(recipe.task)
-        if not issubclass(kind, DocumentRows) or recipe.task != "clm":
+        if not (issubclass(kind, DocumentRows) and issubclass(task_class(recipe.task), NextTokenTask)):
             raise RecipeError(
-                f"--stride: moves a window over documents, for task clm; this recipe has task {recipe.task}"
+                "--stride: moves a window over documents, to predict each next token; this recipe has another task, "
+                f"{recipe.task}"
             )
         if not 0 < stride < self.window:
             raise RecipeError(f"--stride: {stride} is not between 0 and data.max_length ({self.window})")

@@ -24,8 +24,9 @@ from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.judging.files import check_writable, write_file
 from ptft_dist.judging.journal import Journal
 from ptft_dist.judging.rows import RowList
-from ptft_dist.judging.target import Target, find_target, labels_of, source_of
+from ptft_dist.judging.target import Target, find_target, source_of
 from ptft_dist.launch.environment import Place, deepspeed_config_of_launch
+from ptft_dist.networks.facts import labels_of
 from ptft_dist.networks.load import local_or_hub, read_config
 from ptft_dist.reporting.messages import progress, say, warn
 from ptft_dist.run import libraries_restored
@@ -101,10 +102,7 @@ def predict(
     return Predictions(out, count, unanswered)
 
 
-_INSTEAD = (
-    "For a reward model use ptft score; for a causal language model ptft generate, or a recipe with task: sft after "
-    "the model; for metrics ptft evaluate"
-)
+_INSTEAD = "For texts use ptft generate, for rewards ptft score, for metrics ptft evaluate"
 
 
 def _line(record: Record, answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.tokenizer_files import TokenizerFiles
 from ptft_dist.errors import CheckpointError, RecipeError
 from ptft_dist.networks.adapt import reading_section
+from ptft_dist.networks.facts import labels_of
 from ptft_dist.networks.names import adapter_base, directory_or_hub_name, is_adapter, model_of
 from ptft_dist.reporting.run_files import TOKENIZER
-from ptft_dist.tasks.registry import recipe_class
+from ptft_dist.tasks.registry import recipe_class, task_of
 
 RESOLVED = "resolved.yaml"
 """The file of a run directory with the recipe."""
@@ -138,11 +139,17 @@ def recipe_of(model: str, rows: Path) -> dict[str, Any]:
         config: PretrainedConfig = AutoConfig.from_pretrained(base, revision=revision)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{model}: its config cannot be read: {error}") from None
-    architecture = str((config.architectures or [""])[0])
     source = {"path": str(rows.absolute())}
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     length = min(LONGEST, positions) if isinstance(positions, int) and positions > 0 else LONGEST
-    task, settings = _task_of(architecture, config, model)
+    architecture, labels = str((config.architectures or [""])[0]), labels_of(config)
+    multi_label = config.problem_type == "multi_label_classification"
+    found = task_of(architecture, labels, multi_label=multi_label)
+    if found is None:
+        raise RecipeError(
+            f"{model}: no task is known for {architecture or 'this network'}. Give a RECIPE after the model"
+        )
+    task, settings = found
     return {
         "task": task,
         "model": {"path": model},
@@ -153,30 +160,6 @@ def recipe_of(model: str, rows: Path) -> dict[str, Any]:
         "run_dir": "runs/none",
         **({task: settings} if settings else {}),
     }
-
-
-def _task_of(architecture: str, config: PretrainedConfig, model: str) -> tuple[str, dict[str, Any]]:
-    """The task of an architecture, and its settings."""
-    labels = labels_of(config)
-    if architecture.endswith("ForSequenceClassification"):
-        if config.num_labels == 1:
-            return "regression", {}
-        multi_label = config.problem_type == "multi_label_classification"
-        return "classification", {"labels": labels, "multi_label": multi_label}
-    if architecture.endswith("ForTokenClassification"):
-        scheme = "iob2" if all(label == "O" or label[:2] in ("B-", "I-") for label in labels) else "plain"
-        return "token_classification", {"labels": labels, "scheme": scheme}
-    endings = {
-        "ForQuestionAnswering": "question_answering",
-        "ForMaskedLM": "mlm",
-        "ForConditionalGeneration": "seq2seq",
-        "ForCausalLM": "clm",
-        "LMHeadModel": "clm",
-    }
-    for ending, task in endings.items():
-        if architecture.endswith(ending):
-            return task, {}
-    raise RecipeError(f"{model}: no task is known for {architecture or 'this network'}. Give a RECIPE after the model")
 
 
 def source_of(file: Path, recipe: Recipe) -> dict[str, Any]:
@@ -191,9 +174,3 @@ def source_of(file: Path, recipe: Recipe) -> dict[str, Any]:
     if (value := next((each for each in (getattr(s, key) for s in sources) if each is not None), None)) is not None:
         source[key] = value
     return source
-
-
-def labels_of(config: PretrainedConfig) -> list[str]:
-    """The names of a network's labels, in the order of their ids."""
-    names: Any = config.id2label or {}
-    return [str(names[i]) for i in sorted(names)]

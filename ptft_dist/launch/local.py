@@ -171,6 +171,36 @@ def launch(
     return own_exit_code(code, reported)
 
 
+def run_ranks(words: Sequence[str], threads: int, variables: Mapping[str, str]) -> int:
+    """Run a command that has nothing to save at a signal, which ends its ranks; return its exit code.
+
+    Arguments as of `launch`.
+    """
+    print("+ " + shlex.join(words), file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(prefix="ptft-") as folder:
+        reported = Path(folder) / "exit_code"
+        reported.touch()
+        environment = {
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",
+            **_environment(threads, variables),
+            EXIT_CODE_FILE: str(reported),
+            START_TOKEN: start_token(os.environ, None),
+        }
+        python = [sys.executable, "-m", "ptft_dist.launch.accelerate_launch", *words[2:]]
+        child = subprocess.Popen(python, start_new_session=True, env=environment)
+
+        def on_signal(number: int, _frame: FrameType | None) -> None:
+            os.killpg(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
+
+        previous = {number: signal.signal(number, on_signal) for number in (*STOP, signal.SIGINT)}
+        try:
+            code = child.wait()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        return own_exit_code(code, reported.read_text())
+
+
 def become_rank(words: Sequence[str], threads: int, variables: Mapping[str, str], address: str | None) -> NoReturn:
     """Replace this process, a task of srun, by a rank of the run; see srun_rank.py. Arguments as of `launch`."""
     address = address or f"127.0.0.1:{free_port(os.environ)}"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -122,3 +122,9 @@ def _position_table(model: PreTrainedModel) -> Any:
 
 def _listed(ids: int | list[int] | None) -> tuple[int, ...]:
     return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+def labels_of(config: PretrainedConfig) -> list[str]:
+    """The names of a network's labels, in the order of their ids."""
+    names: Any = config.id2label or {}
+    return [str(names[i]) for i in sorted(names)]

@@ -81,6 +81,30 @@ def recipe_class() -> type[Recipe]:
     )
 
 
+_ENDINGS = {
+    "ForQuestionAnswering": "question_answering",
+    "ForMaskedLM": "mlm",
+    "ForConditionalGeneration": "seq2seq",
+    "ForCausalLM": "clm",
+    "LMHeadModel": "clm",
+}
+
+
+def task_of(architecture: str, labels: list[str], *, multi_label: bool) -> tuple[str, dict[str, Any]] | None:
+    """The task that a transformers class was made for, and its settings; None if it is unknown.
+
+    labels: the names of the network's labels, in the order of their ids.
+    """
+    if architecture.endswith("ForSequenceClassification"):
+        if len(labels) == 1:
+            return "regression", {}
+        return "classification", {"labels": labels, "multi_label": multi_label}
+    if architecture.endswith("ForTokenClassification"):
+        entities = all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
+        return "token_classification", {"labels": labels, "scheme": "iob2" if entities else "plain"}
+    return next(((task, {}) for ending, task in _ENDINGS.items() if architecture.endswith(ending)), None)
+
+
 def task_class(name: str) -> Any:
     """The class that implements the task."""
     return _imported(name, TASKS[name].task)
