@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptft_dist.api import (
         checkpoints,
+        compare,
         evaluate,
         evaluate_model,
         export,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         missing_offline,
         prefetch,
         prepare,
+        report,
         score,
         train,
         train_tokenizer,
@@ -33,6 +35,7 @@ __all__ = [
     "Result",
     "__version__",
     "checkpoints",
+    "compare",
     "evaluate",
     "evaluate_model",
     "export",
@@ -42,6 +45,7 @@ __all__ = [
     "missing_offline",
     "prefetch",
     "prepare",
+    "report",
     "score",
     "train",
     "train_tokenizer",

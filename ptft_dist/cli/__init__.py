@@ -29,6 +29,8 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
     ("generate", "ptft_dist.cli.generate", "generate"),
     ("evaluate", "ptft_dist.cli.evaluate", "evaluate"),
+    ("report", "ptft_dist.cli.report", "report"),
+    ("compare", "ptft_dist.cli.compare", "compare"),
     ("score", "ptft_dist.cli.score", "score"),
     ("merge", "ptft_dist.cli.merge", "merge"),
     ("export", "ptft_dist.cli.export", "export"),

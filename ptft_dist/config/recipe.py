@@ -232,6 +232,12 @@ class TrainSection(Section):
         return self
 
 
+def goal_of(metric: str) -> Literal["min", "max"]:
+    """Whether a metric, named without `eval/`, is to be minimized or maximized, unless eval.goal says it."""
+    smaller = ("loss", "perplexity", "mse", "mae", "divergence", "ece", "brier")
+    return "min" if metric in smaller or metric.endswith("_loss") else "max"
+
+
 class EvalSection(Section):
     """Evaluation on the validation rows. It has no effect on the training."""
 
@@ -253,11 +259,7 @@ class EvalSection(Section):
 
     @property
     def larger_is_better(self) -> bool:
-        if self.goal is not None:
-            return self.goal == "max"
-        return self.metric not in ("loss", "perplexity", "mse", "mae", "divergence") and not self.metric.endswith(
-            "_loss"
-        )
+        return goal_of(self.metric) == "max" if self.goal is None else self.goal == "max"
 
 
 class SaveSection(Section):
