@@ -266,7 +266,8 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
         "best": result.best,
     }
     write_result(result.run_dir, values)
-    run_dir, page = result.run_dir, _report(result.run_dir)
+    run_dir = result.run_dir
+    page = _report(run_dir) if trainer.recipe.log.report else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
         say(f"stopped by {result.reason} after update {result.steps}; {saved}; resume with the same command")

@@ -290,6 +290,8 @@ class LogSection(Section):
     """Log to metrics.jsonl and TensorBoard every this many updates."""
     tensorboard: bool = True
     """Write TensorBoard events to run_dir/tensorboard."""
+    report: bool = True
+    """Write run_dir/report.html at the end, a page with plots (5 MB). `ptft report` writes it at any time."""
 
 
 def _model_tokenizer(model: ModelSection) -> TokenizerSection:

@@ -133,7 +133,7 @@ def _read_examples(path: Path) -> list[dict[str, Any]]:
         try:
             example = json.loads(line)
             pairs = np.array([[*pair] for pair in example["values"].values()], dtype=float)
-            valid = "id" in example and pairs.shape in ((0,), (len(pairs), 2))
+            valid = "id" in example and pairs.shape in ((0,), (len(pairs), 2)) and np.isfinite(pairs).all()
         except (ValueError, KeyError, TypeError, AttributeError):
             valid = False
         if not valid:

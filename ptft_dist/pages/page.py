@@ -7,6 +7,7 @@ of samples and recipes are escaped; they may be anything.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -84,7 +85,8 @@ def write_text(path: Path, text: str) -> None:
         partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         partial.replace(path)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise PtftError(f"{path}: cannot be written: {error.strerror}. Make room, or name another file") from error
 
 
