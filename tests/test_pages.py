@@ -1,4 +1,4 @@
-"""`ptft report` and `ptft compare`: what they read, compare and write. The page in a browser: test_page_in_browser.py."""
+"""`ptft report` and `ptft compare`: what they read, compare and write. In a browser: test_page_in_browser.py."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_reported(tmp_path: Path) -> None:
         ptft_dist.report(tmp_path / "runs")
     with pytest.raises(RecipeError, match="absent: no run directory"):
         ptft_dist.report(tmp_path / "absent")
-    with pytest.raises(PtftError, match=r"x\.html: cannot be written: Not a directory"):
+    with pytest.raises(PtftError, match=r"x\.html: cannot be written: File exists"):
         ptft_dist.report(run, html=run / "recipe.yaml" / "x.html")
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run / "metrics.jsonl").write_text("".join([lines[0], "[]\n", *lines[1:]]))
