@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -291,6 +292,19 @@ def test_damaged_evaluations(tmp_path: Path, line: str, says: str) -> None:
         file.write(line)
     with pytest.raises(DataError, match=says):
         ptft_dist.report(run)
+
+
+def test_an_evaluation_of_earlier_weights(tmp_path: Path) -> None:
+    a, b = two(tmp_path)
+    for run in (a, b):
+        write_evaluation(run, [1.0, 2.0])
+    before = (a / "result.json").stat().st_mtime - 3600
+    os.utime(a / "evaluation.json", (before, before))
+    says = "evaluation.json is older than the last training of this run"
+    notes = [note for note in table(Comparison(read_runs([a, b])), "Evaluation").notes if says in note]
+    assert [note.split(":")[0] for note in notes] == ["a"]
+    assert says in ptft_dist.report(a).read_text()
+    assert says not in ptft_dist.report(b).read_text()
 
 
 # --- the verbs, and the end of a run ----------------------------------------------------------------------------------

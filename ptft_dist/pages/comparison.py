@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
 from ptft_dist.config.recipe import goal_of
-from ptft_dist.pages.evaluation import Interval, Tested, paired, why_no_intervals, why_not_paired
+from ptft_dist.pages.evaluation import OLDER, Evaluation, Interval, Tested, paired, why_no_intervals, why_not_paired
 from ptft_dist.pages.read import RunFiles
 from ptft_dist.pages.tables import Cell, Table, cells, number
 from ptft_dist.reporting.messages import clock
@@ -95,7 +95,9 @@ class Comparison:
             "metrics": {
                 name: {
                     "goal": self.goal(name),
-                    "runs": {n: None if each is None else vars(each) for n, each in zip(names, found, strict=True)},
+                    "runs": {
+                        n: None if each is None else _finite(vars(each)) for n, each in zip(names, found, strict=True)
+                    },
                 }
                 for name, found in self.metrics.items()
             },
@@ -147,12 +149,16 @@ class Comparison:
     def _evaluations_table(self) -> Table:
         """Intervals and paired tests."""
         names = dict.fromkeys(name for each in self.intervals for name in each)
+        names |= dict.fromkeys(name for run in self.runs if run.evaluation for name in run.evaluation.metrics)
         header = ["metric", self.runs[0].name]
         for run in self.runs[1:]:
             header += [run.name, "difference", "p"]
         rows = [[Cell(name), *self._evaluated(name)] for name in names]
         why = [(run.name, why_no_intervals(run.evaluation, run.path)) for run in self.runs]
         notes = [f"{name}: {reason}" for name, reason in why if reason]
+        notes += [
+            f"{run.name}: {OLDER.format(run.path)}" for run in self.runs if run.evaluation and run.evaluation.older
+        ]
         named = {name for name, reason in why if reason}
         notes += [
             f"{run.name}: no test, {found}"
@@ -167,12 +173,19 @@ class Comparison:
         return Table("Evaluation: value [95 % confidence interval over examples]", header, rows, notes)
 
     def _evaluated(self, name: str) -> list[Cell]:
-        row = cells(interval_text(self.intervals[0].get(name)))
-        for i, found in enumerate(self.tests, 1):
+        values = [
+            evaluated_text(run.evaluation, each, name) for run, each in zip(self.runs, self.intervals, strict=True)
+        ]
+        row = cells(values[0])
+        for value, found in zip(values[1:], self.tests, strict=True):
             test = found.get(name) if isinstance(found, dict) else None
-            row += cells(interval_text(self.intervals[i].get(name)), interval_text(test and test.difference, "+"))
-            row += cells(f"{test.p:.2g}" if test else ABSENT)
+            row += cells(value, *((_interval(test.difference, "+"), f"{test.p:.2g}") if test else (ABSENT, ABSENT)))
         return row
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no NaN."""
+    return {key: value if math.isfinite(value) else None for key, value in values.items()}
 
 
 def _differences_table(title: str, runs: Sequence[RunFiles], found: dict[str, list[Any]]) -> Table:
@@ -227,9 +240,14 @@ def _tested(first: RunFiles, run: RunFiles) -> dict[str, Tested] | str:
     return why_not_paired(first.evaluation, run.evaluation) or paired(first.evaluation, run.evaluation)
 
 
-def interval_text(interval: Interval | None, sign: str = "") -> str:
-    if interval is None:
-        return ABSENT
+def evaluated_text(evaluation: Evaluation | None, intervals: Mapping[str, Interval], name: str) -> str:
+    """A metric of `ptft evaluate`, with its interval if it has one."""
+    if name in intervals:
+        return _interval(intervals[name])
+    return number(evaluation.metrics[name]) if evaluation is not None and name in evaluation.metrics else ABSENT
+
+
+def _interval(interval: Interval, sign: str = "") -> str:
     return f"{interval.value:{sign}.4g} [{interval.low:{sign}.4g}, {interval.high:{sign}.4g}]"
 
 

@@ -11,9 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptft_dist.errors import DataError
+from ptft_dist.launch.result import RESULT
 from ptft_dist.pages.resampling import bootstrap_sums, percentile_interval, ratio, sign_flip_p
 
 EVALUATION, EXAMPLES = "evaluation.json", "evaluation.rows.jsonl"
+OLDER = "evaluation.json is older than the last training of this run; evaluate its model again: ptft evaluate {}"
+_OLDER_S = 60
+"""Copies of a directory may change the order of its files' times by seconds."""
 
 
 class Interval(NamedTuple):
@@ -45,6 +49,8 @@ class Evaluation:
     """The hash of each example; empty without evaluation.rows.jsonl."""
     values: dict[str, np.ndarray] = field(repr=False)
     """Sum and count of each example [N, 2], by metric without `eval/`."""
+    older: bool
+    """Whether the run has ended a start after it, so that it may be of other weights."""
 
     def intervals(self) -> dict[str, Interval]:
         """The metrics that are sums over examples, with their intervals."""
@@ -120,7 +126,9 @@ def read_evaluation(run_dir: Path) -> Evaluation | None:
         )
     names = list(dict.fromkeys(name for example in examples for name in example["values"]))
     values = {_short(n): np.array([e["values"].get(n, (0, 0)) for e in examples], dtype=float) for n in names}
-    return Evaluation(metrics, rows, found.get("judged"), [str(each["id"]) for each in examples], values)
+    result = run_dir / RESULT
+    older = result.is_file() and result.stat().st_mtime > path.stat().st_mtime + _OLDER_S
+    return Evaluation(metrics, rows, found.get("judged"), [str(each["id"]) for each in examples], values, older)
 
 
 def _read_examples(path: Path) -> list[dict[str, Any]]:

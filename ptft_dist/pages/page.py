@@ -16,19 +16,21 @@ import shlex
 import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ptft_dist import __version__
 from ptft_dist.config.secrets import hide
 from ptft_dist.data.report import Report, describe
 from ptft_dist.errors import PtftError
 from ptft_dist.launch.result import ENVIRONMENT
 from ptft_dist.pages.charts import Chart, charts
-from ptft_dist.pages.comparison import Comparison, environment_values, interval_text
-from ptft_dist.pages.evaluation import why_no_intervals
+from ptft_dist.pages.comparison import Comparison, environment_values, evaluated_text
+from ptft_dist.pages.evaluation import OLDER, why_no_intervals
 from ptft_dist.pages.read import METRICS, SAMPLES, RunFiles, read_run
 from ptft_dist.pages.tables import Table, cells, number
 from ptft_dist.reporting.messages import clock
@@ -105,6 +107,7 @@ def _render(
     page = _environment().get_template("page.html.jinja")
     return page.render(
         title=title,
+        written=f"Written by ptft {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         verdict=verdict,
         runs=runs,
         tables=sections,
@@ -192,11 +195,9 @@ def _evaluation_table(run: RunFiles) -> Table | None:
     if evaluation is None:
         return None
     intervals, why = evaluation.intervals(), why_no_intervals(evaluation, run.path)
-    rows = [
-        cells(name, interval_text(intervals[name]) if name in intervals else number(value))
-        for name, value in evaluation.metrics.items()
-    ]
+    rows = [cells(name, evaluated_text(evaluation, intervals, name)) for name in intervals | evaluation.metrics]
     notes = [f"{evaluation.rows:,} examples, judged by ptft evaluate.", *([f"No intervals: {why}"] if why else [])]
+    notes += [OLDER.format(run.path)] if evaluation.older else []
     return Table("Evaluation", ["metric", "value [95 % confidence interval over examples]"], rows, notes)
 
 
