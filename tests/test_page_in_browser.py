@@ -74,6 +74,23 @@ def test_several_runs(page: Browser, tmp_path: Path) -> None:
     assert page.problems() == []
 
 
+def test_training_is_smoothed(page: Browser, tmp_path: Path) -> None:
+    """Against a naive loop: the mean of all earlier values with weights 0.5, 0.25, ..."""
+    run = write_run(tmp_path / "run")
+    losses = [4.0, 2.0, 3.0, 1.0]
+    write_json_lines(
+        run / "metrics.jsonl", [{"step": i + 1, "loss": loss, "lr": 3e-4} for i, loss in enumerate(losses)]
+    )
+    show(page, ptft_dist.report(run))
+    page.run("{ const input = document.getElementById('smoothing'); input.value = 0.5; }")
+    page.run("document.getElementById('smoothing').dispatchEvent(new Event('input'))")
+    weights = [0.5**i for i in range(4)]
+    means = [sum(w * x for w, x in zip(weights, losses[i::-1], strict=False)) / sum(weights[: i + 1]) for i in range(4)]
+    assert drawn(page, "plot.data[0].y") == pytest.approx(means)
+    low, high = drawn(page, "plot.layout.yaxis.range", chart=1)  # of a constant learning rate
+    assert 0 < low < 3e-4 < high < 1e-3
+
+
 def test_texts_run_no_scripts(page: Browser, tmp_path: Path) -> None:
     """Neither as they are, nor if they were not escaped: the policy of the page allows two scripts."""
     run = write_run(tmp_path / "run")

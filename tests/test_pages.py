@@ -215,6 +215,14 @@ def test_the_goal_of_a_recipe_counts(tmp_path: Path) -> None:
     assert table(comparison, "Recipes").notes == ["None."]
 
 
+def test_losses_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
+    runs = two(tmp_path)
+    (runs[1] / "resolved.yaml").write_text("task: mlm")
+    comparison = Comparison(read_runs(runs))
+    assert [comparison.goal(name) for name in ("loss", "accuracy")] == [None, "max"]
+    assert not any(cell.best for cell in table(comparison, "Metrics").rows[0])
+
+
 def test_recipes_and_environments_that_differ(tmp_path: Path) -> None:
     runs = two(tmp_path)
     (runs[1] / "resolved.yaml").write_text("task: clm\noptim: {lr: 0.2}\ndata: {train: [{path: x}]}\n")

@@ -19,7 +19,7 @@ Goal = Literal["min", "max"]
 ABSENT = "-"
 _DESCRIPTIVE = ("kl", "response_tokens", "without_eos", "accuracy_longer", "accuracy_shorter")
 _DESCRIPTIVE_PARTS = ("_mean", "_std", "reward_p", "rewards/", "logps/")
-_DECIDES_ROWS = ("task", "data.", "tokenizer.", "eval.max_rows", "train.seed")
+_DECIDES_ROWS = ("task", "data.", "tokenizer.", "eval.max_rows")
 _ENVIRONMENT = ("device", "kind", "world_size", "python", "platform", "ptft_dist", "packages")
 
 
@@ -46,11 +46,14 @@ class Comparison:
         return {name: [_final(run, name, self.goal(name) or goal_of(name)) for run in self.runs] for name in names}
 
     def goal(self, metric: str) -> Goal | None:
-        """Whether a metric is to be minimized or maximized; None if it only describes, such as a length."""
+        """Whether a metric is to be minimized or maximized; None if it only describes, such as a length, or
+        is the loss of different tasks."""
         for run in self.runs:
             if run.values.get("eval.metric") == metric and run.values.get("eval.goal"):
                 return "max" if run.values["eval.goal"] == "max" else "min"
         if metric in _DESCRIPTIVE or any(part in metric for part in _DESCRIPTIVE_PARTS):
+            return None
+        if metric.endswith("loss") and len({run.values.get("task") for run in self.runs}) > 1:
             return None
         return goal_of(metric)
 

@@ -12,12 +12,22 @@
   // Plotly reads names as HTML.
   const text = (name) => name.replace(/&/g, "&amp;").replace(/</g, "&lt;");
   const div = (i) => document.getElementById(`chart-${i}`);
-  let axis = "step", printing = false;
+  let axis = "step", smoothing = 0, printing = false;
+
+  // An exponential moving average that starts without bias (Kingma and Ba 2015, section 3).
+  function smoothed(values) {
+    let sum = 0, weight = 0;
+    return values.map((value) => {
+      sum = smoothing * sum + (1 - smoothing) * value;
+      weight = smoothing * weight + (1 - smoothing);
+      return sum / weight;
+    });
+  }
 
   function trace(curve) {
     const judged = curve.side === "eval", points = judged || curve.y.length === 1;
     return {
-      x: curve[axis], y: curve.y, type: "scatter", mode: points ? "lines+markers" : "lines",
+      x: curve[axis], y: judged ? curve.y : smoothed(curve.y), type: "scatter", mode: points ? "lines+markers" : "lines",
       name: text(several ? `${runs[curve.run]} (${curve.side})` : curve.side),
       opacity: several && !judged ? 0.55 : 1,
       line: {
@@ -34,6 +44,12 @@
     return { ink: night ? "#e4e8ec" : "#1d2329", ground: night ? "#14181c" : "#ffffff", one };
   }
 
+  // Plotly draws a constant on an axis from -1 to 1, on which a learning rate cannot be read.
+  function rangeOf(curves) {
+    const [first, ...rest] = curves.flatMap((curve) => curve.y);
+    return first && rest.every((value) => value === first) ? { range: [first - Math.abs(first) / 2, first + Math.abs(first) / 2] } : {};
+  }
+
   function layout(i) {
     const { ink, ground, one } = colorsOf(), log = document.querySelector(`[data-log="${i}"]`).checked;
     return {
@@ -41,7 +57,7 @@
       font: { color: ink, size: 11, family: "system-ui, sans-serif" }, hovermode: "x unified", dragmode: "zoom",
       hoverlabel: { bgcolor: ground, font: { color: ink } }, separators: ".,",
       xaxis: { title: { text: axis === "step" ? "update" : "tokens" }, rangemode: "tozero", ...one },
-      yaxis: { type: log ? "log" : "linear", exponentformat: "SI", ...one },
+      yaxis: { type: log ? "log" : "linear", exponentformat: "SI", ...one, ...(log ? {} : rangeOf(charts[i].curves)) },
       showlegend: !several && charts[i].curves.length > 1,
       legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom" },
       ...(printing ? { width: 340, height: 200 } : { autosize: true }),
@@ -69,6 +85,7 @@
   document.querySelectorAll(".swatch").forEach((swatch, i) => { swatch.style.background = color(i); });
   document.querySelectorAll("[data-run], [data-log]").forEach((box) => box.addEventListener("change", draw));
   document.getElementById("axis").addEventListener("change", (event) => { axis = event.target.value; draw(); });
+  document.getElementById("smoothing").addEventListener("input", (event) => { smoothing = Number(event.target.value); draw(); });
   dark.addEventListener("change", draw);
   addEventListener("beforeprint", () => { printing = true; draw(); });
   addEventListener("afterprint", () => { printing = false; draw(); });
