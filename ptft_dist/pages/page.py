@@ -134,7 +134,7 @@ def _environment() -> Environment:
 
 
 def _plotly() -> str:
-    """The text of plotly.min.js of the package plotly, which is not imported: that takes a second."""
+    """The text of plotly.min.js of the package plotly, which need not be imported for it."""
     package = importlib.util.find_spec("plotly")
     if package is None or package.origin is None:
         raise PtftError("the package plotly is not installed; its plots are part of the page: pip install plotly")
