@@ -215,6 +215,14 @@ def test_the_goal_of_a_recipe_counts(tmp_path: Path) -> None:
     assert table(comparison, "Recipes").notes == ["None."]
 
 
+def test_a_damaged_recipe_is_named(tmp_path: Path) -> None:
+    runs = two(tmp_path)
+    (runs[1] / "resolved.yaml").write_text("task: clm\noptim: [\n")
+    with pytest.raises(DataError, match=r"b/resolved\.yaml:\d+: .*; restore the file"):
+        ptft_dist.compare(runs, json_file=tmp_path / "x.json")
+    assert not (tmp_path / "x.json").exists()
+
+
 def test_losses_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
     runs = two(tmp_path)
     (runs[1] / "resolved.yaml").write_text("task: mlm")

@@ -44,9 +44,12 @@ class RunFiles:
 
     @cached_property
     def values(self) -> dict[str, Any]:
-        """Every value of the recipe by its dotted key, with references as written."""
+        """Every value of the recipe by its dotted key, with references as written. Raises DataError."""
         document = Document()
         document.read(self.resolved_text)
+        if document.mistakes:
+            mistake = document.mistakes[0]
+            raise DataError(f"{self.path / 'resolved.yaml'}:{mistake.line}: {mistake.text}; restore the file")
         return {dotted(path): value for path, value in leaves(document.values or {})}
 
     @property
