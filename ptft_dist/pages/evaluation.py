@@ -99,7 +99,9 @@ def why_no_intervals(evaluation: Evaluation | None, run_dir: Path) -> str | None
 def why_not_paired(first: Evaluation, second: Evaluation) -> str | None:
     """Why two evaluations cannot be tested in pairs; None if they can. Both have examples."""
     if first.judged is None or first.judged != second.judged or first.ids != second.ids:
-        return "other examples than the first run; run for both: ptft evaluate RUN --data FILE"
+        return (
+            "other examples than the first run; run for both: ptft evaluate RUN --data FILE --out RUN/evaluation.json"
+        )
     return None
 
 
