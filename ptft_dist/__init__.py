@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ptft_dist.api import (
         checkpoints,
+        compare,
         evaluate,
         evaluate_model,
         export,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         predict,
         prefetch,
         prepare,
+        report,
         score,
         train,
         train_tokenizer,
@@ -34,6 +36,7 @@ __all__ = [
     "Result",
     "__version__",
     "checkpoints",
+    "compare",
     "evaluate",
     "evaluate_model",
     "export",
@@ -44,6 +47,7 @@ __all__ = [
     "predict",
     "prefetch",
     "prepare",
+    "report",
     "score",
     "train",
     "train_tokenizer",

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ptft_dist.hub import Fetched
     from ptft_dist.judging.evaluation import Evaluation
     from ptft_dist.judging.prediction import Predictions
+    from ptft_dist.pages.comparison import Comparison
     from ptft_dist.run import Result
 
 Source = str | Path | Mapping[str, Any]
@@ -273,6 +274,51 @@ def checkpoints(run_dir: str | Path) -> list[CheckpointInfo]:
     from ptft_dist.checkpoint.listing import list_checkpoints
 
     return list_checkpoints(Path(run_dir))
+
+
+@_hiding_secrets
+def report(run_dir: str | Path, html: str | Path | None = None) -> Path:
+    """Write one HTML page about a run, finished or not, and return its path. Imports no torch.
+
+    Args:
+        html: the page. Default: run_dir/report.html.
+
+    Raises:
+        RecipeError: this is no run directory.
+        DataError: the run has no metrics yet, or a file is damaged.
+        PtftError: the page cannot be written.
+    """
+    from ptft_dist.pages.page import write_report
+
+    return write_report(Path(run_dir), None if html is None else Path(html))
+
+
+@_hiding_secrets
+def compare(
+    run_dirs: Sequence[str | Path], *, html: str | Path | None = None, json_file: str | Path | None = None
+) -> Comparison:
+    """Compare runs, finished or not: metrics, recipes, environments, and evaluations. Imports no torch.
+
+    Args:
+        run_dirs: two run directories or more; the first one is the baseline of differences.
+        html: one page with tables and the curves of all runs.
+        json_file: a file for `Comparison.values()`.
+
+    Raises:
+        RecipeError: fewer than two runs, one run twice, or a directory that is no run.
+        DataError: a run has no metrics yet, or a file is damaged.
+        PtftError: a file cannot be written.
+    """
+    from ptft_dist.pages.comparison import Comparison
+    from ptft_dist.pages.page import write_comparison, write_text
+    from ptft_dist.pages.read import read_runs
+
+    comparison = Comparison(read_runs([Path(each) for each in run_dirs]))
+    if json_file is not None:
+        write_text(Path(json_file), json.dumps(comparison.values(), indent=1) + "\n")
+    if html is not None:
+        write_comparison(comparison, Path(html))
+    return comparison
 
 
 @_hiding_secrets

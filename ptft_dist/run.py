@@ -34,6 +34,7 @@ from ptft_dist.launch.environment import (
 )
 from ptft_dist.launch.result import write_result
 from ptft_dist.networks.export import Export, export
+from ptft_dist.pages.page import write_report
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
 from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
 from ptft_dist.reporting.model_card import model_card
@@ -266,6 +267,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     }
     write_result(result.run_dir, values)
     run_dir = result.run_dir
+    page = _report(run_dir) if trainer.recipe.log.report else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
         say(f"stopped by {result.reason} after update {result.steps}; {saved}; resume with the same command")
@@ -283,6 +285,20 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     if trainer.samples is not None:
         say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
     say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")
+    if page is not None:
+        say(f"  {'report':<16} {page}")
+
+
+def _report(run_dir: Path) -> Path | None:
+    """Write report.html. A failure is a warning: the run has finished, and `ptft report` writes the page again.
+
+    An evaluation.json in the directory is of earlier weights, so it is left out.
+    """
+    try:
+        return write_report(run_dir, evaluation=False)
+    except Exception as error:
+        warn(f"the report was not written: {type(error).__name__}: {error}. Try again: ptft report {run_dir}")
+        return None
 
 
 @contextlib.contextmanager

@@ -45,6 +45,7 @@ MAY_IMPORT = {
         "trained_network",
         "training",
     },
+    "pages": {"config", "data", "errors", "launch", "reporting"},
     "failures": {"config", "engine", "errors", "launch", "reporting"},
     "run": {
         "checkpoint",
@@ -54,6 +55,7 @@ MAY_IMPORT = {
         "failures",
         "launch",
         "networks",
+        "pages",
         "reporting",
         "session",
         "training",
@@ -70,6 +72,7 @@ MAY_IMPORT = {
         "launch",
         "merging",
         "networks",
+        "pages",
         "reporting",
         "run",
         "scoring",

@@ -125,7 +125,7 @@ MAY_CHANGE = {
     "run_dir",
     "save.every", "save.keep", "save.best", "save.export", "save.dtype",
     "eval.every", "eval.at_start", "eval.micro_size", "eval.max_rows", "eval.metric", "eval.goal", "eval.patience",
-    "log.every", "log.tensorboard",
+    "log.every", "log.tensorboard", "log.report",
     "data.train", "data.validation",  # their contents are compared instead
     "data.cache_dir", "data.workers",
     "continual.ewc.data", "continual.replay.data",  # their contents are compared instead

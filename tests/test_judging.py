@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from ptft_dist.judging.examples import RowResults
 from ptft_dist.judging.journal import Journal
 from ptft_dist.judging.perplexity import windows
 from ptft_dist.judging.target import find_target, recipe_of
+from ptft_dist.pages.evaluation import paired, why_not_paired
+from ptft_dist.pages.read import read_run
 from ptft_dist.tasks.common.scores.tables import calibration
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.registry import TASKS, encoder_class
@@ -500,3 +503,22 @@ def test_an_unknown_architecture_needs_a_recipe(tmp_path: Path) -> None:
 
 def test_every_task_with_rows_of_answers_is_here() -> None:
     assert {task for task in TASKS if encoder_class(task).answer_roles} == set(ANSWERED)
+
+
+def test_evaluations_are_compared_example_by_example(run_of: Any) -> None:
+    """The files of `ptft evaluate` are those that `ptft compare` reads, also where an example has several rows."""
+    run = run_of("token_classification")
+    other = run.parent / "other"
+    if not other.exists():
+        shutil.copytree(run, other)
+    for each in (run, other):
+        result = api.evaluate_model(each)
+        assert result.rows >= result.examples == len(lines(each / "evaluation.rows.jsonl"))
+    evaluations = [read_run(each).evaluation for each in (run, other)]
+    assert evaluations[0] is not None
+    assert evaluations[1] is not None
+    assert why_not_paired(evaluations[0], evaluations[1]) is None
+    tested = paired(evaluations[0], evaluations[1])
+    assert set(tested) == {"loss", "accuracy"}
+    assert tested["loss"].difference.value == 0
+    assert evaluations[0].intervals()["loss"].value == pytest.approx(result.metrics["eval/loss"], rel=1e-5)

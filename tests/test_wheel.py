@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from page_support import write_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +65,11 @@ def test_recipes_and_launch_configs_are_found_by_name(installed: Path, tmp_path:
     for path in paths:
         assert Path(path).is_file()
         assert Path(path).is_relative_to(installed)
+
+
+def test_it_writes_pages(installed: Path, tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    assert run(installed, tmp_path, "-m", "ptft_dist", "report", "run") == "run/report.html\n"
 
 
 @pytest.mark.parametrize("kind", ["launch_configs", "ds_configs", "slurm", "recipes", "pipelines"])

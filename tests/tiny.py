@@ -210,6 +210,7 @@ def write_tiny(folder: Path, task: str, dropout: float = 0.0, layers: int = 2, *
         "eval": {"every": 4},
         "save": {"every": 4, "keep": None},
         "run_dir": "run",
+        "log": {"report": False},  # 5 MB
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(evaluated_quickly(merge(recipe, changes)), indent=1))

@@ -30,6 +30,8 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("generate", "ptft_dist.cli.generate", "generate"),
     ("evaluate", "ptft_dist.cli.evaluate", "evaluate"),
     ("predict", "ptft_dist.cli.predict", "predict"),
+    ("report", "ptft_dist.cli.report", "report"),
+    ("compare", "ptft_dist.cli.compare", "compare"),
     ("score", "ptft_dist.cli.score", "score"),
     ("merge", "ptft_dist.cli.merge", "merge"),
     ("export", "ptft_dist.cli.export", "export"),

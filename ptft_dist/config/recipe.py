@@ -232,6 +232,12 @@ class TrainSection(Section):
         return self
 
 
+def goal_of(metric: str) -> Literal["min", "max"]:
+    """Whether a metric, named without `eval/`, is to be minimized or maximized, unless eval.goal says it."""
+    smaller = ("loss", "perplexity", "mse", "mae", "divergence", "ece", "brier")
+    return "min" if metric in smaller or metric.endswith("_loss") else "max"
+
+
 class EvalSection(Section):
     """Evaluation on the validation rows. It has no effect on the training."""
 
@@ -253,11 +259,7 @@ class EvalSection(Section):
 
     @property
     def larger_is_better(self) -> bool:
-        if self.goal is not None:
-            return self.goal == "max"
-        return self.metric not in ("loss", "perplexity", "mse", "mae", "divergence") and not self.metric.endswith(
-            "_loss"
-        )
+        return goal_of(self.metric) == "max" if self.goal is None else self.goal == "max"
 
 
 class SaveSection(Section):
@@ -288,6 +290,8 @@ class LogSection(Section):
     """Log to metrics.jsonl and TensorBoard every this many updates."""
     tensorboard: bool = True
     """Write TensorBoard events to run_dir/tensorboard."""
+    report: bool = True
+    """Write run_dir/report.html at the end, a page with plots (5 MB). `ptft report` writes it at any time."""
 
 
 def _model_tokenizer(model: ModelSection) -> TokenizerSection:

@@ -45,6 +45,8 @@ class Evaluation:
     """By name, such as eval/loss."""
     rows: int
     """Number of validation rows, each of which counts once."""
+    examples: int = 0
+    """Number of examples; one may have several rows, such as the windows of a context."""
     judged: str = ""
     """A hash of the examples, whatever the tokenizer: equal for models that were judged on the same ones."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -57,6 +59,7 @@ class Evaluation:
             "recipe": self.recipe,
             "metrics": self.metrics,
             "rows": self.rows,
+            "examples": self.examples,
             "judged": self.judged,
             "details": self.details,
         }
@@ -140,6 +143,7 @@ def _result(
         str(target.loaded.path),
         {f"eval/{name}": value for name, value in metrics.items()},
         len(validation.keys),
+        len(examples),
         hashlib.sha256("".join(each.id for each in examples).encode()).hexdigest() if examples else "",
         details,
     )
