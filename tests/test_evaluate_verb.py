@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support import eval_rows, make_recipe, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -74,7 +75,13 @@ def test_a_run_is_evaluated_from_anywhere(trained: Path) -> None:
     assert (result.model, result.recipe) == (str(trained / "run/model"), str(trained / "run/resolved.yaml"))
     assert other.rows == 3 < result.rows
     written = {path for path, _ in files() - before}
-    assert written == {trained / "run" / name for name in ("evaluation.json", "evaluation.rows.jsonl")}
+    events = {path for path in written if path.parent.name == "tensorboard"}
+    assert written - events == {trained / "run" / name for name in ("evaluation.json", "evaluation.rows.jsonl")}
+    found = EventAccumulator(str(trained / "run/tensorboard")).Reload()
+    assert [(e.step, e.value) for e in found.Scalars("evaluate/loss")] == [
+        (4, pytest.approx(result.metrics["eval/loss"]))
+    ]
+    assert b"perplexity" in found.Tensors("evaluate/text_summary")[0].tensor_proto.string_val[0]
     for path in written:
         path.unlink()
 

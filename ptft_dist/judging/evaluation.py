@@ -19,7 +19,9 @@ from ptft_dist.judging.files import check_writable, write_file
 from ptft_dist.judging.perplexity import StridedPerplexity, perplexity_of
 from ptft_dist.judging.target import Target, find_target, source_of
 from ptft_dist.launch.environment import Place
+from ptft_dist.launch.result import RESULT, read_json
 from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.metrics import add_evaluation
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import Session
 from ptft_dist.tasks.common.generation import generated_text
@@ -124,6 +126,7 @@ def evaluate(target: Target, place: Place, *, out: Path | None = None, stride: i
         result = _result(target, scores[0], validation, examples, details)
         if out is not None and place.is_main:
             _write(out, result, examples)
+            _add_to_tensorboard(target, result)
             say(f"written to {out}")
         engine.barrier()
         rows.remove()
@@ -195,6 +198,15 @@ def rows_of(file: Path, recipe: Recipe, survey: Mapping[str, Any]) -> dict[str, 
     if "labels" in survey and "labels" in type(recipe.settings).model_fields:
         values[f"{recipe.task}.labels"] = list(survey["labels"])
     return values
+
+
+def _add_to_tensorboard(target: Target, result: Evaluation) -> None:
+    """Beside the curves of the run, if its own rows were evaluated and it has any."""
+    if not target.own or target.run_dir is None or not (target.run_dir / "tensorboard").is_dir():
+        return
+    step = int(read_json(target.run_dir / RESULT).get("steps") or 0)
+    tables = {name: value for name, value in result.details.items() if name != "worst"}
+    add_evaluation(target.run_dir / "tensorboard", step, result.metrics, tables)
 
 
 def _write(out: Path, result: Evaluation, examples: Sequence[ExampleResult]) -> None:

@@ -150,6 +150,22 @@ class TensorBoard:
             self.writer = None
 
 
+def add_evaluation(folder: Path, step: int, metrics: Mapping[str, float], tables: Mapping[str, Any]) -> None:
+    """Add the result of `ptft evaluate` to a run's TensorBoard: scalars `evaluate/...`, and the tables as text.
+
+    An error of the disk is a warning, because the files of the evaluation have the same numbers.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    try:
+        with SummaryWriter(str(folder)) as writer:
+            for name, value in metrics.items():
+                writer.add_scalar(f"evaluate/{name.removeprefix('eval/')}", value, step)
+            writer.add_text("evaluate", _as_markdown(tables), step)
+    except OSError as error:
+        warn(f"{folder}: {error.strerror}; TensorBoard does not get the evaluation")
+
+
 def _as_markdown(sample: Mapping[str, Any]) -> str:
     """The fields of a sample, each text in a block of its own, since it may contain any characters."""
     parts = []
