@@ -15,12 +15,15 @@ import pytest
 import sacrebleu
 import sklearn.metrics
 import torch
+from adapt_support import METHODS, write_adapted
+from peft import AutoPeftModelForSequenceClassification
 from seqeval.metrics import classification_report
-from support import eval_rows, make_recipe
+from support import eval_rows, make_recipe, start
 from tiny import ALL, made, write_tiny
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ptft_dist import api
+from ptft_dist.cli.ranks import launched
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.judging import prediction
 from ptft_dist.judging.examples import RowResults
@@ -240,13 +243,13 @@ def test_strided_perplexity_is_that_of_a_loop(language_model: Path, tmp_path: Pa
     for text in TEXTS:
         ids = [*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         done = 1
-        for start in range(0, len(ids), 10):
-            end = min(start + 24, len(ids))
-            window = torch.tensor([ids[start:end]])
+        for begin in range(0, len(ids), 10):
+            end = min(begin + 24, len(ids))
+            window = torch.tensor([ids[begin:end]])
             with torch.no_grad():
                 logprobs = model(window).logits[0].log_softmax(-1)
-            for position in range(max(done, start + 1), end):
-                total -= float(logprobs[position - 1 - start, ids[position]])
+            for position in range(max(done, begin + 1), end):
+                total -= float(logprobs[position - 1 - begin, ids[position]])
                 count += 1
             done = max(done, end)
             if end == len(ids):
@@ -522,3 +525,58 @@ def test_evaluations_are_compared_example_by_example(run_of: Any) -> None:
     assert set(tested) == {"loss", "accuracy"}
     assert tested["loss"].difference.value == 0
     assert evaluations[0].intervals()["loss"].value == pytest.approx(result.metrics["eval/loss"], rel=1e-5)
+
+
+# --- adapters and several processes -----------------------------------------------------------------------------------
+
+
+def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
+    """As peft does, row by row; the run, and its adapter directory elsewhere with the recipe."""
+    base = run_of("classification") / "model"
+    recipe = write_adapted(tmp_path, base, "classification", METHODS["lora"], **SHORT)
+    api.train(recipe, quiet=True)
+    file, rows = validation_rows(run_of("classification"), "classification", 10)
+    api.predict("run", file, "out.jsonl")
+    shutil.copytree("run/model", "elsewhere")
+    api.predict("elsewhere", file, "same.jsonl", source=recipe)
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+    model = AutoPeftModelForSequenceClassification.from_pretrained("run/model", num_labels=2).eval()
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    for row, found in zip(rows, lines(tmp_path / "out.jsonl"), strict=True):
+        with torch.no_grad():
+            shares = model(**tokenizer(row["text"], return_tensors="pt")).logits[0].softmax(-1).tolist()
+        assert list(found["prediction"]["probabilities"].values()) == pytest.approx(shares, rel=1e-5)
+
+
+@pytest.mark.parametrize(("task", "kind"), [("token_classification", "cpu_zero3"), ("sft", "cpu")])
+def test_two_processes_evaluate_and_predict_alike(
+    run_of: Any, tmp_path: Path, cache: Path, task: str, kind: str
+) -> None:
+    """A split sentence and generated answers; an odd number of rows, so that a process has fewer than the other."""
+    run = run_of(task)
+    file, rows = validation_rows(run, task, 7)
+    expected = api.evaluate_model(run, out="one.json")
+    api.predict(run, file, "one.jsonl")
+    done = start("evaluate", str(run), "--out", "two.json", cwd=tmp_path, cache=cache, ranks=2, kind=kind)
+    assert done.wait() == 0, done.stderr
+    found = json.loads((tmp_path / "two.json").read_text())
+    assert found["metrics"] == pytest.approx(expected.metrics, rel=1e-6)
+    assert (found["judged"], found["rows"]) == (expected.judged, expected.rows)
+    words = ("predict", str(run), "--file", str(file), "--out", "two.jsonl")
+    done = start(*words, cwd=tmp_path, cache=cache, ranks=2, kind=kind)
+    assert done.wait() == 0, done.stderr
+    assert done.stdout == f"{len(rows)} rows in two.jsonl\n"
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+def test_a_launch_config_starts_the_processes(
+    run_of: Any, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("classification")
+    words = ("evaluate", str(run), "--launch", "cpu", "--processes", "2", "--data", "nothing.jsonl")
+    done = start(*words, cwd=tmp_path, cache=cache)
+    assert done.wait() == 3  # the exit code of the rank, not of the launcher
+    assert done.stderr.count("nothing.jsonl does not exist") == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(RecipeError, match="no effect in a process that a launcher has started"):
+        launched("cpu", 2, ["evaluate"])

@@ -124,12 +124,13 @@ class Predictor:
         loaded = replace(loaded, recipe=_with_generation(loaded.recipe))
         self.recipe, self.base, self.kind = loaded.recipe, loaded.base, kind
         section = local_or_hub(self.recipe.model, self.base)
-        survey = target.survey or _survey_of(self.recipe, section)
+        # What the encoder discovers about the tokenizer is added before the task is built, which also reads it.
+        self.survey = dict(target.survey or _survey_of(self.recipe, section))
         self.zero_config = deepspeed_config_of_launch()
         self.shape = batch_shape(self.recipe, place.world_size)
         backend = planned_kind(place.world_size, self.zero_config)
-        self.trained = TrainedNetwork(loaded, target.tokenizer_directory(), survey, backend, lambda: 1)
-        self.context = EncoderContext.of(self.recipe, self.trained.tokenizer, survey)
+        self.trained = TrainedNetwork(loaded, target.tokenizer_directory(), self.survey, backend, lambda: 1)
+        self.context = EncoderContext.of(self.recipe, self.trained.tokenizer, self.survey)
         self.encoder = kind(self.context)
 
     def check(self, file: Path) -> int:
@@ -145,6 +146,10 @@ class Predictor:
                 self.kind.check(self.recipe.settings, self._unanswered(record))
             except RowError as problem:
                 bad.add(record.where, problem)
+            else:
+                if count == 1:
+                    self.encoder.outcomes([self._unanswered(record)])
+                    self.survey |= self.encoder.discovered
         if bad.count:
             more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
             raise DataError("\n".join(bad.first) + f"{more}\nCorrect or remove these rows.")
@@ -250,6 +255,10 @@ def _with_generation(recipe: Recipe) -> Recipe:
 
 
 def _survey_of(recipe: Recipe, section: ModelSection) -> dict[str, Any]:
-    """What is known about the rows that a network was trained on: its labels."""
+    """What is known about the rows that a network was trained on: its labels.
+
+    Their frequencies are made up. They affect the weights in the loss, and no answer.
+    """
     labels = labels_of(read_config(section, {}))
-    return {"labels": labels, "unanswerable": int(bool(getattr(recipe.settings, "no_answer_margin", 0)))}
+    unanswerable = int(bool(getattr(recipe.settings, "no_answer_margin", 0)))
+    return {"labels": labels, "frequencies": [1] * len(labels), "rows": len(labels), "unanswerable": unanswerable}
