@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
 
 from ptft_dist.config.load import Loaded, read_recipe, read_resolved
@@ -25,6 +26,8 @@ RESOLVED = "resolved.yaml"
 """The file of a run directory with the recipe."""
 LONGEST = 512
 """data.max_length of a model without a recipe, if it has as many positions."""
+BATCH_TOKENS = {True: 16_384, False: 1024}
+"""batch.micro_tokens of a model without a recipe, with and without an accelerator; on a CPU more are slower."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ def recipe_of(model: str, rows: Path) -> dict[str, Any]:
         "model": {"path": model},
         "tokenizer": {"path": model},
         "data": {"train": [source], "validation": [source], "max_length": length},
-        "batch": {"global_size": 1, "micro_tokens": 16 * length},
+        "batch": {"global_size": 1, "micro_tokens": max(length, BATCH_TOKENS[torch.accelerator.is_available()])},
         "train": {"max_steps": 1, "precision": "fp32"},
         "run_dir": "runs/none",
         **({task: settings} if settings else {}),
