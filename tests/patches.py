@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -547,12 +548,14 @@ def fork_local_runs() -> None:
     from ptft_dist.runs import local
 
     class Forked:
-        def __init__(self, words: list[str], start_new_session: bool) -> None:
-            self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(words, start_new_session))
+        def __init__(self, words: list[str], start_new_session: bool, env: dict[str, str]) -> None:
+            arguments = (words, start_new_session, env)
+            self.process = multiprocessing.get_context("fork").Process(target=self.run, args=arguments)
             self.process.start()
 
         @staticmethod
-        def run(words: list[str], start_new_session: bool) -> None:
+        def run(words: list[str], start_new_session: bool, env: dict[str, str]) -> None:
+            os.environ.update(env)
             if start_new_session:
                 os.setsid()
             for number in local.SIGNALS:
@@ -561,12 +564,14 @@ def fork_local_runs() -> None:
             sys.argv = ["ptft", *words[3:]]
             main()
 
-        def wait(self) -> int:
-            self.process.join()
+        def wait(self, timeout: float | None = None) -> int:
+            self.process.join(timeout)
+            if self.process.is_alive():
+                raise subprocess.TimeoutExpired("ptft", timeout or 0.0)
             assert self.process.exitcode is not None
             return self.process.exitcode
 
-    local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
+    local.subprocess = SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
 
 
 def fork_launched_ranks() -> None:
@@ -598,4 +603,4 @@ def fork_launched_ranks() -> None:
                 process.join()
             return max(process.exitcode or 0 for process in self.processes)
 
-    local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
+    local.subprocess = SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
