@@ -25,6 +25,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "slurm",
         "recipes",
         "pipelines",
+        "sweeps",
         "pyproject.toml",
         "README.md",
         "LICENSE",
@@ -66,7 +67,7 @@ def test_recipes_and_launch_configs_are_found_by_name(installed: Path, tmp_path:
         assert Path(path).is_relative_to(installed)
 
 
-@pytest.mark.parametrize("kind", ["launch_configs", "ds_configs", "slurm", "recipes", "pipelines"])
+@pytest.mark.parametrize("kind", ["launch_configs", "ds_configs", "slurm", "recipes", "pipelines", "sweeps"])
 def test_the_wheel_holds_every_shipped_file(installed: Path, kind: str) -> None:
     there = {p.name for p in (installed / "ptft_dist/shipped" / kind).iterdir() if p.is_file()}
     assert there == {p.name for p in (ROOT / kind).iterdir() if p.is_file()}

@@ -1,4 +1,5 @@
-"""The files that are installed with the package: launch and DeepSpeed configs, Slurm files, recipes, pipelines, searches."""
+"""The files that are installed with the package: launch and DeepSpeed configs, Slurm files, recipes, pipelines and
+searches."""
 
 from __future__ import annotations
 

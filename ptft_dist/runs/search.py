@@ -1,11 +1,11 @@
 """The search of a sweep: which keys of a recipe are varied, how values are chosen, and when a bad trial is stopped.
 
-    method: tpe
-    trials: 20
-    search:
-      optim.lr: {log: [1e-5, 1e-2]}
-      optim.weight_decay: {choice: [0.0, 0.01, 0.1]}
-    prune: {after: 2}
+method: tpe
+trials: 20
+search:
+  optim.lr: {log: [1e-5, 1e-2]}
+  optim.weight_decay: {choice: [0.0, 0.01, 0.1]}
+prune: {after: 2}
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class Range(Section):
         only_with(self, ("step",), self.int is not None, "int")
         if self.ends is not None and self.ends[0] >= self.ends[1]:
             raise ValueError(f"the first number must be below the second, got {list(self.ends)}")
+        if len({json.dumps(each) for each in self.choice or ()}) < len(self.choice or ()):
+            raise ValueError("choice: a value is given twice")
         if self.log is not None and self.log[0] <= 0:
             raise ValueError(f"log needs numbers above 0, got {list(self.log)}")
         if self.int is not None and (self.int[1] - self.int[0]) % self.step:
@@ -143,8 +145,8 @@ class Search(Section):
 
     def overrides(self, loaded: Loaded) -> list[str]:
         """What every trial sets in the recipe."""
-        found = {} if self.metric is None else {"eval.metric": self.metric}
-        if self.goal is not None or (self.metric is not None and self.metric != loaded.recipe.eval.metric):
+        found: dict[str, Any] = {} if self.metric is None else {"eval.metric": self.metric}
+        if self.goal is not None or self.metric not in (None, loaded.recipe.eval.metric):
             found["eval.goal"] = self.goal
         return words(found)
 
@@ -175,10 +177,14 @@ def read_search(name: str) -> SearchFile:
     return SearchFile(search, path, {key: document.line(("search", key)) for key in search.search})
 
 
-def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Loaded:
-    """Compare a search with its recipe, and return the recipe with what every trial sets.
+def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> tuple[Loaded, list[str]]:
+    """Compare a search with its recipe.
 
-    Each value of a choice and both ends of a range are tried, with the first values of the other keys.
+    All combinations of a grid are tried; else each value of a choice and both ends of a range, with the first values
+    of the other keys.
+
+    Returns:
+        The recipe with what every trial sets, and this as overrides.
 
     Raises:
         RecipeError: the recipe is wrong, or does not accept a key or a value of the search. Lists all mistakes.
@@ -188,36 +194,44 @@ def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Loa
         raise RecipeError("data.folds: a trial of a sweep is one run. Choose a fold with data.fold, or use validation")
     if not loaded.recipe.validated:
         raise RecipeError("data.validation: required by a sweep, which compares its trials by a metric of these rows")
+    given = [*overrides, *file.search.overrides(loaded)]
     try:
-        loaded = load_recipe(recipe, [*overrides, *file.search.overrides(loaded)])
+        loaded = load_recipe(recipe, given)
     except RecipeError as error:
         raise RecipeError(str(error).replace("command line: eval.", f"{file.path}: ")) from None
-    mistakes = dict.fromkeys(_mistakes(file, recipe, [*overrides, *file.search.overrides(loaded)]))
-    if mistakes:
+    if mistakes := dict.fromkeys(_mistakes(file, recipe, given)):
         raise RecipeError("\n".join(mistakes))
-    return loaded
+    return loaded, given
 
 
 def _mistakes(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
-    ranges = file.search.search
-    for key, line in file.lines.items():
-        if key in FIXED:
-            yield f"{file.path}:{line}: search.{key}: a sweep cannot vary this key"
-    first = {key: each.samples[0] for key, each in ranges.items() if key not in FIXED}
-    for key, each in ranges.items():
-        for value in each.samples if key in first else ():
-            # The value last, so that a key within the section that another value replaces is kept.
-            others = {other: sample for other, sample in first.items() if other != key}
-            yield from _refused(file, recipe, [*overrides, *words({**others, key: value})])
+    """All of them, at the lines of the search file; some more than once."""
+    fixed = [key for key in file.search.search if key in FIXED]
+    for key in fixed:
+        yield f"{file.path}:{file.lines[key]}: search.{key}: a sweep cannot vary this key"
+    for values in _tries(file.search):
+        tried = words({key: value for key, value in values.items() if key not in fixed})
+        try:
+            load_recipe(recipe, [*overrides, *tried])
+        except RecipeError as error:
+            for text in str(error).splitlines():
+                where, _, rest = text.partition(": ")
+                at = rest.partition(":")[0]
+                key = max((key for key in values if f"{at}.".startswith(f"{key}.")), key=len, default="")
+                known = where == "command line" and key
+                yield (
+                    f"{file.path}:{file.lines[key]}: search.{rest}"
+                    if known
+                    else f"{file.path}: with {' '.join(tried)}: {text}"
+                )
 
 
-def _refused(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
-    """The mistakes of a recipe with these values, at the lines of the search file."""
-    try:
-        load_recipe(recipe, overrides)
-    except RecipeError as error:
-        for text in str(error).splitlines():
-            place, _, rest = text.partition(": ")
-            key = max((key for key in file.lines if rest.startswith(key)), key=len, default=None)
-            known = place == "command line" and key is not None
-            yield f"{file.path}:{file.lines[key]}: search.{rest}" if known and key else f"{file.path}: {text}"
+def _tries(search: Search) -> Iterator[dict[str, Any]]:
+    """Values of all keys, such as those of a trial."""
+    if search.method == "grid":
+        yield from (search.combination(number) for number in range(search.count))
+        return
+    first = {key: each.samples[0] for key, each in search.search.items()}
+    yield first
+    for key, each in search.search.items():
+        yield from ({**first, key: value} for value in each.samples[1:])

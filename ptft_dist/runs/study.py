@@ -49,8 +49,8 @@ class Trial:
     updates: int
     exit_code: int | None
     """That of the run, if it failed."""
-    pruned_at: int | None
-    """The update of the evaluation that the trial was judged by, if it is to be pruned."""
+    pruned: tuple[int, float] | None
+    """Update and value of the evaluation that the trial was judged by, if it is to be pruned."""
 
     @property
     def name(self) -> str:
@@ -76,7 +76,7 @@ class Study:
             raise RecipeError(f"--out: {folder}: SQLite cannot use a path with a question mark; choose another")
         self.folder, self.search = folder, search
         self.space = {key: _distribution(each) for key, each in search.search.items()}
-        self.direction = "maximize" if larger_is_better else "minimize"
+        self.direction: Literal["maximize", "minimize"] = "maximize" if larger_is_better else "minimize"
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -148,7 +148,7 @@ class Study:
             trial = self.storage.get_trial(trial_id)
             if evaluation < max(prune.after, *trial.intermediate_values) or not self._pruner().prune(self.study, trial):
                 return False
-            self.storage.set_trial_user_attr(trial_id, "pruned_at", step)
+            self.storage.set_trial_user_attr(trial_id, "pruned", [step, value])
             return True
 
     def end(
@@ -188,7 +188,7 @@ class Study:
             value=frozen.values[0] if frozen.values else None,
             updates=attributes.get("updates", 0),
             exit_code=attributes.get("exit_code"),
-            pruned_at=attributes.get("pruned_at"),
+            pruned=tuple(attributes["pruned"]) if "pruned" in attributes else None,
         )
 
     @contextlib.contextmanager
