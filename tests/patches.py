@@ -543,6 +543,7 @@ if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ran
 def fork_local_runs() -> None:
     """Each `ptft train` process of a list of runs is forked from this one, which has imported everything."""
     import multiprocessing
+    from concurrent.futures import thread
 
     from ptft_dist.cli import main
     from ptft_dist.runs import local
@@ -556,6 +557,7 @@ def fork_local_runs() -> None:
         @staticmethod
         def run(words: list[str], start_new_session: bool, env: dict[str, str]) -> None:
             os.environ.update(env)
+            thread._threads_queues.clear()  # at its end it would wait for the threads of a pool that it came from
             if start_new_session:
                 os.setsid()
             for number in local.SIGNALS:
