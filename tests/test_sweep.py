@@ -21,11 +21,12 @@ from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
 from ptft_dist.errors import PtftError, RecipeError
-from ptft_dist.runs import local
+from ptft_dist.runs import attempt, local
 from ptft_dist.runs import sweep as sweeps
+from ptft_dist.runs.attempt import Evaluations
 from ptft_dist.runs.local import LocalExecutor
 from ptft_dist.runs.search import read_search
-from ptft_dist.runs.sweep import Evaluations, Sweep, finish, open_sweep, run_sweep
+from ptft_dist.runs.sweep import Sweep, finish, open_sweep, run_sweep
 
 CHILD = (sys.executable, str(Path(sweep_support.__file__)))
 SEARCH = "method: random\ntrials: 12\nsearch: {optim.lr: {log: [1e-4, 1e-1]}}\n"
@@ -57,6 +58,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PTFT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(local, "COMMAND", CHILD)
     monkeypatch.setattr(local, "WATCH_EVERY_S", 0.01)
+    monkeypatch.setattr(attempt, "WATCH_EVERY_S", 0.01)
     return tmp_path
 
 
@@ -366,6 +368,11 @@ def test_hyperband_prunes() -> None:
     assert {row["status"] for row in found["trials"]} == {"finished", "pruned"}
     again = swept("again", SEARCH + "prune: {method: hyperband}\n")
     assert again == found
+
+
+def test_pruning_needs_evaluations() -> None:
+    with pytest.raises(RecipeError, match=r"search\.yaml: prune: has no effect here: it needs eval\.every"):
+        opened("run", SEARCH + PRUNE, "eval.every=")
 
 
 def test_evaluations_are_read_once(tmp_path: Path) -> None:

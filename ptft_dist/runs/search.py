@@ -194,6 +194,8 @@ def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> tup
         raise RecipeError("data.folds: a trial of a sweep is one run. Choose a fold with data.fold, or use validation")
     if not loaded.recipe.validated:
         raise RecipeError("data.validation: required by a sweep, which compares its trials by a metric of these rows")
+    if file.search.prune is not None and loaded.recipe.eval.every is None:
+        raise RecipeError(f"{file.path}: prune: has no effect here: it needs eval.every in the recipe")
     given = [*overrides, *file.search.overrides(loaded)]
     try:
         loaded = load_recipe(recipe, given)
