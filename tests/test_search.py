@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import ROOT
 from tiny import write_tiny
 
 from ptft_dist.config.shipped import shipped
@@ -117,6 +118,12 @@ def test_the_metric_and_its_goal_are_set_in_every_trial() -> None:
 @pytest.mark.parametrize("recipe", ["classification", "clm", "sft", "mlm"])
 def test_shipped_searches_fit_shipped_recipes(path: Path, recipe: str) -> None:
     check_search(read_search(path.stem), recipe, [])
+
+
+def test_the_search_in_the_documentation_is_valid() -> None:
+    text = (ROOT / "docs/sweep.md").read_text()
+    Path("search.yaml").write_text(text.partition("```yaml\n")[2].partition("```")[0])
+    check_search(read_search("search.yaml"), "classification", [])
 
 
 # --- draws ------------------------------------------------------------------------------------------------------------

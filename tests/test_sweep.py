@@ -152,6 +152,20 @@ def test_values_of_any_type_reach_the_trial_and_the_best_recipe() -> None:
     assert (best.optim.lr, best.optim.betas, best.train.max_steps) == (0.002, (0.9, 0.99), 7)
 
 
+def test_overrides_and_options_reach_every_trial() -> None:
+    Path("search.yaml").write_text("metric: loss\nmethod: grid\nsearch: {optim.lr: {choice: [0.002, 0.01]}}\n")
+    run = command("optim.eps=1e-9", "--launch", "cpu", "--processes", "2", "--out", "a run")
+    _, stderr = run.communicate(timeout=120)
+    assert run.returncode == 0, stderr
+    for number, lr in enumerate(("0.002", "0.01")):
+        found = json.loads(Path(f"a run/trial-{number:04d}/words.json").read_text())
+        words = ["train", "recipe.yaml", "optim.eps=1e-9", 'eval.metric="loss"', f"optim.lr={lr}"]
+        assert found == [*words, f'run_dir="a run/trial-{number:04d}"', "--launch", "cpu", "--processes", "2"]
+    best = load_recipe("a run/best.yaml").recipe
+    assert (best.optim.eps, best.optim.lr) == (1e-9, 0.002)
+    assert "(ptft train 'a run/best.yaml')" in stderr
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -213,8 +214,8 @@ def finish(sweep: Sweep) -> int:
         raise PtftError(f"{sweep.folder}: no trial has finished (exit codes: {codes}); see the logs of the trials")
     replace_text(sweep.folder / BEST, best_recipe(sweep, best))
     say(f"table        {sweep.folder / TABLE}")
-    say(f"best recipe  {sweep.folder / BEST}   (ptft train {sweep.folder / BEST})")
-    say(f"next         ptft compare {sweep.folder}/trial-*")
+    say(f"best recipe  {sweep.folder / BEST}   (ptft train {shlex.quote(str(sweep.folder / BEST))})")
+    say(f"next         ptft compare {shlex.quote(str(sweep.folder))}/trial-*")
     return EXIT_FINISHED
 
 
