@@ -549,14 +549,19 @@ def fork_local_runs() -> None:
     from ptft_dist.runs import local
 
     class Forked:
-        def __init__(self, words: list[str], start_new_session: bool, env: dict[str, str]) -> None:
-            arguments = (words, start_new_session, env)
+        def __init__(
+            self, words: list[str], start_new_session: bool, env: dict[str, str], stdout: Any, stderr: Any
+        ) -> None:
+            assert stdout is stderr
+            arguments = (words, start_new_session, env, stdout)
             self.process = multiprocessing.get_context("fork").Process(target=self.run, args=arguments)
             self.process.start()
 
         @staticmethod
-        def run(words: list[str], start_new_session: bool, env: dict[str, str]) -> None:
+        def run(words: list[str], start_new_session: bool, env: dict[str, str], output: Any) -> None:
             os.environ.update(env)
+            for number in (1, 2) if output is not None else ():
+                os.dup2(output.fileno(), number)
             thread._threads_queues.clear()  # at its end it would wait for the threads of a pool that it came from
             if start_new_session:
                 os.setsid()

@@ -24,6 +24,7 @@ def main() -> int:
     words = dict(word.partition("=")[::2] for word in sys.argv[3:] if "=" in word)
     run, lr = Path(json.loads(words["run_dir"])), float(words["optim.lr"])
     asked: list[int] = []
+    began = time.time()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda number, _: asked.append(number))
     lock = FileLock(run / ".lock")
@@ -50,6 +51,8 @@ def main() -> int:
             return 75
     result = {"status": "finished", "steps": UPDATES, "metrics": {"eval/loss": loss(lr, UPDATES)}}
     (run / "result.json").write_text(json.dumps(result))
+    (run / "span").write_text(json.dumps([began, time.time()]))
+    print("trained", file=sys.stderr)
     return 0
 
 

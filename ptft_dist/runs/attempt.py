@@ -26,7 +26,9 @@ ENDS_THE_SWEEP = (2, 3, 4, EXIT_LOST, EXIT_STOPPED, EXIT_DISK)
 class Attempt:
     """One start of a trial: trains it, judges its evaluations meanwhile, and records its end."""
 
-    def __init__(self, study: Study, trial: Trial, run: Run, metric: str) -> None:
+    def __init__(self, study: Study, trial: Trial, run: Run, metric: str, *, log: Path | None) -> None:
+        """log: the file for the output of the run. Default: it goes to that of this process."""
+        self.log = log
         self.study, self.number, self.run = study, trial.number, run
         self.evaluations = Evaluations(run.run_dir / "metrics.jsonl", metric)
         self.judged = 0
@@ -61,7 +63,7 @@ class Attempt:
             usable = value is not None and math.isfinite(value)
             self._end("finished" if usable else "failed", value if usable else None, result.get("steps", 0), code)
         elif code in ENDS_THE_SWEEP:
-            say(f"{run.name} ended with exit code {code}. The same command continues with it.")
+            say(f"{run.name} ended with exit code {code}{self._see()}. The same command continues with it.")
             return code
         else:
             self._end("failed", None, self.evaluations.last_step, code)
@@ -74,7 +76,7 @@ class Attempt:
             if not _is_locked(self.run.run_dir):
                 if self.pruned is not None or is_finished(self.run):
                     return EXIT_FINISHED
-                code = executor(self.run, options, watch=self.watch, variables=variables)
+                code = executor(self.run, options, watch=self.watch, variables=variables, log=self.log)
                 if code != RecipeError.exit_code or not _is_locked(self.run.run_dir):
                     return code
             if not waits:
@@ -105,8 +107,15 @@ class Attempt:
 
     def _end(self, status: Status, value: float | None, updates: int, code: int | None = None) -> None:
         self.study.end(self.number, status, value, updates=updates, exit_code=code if status == "failed" else None)
-        text = cause(code, self.evaluations.metric) if value is None else f"{self.evaluations.metric} {plain(value)}"
+        text = (
+            cause(code, self.evaluations.metric) + self._see()
+            if value is None
+            else f"{self.evaluations.metric} {plain(value)}"
+        )
         say(f"{self.run.name}: {status} after update {updates}, {text}")
+
+    def _see(self) -> str:
+        return "" if self.log is None else f" (see {self.log})"
 
 
 def cause(exit_code: int | None, metric: str) -> str:

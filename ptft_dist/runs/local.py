@@ -65,19 +65,22 @@ class LocalExecutor:
         *,
         watch: Callable[[], None] | None = None,
         variables: Mapping[str, str] | None = None,
+        log: Path | None = None,
     ) -> int:
         """Run one command; its exit code. 75 if a signal stopped it, or came before it was started.
 
         Args:
             watch: called about every second while the command runs. If it raises, the command is stopped.
             variables: added to the environment of the command.
+            log: the file that its output is added to. Default: the output goes to that of this process.
         """
         if self.stop_requested:
             return EXIT_STOPPED
         say(f"{run.name}: {run.run_dir}")
         # A new session, so that the process gets Ctrl-C once: forwarded from here.
         words, environment = [*COMMAND, *run.command, *options], {**os.environ, **(variables or {})}
-        process = subprocess.Popen(words, start_new_session=True, env=environment)
+        with open(log, "ab") if log is not None else contextlib.nullcontext() as output:  # noqa: PTH123
+            process = subprocess.Popen(words, start_new_session=True, env=environment, stdout=output, stderr=output)
         self._processes.append(process)
         if self.stop_requested:  # the signal came between the lines above
             process.terminate()

@@ -126,7 +126,7 @@ def run_sweep(sweep: Sweep, executor: LocalExecutor, options: Sequence[str], *, 
     """
     with ThreadPoolExecutor(workers) as pool:
         shares = [_share(worker, workers) for worker in range(workers)]
-        futures = [pool.submit(_Worker(sweep, executor, options, share)) for share in shares]
+        futures = [pool.submit(_Worker(sweep, executor, options, share, alone=workers == 1)) for share in shares]
         done, _ = wait(futures, return_when=FIRST_EXCEPTION)
         if any(future.exception() for future in done):
             executor.stop()
@@ -165,6 +165,8 @@ class _Worker:
     executor: LocalExecutor
     options: Sequence[str]
     variables: Mapping[str, str]
+    alone: bool
+    """Otherwise the output of the trials would be mixed. It goes to SWEEP_DIR/trial-0000/train.log and so on."""
 
     def __call__(self) -> int:
         while not self.executor.stop_requested:
@@ -173,7 +175,8 @@ class _Worker:
                 return EXIT_FINISHED
             try:
                 run = self.sweep.run(claim.trial)
-                attempt = Attempt(self.sweep.study, claim.trial, run, self.sweep.metric)
+                log = None if self.alone else run.run_dir / "train.log"
+                attempt = Attempt(self.sweep.study, claim.trial, run, self.sweep.metric, log=log)
                 code = attempt.make(self.executor, self.options, self.variables)
             finally:
                 claim.lock.release()
