@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.config.load import Loaded, read_recipe
+from ptft_dist.config.load import Loaded, read_recipe, read_resolved
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import DataError, PtftError, RecipeError
@@ -62,7 +62,7 @@ def evaluate_model(
 
     def read(words: Sequence[str]) -> Loaded:
         if source is None:
-            return read_recipe(str(resolved), words, recipe_class())
+            return read_resolved(resolved, recipe_class(), words)
         return read_recipe(source if isinstance(source, Mapping) else str(source), words, recipe_class())
 
     loaded = read(overrides)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
-from ptft_dist.config.load import Loaded, read_recipe
+from ptft_dist.config.load import Loaded, read_resolved
 from ptft_dist.data.report import Report
 from ptft_dist.engine import SavedState
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
@@ -71,7 +71,7 @@ def load_run(run_dir: Path) -> Loaded:
     file = run_dir / "resolved.yaml"
     if not file.is_file():
         raise CheckpointError(f"{run_dir} is no run directory: it has no resolved.yaml")
-    return read_recipe(str(file), (), recipe_class())
+    return read_resolved(file, recipe_class())
 
 
 def export_run(run_dir: Path, out: Path, *, step: int | None, license_id: str | None) -> Path:

@@ -164,7 +164,7 @@ def test_a_grid_is_the_product(tmp_path: Path) -> None:
 
 
 def test_draws_lie_in_their_ranges_and_depend_on_seed_and_number(tmp_path: Path) -> None:
-    first = drawn(tmp_path / "0", search(), 50)
+    first = drawn(tmp_path / "0", search(), 40)
     for each in first:
         assert 1e-4 <= each["a"] <= 1
         assert -1 <= each["b"] <= 1
@@ -173,16 +173,16 @@ def test_draws_lie_in_their_ranges_and_depend_on_seed_and_number(tmp_path: Path)
         json.dumps(value) for value in (None, 1, 1.5, True, "x", [1, 2], {"k": "v"})
     }
     assert {each["c"] for each in first} == {2, 6, 10}
-    assert 15 <= sum(each["a"] < 1e-2 for each in first) <= 35  # half of the range by its logarithm
+    assert 10 <= sum(each["a"] < 1e-2 for each in first) <= 30  # half of the range by its logarithm
     assert drawn(tmp_path / "1", search(trials=5), 5) == first[:5]
     assert drawn(tmp_path / "2", search(seed=1), 5) != first[:5]
 
 
 def test_tpe_learns_and_a_reopened_study_draws_the_same(tmp_path: Path) -> None:
-    wanted = search(method="tpe", startup=10, trials=30)
-    whole = drawn(tmp_path / "whole", wanted, 30)
+    wanted = search(method="tpe", startup=10, trials=24)
+    whole = drawn(tmp_path / "whole", wanted, 24)
     assert whole[:10] == drawn(tmp_path / "random", search(), 10)
-    near = [sum(abs(math.log10(each["a"])) < 1 for each in part) for part in (whole[:10], whole[20:])]
-    assert near[1] >= 8 > near[0]
-    parts = [each for count in (7, 9, 14) for each in drawn(tmp_path / "parts", wanted, count)]
+    near = [sum(abs(math.log10(each["a"])) < 1 for each in part) for part in (whole[:10], whole[14:])]
+    assert near[1] >= 7 > near[0] + 2
+    parts = [each for count in (7, 9, 8) for each in drawn(tmp_path / "parts", wanted, count)]
     assert parts == whole

@@ -100,7 +100,14 @@ def _base(text: str, path: Path) -> Path:
     """The directory where relative data paths start: as the first line says, or that of the file."""
     first, _, _ = text.partition("\n")
     _, found, base = first.partition(_STARTS_AT)
-    return Path(json.loads(base)) if found and first.startswith("#") else path.resolve().parent
+    if not found or not first.startswith("#"):
+        return path.resolve().parent
+    try:
+        return Path(json.loads(base))
+    except (ValueError, TypeError):
+        raise RecipeError(
+            f"{path}:1: {_STARTS_AT.strip()}: expected a directory in double quotes, or no such line"
+        ) from None
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
@@ -202,6 +209,11 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 def dump_resolved(loaded: Loaded) -> str:
     """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
     return f"# All values of a recipe. {starts_at(loaded)}\n{to_yaml(public_values(loaded))}"
+
+
+def read_resolved(path: Path, schema: type[Recipe], overrides: Sequence[str] = ()) -> Loaded:
+    """Read the file of `dump_resolved`. Raises RecipeError."""
+    return read_recipe(str(path), overrides, schema)
 
 
 def starts_at(loaded: Loaded) -> str:

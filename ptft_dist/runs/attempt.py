@@ -107,11 +107,8 @@ class Attempt:
 
     def _end(self, status: Status, value: float | None, updates: int, code: int | None = None) -> None:
         self.study.end(self.number, status, value, updates=updates, exit_code=code if status == "failed" else None)
-        text = (
-            cause(code, self.evaluations.metric) + self._see()
-            if value is None
-            else f"{self.evaluations.metric} {plain(value)}"
-        )
+        metric = self.evaluations.metric
+        text = f"{metric} {plain(value)}" if value is not None else cause(code, metric) + self._see()
         say(f"{self.run.name}: {status} after update {updates}, {text}")
 
     def _see(self) -> str:
