@@ -165,6 +165,13 @@ def test_overrides_and_options_reach_every_trial() -> None:
     assert "(ptft train 'a run/best.yaml')" in stderr
 
 
+def test_it_is_refused_inside_a_launcher(folder: Path, cache: Path) -> None:
+    run = start("sweep", "recipe.yaml", "search.yaml", cwd=folder, cache=cache, ranks=2)
+    assert run.wait() == 2
+    assert "run it outside of a launcher" in run.stderr
+    assert not Path("run").exists()
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from ptft_dist.errors import RecipeError
+
 
 def sweep(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe such as clm.")],
@@ -22,11 +24,14 @@ def sweep(
 
     The same command continues after a stop or a kill. Several of them, on one or more machines, share the trials.
     """
+    from ptft_dist.launch.environment import place
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.runs.local import LocalExecutor
     from ptft_dist.runs.search import read_search
     from ptft_dist.runs.sweep import finish, open_sweep, run_sweep
 
+    if place().launched:
+        raise RecipeError("ptft sweep starts the processes of its trials: run it outside of a launcher, with --launch")
     show_messages()
     given = [("--launch", launch), ("--processes", processes)]
     options = [word for name, value in given if value is not None for word in (name, str(value))]
