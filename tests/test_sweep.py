@@ -383,6 +383,15 @@ def test_pruned_trials_are_those_of_the_median_rule(folder: Path) -> None:
         assert not (folder / "run" / row["directory"] / "stop").exists()
 
 
+def test_the_last_evaluation_prunes_nothing() -> None:
+    """The second trial is better than the first one until the last evaluation."""
+    rates = [0.005, 0.000995]
+    better = [loss(rates[1], step) < loss(rates[0], step) for step in range(1, UPDATES + 1)]
+    assert better == [True] * (UPDATES - 1) + [False]
+    found = swept(search=f"method: grid\nsearch: {{optim.lr: {{choice: {rates}}}}}\nprune: {{startup: 1}}\n")
+    assert [(row["trial"], row["status"]) for row in found["trials"]] == [(0, "finished"), (1, "finished")]
+
+
 def test_a_pruned_trial_stops_early_and_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PAUSE_S", "0.1")
     found = swept(search=SEARCH.replace("12", "6") + "prune: {after: 1, startup: 1}\n")
