@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -542,17 +543,26 @@ if __name__ == "__main__":  # python patches.py PATCH PTFT_ARGUMENTS...: for ran
 def fork_local_runs() -> None:
     """Each `ptft train` process of a list of runs is forked from this one, which has imported everything."""
     import multiprocessing
+    from concurrent.futures import thread
 
     from ptft_dist.cli import main
     from ptft_dist.runs import local
 
     class Forked:
-        def __init__(self, words: list[str], start_new_session: bool) -> None:
-            self.process = multiprocessing.get_context("fork").Process(target=self.run, args=(words, start_new_session))
+        def __init__(
+            self, words: list[str], start_new_session: bool, env: dict[str, str], stdout: Any, stderr: Any
+        ) -> None:
+            assert stdout is stderr
+            arguments = (words, start_new_session, env, stdout)
+            self.process = multiprocessing.get_context("fork").Process(target=self.run, args=arguments)
             self.process.start()
 
         @staticmethod
-        def run(words: list[str], start_new_session: bool) -> None:
+        def run(words: list[str], start_new_session: bool, env: dict[str, str], output: Any) -> None:
+            os.environ.update(env)
+            for number in (1, 2) if output is not None else ():
+                os.dup2(output.fileno(), number)
+            thread._threads_queues.clear()  # at its end it would wait for the threads of a pool that it came from
             if start_new_session:
                 os.setsid()
             for number in local.SIGNALS:
@@ -561,12 +571,14 @@ def fork_local_runs() -> None:
             sys.argv = ["ptft", *words[3:]]
             main()
 
-        def wait(self) -> int:
-            self.process.join()
+        def wait(self, timeout: float | None = None) -> int:
+            self.process.join(timeout)
+            if self.process.is_alive():
+                raise subprocess.TimeoutExpired("ptft", timeout or 0.0)
             assert self.process.exitcode is not None
             return self.process.exitcode
 
-    local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
+    local.subprocess = SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
 
 
 def fork_launched_ranks() -> None:
@@ -598,4 +610,4 @@ def fork_launched_ranks() -> None:
                 process.join()
             return max(process.exitcode or 0 for process in self.processes)
 
-    local.subprocess = SimpleNamespace(Popen=Forked)  # type: ignore[assignment]
+    local.subprocess = SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]

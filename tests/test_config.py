@@ -673,6 +673,18 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
     assert dump_resolved(again) == dump_resolved(loaded)
 
 
+def test_the_first_line_says_where_data_paths_start(tmp_path: Path) -> None:
+    """So that `ptft train RUN/resolved.yaml` reads the data of the run."""
+    (tmp_path / "a").mkdir()
+    loaded = load(tmp_path / "a")
+    assert loaded.base == tmp_path / "a"
+    moved = load(tmp_path, dump_resolved(loaded))
+    assert (moved.base, moved.recipe) == (loaded.base, loaded.recipe)
+    assert refused(tmp_path, "# Its relative data paths start at here\n" + GOOD) == [
+        "recipe.yaml:1: Its relative data paths start at: expected a directory in double quotes, or no such line"
+    ]
+
+
 def test_the_resolved_recipe_holds_every_value(tmp_path: Path) -> None:
     resolved = YAML(typ="safe").load(dump_resolved(load(tmp_path)))
     assert list(resolved) == [name for name in recipe_class().model_fields if name not in TASKS or name == "clm"]

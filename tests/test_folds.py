@@ -112,12 +112,15 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
     summary = json.loads((run / "folds.json").read_text())
     assert summary["folds"] == 2
     assert "eval/f1_macro" in summary["metrics"]
+    assert "  metric " in first.stderr
+    assert "  fold 0 " in first.stderr
     for name, one in summary["metrics"].items():
         values = [each["metrics"][name] for each in results]
         assert one["values"] == values
         assert one["mean"] == pytest.approx(sum(values) / 2)
         assert one["std"] == pytest.approx(statistics.stdev(values))
-        assert f"{one['mean']:.4g} +- {one['std']:.2g}" in first.stderr
+        row = [name, *(f"{value:.4g}" for value in values), f"{one['mean']:.4g}", "+-", f"{one['std']:.2g}"]
+        assert row in [line.split() for line in first.stderr.splitlines()]
         last = json.loads((run / "fold-1/metrics.jsonl").read_text().splitlines()[-1])
         assert last[name] == values[1]
     for i in range(2):

@@ -173,7 +173,8 @@ def test_results_are_collected_in_order(tmp_path: Path) -> None:
 
 
 def test_runs_needs_no_torch() -> None:
-    probe = "import sys, ptft_dist.runs.folds; assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
+    probe = "import sys, ptft_dist.runs.folds, ptft_dist.runs.sweep\n"
+    probe += "assert not {'torch', 'transformers', 'accelerate'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", probe], check=True, env=environment())
 
 

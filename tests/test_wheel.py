@@ -26,6 +26,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "slurm",
         "recipes",
         "pipelines",
+        "sweeps",
         "pyproject.toml",
         "README.md",
         "LICENSE",
@@ -72,7 +73,7 @@ def test_it_writes_pages(installed: Path, tmp_path: Path) -> None:
     assert run(installed, tmp_path, "-m", "ptft_dist", "report", "run") == "run/report.html\n"
 
 
-@pytest.mark.parametrize("kind", ["launch_configs", "ds_configs", "slurm", "recipes", "pipelines"])
+@pytest.mark.parametrize("kind", ["launch_configs", "ds_configs", "slurm", "recipes", "pipelines", "sweeps"])
 def test_the_wheel_holds_every_shipped_file(installed: Path, kind: str) -> None:
     there = {p.name for p in (installed / "ptft_dist/shipped" / kind).iterdir() if p.is_file()}
     assert there == {p.name for p in (ROOT / kind).iterdir() if p.is_file()}

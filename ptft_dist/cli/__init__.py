@@ -40,6 +40,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("logs", "ptft_dist.cli.submit", "logs"),
     ("cancel", "ptft_dist.cli.submit", "cancel"),
     ("folds", "ptft_dist.cli.folds", "folds"),
+    ("sweep", "ptft_dist.cli.sweep", "sweep"),
     ("pipeline", "ptft_dist.cli.pipeline", "pipeline"),
     ("requeue", "ptft_dist.cli.requeue", "requeue"),
 )

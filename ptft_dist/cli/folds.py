@@ -11,7 +11,7 @@ def folds(
     recipe: Annotated[str, typer.Argument(help="A recipe file with data.folds, or the name of a shipped one.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as optim.lr=1e-4.")] = None,
 ) -> None:
-    """Write RUN/folds.json, the metrics of all folds, and print their mean and standard deviation.
+    """Write RUN/folds.json, the metrics of all folds, and print them with mean and standard deviation.
 
     `ptft train` does the same after the last fold.
     """

@@ -6,9 +6,9 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -16,13 +16,14 @@ from ruamel.yaml import YAML
 from ptft_dist.config.document import COMMAND_LINE, Document, Mistake, Written, leaves, put
 from ptft_dist.config.mistakes import Schema, explain
 from ptft_dist.config.recipe import Recipe
-from ptft_dist.config.section import KeyPath, dotted
+from ptft_dist.config.section import KeyPath, Section, dotted
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
 
 DICTIONARY = Path("recipe")
 """The path shown for a recipe that was given as a dictionary."""
 _STARTS_AT = "Its relative data paths start at "
+_S = TypeVar("_S", bound=Section)
 
 
 @dataclass(frozen=True)
@@ -58,21 +59,55 @@ def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schem
         text = _read(path)
     else:
         path, text = DICTIONARY, _as_json(source)
-    document = Document()
-    document.read(text)
-    if document.values is None and document.mistakes:
-        raise _refusal(document.mistakes, path)
-    if not isinstance(document.values, dict):
-        what = "the recipe is empty" if document.values is None else "a recipe consists of `key: value` lines"
-        required = ", ".join(schema.model_json_schema()["required"])
-        raise RecipeError(f"{_place(str(path), path, 1)}: {what}; its required keys: {required}")
+    document = _document(text, path, schema, "recipe")
     for assignment in overrides:
         document.override(assignment)
     document.resolve(os.environ)
     document.check_leaves()
     recipe = _validate(document, path, schema)
     _take_from_model(document)
-    return Loaded(recipe, path, path.resolve().parent, _origins(recipe, document, path), text, document.written)
+    return Loaded(recipe, path, _base(text, path), _origins(recipe, document, path), text, document.written)
+
+
+def read_section(path: Path, schema: type[_S], what: str) -> tuple[_S, Document]:
+    """Read a file that is not a recipe, such as a search: its values, and the document with their lines.
+
+    Args:
+        what: the name of such a file, for messages.
+
+    Raises:
+        RecipeError: the file is invalid. The message lists all mistakes with file, line and key.
+    """
+    document = _document(_read(path), path, schema, what)
+    document.check_leaves()
+    return _validate(document, path, schema), document
+
+
+def _document(text: str, path: Path, schema: type[Section], what: str) -> Document:
+    """The parsed text. Raises RecipeError if it is not a mapping."""
+    document = Document()
+    document.read(text)
+    if document.values is None and document.mistakes:
+        raise _refusal(document.mistakes, path)
+    if not isinstance(document.values, dict):
+        state = f"the {what} is empty" if document.values is None else f"a {what} consists of `key: value` lines"
+        required = ", ".join(schema.model_json_schema()["required"])
+        raise RecipeError(f"{_place(str(path), path, 1)}: {state}; its required keys: {required}")
+    return document
+
+
+def _base(text: str, path: Path) -> Path:
+    """The directory where relative data paths start: as the first line says, or that of the file."""
+    first, _, _ = text.partition("\n")
+    _, found, base = first.partition(_STARTS_AT)
+    if not found or not first.startswith("#"):
+        return path.resolve().parent
+    try:
+        return Path(json.loads(base))
+    except (ValueError, TypeError):
+        raise RecipeError(
+            f"{path}:1: {_STARTS_AT.strip()}: expected a directory in double quotes, or no such line"
+        ) from None
 
 
 def _as_json(values: Mapping[str, Any]) -> str:
@@ -113,18 +148,18 @@ def _place(name: str, path: Path, line: int) -> str:
     return name if path is DICTIONARY else f"{name}:{line}"
 
 
-def _validate(document: Document, path: Path, recipe_class: type[Recipe]) -> Recipe:
+def _validate(document: Document, path: Path, schema: type[_S]) -> _S:
     try:
         # In JSON mode, pydantic's strict validation accepts lists for tuples, but no text or 8.0 for integers.
         # errors="replace": invalid Unicode is already reported.
         text = json.dumps(document.values, ensure_ascii=False).encode(errors="replace")
-        recipe = recipe_class.model_validate_json(text, strict=True)
+        values = schema.model_validate_json(text, strict=True)
     except ValidationError as error:
         # `from None`, because the cause quotes values, which may be secret.
-        raise _refusal([*document.mistakes, *explain(error, document, Schema(recipe_class))], path) from None
+        raise _refusal([*document.mistakes, *explain(error, document, Schema(schema))], path) from None
     if document.mistakes:
         raise _refusal(document.mistakes, path)
-    return recipe
+    return values
 
 
 def _take_from_model(document: Document) -> None:
@@ -173,17 +208,31 @@ def to_yaml(values: Mapping[str, Any]) -> str:
 
 def dump_resolved(loaded: Loaded) -> str:
     """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
-    text = to_yaml(public_values(loaded))
-    base = json.dumps(str(loaded.base))  # JSON escapes line breaks in the directory's name
-    return f"# All values of a recipe. {_STARTS_AT}{base}\n{text}"
+    return f"# All values of a recipe. {starts_at(loaded)}\n{to_yaml(public_values(loaded))}"
 
 
 def read_resolved(path: Path, schema: type[Recipe], overrides: Sequence[str] = ()) -> Loaded:
-    """Read the file of `dump_resolved`, with the directory where its relative data paths start. Raises RecipeError."""
-    loaded = read_recipe(str(path), overrides, schema)
-    first, _, _ = loaded.text.partition("\n")
-    _, found, base = first.partition(_STARTS_AT)
-    return replace(loaded, base=Path(json.loads(base))) if found else loaded
+    """Read the file of `dump_resolved`. Raises RecipeError."""
+    return read_recipe(str(path), overrides, schema)
+
+
+def starts_at(loaded: Loaded) -> str:
+    """A sentence for the end of the first line of a file: there `read_recipe` finds where relative data paths start."""
+    return _STARTS_AT + json.dumps(str(loaded.base))  # JSON escapes line breaks in the directory's name
+
+
+def edited(text: str, overrides: Sequence[str]) -> str:
+    """The text of a recipe with values set by `key=value`; comments, order and quotes of the others are kept."""
+    yaml = YAML()
+    yaml.width, yaml.preserve_quotes = 4096, True
+    document = Document(values=yaml.load(text))
+    for assignment in overrides:
+        document.override(assignment)
+    if document.mistakes:
+        raise _refusal(document.mistakes, DICTIONARY)
+    stream = io.StringIO()
+    yaml.dump(document.values, stream)
+    return stream.getvalue()
 
 
 def describe(loaded: Loaded) -> str:

@@ -36,6 +36,8 @@ class Schema:
         for branch in self.branches(node):
             if key in branch.get("properties", {}):
                 return branch["properties"][key]
+            if isinstance(branch.get("additionalProperties"), dict):
+                return branch["additionalProperties"]
             if isinstance(key, int) and key < len(branch.get("prefixItems", ())):
                 return branch["prefixItems"][key]
             if isinstance(key, int) and "items" in branch:
@@ -203,7 +205,7 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
     hints = list(dict.fromkeys(near + outermost))[:3]
     if hints:
         return f"unknown key; did you mean {' or '.join(hints)}?"
-    return f"unknown key; the keys of {dotted(section) or 'a recipe'} are {', '.join(siblings)}"
+    return f"unknown key; the keys of {dotted(section) or 'this file'} are {', '.join(siblings)}"
 
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:

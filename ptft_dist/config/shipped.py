@@ -1,4 +1,5 @@
-"""The files that are installed with the package: launch and DeepSpeed configs, Slurm files, recipes, pipelines."""
+"""The files that are installed with the package: launch and DeepSpeed configs, Slurm files, recipes, pipelines and
+searches."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Literal
 
 from ptft_dist.errors import RecipeError
 
-Kind = Literal["launch_configs", "ds_configs", "slurm", "recipes", "pipelines"]
+Kind = Literal["launch_configs", "ds_configs", "slurm", "recipes", "pipelines", "sweeps"]
 
 _SINGULAR: dict[Kind, str] = {
     "launch_configs": "launch config",
@@ -16,6 +17,7 @@ _SINGULAR: dict[Kind, str] = {
     "slurm": "site profile or Slurm script",
     "recipes": "recipe",
     "pipelines": "pipeline",
+    "sweeps": "search",
 }
 
 

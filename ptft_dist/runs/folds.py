@@ -12,7 +12,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.errors import EXIT_FINISHED, RecipeError
 from ptft_dist.reporting.messages import say
 from ptft_dist.runs.local import LocalExecutor
-from ptft_dist.runs.run_list import Run, collect, run_all
+from ptft_dist.runs.run_list import Run, aligned, collect, replace_text, run_all
 
 
 def has_folds(loaded: Loaded) -> bool:
@@ -81,8 +81,12 @@ def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any
 
 def _write_summary(run_dir: Path, metrics: Sequence[Mapping[str, float]]) -> None:
     summary, path = summarize(metrics), run_dir / "folds.json"
-    path.write_text(json.dumps({"folds": len(metrics), "metrics": summary}, indent=1) + "\n", encoding="utf-8")
-    say(f"mean and sample standard deviation over {len(metrics)} folds:")
+    replace_text(path, json.dumps({"folds": len(metrics), "metrics": summary}, indent=1) + "\n")
+    say(f"each fold, and mean +- sample standard deviation over {len(metrics)} folds:")
+    rows = [["metric", *(f"fold {fold}" for fold in range(len(metrics))), "mean +- std"]]
     for name, each in summary.items():
-        say(f"  {name:<24} {each['mean']:.4g} +- {each['std']:.2g}")
-    say(f"  {'summary':<24} {path}")
+        values = [f"{value:.4g}" for value in each["values"]]
+        rows.append([name, *values, f"{each['mean']:.4g} +- {each['std']:.2g}"])
+    for line in aligned(rows):
+        say(f"  {line}")
+    say(f"  summary  {path}")

@@ -1,12 +1,13 @@
 """Lists of runs: which of them have finished, running the others in order, and collecting their results.
 
-Cross-validation (folds.py) is one maker of such lists. What executes a run is exchangeable: see `Executor`.
+Cross-validation (folds.py) and sweeps (sweep.py) make such lists. What executes a run is exchangeable: see `Executor`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,3 +117,20 @@ def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:
     if unfinished:
         raise PtftError(f"{', '.join(unfinished)}: no finished result in the run directory. Train it first.")
     return [result for _, result in results]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The rows of a table as lines, with cells of equal width in each column."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file atomically."""
+    partial = path.with_name(f".{path.name}-{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
