@@ -158,7 +158,7 @@ def test_overrides_and_options_reach_every_trial() -> None:
     assert run.returncode == 0, stderr
     for number, lr in enumerate(("0.002", "0.01")):
         found = json.loads(Path(f"a run/trial-{number:04d}/words.json").read_text())
-        words = ["train", "recipe.yaml", "optim.eps=1e-9", 'eval.metric="loss"', f"optim.lr={lr}"]
+        words = ["train", "recipe.yaml", "log.report=false", "optim.eps=1e-9", 'eval.metric="loss"', f"optim.lr={lr}"]
         assert found == [*words, f'run_dir="a run/trial-{number:04d}"', "--launch", "cpu", "--processes", "2"]
     best = load_recipe("a run/best.yaml").recipe
     assert (best.optim.eps, best.optim.lr) == (1e-9, 0.002)
