@@ -149,9 +149,11 @@ def test_another_model_needs_a_recipe(trained: Path, tmp_path: Path, cache: Path
     recipe = trained / "recipe.yaml"
     assert api.evaluate_model(copy, recipe).metrics == api.evaluate_model(trained / "run").metrics
     assert api.evaluate_model(copy, recipe, {"eval.max_rows": 3}).rows == 3
-    for model in (copy, "some/hub-name", tmp_path / "nowhere/at/all"):
+    for model in (copy, "some/hub-name"):
         with pytest.raises(RecipeError, match=r"no run directory \(it has no resolved\.yaml\), so a recipe is needed"):
             api.evaluate_model(model)
+    with pytest.raises(RecipeError, match="model: there is no directory nowhere/at/all"):
+        api.evaluate_model("nowhere/at/all")
     done = start("evaluate", "copy", str(recipe), "eval.max_rows=3", cwd=tmp_path, cache=cache)
     assert done.wait() == 0, done.stderr
     assert done.stdout.startswith("rows             3\n")

@@ -430,7 +430,7 @@ def test_columns_are_mapped_as_in_training(run_of: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ('{"text": "a"}\n{"words": "b"}\n', r"in\.jsonl:2: there is no field 'text'"),
+        ('{"text": "a"}\n{"words": "b"}\n', r"in\.jsonl:2: there is no field 'text'; the fields are: 'words'\."),
         ('{"text": "a"}\n{"text": ""}\n', r"in\.jsonl:2: the field 'text' is empty"),
         ('{"text": "a", "prediction": 1}\n', r"in\.jsonl:1: the row has a field 'prediction' already"),
         ('{"text": "a"}\nnothing\n', r"in\.jsonl:2: not JSON"),

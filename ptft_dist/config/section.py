@@ -54,7 +54,9 @@ class RecipeProblems(ValueError):
 class Section(BaseModel):
     """A section of a recipe: immutable, without unknown keys. The docstring below a key is its documentation."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        defer_build=True, extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=()
+    )
 
 
 def is_default(section: BaseModel, name: str) -> bool:

@@ -16,7 +16,7 @@ from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
 from ptft_dist.data.report import BadRows
-from ptft_dist.data.row_encoder import RowEncoder
+from ptft_dist.data.row_encoder import RowEncoder, require
 from ptft_dist.data.sources import read_records
 from ptft_dist.data.store import Row
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
@@ -143,6 +143,8 @@ class Predictor:
                     f"{record.where}: the row has a field {ANSWER!r} already, which the answer would replace. Rename it"
                 )
             try:
+                for role in self._roles():
+                    require(record.values, role)
                 self.kind.check(self.recipe.settings, self._unanswered(record))
             except RowError as problem:
                 bad.add(record.where, problem)
@@ -160,8 +162,11 @@ class Predictor:
         roles = self.kind.answer_roles
         values = source_of(file, self.recipe)
         values["fields"] = {role: name for role, name in values.get("fields", {}).items() if role not in roles}
-        needed = [role for role in self.kind.required(self.recipe.settings) if role not in roles]
-        return read_records(Source.model_validate(values), self.base, needed)
+        return read_records(Source.model_validate(values), self.base, self._roles())
+
+    def _roles(self) -> list[str]:
+        """The columns that every row needs."""
+        return [role for role in self.kind.required(self.recipe.settings) if role not in self.kind.answer_roles]
 
     def _unanswered(self, record: Record) -> Record:
         return Record(self.kind.unanswered(self.recipe.settings, self.context.survey, record.values), record.where)

@@ -112,12 +112,14 @@ def find_target(
     """
     given = Path(model)
     run_dir = given if (given / RESOLVED).is_file() else run_of(given)
+    name = str(given) if given.is_dir() else directory_or_hub_name(str(model), Path.cwd(), "model")
     if source is None and run_dir is None and rows is None:
         raise RecipeError(
             f"{model}: no run directory (it has no {RESOLVED}), so a recipe is needed, which names the task and the "
             "data: give a RECIPE after the model, or a file with rows"
         )
-    name = str(model_of(given)) if given.is_dir() else directory_or_hub_name(str(model), Path.cwd(), "model")
+    if given.is_dir():
+        name = str(model_of(given))
     if source is not None:
         recipe = source if isinstance(source, Mapping) else str(source)
         return Target(name, read_recipe(recipe, overrides, recipe_class()), run_dir, False)
