@@ -64,9 +64,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @_hiding_secrets
-def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
-    """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes."""
-    return read_recipe(source if isinstance(source, Mapping) else str(source), _words(overrides), recipe_class())
+def load_recipe(source: Source, overrides: Overrides = (), *, training: bool = False) -> Loaded:
+    """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes.
+
+    training: refuse a recipe whose task is evaluated only.
+    """
+    loaded = read_recipe(source if isinstance(source, Mapping) else str(source), _words(overrides), recipe_class())
+    if training and not loaded.recipe.settings.trains:
+        raise RecipeError(f"task: {loaded.recipe.task} is evaluated only: ptft evaluate MODEL RECIPE")
+    return loaded
 
 
 def _words(overrides: Overrides) -> Sequence[str]:
@@ -158,7 +164,7 @@ def train(
     from ptft_dist.reporting.messages import messages
     from ptft_dist.run import run
 
-    loaded, here = load_recipe(source, overrides), place()
+    loaded, here = load_recipe(source, overrides, training=True), place()
     with messages(here.rank, quiet=quiet):
         return run(loaded, here, resume=resume, accept=accept)
 
