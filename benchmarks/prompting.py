@@ -1,7 +1,7 @@
 """Zero-shot and few-shot prompting of a causal model beside a fine-tuned encoder, on the same validation rows.
 
-SST-2 (two labels) and THUCNews (ten labels, Chinese headlines). The table has the accuracy of the most likely label, the
-same with contextual calibration, and that of the encoder, which is trained for a few updates.
+SST-2 has two labels, THUCNews ten, of Chinese headlines. The table has the accuracy of the most likely label, also with
+contextual calibration, and that of the encoder, which is trained for a few updates.
 
     PTFT_TEST_DATA=... PTFT_TEST_MODELS=... python benchmarks/prompting.py [--rows 100] [--shots 0 1 4] [--updates 100]
 """

@@ -1,4 +1,4 @@
-"""`ptft evaluate --lm-eval` on local tasks: equal to our prompting and to lm-eval's own backend; code only when allowed."""
+"""`ptft evaluate --lm-eval` on local tasks: equal to our prompting and to lm-eval; code only if allowed."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_code_runs_only_if_allowed_and_in_another_process(model: Path, tmp_path:
     (folder / "group.yaml").write_text("group: own_group\ntask: [own_code]\n")
     (folder / "scoring.py").write_text(SCORING)
     for names in (["own_code"], ["own_group"], ["humaneval"], ["own_*"]):
-        with pytest.raises(RecipeError, match="runs code that the model writes.* allow it with --allow-code"):
+        with pytest.raises(RecipeError, match=r"runs code that the model writes.* allow it with --allow-code"):
             api.evaluate_on_benchmarks(model, names, include="tasks")
     assert not (folder / "imported").exists()
     found = api.evaluate_on_benchmarks(model, ["own_code"], include="tasks", allow_code=True)

@@ -211,7 +211,7 @@ def test_what_does_not_fit_is_dropped_and_said(model: Path, tmp_path: Path) -> N
     recipe = write_recipe(tmp_path, model)
     write_rows(tmp_path / "validation.jsonl", [*ROWS[40:45], {"text": "dog " * 300, "label": "animal"}])
     assert judged(model, recipe)[0].rows == 5
-    assert api.prepare(recipe).report.dropped["longer than data.max_length"].count == 1
+    assert api.prepare(recipe).report.dropped["longer than data.max_length"].times == 1
 
 
 def test_training_is_refused_before_it_starts(model: Path, tmp_path: Path, cache: Path) -> None:
@@ -250,8 +250,8 @@ def test_bad_rows_are_named(model: Path, tmp_path: Path, row: dict[str, Any], me
         ({"template": "{text"}, "double a brace that is part of the text"),
         ({"template": "{text} {label}"}, r"\{label\} is the answer; remove it"),
         ({"labels": {"a": "x", "b": "x"}}, "two labels have the same text"),
-        ({"labels": None, "calibrate": "N/A"}, "calibrate has no effect here: it needs labels"),
-        ({"generation": {"max_new_tokens": 3}}, "generation has no effect here: it needs free generation"),
+        ({"labels": None, "calibrate": "N/A"}, "calibrate: has no effect here: it needs labels"),
+        ({"generation": {"max_new_tokens": 3}}, "generation: has no effect here: it needs free generation"),
     ],
 )
 def test_wrong_settings_are_refused(model: Path, tmp_path: Path, section: dict[str, Any], message: str) -> None:
