@@ -89,9 +89,59 @@ def fine_tuned(recipe: dict[str, Any], updates: int, folder: Path) -> float:
     return result.metrics["eval/accuracy"]
 
 
+def compared(data: Path, model: Path, rows: int, folder: Path) -> None:
+    """Print the largest difference of a log-likelihood between our prompting and the backend of lm-eval, in fp32."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    case = CASES["sst2"]
+    recipe = recipe_of(case, data, rows, folder, model)
+    prompted(case, recipe, 0, folder)
+    lines = (data / case["folder"] / "dev.tsv").read_text(encoding="utf-8").splitlines()[1 : rows + 1]
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for line in lines:
+            label, text = line.split("\t", 1)
+            file.write(json.dumps({"label": label, "text": text}, ensure_ascii=False) + "\n")
+    task = {
+        "task": "own_sst2",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(folder / "rows.jsonl")}},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": case["template"].replace("{text}", "{{text}}"),
+        "doc_to_choice": list(case["labels"].values()),
+        "doc_to_target": "{{label | int}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (folder / "tasks").mkdir()
+    (folder / "tasks/own_sst2.yaml").write_text(json.dumps(task), encoding="utf-8")
+
+    def backend(**options: Any) -> Any:
+        arguments = {"pretrained": str(model), "device": "cpu", "batch_size": 8, **options}
+        manager = TaskManager(include_path=str(folder / "tasks"))
+        return lm_eval.simple_evaluate("hf", model_args=arguments, tasks=["own_sst2"], task_manager=manager)
+
+    theirs = backend(dtype="float32")
+    found = [json.loads(line)["answer"] for line in (folder / "0.rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    samples = sorted(theirs["samples"]["own_sst2"], key=lambda each: each["doc_id"])
+    difference = max(
+        abs(mine - float(other))
+        for answer, sample in zip(found, samples, strict=True)
+        for mine, (other, _) in zip(answer["log_likelihoods"].values(), sample["filtered_resps"], strict=True)
+    )
+    print(f"prompting and lm-eval, fp32, {rows} rows: log-likelihoods differ by at most {difference:.2g}")
+    through = ptft_dist.evaluate_on_benchmarks(model, ["own_sst2"], include=folder / "tasks").tasks["own_sst2"]["acc"]
+    alone = backend()["results"]["own_sst2"]["acc,none"]
+    print(f"ptft evaluate --lm-eval: {through:.4f}; lm-eval: {alone:.4f}; lm-eval, fp32: ", end="")
+    print(f"{theirs['results']['own_sst2']['acc,none']:.4f}", flush=True)
+    if difference > 1e-3 or through != alone:
+        raise SystemExit("they differ")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "lm_eval"], default=list(CASES))
     parser.add_argument("--rows", type=int, default=100)
     parser.add_argument("--shots", type=int, nargs="+", default=[0, 1, 4])
     parser.add_argument("--updates", type=int, default=100)
@@ -104,7 +154,10 @@ def main() -> None:
         seconds = time.monotonic() - started
         print(f"| {name} | {model} | {plain:.3f} | {calibrated} | {error:.3f} | {seconds:.0f} |", flush=True)
 
-    for name in arguments.cases:
+    if "lm_eval" in arguments.cases:
+        with tempfile.TemporaryDirectory() as temporary:
+            compared(data, models / "smollm2-135m-instruct", arguments.rows, Path(temporary))
+    for name in [name for name in arguments.cases if name != "lm_eval"]:
         case = CASES[name]
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)

@@ -164,6 +164,12 @@ def test_new_rows_get_the_answers_of_the_evaluation(model: Path, tmp_path: Path)
         assert answer["probabilities"] == pytest.approx(line["answer"]["probabilities"], abs=1e-4)
 
 
+def test_a_content_free_prompt_must_fit(model: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, model, prompting={"calibrate": "N/A " * 200})
+    with pytest.raises(RecipeError, match=r"prompting\.calibrate: the prompt with .* longer than data\.max_length"):
+        api.evaluate_model(model, recipe)
+
+
 def test_a_chat_template_renders_the_examples(model: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PretrainedConfig
 
+from ptft_dist.data.encoder import LeftOut, RowError
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import text_only_backend
 from ptft_dist.errors import RecipeError
@@ -39,6 +40,7 @@ class Prompting(NextTokenTask):
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
         self.labels = list(self.settings.labels or ())
+        self.free_row = None if self.settings.calibrate is None else self._free_row(self.settings.calibrate)
         self.free: torch.Tensor | None = None  # fp32 [labels]: log-likelihoods after the content-free prompt
         eos = self.tokenizer.eos_token_id
         self.eos_ids = list(dict.fromkeys([*([] if eos is None else [eos]), *network.eos_ids]))
@@ -134,23 +136,25 @@ class Prompting(NextTokenTask):
 
         Computed in the first call, which every rank makes.
         """
-        text = self.settings.calibrate
-        if text is None:
+        if self.free_row is None:
             return 0.0
         if self.free is None:
-            row = self._row(self.settings.template.format_map(dict.fromkeys(self.settings.columns, text)))
-            inputs = {name: x.to(device) for name, x in self.collate([row]).inputs.items()}
+            inputs = {name: x.to(device) for name, x in self.collate([self.free_row]).inputs.items()}
             self.free = self.log_likelihoods(model, inputs)[0]
         return self.free
 
-    def _row(self, prompt: str) -> Row:
-        """A prompt with the labels, encoded as the rows are."""
+    def _free_row(self, text: str) -> Row:
+        """The content-free prompt, encoded as the rows are. Raises RecipeError if it does not fit data.max_length."""
+        prompt = self.settings.template.format_map(dict.fromkeys(self.settings.columns, text))
         prompts = Prompts(self.settings, self.tokenizer, self.setup.survey["shots"])
         backend = text_only_backend(self.tokenizer)
         backend.encode_special_tokens = not self.settings.chat
         answers = list(self.settings.labels.values())
         pieces = [backend.encode(piece, add_special_tokens=False).ids for piece in prompts.pieces(prompt, answers)]
-        columns = prompts.columns(pieces, answers, self.setup.max_length) | {"label": [0]}
+        try:
+            columns = prompts.columns(pieces, answers, self.setup.max_length) | {"label": [0]}
+        except (RowError, LeftOut) as why:
+            raise RecipeError(f"prompting.calibrate: the prompt with {text!r}: {why}. Use another text") from None
         arrays = {name: np.array(values, np.int64) for name, values in columns.items()}
         return Row(arrays.pop("input_ids"), np.zeros(1, np.int64), arrays)
 
