@@ -119,7 +119,7 @@ def test_its_numbers_are_those_of_its_own_backend(model: Path, tmp_path: Path) -
         "hf",
         model_args={"pretrained": str(model), "device": "cpu"},
         tasks=["own"],
-        task_manager=TaskManager(include_path="tasks"),
+        task_manager=TaskManager(include_path="tasks", include_defaults=False),
         bootstrap_iters=1000,
     )
     assert theirs is not None
@@ -127,16 +127,13 @@ def test_its_numbers_are_those_of_its_own_backend(model: Path, tmp_path: Path) -
         assert value == pytest.approx(theirs["results"]["own"][f"{name},none"], abs=1e-9), name
 
 
-def test_the_command_prints_a_table(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table(model: Path, tmp_path: Path, cache: Path) -> None:
     pytest.importorskip("lm_eval")
-    from ptft_dist.cli import main
-
     write_task(tmp_path / "tasks", "own")
     words = ["evaluate", str(model), "--lm-eval", "own", "--lm-eval-path", "tasks", "--lm-eval-limit", "4"]
-    with pytest.raises(SystemExit) as end:
-        main(words)
-    assert end.value.code == 0
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
+    done = start(*words, cwd=tmp_path, cache=cache)
+    assert done.wait() == 0, done.stderr
+    table = [line.split() for line in done.stdout.splitlines()]
     assert table[0] == ["task", "rows", "shots", "metric", "value", "stderr"]
     assert [line[:4] for line in table[1:]] == [["own", "4", "0", name] for name in ("acc", "acc_norm", "acc_bytes")]
 
@@ -161,12 +158,15 @@ def test_code_runs_only_if_allowed_and_in_another_process(model: Path, tmp_path:
     (folder / "own_code.yaml").write_text(CODE.format(rows=rows))
     (folder / "group.yaml").write_text("group: own_group\ntask: [own_code]\n")
     (folder / "scoring.py").write_text(SCORING)
-    for names in (["own_code"], ["own_group"], ["humaneval"], ["own_*"]):
-        with pytest.raises(RecipeError, match=r"runs code that the model writes.* allow it with --allow-code"):
+    for names, found in (
+        (["own_code"], "own_code"),
+        (["own_group", "own_c*", "humaneval"], "own_group, own_code, humaneval"),
+    ):
+        with pytest.raises(RecipeError, match=f"{found} runs code that the model writes.* allow it with --allow-code"):
             api.evaluate_on_benchmarks(model, names, include="tasks")
     assert not (folder / "imported").exists()
-    found = api.evaluate_on_benchmarks(model, ["own_code"], include="tasks", allow_code=True)
-    assert found.tasks["own_code"]["passed"] == sum("cat" in row["text"] for row in ROWS[40:44]) / 4
+    result = api.evaluate_on_benchmarks(model, ["own_code"], include="tasks", allow_code=True)
+    assert result.tasks["own_code"]["passed"] == sum("cat" in row["text"] for row in ROWS[40:44]) / 4
     pids = (folder / "pids").read_text().split()
     assert len(set(pids)) == 4
     assert str(os.getpid()) not in pids

@@ -71,9 +71,8 @@ def run_harness(
     with _quiet(), _code_allowed(allow_code), libraries_restored():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        manager = TaskManager(include_path=None if include is None else str(include))
+        manager = _manager(tasks, include)
         chosen = _known(manager, tasks)
         loaded = _load(manager, chosen, allow_code=allow_code)
         name, network, tokenizer = _network(model)
@@ -120,6 +119,16 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
         os.environ.pop(ALLOW, None)
         if before is not None:
             os.environ[ALLOW] = before
+
+
+def _manager(names: Sequence[str], include: Path | None) -> Any:
+    """The index of tasks: that of `include` if all names are there, because the one of all tasks takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    if include is None:
+        return TaskManager()
+    own = TaskManager(include_path=str(include), include_defaults=False)
+    return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include))
 
 
 def _known(manager: Any, names: Sequence[str]) -> list[str]:
