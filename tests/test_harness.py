@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prompting_support import LABELS, ROWS, TEMPLATE, naive_shots, save_model, write_recipe
+import torch
+from peft import LoraConfig, get_peft_model
+from prompting_support import LABELS, ROWS, TEMPLATE, loaded, naive_shots, save_model, write_recipe
 from support import start
 from tiny import write_rows
 
@@ -107,6 +110,26 @@ def test_a_local_task_equals_prompting(model: Path, tmp_path: Path, shots: int) 
     by_bytes = write_recipe(tmp_path, model, prompting={"shots": shots, "normalize": "bytes"})
     assert theirs.tasks["own"]["acc_bytes"] == api.evaluate_model(model, by_bytes).metrics["eval/accuracy"]
     assert json.loads((tmp_path / "theirs.json").read_text())["tasks"] == theirs.tasks
+
+
+def test_an_adapter_is_evaluated_on_its_base(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    base, tokenizer = loaded(model)
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=16, init_lora_weights=False, target_modules="all-linear")
+    get_peft_model(copy.deepcopy(base), config).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    write_task(tmp_path / "tasks", "own")
+    api.evaluate_on_benchmarks("adapter", ["own"], include="tasks", out="theirs.json")
+    api.evaluate_model("adapter", write_recipe(tmp_path, model), out="ours.json")
+    api.evaluate_model(model, write_recipe(tmp_path, model), out="base.json")
+    changed = 0.0
+    names = ("theirs", "ours", "base")
+    for theirs, ours, alone in zip(*(lines(tmp_path / f"{name}.rows.jsonl") for name in names), strict=True):
+        found = [float(total) for total, _ in theirs["filtered_resps"]]
+        assert list(ours["answer"]["log_likelihoods"].values()) == pytest.approx(found, abs=1e-4)
+        changed = max(changed, abs(found[0] - alone["answer"]["log_likelihoods"]["animal"]))
+    assert changed > 0.1
 
 
 def test_its_numbers_are_those_of_its_own_backend(model: Path, tmp_path: Path) -> None:
