@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "lm_eval"], default=list(CASES))
     parser.add_argument("--rows", type=int, default=100)
-    parser.add_argument("--shots", type=int, nargs="+", default=[0, 1, 4])
+    parser.add_argument("--shots", type=int, nargs="*", default=[0, 1, 4])
     parser.add_argument("--updates", type=int, default=100)
     arguments = parser.parse_args()
     data, models = Path(os.environ["PTFT_TEST_DATA"]), Path(os.environ["PTFT_TEST_MODELS"])
