@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ptft_dist.data.trained_tokenizer import TokenizerReport
     from ptft_dist.hub import Fetched
     from ptft_dist.judging.evaluation import Evaluation
+    from ptft_dist.judging.harness import HarnessResult
     from ptft_dist.judging.prediction import Predictions
     from ptft_dist.pages.comparison import Comparison
     from ptft_dist.run import Result
@@ -65,9 +66,15 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @_hiding_secrets
-def load_recipe(source: Source, overrides: Overrides = ()) -> Loaded:
-    """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes."""
-    return read_recipe(source if isinstance(source, Mapping) else str(source), _words(overrides), recipe_class())
+def load_recipe(source: Source, overrides: Overrides = (), *, training: bool = False) -> Loaded:
+    """Read, override and validate a recipe. Raises RecipeError, which lists all mistakes.
+
+    training: refuse a recipe whose task is evaluated only.
+    """
+    loaded = read_recipe(source if isinstance(source, Mapping) else str(source), _words(overrides), recipe_class())
+    if training and not loaded.recipe.settings.trains:
+        raise RecipeError(f"task: {loaded.recipe.task} is evaluated only: ptft evaluate MODEL RECIPE")
+    return loaded
 
 
 def _words(overrides: Overrides) -> Sequence[str]:
@@ -159,7 +166,7 @@ def train(
     from ptft_dist.reporting.messages import messages
     from ptft_dist.run import run
 
-    loaded, here = load_recipe(source, overrides), place()
+    loaded, here = load_recipe(source, overrides, training=True), place()
     with messages(here.rank, quiet=quiet):
         return run(loaded, here, resume=resume, accept=accept)
 
@@ -230,6 +237,50 @@ def evaluate_model(
             data=None if data is None else Path(data),
             out=None if out is None else Path(out),
             stride=stride,
+        )
+
+
+@_hiding_secrets
+def evaluate_on_benchmarks(
+    model: str | Path,
+    tasks: Sequence[str],
+    *,
+    include: str | Path | None = None,
+    out: str | Path | None = None,
+    shots: int | None = None,
+    limit: int | None = None,
+    allow_code: bool = False,
+) -> HarnessResult:
+    """Evaluate a causal or sequence-to-sequence model on tasks of lm-eval, which must be installed.
+
+    Args:
+        model: the directory of a finished run, a model directory, an adapter directory, or a Hub name.
+        tasks: names of tasks, groups or tags, such as mmlu or hellaswag, or patterns.
+        include: a directory with further task files. Python files that they name are imported.
+        out: a JSON file for the result; FILE.rows.jsonl beside it has a line for each row.
+        shots: examples before each row. Default: what the task says.
+        limit: only this many rows of each task.
+        allow_code: allow tasks that run code of the model, such as humaneval. Their scoring runs in processes with
+            limits of time and memory, which is no sandbox.
+
+    Raises:
+        RecipeError: lm-eval is not installed, a task is unknown, or it runs code and this is not allowed.
+        CheckpointError: there is no model that generates text.
+        DataError: a task cannot be loaded.
+    """
+    _quiet_imports()
+    from ptft_dist.judging.harness import run_harness
+    from ptft_dist.reporting.messages import messages
+
+    with messages(0):
+        return run_harness(
+            model,
+            tasks,
+            include=None if include is None else Path(include),
+            out=None if out is None else Path(out),
+            shots=shots,
+            limit=limit,
+            allow_code=allow_code,
         )
 
 

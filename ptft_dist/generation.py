@@ -37,7 +37,7 @@ def generate(
     """Generate one text; see `api.generate`."""
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with libraries_restored():
-        model, tokenizer = _load(model_dir, adapters or {}, use)
+        model, tokenizer = load_network(model_dir, adapters or {}, use)
         source = bool(model.config.is_encoder_decoder)
         model.to(device)
         torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def generate(
     return str(tokenizer.decode(output[0][begin:], skip_special_tokens=True)).strip()
 
 
-def _load(model_dir: Path, adapters: Mapping[str, Path], use: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_network(model_dir: Path, adapters: Mapping[str, Path], use: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     """The network with its active adapter, if any, in evaluation mode, and the tokenizer.
 
     Raises:

@@ -84,6 +84,7 @@ MAY_IMPORT = {
         "data",
         "engine",
         "errors",
+        "generation",
         "launch",
         "networks",
         "reporting",

@@ -345,9 +345,9 @@ def test_labels_and_their_order() -> None:
     """Numbers by value, then words; texts, numbers and booleans alike; or as the recipe lists them."""
     values: list[Any] = [10, "9", 2.0, "b", "nan", True, "a", "-1", "1.5"]
     records = [Record({"text": "x", "label": value}, "here") for value in values]
-    found = ClassificationRows.survey_of(recipe().settings, records)
+    found = ClassificationRows.survey_of(recipe().settings, records, 0)
     assert found["labels"] == ["-1", "1.5", "2", "9", "10", "a", "b", "nan", "true"]
-    listed = ClassificationRows.survey_of(recipe(labels=["thing", "animal"]).settings, [])
+    listed = ClassificationRows.survey_of(recipe(labels=["thing", "animal"]).settings, [], 0)
     assert listed["labels"] == ["thing", "animal"]
 
 

@@ -10,9 +10,13 @@ from pathlib import Path
 import pytest
 from support import ROOT, eval_rows, start, train_rows
 
-RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
-NEEDS = re.compile(r"^# First run: ptft train (\w+)$", re.MULTILINE)  # a recipe that must have run before
+from ptft_dist.tasks.registry import TASKS
+
 TASK = re.compile(r"^task: (\w+)$", re.MULTILINE)
+EVERY = sorted((ROOT / "recipes").rglob("*.yaml"))
+EVALUATED = [path for path in EVERY if not TASKS[TASK.findall(path.read_text())[0]].settings.trains]
+RECIPES = [path for path in EVERY if path not in EVALUATED]
+NEEDS = re.compile(r"^# First run: ptft train (\w+)$", re.MULTILINE)  # a recipe that must have run before
 SMOKE = ["train.max_steps=2", "eval.every=2", "eval.max_rows=8", "save.every=2", "data.train.0.limit=40"]
 SMOKE += ["data.validation=0.2", "batch.global_size=8", "batch.micro_size=4"]
 SMALLER = {  # what a recipe says -> overrides that make it cheaper
@@ -55,3 +59,18 @@ def test_a_shipped_recipe_runs(path: Path, run_dir_of: Callable[[Path], Path]) -
     assert [row["step"] for row in eval_rows(run_dir)] == [0, 2]
     assert json.loads((run_dir / "result.json").read_text())["status"] == "finished"
     assert any((run_dir / "model" / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
+@pytest.mark.parametrize("path", EVALUATED, ids=lambda path: path.relative_to(ROOT / "recipes").as_posix())
+def test_a_recipe_that_trains_nothing_is_evaluated(path: Path, run_dir_of: Callable[[Path], Path], cache: Path) -> None:
+    """As its first lines say, with a model of another recipe."""
+    text = path.read_text()
+    (name,) = NEEDS.findall(text)
+    run_dir = run_dir_of(ROOT / f"recipes/{name}.yaml")
+    words = ("evaluate", f"runs/{name}", str(path), *smaller(text), "--out", "own.json")
+    assert f"#   ptft evaluate runs/{name} {path.stem}\n" in text
+    done = start(*words, cwd=run_dir.parent.parent, cache=cache, ranks=2)
+    assert done.wait() == 0, done.stderr
+    result = json.loads((run_dir.parent.parent / "own.json").read_text())
+    assert 0 < result["rows"] <= 8
+    assert "eval/accuracy" in result["metrics"]

@@ -1,4 +1,5 @@
-"""A tiny recipe with generated rows for every task, for the tests of P1 and P2. A new task needs an entry in TINY."""
+"""A tiny recipe with generated rows for every task, for the tests of P1 and P2. A new task needs an entry in TINY.
+Tasks that are evaluated only have none: these tests are about updates and resuming."""
 
 from __future__ import annotations
 

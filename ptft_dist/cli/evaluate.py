@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ptft_dist.cli import harness
 from ptft_dist.cli.ranks import LAUNCH, PROCESSES, end_at_signal, launched, run_as_rank
+from ptft_dist.errors import RecipeError
 
 if TYPE_CHECKING:
     from ptft_dist.judging.evaluation import Evaluation
@@ -37,6 +39,13 @@ def evaluate(
     ] = None,
     launch: Annotated[str | None, typer.Option(help=LAUNCH)] = None,
     processes: Annotated[int | None, typer.Option(min=1, help=PROCESSES)] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(metavar="TASK[,TASK]...", help="Standard benchmarks with lm-eval, without a recipe.")
+    ] = None,
+    lm_eval_path: Annotated[Path | None, typer.Option(help="A directory with further tasks of lm-eval.")] = None,
+    lm_eval_shots: Annotated[int | None, typer.Option(min=0, help="Examples; default: what the task says.")] = None,
+    lm_eval_limit: Annotated[int | None, typer.Option(min=1, help="Only this many rows of each task.")] = None,
+    allow_code: Annotated[bool, typer.Option("--allow-code", help="Allow tasks that run code of the model.")] = False,
 ) -> None:
     """Evaluate a model on the validation rows of a recipe, and print its metrics and tables.
 
@@ -45,13 +54,37 @@ def evaluate(
     """
     from ptft_dist import api
 
+    recipe, overrides = split_words(words or [])
+    at_signal = partial(end_at_signal, "during the evaluation; the same command goes on")
+    if lm_eval is not None:
+        if words or data is not None or stride is not None or launch or processes:
+            raise RecipeError(
+                "--lm-eval: a recipe, --data, --stride, --launch and --processes have no effect; give a model and tasks"
+            )
+        run_as_rank(
+            partial(
+                api.evaluate_on_benchmarks,
+                model,
+                [task for task in lm_eval.split(",") if task],
+                include=lm_eval_path,
+                out=out,
+                shots=lm_eval_shots,
+                limit=lm_eval_limit,
+                allow_code=allow_code,
+            ),
+            harness.show,
+            Path(model),
+            partial(end_at_signal, "during the evaluation"),
+        )
+        return
+    if lm_eval_path or lm_eval_shots is not None or lm_eval_limit or allow_code:
+        raise RecipeError("--lm-eval-path, --lm-eval-shots, --lm-eval-limit, --allow-code: they need --lm-eval TASK")
     given = {"--data": data, "--out": out, "--stride": stride}
     options = [str(word) for option in given.items() if option[1] is not None for word in option]
     if (code := launched(launch, processes, ["evaluate", model, *(words or []), *options])) is not None:
         raise typer.Exit(code)
-    recipe, overrides = split_words(words or [])
     call = partial(api.evaluate_model, model, recipe, overrides, data=data, out=out, stride=stride)
-    run_as_rank(call, show, Path(model), partial(end_at_signal, "during the evaluation; the same command goes on"))
+    run_as_rank(call, show, Path(model), at_signal)
 
 
 def split_words(words: Sequence[str]) -> tuple[str | None, list[str]]:

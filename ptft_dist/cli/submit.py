@@ -41,7 +41,8 @@ def submit(
     from ptft_dist.slurm.requests import Resources, check, submit_all, training
     from ptft_dist.slurm.site import read_site
 
-    loaded, profile, words = load_recipe(recipe, overrides or []), read_site(site), [recipe, *(overrides or [])]
+    loaded = load_recipe(recipe, overrides or [], training=True)
+    profile, words = read_site(site), [recipe, *(overrides or [])]
     options = [*(["--resume", resume] if resume != "auto" else []), *(f"--accept={key}" for key in accept or ())]
     asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time, tuple(options))
     run_dir = Path(loaded.recipe.run_dir).absolute()

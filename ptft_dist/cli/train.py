@@ -54,7 +54,7 @@ def train(
             f"{', '.join(given)}: no effect in a process that a launcher has started (LOCAL_RANK is set). Give the "
             "launch config to that launcher, as in: accelerate launch --config_file FILE -m ptft_dist train RECIPE"
         )
-    loaded = load_recipe(recipe, overrides or [])
+    loaded = load_recipe(recipe, overrides or [], training=True)
     tell_run_dir(Path(loaded.recipe.run_dir))
     accepted = [word for key in accept or () for word in ("--accept", key)]
     if has_folds(loaded) and not place().launched:

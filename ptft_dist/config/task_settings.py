@@ -31,6 +31,8 @@ class TaskSettings(Section):
     """Whether `ptft generate` works with the trained network."""
     only_with_trained_tokenizer: ClassVar[tuple[str, ...]] = ()
     """Settings that have an effect only on a tokenizer that is trained here."""
+    trains: ClassVar[bool] = True
+    """False: the task is evaluated only."""
     texts_per_row: ClassVar[int] = 1
     """Number of texts in a row, each of up to data.max_length tokens."""
     draws: ClassVar[bool] = False

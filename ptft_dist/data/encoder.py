@@ -125,6 +125,8 @@ class Encoder:
     """Libraries besides `tokenizers` whose versions affect the rows."""
     surveys: ClassVar[bool] = False
     """Call `survey_of`, which takes a pass over the data."""
+    survey_of_recipe: ClassVar[bool] = False
+    """The survey says how rows are encoded, whatever a model was trained on; `ptft predict` takes it again."""
     keeps_meta: ClassVar[bool] = False
     """The meta of training examples is stored too."""
     numbered: ClassVar[str | None] = None
@@ -172,10 +174,10 @@ class Encoder:
         raise NotImplementedError
 
     @classmethod
-    def survey_of(cls, settings: Any, records: Iterable[Record]) -> dict[str, Any]:  # noqa: ARG003
+    def survey_of(cls, settings: Any, records: Iterable[Record], seed: int) -> dict[str, Any]:  # noqa: ARG003
         """Properties of all training records that must be known before encoding, such as the labels, as JSON.
 
-        The records are valid. Called only if `surveys`.
+        The records are valid. Called only if `surveys`. seed: train.seed.
 
         Raises:
             DataError: the records are unusable as a whole, for example because they all have the same label.

@@ -82,7 +82,7 @@ def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str,
     if not encoder.surveys:
         return {}
     bad = BadRows()
-    survey = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad))
+    survey = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad), recipe.train.seed)
     stop_if_any(recipe, bad)
     return survey
 

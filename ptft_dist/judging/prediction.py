@@ -17,8 +17,9 @@ from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
 from ptft_dist.data.report import BadRows
 from ptft_dist.data.row_encoder import RowEncoder, require
-from ptft_dist.data.sources import read_records
+from ptft_dist.data.sources import check_sources, read_records
 from ptft_dist.data.store import Row
+from ptft_dist.data.stream import take_survey
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.judging.files import check_writable, write_file
@@ -126,6 +127,9 @@ class Predictor:
         section = local_or_hub(self.recipe.model, self.base)
         # What the encoder discovers about the tokenizer is added before the task is built, which also reads it.
         self.survey = dict(target.survey or _survey_of(self.recipe, section))
+        if kind.survey_of_recipe:
+            check_sources(self.recipe, self.base)
+            self.survey = take_survey(self.recipe, self.base, kind)
         self.zero_config = deepspeed_config_of_launch()
         self.shape = batch_shape(self.recipe, place.world_size)
         backend = planned_kind(place.world_size, self.zero_config)

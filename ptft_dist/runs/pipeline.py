@@ -116,7 +116,8 @@ class Stage:
     def load(self) -> Loaded:
         """Its recipe. Raises RecipeError with the name of the stage."""
         try:
-            return load_recipe(self.recipe, [*self.overrides, f"run_dir={json.dumps(str(self.folder))}"])
+            words = [*self.overrides, f"run_dir={json.dumps(str(self.folder))}"]
+            return load_recipe(self.recipe, words, training=self.settings.verb == "train")
         except RecipeError as error:
             raise RecipeError(f"stage {self.name}: {error}") from None
 

@@ -44,7 +44,7 @@ class Run:
     def load(self) -> Loaded:
         """The recipe of this run. Raises RecipeError."""
         recipe, *overrides = self.words
-        return load_recipe(recipe, overrides)
+        return load_recipe(recipe, overrides, training=True)
 
 
 Executor = Callable[[Run, Sequence[str]], int]

@@ -24,6 +24,7 @@ from ptft_dist.tasks.mlm.settings import MlmSettings
 from ptft_dist.tasks.mlm_nsp.settings import MlmNspSettings
 from ptft_dist.tasks.plm.settings import PlmSettings
 from ptft_dist.tasks.ppo.settings import PpoSettings
+from ptft_dist.tasks.prompting.settings import PromptingSettings
 from ptft_dist.tasks.question_answering.settings import QuestionAnsweringSettings
 from ptft_dist.tasks.regression.settings import RegressionSettings
 from ptft_dist.tasks.reward.settings import RewardSettings
@@ -65,6 +66,7 @@ TASKS: dict[str, TaskSpec] = {
     "rloo": TaskSpec(RlooSettings, "task:Rloo", ".common.prompt_rows:PromptRows"),
     "dpo": TaskSpec(DpoSettings, "task:DirectPreference", ".common.preference_rows:PreferenceRows"),
     "kto": TaskSpec(KtoSettings, "task:KahnemanTversky", "encode:LabelledAnswerRows"),
+    "prompting": TaskSpec(PromptingSettings, "task:Prompting", "encode:PromptedRows"),
 }
 
 

@@ -30,7 +30,8 @@ def short(task: str) -> dict[str, Any]:
 
 
 def test_every_task_is_here() -> None:
-    assert set(TINY) == set(TASKS) - {"clm", "mlm"}  # which have their own tests of the promises
+    trained = {name for name, spec in TASKS.items() if spec.settings.trains}
+    assert set(TINY) == trained - {"clm", "mlm"}  # which have their own tests of the promises
 
 
 @pytest.fixture(scope="module")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
-from ptft_dist.data.formats import Record, json_type, text_problem
+from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import require, require_list, require_text
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.classification.settings import ENTITY_MARKERS, ClassificationSettings
-from ptft_dist.tasks.common.label_names import LabelNames
+from ptft_dist.tasks.common.label_names import LabelNames, check_known, label_name
 from ptft_dist.tasks.common.labelled_text_rows import LabelledTextRows
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
+LABELS = "classification.labels"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 
@@ -41,18 +42,23 @@ class ClassificationRows(LabelledTextRows):
         super().check(settings, record)
         names = label_names(settings, record)
         if settings.labels:
-            _check_known(names, settings.labels)
+            check_known(names, settings.labels, LABELS)
         if settings.entities:
             _marked(record)
 
     @classmethod
-    def survey_of(cls, settings: ClassificationSettings, records: Iterable[Record]) -> dict[str, Any]:
+    def survey_of(
+        cls,
+        settings: ClassificationSettings,
+        records: Iterable[Record],
+        seed: int,  # noqa: ARG003
+    ) -> dict[str, Any]:
         """The names of the labels in the order of their ids, as `labels`.
 
         `count` later adds `rows`, the number of training examples, and `frequencies`, the number of them with each
         label. Both include augmented copies and exclude dropped rows.
         """
-        seen = LabelNames("label", "classification.labels")
+        seen = LabelNames("label", LABELS)
         for record in records:
             seen.add(label_names(settings, record), record.where)
         if not settings.labels:
@@ -77,7 +83,7 @@ class ClassificationRows(LabelledTextRows):
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         columns, notes = self.text_columns(encodings[0])
         names = label_names(self.settings, record)
-        _check_known(names, self.ids)
+        check_known(names, self.ids, LABELS)
         if self.settings.entities and not set(self.markers) <= set(columns["input_ids"]):
             raise LeftOut("with an entity beyond data.max_length")
         labels = [self.ids[name] for name in names]
@@ -96,37 +102,11 @@ def label_names(settings: ClassificationSettings, record: Record) -> list[str]:
         RowError: the label is missing, invalid or listed twice.
     """
     if not settings.multi_label:
-        return [_name(require(record.values, "label"))]
-    names = [_name(label) for label in require_list(record.values, "label")]
+        return [label_name(require(record.values, "label"))]
+    names = [label_name(label) for label in require_list(record.values, "label")]
     if len(set(names)) != len(names):
         raise RowError(f"a label is listed twice: {names}. Remove one.")
     return names
-
-
-def _check_known(names: Sequence[str], labels: Collection[str]) -> None:
-    """Raises RowError if a name is none of the labels."""
-    if unknown := [name for name in names if name not in labels]:
-        raise RowError(
-            f"the label {unknown[0]!r} is none of {', '.join(labels)}. Correct it, or list all labels in "
-            "classification.labels."
-        )
-
-
-def _name(label: Any) -> str:
-    if isinstance(label, bool):
-        return "true" if label else "false"
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    if isinstance(label, str) and label.strip():
-        if problem := text_problem("label", label):
-            raise RowError(problem)
-        return label
-    if isinstance(label, int):
-        return str(label)
-    raise RowError(
-        f"the label is {json_type(label) if not isinstance(label, str) else 'an empty string'}; a label is a text or a "
-        "whole number. For lists of labels, set multi_label: true."
-    )
 
 
 def _numbers_first(label: str) -> tuple[int, float, str]:

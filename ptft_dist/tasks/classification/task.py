@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.label_answers import judged_label, label_answer, label_tables
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
 from ptft_dist.tasks.common.scores.labels import classification_scores, multi_label_scores
-from ptft_dist.tasks.common.scores.tables import SHOWN_LABELS, calibration, class_table, confusion
+from ptft_dist.tasks.common.scores.tables import calibration, class_table
 from ptft_dist.tasks.protocol import IGNORE, Batch, Judged, LossOut, TaskSetup
 
 
@@ -112,42 +113,34 @@ class Classification(LabelledTextTask):
 
     def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any]:  # noqa: ARG002
         """The label (with multi_label: labels), and the probability of every label."""
+        if not self.settings.multi_label:
+            return label_answer(predictions[0], self.labels)
         logits = torch.tensor(predictions[0], dtype=torch.float64)
-        multi_label = self.settings.multi_label
-        shares = (logits.sigmoid() if multi_label else logits.softmax(0)).tolist()
-        probabilities = dict(zip(self.labels, shares, strict=True))
-        if multi_label:
-            chosen = [label for label, logit in zip(self.labels, logits.tolist(), strict=True) if logit > 0]
-            return {"labels": chosen, "probabilities": probabilities}
-        return {"label": self.labels[int(logits.argmax())], "probabilities": probabilities}
+        chosen = [label for label, logit in zip(self.labels, logits.tolist(), strict=True) if logit > 0]
+        probabilities = dict(zip(self.labels, logits.sigmoid().tolist(), strict=True))
+        return {"labels": chosen, "probabilities": probabilities}
 
     def judge(self, answer: Mapping[str, Any], rows: Sequence[Row]) -> Judged:
         names = rows[0].meta["label"]
         if self.settings.multi_label:
             return Judged(answer, names, {"accuracy": (set(answer["labels"]) == set(names), 1)})
-        return Judged(answer, names[0], {"accuracy": (answer["label"] == names[0], 1)})
+        return judged_label(answer, names[0])
 
     def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
         """Scores of each label, the confusion of labels (not with multi_label), and the calibration.
 
         With multi_label, the calibration is over all decisions on a label.
         """
-        ids = {label: i for i, label in enumerate(self.labels)}
+        if not self.settings.multi_label:
+            return label_tables(judged, self.labels)
         shares = np.array([list(each.answer["probabilities"].values()) for each in judged])
-        if self.settings.multi_label:
-            gold = np.array([[label in each.reference for label in self.labels] for each in judged], int)
-            predicted = np.array([[label in each.answer["labels"] for label in self.labels] for each in judged], int)
-            certainty = np.maximum(shares, 1 - shares)
-            return {
-                "labels": class_table(gold, predicted, self.labels),
-                "calibration": calibration(certainty.ravel(), (gold == predicted).ravel()),
-            }
-        gold = np.array([ids[each.reference] for each in judged])
-        predicted = np.array([ids[each.answer["label"]] for each in judged])
-        tables: dict[str, Any] = {"labels": class_table(gold, predicted, self.labels)}
-        if len(ids) <= SHOWN_LABELS:
-            tables["confusion"] = confusion(gold, predicted, self.labels)
-        return {**tables, "calibration": calibration(shares.max(1), gold == predicted)}
+        gold = np.array([[label in each.reference for label in self.labels] for each in judged], int)
+        predicted = np.array([[label in each.answer["labels"] for label in self.labels] for each in judged], int)
+        certainty = np.maximum(shares, 1 - shares)
+        return {
+            "labels": class_table(gold, predicted, self.labels),
+            "calibration": calibration(certainty.ravel(), (gold == predicted).ravel()),
+        }
 
 
 def weighted_cross_entropy(

@@ -9,12 +9,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.data.store import Row
+from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 from ptft_dist.tasks.common.scores.text import text_scores
-from ptft_dist.tasks.protocol import Judged
+from ptft_dist.tasks.protocol import Judged, TaskSetup
+
+
+def check_room(setup: TaskSetup, config: PretrainedConfig) -> None:
+    """Raises RecipeError if a prompt and a generated text need more positions than a decoder has."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0:
+        return
+    if (longest := setup.max_length + setup.settings.generation.max_new_tokens) > positions:
+        raise RecipeError(
+            f"{setup.name}.generation.max_new_tokens: with data.max_length, prompt and generated text have up to "
+            f"{longest} tokens, more than the model's max_position_embeddings ({positions}): lower one of them, or "
+            "raise max_position_embeddings"
+        )
 
 
 def generate(
@@ -72,14 +86,19 @@ def generation_scores(
         predictions: row number -> generated token ids.
         row: returns the row of a number. Its meta contains the texts `source` and `reference`.
     """
-    metas = [row(number).meta for number in predictions]
-    ids = list(predictions.values())
-    texts = [generated_text(tokenizer, each) for each in ids]
-    references = [meta["reference"] for meta in metas]
-    scores = text_scores(texts, references, settings)
+    texts = {number: generated_text(tokenizer, ids) for number, ids in predictions.items()}
+    return scores_of_texts(texts, settings, row)
+
+
+def scores_of_texts(
+    texts: Mapping[int, str], settings: GenerationSettings, row: Callable[[int], Row]
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """As `generation_scores`. texts: row number -> generated text."""
+    metas = [row(number).meta for number in texts]
+    scores = text_scores(list(texts.values()), [meta["reference"] for meta in metas], settings)
     samples = [
         {"row": number, "source": meta["source"], "reference": meta["reference"], "prediction": text}
-        for number, meta, text in zip(predictions, metas, texts, strict=True)
+        for (number, text), meta in zip(texts.items(), metas, strict=True)
     ]
     return scores, samples[: settings.show]
 

@@ -72,6 +72,7 @@ class QuestionRows(RowEncoder):
         cls,
         settings: QuestionAnsweringSettings,  # noqa: ARG003
         records: Iterable[Record],
+        seed: int,  # noqa: ARG003
     ) -> dict[str, Any]:
         """The number of training rows without an answer, as `unanswerable`."""
         return {"unanswerable": sum(not answers_of(record) for record in records)}

@@ -11,10 +11,16 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.data.store import Row
-from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
-from ptft_dist.tasks.common.generation import generate, generated_text, generation_scores, judged_text, left_padded
+from ptft_dist.tasks.common.generation import (
+    check_room,
+    generate,
+    generated_text,
+    generation_scores,
+    judged_text,
+    left_padded,
+)
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, Judged, LossOut, TaskSetup
 
@@ -37,16 +43,8 @@ class SupervisedFineTuning(NextTokenTask):
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
         """Raises RecipeError if generation at evaluations needs more positions than the network has."""
-        generation = setup.settings.generation
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if generation is None or not isinstance(positions, int) or positions <= 0:
-            return
-        if (longest := setup.max_length + generation.max_new_tokens) > positions:
-            raise RecipeError(
-                f"sft.generation.max_new_tokens: with data.max_length, prompt and generated text have up to {longest} "
-                f"tokens, more than the model's max_position_embeddings ({positions}): lower one of them, or raise "
-                "max_position_embeddings"
-            )
+        if setup.settings.generation is not None:
+            check_room(setup, config)
 
     def prepare_network(self, model: PreTrainedModel) -> None:
         super().prepare_network(model)

@@ -92,7 +92,12 @@ class TaggedRows(RowEncoder):
         yield from record.values["tokens"]
 
     @classmethod
-    def survey_of(cls, settings: TokenClassificationSettings, records: Iterable[Record]) -> dict[str, Any]:
+    def survey_of(
+        cls,
+        settings: TokenClassificationSettings,
+        records: Iterable[Record],
+        seed: int,  # noqa: ARG003
+    ) -> dict[str, Any]:
         """The tags in the order of their ids, as `labels`."""
         names = LabelNames("tag", "token_classification.labels")
         for record in records:
