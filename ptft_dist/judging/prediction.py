@@ -32,7 +32,7 @@ from ptft_dist.networks.load import local_or_hub, read_config
 from ptft_dist.reporting.messages import progress, say, warn
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import run_probe
-from ptft_dist.tasks.protocol import EVALUATION_EPOCH, LossOut
+from ptft_dist.tasks.protocol import EVALUATION_EPOCH
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import Shape, micro_batch
@@ -247,10 +247,9 @@ class Predictor:
         with engine.evaluating():
             for part in [*parts, *[np.array([], int)] * (most - len(parts))]:
                 batch = micro_batch(rows, keys[part], keys[0], task.collate)
-                out = LossOut(*engine.forward(task.evaluate, batch.inputs))
+                found = engine.forward(task.predict, batch.inputs)
                 if wanted and len(part):
-                    assert out.predictions is not None
-                    predictions |= dict(zip(batch.rows, task.predictions(out.predictions), strict=False))
+                    predictions |= dict(zip(batch.rows, task.predictions(found), strict=False))
         return predictions
 
 

@@ -24,7 +24,8 @@ When each hook of a task is called, and on which ranks:
         collate, evaluate(model, inputs), predictions(output)
         eval_metrics(totals)        from averages over all ranks
         scores(predictions, row)    rank 0 only: metrics that are not averages, and samples
-ptft evaluate and ptft predict, rank 0 only
+ptft evaluate and ptft predict, rank 0 only, except for predict
+        predict(model, inputs)      what evaluate predicts, for ptft predict
         answer(predictions, rows)   what the predictions for the rows of one example say
         judge(answer, rows)         the answer beside the reference
         details(judged)             tables about all examples
@@ -254,6 +255,9 @@ class Task(Protocol):
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics over all predictions (row number -> prediction, in order), and samples to show."""
 
+    def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The predictions of `evaluate`, without the rest."""
+
     def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any] | None:
         """The answer to one example as JSON, from the predictions for all its rows; None: the task gives no answers.
 
@@ -358,6 +362,11 @@ class BaseTask:
         row: Callable[[int], Row],  # noqa: ARG002
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         return {}, []
+
+    def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        predictions = self.evaluate(model, inputs).predictions
+        assert predictions is not None
+        return predictions
 
     def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any] | None:  # noqa: ARG002
         return None

@@ -142,6 +142,9 @@ class Distillation:
         ids: np.ndarray | None = self.task.target_ids(row)
         return ids
 
+    def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return self.task.predict(model, self._inputs_of_student(inputs))
+
     def answer(self, predictions: Sequence[Any], rows: Sequence[Row]) -> Mapping[str, Any] | None:
         answer: Mapping[str, Any] | None = self.task.answer(predictions, rows)
         return answer

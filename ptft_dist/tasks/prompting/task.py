@@ -127,6 +127,9 @@ class Prompting(NextTokenTask):
             predictions, counts = torch.stack([found, scores], 1), torch.ones_like(mask)
         return LossOut(losses.sum(), {}, predictions, torch.stack([losses, counts * mask], 1))
 
+    def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().predict(model, inputs) if self.labels else self._generated(model, inputs)
+
     def _generated(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
         return generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)

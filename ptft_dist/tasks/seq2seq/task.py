@@ -94,9 +94,12 @@ class Seq2Seq(BaseTask):
         out = self._loss(model, inputs, 0.0)
         if self.settings.generation is None:
             return out
+        return out._replace(predictions=self.predict(model, inputs))
+
+    def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Generated token ids: int64 [B, max_new_tokens]."""
         source = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        ids = generate(model, source, self.settings.generation, pad_id=self.pad_id, eos_ids=[self.eos_id])
-        return out._replace(predictions=ids)
+        return generate(model, source, self.settings.generation, pad_id=self.pad_id, eos_ids=[self.eos_id])
 
     @staticmethod
     def _loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor], smoothing: float) -> LossOut:

@@ -89,9 +89,12 @@ class SupervisedFineTuning(NextTokenTask):
         out = self.loss(model, inputs)
         if self.settings.generation is None:
             return out
+        return out._replace(predictions=self.predict(model, inputs))
+
+    def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Generated token ids: int64 [B, max_new_tokens]."""
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        ids = generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
-        return out._replace(predictions=ids)
+        return generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
