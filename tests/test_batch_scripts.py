@@ -330,6 +330,40 @@ def test_an_array_needs_several_runs(tmp_path: Path, documents: Path) -> None:
     assert (done.returncode, done.stderr) == (2, message)
 
 
+def test_a_sweep_is_an_array_of_the_same_command(tmp_path: Path, documents: Path) -> None:
+    write_recipe(tmp_path, documents)
+    (tmp_path / "search.yaml").write_text("method: random\ntrials: 9\nsearch: {optim.lr: {log: [1e-4, 1e-2]}}\n")
+    words = ("submit", "recipe.yaml", "--sweep", "search.yaml", "--dry-run")
+    done = ptft(*words, "--tasks", "3", "--processes-per-node", "2", "optim.eps=1e-9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert "#SBATCH --array=0-2" in lines
+    command = f"sweep recipe.yaml search.yaml optim.eps=1e-9 --out {tmp_path}/run --launch cpu --processes 2"
+    assert [line for line in lines if "set -- sweep" in line] == [f"{i}) set -- {command} ;;" for i in range(3)]
+    assert "export PTFT_END_TIME" in lines  # a trial saves before the time limit
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sweep", "search.yaml", "--array"), "--array, --sweep: folds or trials; give one of them"),
+        (("--tasks", "3"), "--tasks: no effect without --sweep SEARCH"),
+        (("--sweep", "search.yaml", "--nodes", "2", "--launch", "cpu"), "--nodes: each trial of a sweep runs on one"),
+        (("--sweep", "search.yaml", "--resume", "never"), "--resume, --accept: no effect on the trials of a sweep"),
+        (("--sweep", "wrong.yaml"), "wrong.yaml:1: search.optim.lrr: unknown key; did you mean optim.lr?"),
+        (("--sweep", "none.yaml"), "none.yaml"),
+    ],
+)
+def test_sweeps_that_cannot_be_submitted(tmp_path: Path, documents: Path, words: tuple[str, ...], message: str) -> None:
+    write_recipe(tmp_path, documents)
+    for name, key in (("search", "optim.lr"), ("wrong", "optim.lrr")):
+        (tmp_path / f"{name}.yaml").write_text(f"search: {{{key}: {{log: [1e-4, 1e-2]}}}}\nmethod: random\ntrials: 9\n")
+    done = ptft("submit", "recipe.yaml", *words, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+
+
 def test_all_problems_at_once() -> None:
     found = list(checks.of_cluster(job(nodes=3, time="3:00:00"), Site(cpus_per_task=99), CLUSTER))
     assert [each.split(":")[0] for each in found] == ["--nodes", "cpus_per_task", "--time"]

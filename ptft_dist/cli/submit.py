@@ -33,10 +33,15 @@ def submit(
         list[str] | None, typer.Option(help="A key that may differ from the checkpoint (repeatable).")
     ] = None,
     array: Annotated[bool, typer.Option("--array", help="The folds of the recipe as a job array.")] = False,
+    sweep: Annotated[
+        str | None, typer.Option(metavar="SEARCH", help="The trials of a search (see ptft sweep) as a job array.")
+    ] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Trials of a sweep at the same time. Default: 4.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
     """Submit training as a Slurm job that requeues itself and resumes."""
     from ptft_dist.api import load_recipe
+    from ptft_dist.errors import RecipeError
     from ptft_dist.slurm.render import render
     from ptft_dist.slurm.requests import Resources, check, submit_all, training
     from ptft_dist.slurm.site import read_site
@@ -46,7 +51,15 @@ def submit(
     options = [*(["--resume", resume] if resume != "auto" else []), *(f"--accept={key}" for key in accept or ())]
     asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time, tuple(options))
     run_dir = Path(loaded.recipe.run_dir).absolute()
-    if array:
+    if array and sweep is not None:
+        raise RecipeError("--array, --sweep: folds or trials; give one of them")
+    if tasks is not None and sweep is None:
+        raise RecipeError("--tasks: no effect without --sweep SEARCH")
+    if sweep is not None:
+        from ptft_dist.runs.on_slurm import sweep_requests
+
+        requests = sweep_requests(loaded, recipe, sweep, overrides or [], asked, profile, after or [], tasks or 4)
+    elif array:
         from ptft_dist.runs.on_slurm import fold_requests
 
         requests = fold_requests(loaded, recipe, overrides or [], asked, profile, after or [])
@@ -62,7 +75,8 @@ def submit(
         what = f"{job.processes} processes on {job.nodes} nodes" if job.trains else job.commands[0][0]
         print(f"job {numbers[request.name]}: {what}, script {job.script}")
     for verb in ("status", "logs -f", "cancel"):
-        print(f"  ptft {verb} {loaded.recipe.run_dir}{'/fold-0' if array else ''}")
+        part = "/fold-0" if array else "/worker-0" if sweep is not None and verb == "logs -f" else ""
+        print(f"  ptft {verb} {loaded.recipe.run_dir}{part}")
 
 
 def status(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -24,7 +25,7 @@ def sweep(
 
     The same command continues after a stop or a kill. Several of them, on one or more machines, share the trials.
     """
-    from ptft_dist.launch.environment import place
+    from ptft_dist.launch.environment import RUN_FILE, place, tell_run_dir
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.runs.local import LocalExecutor
     from ptft_dist.runs.search import read_search
@@ -36,6 +37,8 @@ def sweep(
     given = [("--launch", launch), ("--processes", processes)]
     options = [word for name, value in given if value is not None for word in (name, str(value))]
     trials = open_sweep(read_search(search), recipe, overrides or [], out)
+    tell_run_dir(trials.folder)
+    os.environ.pop(RUN_FILE, None)  # the trials would name their own
     executor = LocalExecutor()
     with executor.forwarding_signals():
         code = run_sweep(trials, executor, options, workers=workers)

@@ -1,4 +1,4 @@
-"""Lists of runs as Slurm jobs: the folds of a cross-validation as a job array, the stages of a pipeline as a chain."""
+"""Lists of runs as Slurm jobs: folds and sweeps as a job array, the stages of a pipeline as a chain."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.errors import RecipeError
 from ptft_dist.runs.folds import fold_runs, has_folds
 from ptft_dist.runs.pipeline import Pipeline, Stage
+from ptft_dist.runs.search import check_search, read_search
 from ptft_dist.slurm import jobs
 from ptft_dist.slurm.client import ENDED, job_facts
 from ptft_dist.slurm.render import Job
@@ -46,6 +47,34 @@ def fold_requests(
         after=(),
     )
     return [*found, Request(TABLE, table, site.without_gpus(), (), (array.name,))]
+
+
+def sweep_requests(
+    loaded: Loaded,
+    recipe: str,
+    search: str,
+    overrides: Sequence[str],
+    resources: Resources,
+    site: Site,
+    after: Sequence[str],
+    tasks: int,
+) -> list[Request]:
+    """A job array whose tasks take the trials of a sweep from one study; the last one writes the table.
+
+    Raises RecipeError if the search does not fit the recipe, or if a trial would need several nodes.
+    """
+    check_search(read_search(search), recipe, overrides)
+    if resources.nodes > 1:
+        raise RecipeError("--nodes: each trial of a sweep runs on one node. --tasks says how many run at the same time")
+    if resources.options:
+        raise RecipeError("--resume, --accept: no effect on the trials of a sweep, which always resume")
+    folder, config = Path(loaded.recipe.run_dir).absolute(), resources.launch_config
+    found = training("sweep", [loaded], [[recipe, *overrides]], [folder], resources, site, after=after)
+    job = found[-1].job
+    launch = () if config is None else ("--launch", config, "--processes", str(job.per_node))
+    words = ("sweep", recipe, search, *overrides, "--out", str(folder), *launch)
+    workers = tuple(folder / f"worker-{task}" for task in range(tasks))
+    return [*found[:-1], replace(found[-1], job=replace(job, commands=[words] * tasks), run_dirs=workers)]
 
 
 def stage_requests(pipeline: Pipeline, site: Site, launch: str | None) -> list[Request]:

@@ -185,12 +185,12 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
 
 
 def _parts(out: Path) -> dict[str, Path | None] | None:
-    """The stages if this is the directory of a pipeline, with their outputs; or the folds if it is that of an array."""
+    """The stages of a pipeline, with their outputs, or the tasks of an array: folds, or workers of a sweep."""
     file = out / "pipeline.json"
     if file.exists():
         return {name: out / name / output for name, output in json.loads(file.read_text())["stages"].items()}
-    folds = (each.parent.parent.name for each in out.glob(f"fold-*/{FOLDER}/{_JOB}"))
-    names = sorted(folds, key=lambda name: (len(name), name))
+    tasks = (each.parent.parent.name for kind in ("fold", "worker") for each in out.glob(f"{kind}-*/{FOLDER}/{_JOB}"))
+    names = sorted(tasks, key=lambda name: (len(name), name))
     return dict.fromkeys(names) if names and not (out / FOLDER / _JOB).exists() else None
 
 

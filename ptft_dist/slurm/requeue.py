@@ -177,7 +177,9 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def newest_update(run_dir: Path) -> int:
-    """The update of the newest complete checkpoint; 0 without one."""
+    """The update of the newest complete checkpoint, 0 without one; of a sweep, the sum over its trials."""
+    if trials := list(run_dir.glob("trial-*")):
+        return sum(map(newest_update, trials))
     names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 

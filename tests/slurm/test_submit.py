@@ -126,6 +126,35 @@ def test_folds_are_an_array_with_a_table(cluster: Cluster, tmp_path: Path, docum
     assert "set -- prepare" not in again.stdout  # the data are there
 
 
+def test_a_sweep_is_an_array_that_goes_on(cluster: Cluster, tmp_path: Path, documents: Path, cache: Path) -> None:
+    """Two tasks share four trials. One task gets a signal in its first trial, is requeued, and goes on with it; the
+    trials end as without Slurm."""
+    write_recipe(tmp_path, documents, train={"max_steps": 20}, save={"every": 5}, eval={"every": 10})
+    choices = [0.002, 0.004, 0.006, 0.008]
+    (tmp_path / "search.yaml").write_text(f"method: grid\nsearch: {{optim.lr: {{choice: {choices}}}}}\n")
+    (tmp_path / "site.yaml").write_text("lead_s: 30\n")
+    words = ("submit", "recipe.yaml", "--site", "site.yaml", "--sweep", "search.yaml", "--tasks", "2")
+    (array,) = submitted(ptft(cluster, cache, tmp_path, *words, env=SLOW), cluster, tmp_path / "run/slurm")
+    tasks = [Job(cluster, f"{array.number}_{i}", tmp_path / f"run/slurm/{array.number}_{i}.log") for i in (0, 1)]
+    tasks[0].until(lambda: last_step(tmp_path / "run/trial-0000") >= 2, "update 2 of the first trial")
+    lines = ptft(cluster, cache, tmp_path, "status", "run").stdout.splitlines()
+    assert [line.split()[:3] for line in lines] == [[f"worker-{i}", "job", f"{array.number}_{i}"] for i in (0, 1)]
+    for task in tasks:
+        subprocess.run(["scancel", "--signal=TERM", task.number], env=cluster.variables, check=True)
+    for task in tasks:
+        assert task.wait() == ("COMPLETED", "0:0"), task.log
+    history = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
+    assert [row["exit_code"] for row in history if row["requeued"]].count(75) >= 1
+    trials = json.loads((tmp_path / "run/sweep.json").read_text())["trials"]
+    assert sorted(trial["parameters"]["optim.lr"] for trial in trials) == choices
+    assert {trial["status"] for trial in trials} == {"finished"}
+    number = next(trial["trial"] for trial in trials if trial["parameters"]["optim.lr"] == choices[0])
+    words = ("log.report=false", f"optim.lr={choices[0]}", "run_dir=here")
+    run = start("train", "recipe.yaml", *words, cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    assert outcome(tmp_path / f"run/trial-{number:04d}") == outcome(tmp_path / "here")
+
+
 def test_a_pipeline_of_six_jobs_is_repaired_and_goes_on(cluster: Cluster, tmp_path: Path, cache: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     broken: dict[str, object] = {"data.train.0.source": None, "data.train.0.path": str(rows)}
