@@ -61,6 +61,11 @@ class Job:
         return self.commands[0][0] == "train"
 
     @property
+    def saves(self) -> bool:
+        """Whether it stops before its time limit, and goes on in the next start."""
+        return self.commands[0][0] in ("train", "sweep")
+
+    @property
     def launched(self) -> bool:
         """Whether it trains with a launch config. Otherwise `ptft train` itself is the only process."""
         return self.trains and "--launch" in self.commands[0]
@@ -87,6 +92,7 @@ def render(job: Job, site: Site) -> str:
     return _filled(
         commands=[_quoted(command) for command in job.commands],
         trains=job.trains,
+        saves=job.saves,
         launched=job.launched,
         starter=site.starter,
         contained=site.container is not None,
@@ -161,6 +167,7 @@ def hand_written() -> str:
     return _filled(
         commands=(),
         trains=True,
+        saves=True,
         launched=True,
         starter="accelerate",
         contained=False,

@@ -108,7 +108,7 @@ def test_folds_are_an_array_with_a_table(cluster: Cluster, tmp_path: Path, docum
         assert "accelerate launch" not in log
     summary = json.loads((tmp_path / "run/folds.json").read_text())
     assert summary["folds"] == 2
-    assert "mean and sample standard deviation over 2 folds" in table.log
+    assert "each fold, and mean +- sample standard deviation over 2 folds" in table.log
     environment = json.loads((tmp_path / "run/fold-1/environment.json").read_text())
     assert (environment["kind"], environment["world_size"]) == ("ddp", 2)
     run = start("train", "recipe.yaml", "data.fold=1", "run_dir=here", cwd=tmp_path, cache=cache, ranks=2)
