@@ -361,8 +361,9 @@ def compare(
         PtftError: a file cannot be written.
     """
     from ptft_dist.pages.comparison import Comparison
-    from ptft_dist.pages.page import write_comparison, write_text
+    from ptft_dist.pages.page import write_comparison
     from ptft_dist.pages.read import read_runs
+    from ptft_dist.reporting.output import write_text
 
     comparison = Comparison(read_runs([Path(each) for each in run_dirs]))
     if json_file is not None:

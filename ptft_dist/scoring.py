@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,12 @@ from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record, read_file
 from ptft_dist.data.order import split_update
 from ptft_dist.data.report import BadRows
-from ptft_dist.errors import CheckpointError, DataError, PtftError
+from ptft_dist.errors import CheckpointError, DataError
 from ptft_dist.generation import libraries_restored
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.names import is_adapter
 from ptft_dist.reporting.messages import progress
+from ptft_dist.reporting.output import json_line, write_file
 from ptft_dist.tasks.common.last_token import LastToken
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.common.preference_pairs import read_pair, shape_of
@@ -86,7 +86,7 @@ def score(model_dir: Path, file: Path, out: Path, *, shape: str | None, batch_to
         more = {"truncated": True} if any(truncated[part]) else {}
         rows.append({**record.values, **dict(zip(names, scores[part].tolist(), strict=True)), **more})
         at = part.stop
-    _write(out, rows)
+    write_file(out, map(json_line, rows))
     return _summary(rows, fields, scores, [len(ids) for ids in texts], sum(truncated))
 
 
@@ -169,19 +169,6 @@ def _parsed(values: Mapping[str, Any], settings: PreferenceSettings) -> Iterator
     shape = settings.shape if settings.shape != "auto" else shape_of(values)
     pair = read_pair(values, shape, settings.system)
     yield from ((CHOSEN, pair.chosen), (REJECTED, pair.rejected))
-
-
-def _write(out: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows as JSON lines, atomically. Raises PtftError."""
-    partial = out.with_name(f".{out.name}.partial")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        partial.replace(out)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise PtftError(f"{out} cannot be written: {error}") from None
 
 
 def _summary(

@@ -419,6 +419,13 @@ def test_rows_without_an_answer_say_why(run_of: Any, tmp_path: Path) -> None:
     assert lines(tmp_path / "out.jsonl")[1]["prediction"]["problem"] == "without words"
 
 
+def test_half_a_surrogate_pair_in_another_column_is_kept(run_of: Any, tmp_path: Path) -> None:
+    """JSON can spell it, and UTF-8 cannot."""
+    (tmp_path / "in.jsonl").write_text('{"text": "a cat", "note": "\\ud83d"}\n')
+    api.predict(run_of("classification"), "in.jsonl", "out.jsonl")
+    assert lines(tmp_path / "out.jsonl")[0]["note"] == "\ud83d"
+
+
 def test_columns_are_mapped_as_in_training(run_of: Any, tmp_path: Path) -> None:
     run = run_of("classification")
     (tmp_path / "in.csv").write_text("review,stars\ngood cat,5\nbad house,1\n")

@@ -226,13 +226,13 @@ def test_packed_documents_do_not_see_each_other(tokenizers: dict[str, Any], conf
     alone = make(tokenizer, packing=False)
     with torch.no_grad():
         expected = [
-            alone._logits(model, alone.rows.padded.inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0)
+            alone.logits(model, alone.rows.padded.inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0)
             for d in documents
         ]
         for attention, same in (("document", True), ("across", False)):
             task = make(tokenizer, attention=attention)
             task = for_model(task, model)
-            logits = task._logits(model, task.rows.padded.inputs([packed])).squeeze(0)
+            logits = task.logits(model, task.rows.padded.inputs([packed])).squeeze(0)
             pieces = torch.split(logits, [len(d) for d in documents])
             near = all(torch.allclose(a, b, atol=1e-5) for a, b in zip(pieces, expected, strict=True))
             assert near == same, attention

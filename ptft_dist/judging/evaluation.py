@@ -15,13 +15,13 @@ from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.judging.examples import ExampleResult, RowResults
-from ptft_dist.judging.files import check_writable, write_file
 from ptft_dist.judging.perplexity import StridedPerplexity, perplexity_of
 from ptft_dist.judging.target import Target, find_target, source_of
 from ptft_dist.launch.environment import Place
 from ptft_dist.launch.result import RESULT, read_json
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import add_evaluation
+from ptft_dist.reporting.output import check_writable, json_line, write_file, write_text
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import Session
 from ptft_dist.tasks.common.generation import generated_text
@@ -212,6 +212,5 @@ def _add_to_tensorboard(target: Target, result: Evaluation) -> None:
 def _write(out: Path, result: Evaluation, examples: Sequence[ExampleResult]) -> None:
     """Write FILE.json and FILE.rows.jsonl, atomically."""
     rows = ({"row": each.row, "id": each.id, "values": each.values, **each.shown()} for each in examples)
-    lines = (json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
-    write_file(out.with_name(f"{out.stem}.rows.jsonl"), lines)
-    write_file(out, [json.dumps(result.values(), indent=1, ensure_ascii=False).encode(), b"\n"])
+    write_file(out.with_name(f"{out.stem}.rows.jsonl"), map(json_line, rows))
+    write_text(out, json.dumps(result.values(), indent=1, ensure_ascii=False) + "\n")

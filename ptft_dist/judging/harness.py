@@ -23,10 +23,10 @@ import transformers
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.generation import libraries_restored, load_network
 from ptft_dist.judging.code_limits import limited
-from ptft_dist.judging.files import check_writable, write_file
 from ptft_dist.launch.environment import place
 from ptft_dist.networks.names import directory_or_hub_name, model_of
 from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.output import check_writable, json_line, write_file, write_text
 
 BATCH = 8
 """Sequences in a forward pass."""
@@ -234,6 +234,5 @@ def _write(out: Path, result: HarnessResult, samples: Mapping[str, Sequence[Mapp
         for task, rows in samples.items()
         for each in rows
     )
-    texts = (json.dumps(line, ensure_ascii=False, default=str).encode() + b"\n" for line in lines)
-    write_file(out.with_name(f"{out.stem}.rows.jsonl"), texts)
-    write_file(out, [json.dumps(asdict(result), indent=1, ensure_ascii=False).encode(), b"\n"])
+    write_file(out.with_name(f"{out.stem}.rows.jsonl"), map(json_line, lines))
+    write_text(out, json.dumps(asdict(result), indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.errors import PtftError
+from ptft_dist.reporting.output import json_line
 
 
 class Journal:
@@ -45,7 +46,7 @@ class Journal:
     def add(self, *values: Any) -> None:
         """Append a line for each value. Raises PtftError if the disk is full."""
         try:
-            self._file.write(b"".join(json.dumps(value, ensure_ascii=False).encode() + b"\n" for value in values))
+            self._file.write(b"".join(map(json_line, values)))
             self._file.flush()
         except OSError as error:
             raise self._problem(error) from error

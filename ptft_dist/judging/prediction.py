@@ -22,7 +22,6 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.stream import take_survey
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.judging.files import check_writable, write_file
 from ptft_dist.judging.journal import Journal
 from ptft_dist.judging.rows import RowList
 from ptft_dist.judging.target import Target, find_target, source_of
@@ -30,6 +29,7 @@ from ptft_dist.launch.environment import Place, deepspeed_config_of_launch
 from ptft_dist.networks.facts import labels_of
 from ptft_dist.networks.load import local_or_hub, read_config
 from ptft_dist.reporting.messages import progress, say, warn
+from ptft_dist.reporting.output import check_writable, write_file
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import run_probe
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH

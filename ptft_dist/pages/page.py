@@ -7,7 +7,6 @@ of samples and recipes are escaped; they may be anything.
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 import importlib.util
 import json
@@ -34,6 +33,7 @@ from ptft_dist.pages.evaluation import OLDER, why_no_intervals
 from ptft_dist.pages.read import METRICS, SAMPLES, RunFiles, read_run
 from ptft_dist.pages.tables import Table, cells, number
 from ptft_dist.reporting.messages import clock
+from ptft_dist.reporting.output import write_text
 
 REPORT = "report.html"
 _FOLDER = Path(__file__).parent
@@ -77,19 +77,6 @@ def write_comparison(comparison: Comparison, html: Path) -> None:
         (run.name, _link(run.path / REPORT, html.parent)) for run in comparison.runs if (run.path / REPORT).is_file()
     ]
     write_text(html, _render(title, "", comparison.runs, comparison.tables(), links))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file atomically, with its directory. Raises PtftError."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise PtftError(f"{path}: cannot be written: {error.strerror}. Make room, or name another file") from error
 
 
 def _render(

@@ -11,8 +11,9 @@ from typing import Any
 from ptft_dist.config.load import Loaded
 from ptft_dist.errors import EXIT_FINISHED, RecipeError
 from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.output import write_text
 from ptft_dist.runs.local import LocalExecutor
-from ptft_dist.runs.run_list import Run, aligned, collect, replace_text, run_all
+from ptft_dist.runs.run_list import Run, aligned, collect, run_all
 
 
 def has_folds(loaded: Loaded) -> bool:
@@ -81,7 +82,7 @@ def summarize(metrics: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any
 
 def _write_summary(run_dir: Path, metrics: Sequence[Mapping[str, float]]) -> None:
     summary, path = summarize(metrics), run_dir / "folds.json"
-    replace_text(path, json.dumps({"folds": len(metrics), "metrics": summary}, indent=1) + "\n")
+    write_text(path, json.dumps({"folds": len(metrics), "metrics": summary}, indent=1) + "\n")
     say(f"each fold, and mean +- sample standard deviation over {len(metrics)} folds:")
     rows = [["metric", *(f"fold {fold}" for fold in range(len(metrics))), "mean +- std"]]
     for name, each in summary.items():

@@ -24,9 +24,10 @@ from ptft_dist.config.load import Loaded, edited, public_values, starts_at, to_y
 from ptft_dist.config.section import dotted
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, PtftError, RecipeError
 from ptft_dist.reporting.messages import plain, say
+from ptft_dist.reporting.output import write_text
 from ptft_dist.runs.attempt import ENDS_THE_SWEEP, Attempt, cause
 from ptft_dist.runs.local import LocalExecutor
-from ptft_dist.runs.run_list import Run, aligned, replace_text
+from ptft_dist.runs.run_list import Run, aligned
 from ptft_dist.runs.search import Search, SearchFile, check_search, words
 from ptft_dist.runs.study import Status, Study, Trial
 
@@ -214,13 +215,13 @@ def finish(sweep: Sweep) -> int:
         "best": None if best is None else best.number,
         "trials": [_row(trial) for trial in trials],
     }
-    replace_text(sweep.folder / TABLE, json.dumps(values, indent=1) + "\n")
+    write_text(sweep.folder / TABLE, json.dumps(values, indent=1) + "\n")
     for line in table(sweep, trials):
         say(line)
     if best is None:
         codes = ", ".join(sorted({str(trial.exit_code) for trial in trials}))
         raise PtftError(f"{sweep.folder}: no trial has finished (exit codes: {codes}); see the logs of the trials")
-    replace_text(sweep.folder / BEST, best_recipe(sweep, best))
+    write_text(sweep.folder / BEST, best_recipe(sweep, best))
     say(f"table        {sweep.folder / TABLE}")
     say(f"best recipe  {sweep.folder / BEST}   (ptft train {shlex.quote(str(sweep.folder / BEST))})")
     say(f"next         ptft compare {shlex.quote(str(sweep.folder))}/trial-*")

@@ -11,20 +11,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.at_positions import PredictsAtPositions
 from ptft_dist.tasks.common.losses import (
     POSITIONS,
-    loss_at_positions,
     network_inputs,
-    perplexity,
-    position_row_losses,
     target_positions,
 )
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple, padded_width
 from ptft_dist.tasks.plm.settings import PlmSettings
-from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
+from ptft_dist.tasks.protocol import IGNORE, Batch, TaskSetup
 
 
-class PermutedLM(BaseTask):
+class PermutedLM(PredictsAtPositions):
     """Rows of token ids -> summed cross-entropy of the predicted tokens."""
 
     auto_class = AutoModelForCausalLM
@@ -96,28 +94,9 @@ class PermutedLM(BaseTask):
         chosen = choose_spans(np.isin(row.input_ids, self.special_ids), self.settings, random)
         return chosen, random.permutation(len(row.input_ids))
 
-    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        return self._loss(inputs, self._logits(model, inputs))
-
-    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        logits = self._logits(model, inputs)
-        rows = position_row_losses(logits, inputs["targets"], inputs[POSITIONS])
-        return self._loss(inputs, logits)._replace(row_losses=rows)
-
-    @staticmethod
-    def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         logits: torch.Tensor = model(**network_inputs(inputs), use_mems=False).logits
         return logits
-
-    @staticmethod
-    def _loss(inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> LossOut:
-        loss_sum, right, count = loss_at_positions(logits, inputs["targets"], inputs[POSITIONS])
-        return LossOut(loss_sum, {"accuracy": (right, count)})
-
-    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Add the perplexity. loss: mean over the predicted tokens, in nats; accuracy: the fraction of them predicted
-        correctly."""
-        return {**totals, "perplexity": perplexity(totals["loss"])}
 
 
 def choose_spans(special: np.ndarray, settings: PlmSettings, random: np.random.Generator) -> np.ndarray:

@@ -11,20 +11,17 @@ from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedToke
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.at_positions import PredictsAtPositions
 from ptft_dist.tasks.common.losses import (
     POSITIONS,
-    loss_at_positions,
-    network_inputs,
-    perplexity,
-    position_row_losses,
     target_positions,
 )
 from ptft_dist.tasks.common.padding import pad, pad_id, pad_multiple
-from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, LossOut, TaskSetup
+from ptft_dist.tasks.protocol import IGNORE, Batch, TaskSetup
 from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
 
 
-class SpanCorruption(BaseTask):
+class SpanCorruption(PredictsAtPositions):
     """Rows of token ids -> summed cross-entropy of the decoder's targets: sentinels, masked tokens and EOS."""
 
     auto_class = AutoModelForSeq2SeqLM
@@ -96,29 +93,6 @@ class SpanCorruption(BaseTask):
         begins = mask & ~np.concatenate(([False], mask[:-1]))
         kept = np.where(begins, self.sentinels[np.cumsum(begins) - 1], ids)[begins | ~mask]
         return np.append(kept, self.eos_id)
-
-    def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        return self._loss(inputs, self._logits(model, inputs))
-
-    def evaluate(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
-        logits = self._logits(model, inputs)
-        rows = position_row_losses(logits, inputs["targets"], inputs[POSITIONS])
-        return self._loss(inputs, logits)._replace(row_losses=rows)
-
-    @staticmethod
-    def _logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = model(**network_inputs(inputs)).logits
-        return logits
-
-    @staticmethod
-    def _loss(inputs: dict[str, torch.Tensor], logits: torch.Tensor) -> LossOut:
-        loss_sum, right, count = loss_at_positions(logits, inputs["targets"], inputs[POSITIONS])
-        return LossOut(loss_sum, {"accuracy": (right, count)})
-
-    def eval_metrics(self, totals: dict[str, float]) -> dict[str, float]:
-        """Add the perplexity. loss: mean over the decoder's targets, sentinels and EOS included, in nats; accuracy: the
-        fraction of them predicted correctly."""
-        return {**totals, "perplexity": perplexity(totals["loss"])}
 
 
 def span_counts(length: int, settings: SpanCorruptionSettings) -> tuple[int, int]:
