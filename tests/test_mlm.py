@@ -226,8 +226,7 @@ def test_packed_documents_do_not_see_each_other(tokenizers: dict[str, Any], conf
     alone = make(tokenizer, packing=False)
     with torch.no_grad():
         expected = [
-            alone.logits(model, alone.rows.padded.inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0)
-            for d in documents
+            alone.logits(model, alone.rows.padded.inputs([Row(d, np.zeros(1, np.int64))])).squeeze(0) for d in documents
         ]
         for attention, same in (("document", True), ("across", False)):
             task = make(tokenizer, attention=attention)

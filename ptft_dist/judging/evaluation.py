@@ -50,7 +50,7 @@ class Evaluation:
     examples: int = 0
     """Number of examples; one may have several rows, such as the windows of a context."""
     judged: str = ""
-    """A hash of the examples, whatever the tokenizer: equal for models that were judged on the same ones."""
+    """A hash of the examples' ids, in order: equal for models that were judged on the same ones."""
     details: dict[str, Any] = field(default_factory=dict)
     """Tables by name: see docs/evaluate.md."""
 
@@ -204,7 +204,8 @@ def _add_to_tensorboard(target: Target, result: Evaluation) -> None:
     """Beside the curves of the run, if its own rows were evaluated and it has any."""
     if not target.own or target.run_dir is None or not (target.run_dir / "tensorboard").is_dir():
         return
-    step = int(read_json(target.run_dir / RESULT).get("steps") or 0)
+    result_of_run = read_json(target.run_dir / RESULT)
+    step = int(result_of_run.get("metrics_step") or result_of_run.get("steps") or 0)  # that of the exported weights
     tables = {name: value for name, value in result.details.items() if name != "worst"}
     add_evaluation(target.run_dir / "tensorboard", step, result.metrics, tables)
 

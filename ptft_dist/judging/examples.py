@@ -94,7 +94,7 @@ class ExampleResult:
 
     @property
     def id(self) -> str:
-        """A hash of text and reference."""
+        """A hash of text and reference. The text is decoded from the tokens where rows do not keep it."""
         reference = None if self.judged is None else self.judged.reference
         return hashlib.blake2b(json.dumps([self.text, reference]).encode(), digest_size=8).hexdigest()
 
