@@ -75,9 +75,9 @@ def test_a_run_is_evaluated_from_anywhere(trained: Path) -> None:
     assert (result.model, result.recipe) == (str(trained / "run/model"), str(trained / "run/resolved.yaml"))
     assert other.rows == 3 < result.rows
     written = {path for path, _ in files() - before}
-    events = {path for path in written if path.parent.name == "tensorboard"}
+    events = {path for path in written if path.parent == trained / "run/tensorboard/evaluate"}
     assert written - events == {trained / "run" / name for name in ("evaluation.json", "evaluation.rows.jsonl")}
-    found = EventAccumulator(str(trained / "run/tensorboard")).Reload()
+    found = EventAccumulator(str(trained / "run/tensorboard/evaluate")).Reload()
     assert [(e.step, e.value) for e in found.Scalars("evaluate/loss")] == [
         (4, pytest.approx(result.metrics["eval/loss"]))
     ]

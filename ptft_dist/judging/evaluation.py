@@ -201,13 +201,17 @@ def rows_of(file: Path, recipe: Recipe, survey: Mapping[str, Any]) -> dict[str, 
 
 
 def _add_to_tensorboard(target: Target, result: Evaluation) -> None:
-    """Beside the curves of the run, if its own rows were evaluated and it has any."""
+    """Beside the curves of the run, if its own rows were evaluated and it has any.
+
+    In a folder of its own, because TensorBoard may take a start of the training in the same second for a later one, which
+    removes these points.
+    """
     if not target.own or target.run_dir is None or not (target.run_dir / "tensorboard").is_dir():
         return
     result_of_run = read_json(target.run_dir / RESULT)
     step = int(result_of_run.get("metrics_step") or result_of_run.get("steps") or 0)  # that of the exported weights
     tables = {name: value for name, value in result.details.items() if name != "worst"}
-    add_evaluation(target.run_dir / "tensorboard", step, result.metrics, tables)
+    add_evaluation(target.run_dir / "tensorboard/evaluate", step, result.metrics, tables)
 
 
 def _write(out: Path, result: Evaluation, examples: Sequence[ExampleResult]) -> None:
