@@ -203,8 +203,8 @@ def rows_of(file: Path, recipe: Recipe, survey: Mapping[str, Any]) -> dict[str, 
 def _add_to_tensorboard(target: Target, result: Evaluation) -> None:
     """Beside the curves of the run, if its own rows were evaluated and it has any.
 
-    In a folder of its own, because TensorBoard may take a start of the training in the same second for a later one, which
-    removes these points.
+    In a folder of its own, because TensorBoard may take a start of the training in the same second for a later one,
+    which removes these points.
     """
     if not target.own or target.run_dir is None or not (target.run_dir / "tensorboard").is_dir():
         return
