@@ -132,17 +132,29 @@ class StepSection(Section):
     """One step: exactly one of these keys."""
 
     html: HtmlStep | None = None
+    """The main text of HTML pages."""
     unicode: UnicodeStep | None = None
+    """Mojibake repaired, Unicode normalized."""
     whitespace: WhitespaceStep | None = None
+    """Spaces and empty lines reduced."""
     control: ControlStep | None = None
+    """Control and invisible characters removed."""
     language: LanguageStep | None = None
+    """Languages kept or dropped."""
     quality: QualityStep | None = None
+    """Records dropped by the rules of Gopher, C4 and FineWeb."""
     pii: PiiStep | None = None
+    """Personal data masked."""
     repetition: RepetitionStep | None = None
+    """Records dropped that repeat lines, paragraphs or n-grams."""
     exact_dedup: ExactDedupStep | None = None
+    """Equal documents, paragraphs or lines dropped."""
     near_dedup: NearDedupStep | None = None
+    """Similar records dropped."""
     decontaminate: DecontaminateStep | None = None
+    """Records dropped that share an n-gram with evaluation data."""
     custom: CustomStep | None = None
+    """Your own function."""
 
     @model_validator(mode="before")
     @classmethod
@@ -163,6 +175,12 @@ class StepSection(Section):
     def name(self) -> str:
         """The name of the step."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def edits(self) -> bool:
+        """Whether the step may change texts, besides dropping records."""
+        units = self.exact_dedup is not None and self.exact_dedup.unit != "document"
+        return units or self.name in ("html", "unicode", "whitespace", "control", "pii", "custom")
 
     @property
     def settings(self) -> Section:

@@ -49,6 +49,11 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
     if recipe.data.augment and not settings.augmentable:
         supported = ", ".join(name for name, section in sections.items() if section.augmentable)
         yield Problem(("data", "augment"), f"{_NO_EFFECT} it needs one of the tasks {supported}")
+    if settings.fixed_texts is not None:
+        for number, step in enumerate(recipe.data.steps):
+            if step.edits:
+                text = f"{step.name} changes texts, which task {task} does not allow: {settings.fixed_texts}"
+                yield Problem(("data", "steps", number), text)
     if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
         yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
     if recipe.tokenizer.train is None:

@@ -1,11 +1,14 @@
-"""The data section of a recipe: sources, the split into training and validation rows, and data augmentation."""
+"""The data section of a recipe: sources, cleaning, the split into training and validation, augmentation."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, PrivateAttr, model_validator
 
+from ptft_dist.config.cleaning import StepSection
 from ptft_dist.config.section import ModelName, Section, Text, exactly_one, only_with
 
 
@@ -35,6 +38,18 @@ class Source(Section):
     """What a document is in a .txt file: the whole file (default), each block between empty lines, or each line."""
     limit: PositiveInt | None = None
     """Use the first this many documents only."""
+    _files: tuple[Path, ...] | None = PrivateAttr(None)
+
+    def part(self, files: Sequence[Path]) -> Self:
+        """This source with only these of its files."""
+        copy = self.model_copy()
+        copy._files = tuple(files)
+        return copy
+
+    @property
+    def only_files(self) -> tuple[Path, ...] | None:
+        """The files of a part of a source; None: all of them."""
+        return self._files
 
     @model_validator(mode="after")
     def _check(self) -> Source:
@@ -95,6 +110,8 @@ class DataSection(Section):
     bad_rows: Literal["stop", "skip"] = "stop"
     """What to do with a row that the task cannot use, such as one without a label: `stop` with an error that names file
     and line, or `skip` and count it."""
+    steps: tuple[StepSection, ...] = ()
+    """Cleaning, filtering and deduplication of the records, in this order, before the split (docs/cleaning.md)."""
     augment: tuple[Augmentation, ...] = ()
     """Data augmentation of the training rows."""
     cache_dir: str | None = None

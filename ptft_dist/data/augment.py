@@ -19,9 +19,9 @@ from typing import Any
 from ptft_dist.config.recipe import Augmentation, Recipe
 from ptft_dist.data.back_translation import BackTranslation, model_contents
 from ptft_dist.data.cache import HashMemo, fingerprint
+from ptft_dist.data.chunks import SidedRecord
 from ptft_dist.data.formats import Record
 from ptft_dist.data.report import Notes
-from ptft_dist.data.stream import SidedRecord
 from ptft_dist.errors import DataError
 
 SHARE = 0.1

@@ -6,6 +6,7 @@ that share the cache, reuse it:
     <cache>/tokenizers/<fingerprint>/         a tokenizer that was trained here, copied from the Hub, or extended
     <cache>/stores/<fingerprint>/train/       a token or example store; validation/ beside it, if the recipe has one
     <cache>/stores/<fingerprint>/report.json  what was read, dropped and written
+    <cache>/cleaned/<fingerprint>/            records after data.steps, see cleaning/pipeline.py
     <cache>/hashes.json                       the hashes of source files
 """
 
@@ -27,8 +28,10 @@ from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data import stream
 from ptft_dist.data.augment import Augmentations
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
+from ptft_dist.data.cleaning.pipeline import CLEANING_VERSION, CleanedRecords
 from ptft_dist.data.encoder import Encoder, EncoderContext, RowError
 from ptft_dist.data.formats import Record
+from ptft_dist.data.records import Records, SourceRecords
 from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store
@@ -103,6 +106,8 @@ def prepare(
     except DataError:
         check_sources(recipe, base)  # lists all such mistakes with their keys
         raise
+    if job.cleaned is not None and recipe.tokenizer.train is not None and not job.has_tokenizer(tokenizer_from):
+        job.cleaned.build(workers)  # before the lock of the tokenizer, so that several processes share the work
     tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
     directory = cache / "stores" / store_print
@@ -115,6 +120,8 @@ def prepare(
         with writing(directory):
             (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
+    if job.cleaned is not None and not directory.exists():
+        job.cleaned.build(workers)
     from_cache = build_once(directory, build)
     try:
         prepared = Prepared(
@@ -197,6 +204,11 @@ def is_prepared(recipe: Recipe, base: Path, encoder: type[Encoder]) -> bool:
     return mark.is_file() and Path(mark.read_text(encoding="utf-8")).is_dir()
 
 
+def records_of(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Records:
+    """The records of a recipe, after data.steps. Raises DataError if a source is missing."""
+    return Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).records
+
+
 class Job:
     """The fingerprints, the tokenizer and the steps of one recipe."""
 
@@ -209,8 +221,15 @@ class Job:
         self._contents = self._fingerprint_contents()
         self._old_contents = [self._prints(sources) for sources in recipe.old_data.values()]
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
+        self.cleaned = CleanedRecords(recipe, base, cache, encoder, self._memo) if recipe.data.steps else None
+        self._steps_print = self.cleaned.fingerprint() if self.cleaned else None
         self._augment = Augmentations(recipe, base, self._usable) if recipe.data.augment else None
         self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
+
+    @property
+    def records(self) -> Records:
+        """The records that are split and encoded."""
+        return self.cleaned or SourceRecords(self.recipe, self.base, self.encoder)
 
     def _usable(self, record: Record) -> bool:
         try:
@@ -222,10 +241,13 @@ class Job:
     def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
         """Write the stores into `directory`."""
         tokenizer = self._load(tokenizer_path)
-        survey = stream.take_survey(self.recipe, self.base, self.encoder)
+        survey = stream.take_survey(self.recipe, self.records, self.encoder)
         encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
         steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
-        return stream.write(self.recipe, self.base, directory, encoder, steps, workers=workers)
+        report = stream.write(self.recipe, self.records, directory, encoder, steps, workers=workers)
+        if self.cleaned is None:
+            return report
+        return replace(report, read=self.cleaned.read(), steps=[*self.cleaned.reports(), *report.steps])
 
     # --- fingerprints ------------------------------------------------------------------------------------------------
 
@@ -234,6 +256,7 @@ class Job:
             {
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
+                **self._cleaning(),
                 "tokenizer": [tokenizer_print, version("tokenizers")],
                 "rows": self._row_settings(tokenizer_path),
             }
@@ -245,9 +268,15 @@ class Job:
         parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
         libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
         parts |= {"tokenizer": tokenizer_print, "libraries": libraries}
+        if self._steps_print is not None:
+            parts["data.steps.files"] = fingerprint(self._steps_print)
         if self._augment is not None:
             parts["data.augment.files"] = self._augment_print
         return parts
+
+    def _cleaning(self) -> dict[str, Any]:
+        """What affects the records besides the contents of the sources."""
+        return {} if self._steps_print is None else {"steps": [CLEANING_VERSION, self._steps_print]}
 
     def _row_settings(self, tokenizer_path: Path) -> dict[str, Any]:
         """Everything besides contents and tokenizer that affects the rows."""
@@ -272,8 +301,9 @@ class Job:
         """See `input_fingerprint`."""
         path = self.recipe.tokenizer.path
         tokenizer = None if path is None else self._tokenizers.fingerprint_local(path, self.base)
-        old = [self._old_contents] if self._old_contents else []
-        return fingerprint([self._contents, self._augment_print, tokenizer, *old])
+        more: list[Any] = [self._old_contents] if self._old_contents else []
+        more += [self._cleaning()] if self._steps_print is not None else []
+        return fingerprint([self._contents, self._augment_print, tokenizer, *more])
 
     def _adds_bos(self, tokenizer_path: Path) -> bool:
         """Whether the tokenizer itself begins a text with BOS. One that is trained here does not."""
@@ -310,6 +340,7 @@ class Job:
                 "settings": self.recipe.tokenizer.train.model_dump(),
                 "special": [self.recipe.settings.special_tokens, self.recipe.settings.extra_special_tokens],
                 "train": self._contents["train"],
+                **self._cleaning(),
                 "share": validation if isinstance(validation, float) else None,
                 "folds": self._contents["folds"],
                 "texts": self.encoder.text_settings(self.recipe.settings, self._common),
@@ -345,6 +376,10 @@ class Job:
         template = self.encoder.tokenizer_template(settings, self.base, learned=section.train is not None)
         return (*section.add, *settings.added_tokens), template
 
+    def has_tokenizer(self, given: Path | None) -> bool:
+        """Whether the tokenizer need not be trained. given: see `provide_tokenizer`."""
+        return given is not None or self.has_trained(self.trained_fingerprint())
+
     def has_trained(self, name: str) -> bool:
         """Whether the cache has the tokenizer that was trained under this fingerprint."""
         return self._tokenizers.has(name)
@@ -365,7 +400,7 @@ class Job:
     def _train_tokenizer(self) -> Any:
         settings, rows = self.recipe.tokenizer.train, self.recipe.settings
         assert settings is not None
-        texts = stream.training_texts(self.recipe, self.base, self.encoder)
+        texts = stream.training_texts(self.recipe, self.records, self.encoder)
         what = f"training a tokenizer of {settings.vocab_size:,} tokens on the training texts"
         say(f"{what} ...")
         with progress(what, unit="bytes") as shown:

@@ -64,6 +64,16 @@ class SideReport:
     """Number of dropped one-token rows, which have nothing to predict."""
 
 
+class Sample(NamedTuple):
+    """An excerpt of a record that a step changed or dropped."""
+
+    where: str
+    before: str
+    after: str | None = None
+    """The same part after the change; of a dropped duplicate, the text that is kept; None: dropped for another
+    reason."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """The counts of a step between the sources and the encoder."""
@@ -71,6 +81,25 @@ class StepReport:
     name: str
     fingerprint: str
     notes: dict[str, Entry]
+    """Records that it changed, by kind of change."""
+    read: int = 0
+    """Records that it got. 0: not counted."""
+    dropped: dict[str, Entry] = field(default_factory=dict)
+    """Records that it dropped, by reason."""
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    """Examples: of changed records under "changed", of dropped ones under their reason."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The entry from JSON values, also from those of earlier versions."""
+        return cls(
+            values["name"],
+            values["fingerprint"],
+            _entries(values["notes"]),
+            values.get("read", 0),
+            _entries(values.get("dropped", {})),
+            {reason: [Sample(*s) for s in samples] for reason, samples in values.get("samples", {}).items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,7 @@ class Report:
             | {
                 "train": SideReport(**given["train"]),
                 "validation": None if validation is None else SideReport(**validation),
-                "steps": [StepReport(s["name"], s["fingerprint"], _entries(s["notes"])) for s in given["steps"]],
+                "steps": [StepReport.from_dict(step) for step in given["steps"]],
                 "bad_rows": BadRows(**given["bad_rows"]),
                 "dropped": _entries(given["dropped"]),
                 "notes": _entries(given["notes"]),

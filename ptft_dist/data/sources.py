@@ -55,8 +55,15 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
                 if column not in source.fields:
                     values.pop(column, None)
         yield Record(values, record.where)
-    for role, column in unseen.items():
-        raise DataError(f"fields: {{{role}: {column}}}: no row of this source has a column {column!r}. Correct it.")
+    if source.only_files is None:  # other files of the source may have the column
+        for role in unseen:
+            raise unseen_column(source, role)
+
+
+def unseen_column(source: Source, role: str) -> DataError:
+    """The error for a mapped column that no row has."""
+    column = source.fields[role]
+    return DataError(f"fields: {{{role}: {column}}}: no row of this source has a column {column!r}. Correct it.")
 
 
 def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:
@@ -134,6 +141,8 @@ def source_files(source: Source, base: Path) -> list[Path]:
         DataError: one line for each mistake.
     """
     assert source.path is not None
+    if source.only_files is not None:
+        return list(source.only_files)
     pattern = Path(source.path).expanduser()
     if (base / pattern).is_file():  # a file name may contain brackets without being a glob
         matches = [base / pattern]

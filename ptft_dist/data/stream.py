@@ -1,35 +1,31 @@
-"""The data stream: sources -> training/validation split -> steps -> encoder -> writers.
+"""The data stream: records -> training/validation split -> steps -> encoder -> writers.
 
-The split comes before the steps, so that an augmented copy of a row is on the same side as the row. Chunks of records
-are encoded in several threads or processes (workers.py) and written in reading order. So the bytes of the stores do not
-depend on the number of workers or the size of the chunks.
+The records are those of the sources, or what data.steps made of them (`cleaning/`). The split comes before the steps
+here, so that an augmented copy of a row is on the same side as the row. Chunks of records are encoded in several threads
+or processes (workers.py) and written in reading order. So the bytes of the stores do not depend on the number of workers
+or the size of the chunks.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.cache import HashMemo, writing
+from ptft_dist.data.chunks import SidedRecord, chunked
 from ptft_dist.data.encoder import Encoder, Example, Outcome, RowError, Side, Writer
 from ptft_dist.data.formats import Record
+from ptft_dist.data.records import Records
 from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
 from ptft_dist.reporting.messages import progress
-
-CHUNK_CHARACTERS = 2_000_000  # per call of the tokenizer, which needs about 100 bytes of memory per character
-_GIANT_CHARACTERS = 20_000_000
-
-SidedRecord = tuple[Side, Record]
 
 
 class Step(Protocol):
@@ -49,9 +45,9 @@ class Step(Protocol):
 # --- without a tokenizer ---------------------------------------------------------------------------------------------
 
 
-def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
+def training_records(recipe: Recipe, source: Records, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
     """The valid records of the training side, without the copies that steps add. `bad` counts invalid ones."""
-    for record in of_train(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key):
+    for record in of_train(recipe.data, source, encoder.key):
         try:
             encoder.check(recipe.settings, record)
         except RowError as problem:
@@ -60,20 +56,20 @@ def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: Ba
             yield record
 
 
-def training_texts(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Iterator[str]:
+def training_texts(recipe: Recipe, source: Records, encoder: type[Encoder]) -> Iterator[str]:
     """The texts of the training side, for training a tokenizer.
 
     Raises:
         DataError: see `Encoder.read`; or there are bad rows, and the recipe does not skip them.
     """
     bad = BadRows()
-    for record in training_records(recipe, base, encoder, bad):
+    for record in training_records(recipe, source, encoder, bad):
         for text in encoder.texts(recipe.settings, record):
             yield from learnable(text, record.where)
     stop_if_any(recipe, bad)
 
 
-def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str, Any]:
+def take_survey(recipe: Recipe, source: Records, encoder: type[Encoder]) -> dict[str, Any]:
     """Properties of the training records that the task needs before encoding, see `Encoder.survey_of`.
 
     Raises:
@@ -82,7 +78,7 @@ def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str,
     if not encoder.surveys:
         return {}
     bad = BadRows()
-    survey = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad), recipe.train.seed)
+    survey = encoder.survey_of(recipe.settings, training_records(recipe, source, encoder, bad), recipe.train.seed)
     stop_if_any(recipe, bad)
     return survey
 
@@ -104,7 +100,7 @@ def stop_if_any(recipe: Recipe, bad: BadRows) -> None:
 
 def write(
     recipe: Recipe,
-    base: Path,
+    records: Records,
     directory: Path,
     encoder: Encoder,
     steps: Sequence[tuple[Step, str]] = (),
@@ -125,8 +121,8 @@ def write(
     with writing(directory):
         stores = {side: _Store(encoder.writer(directory / side, side)) for side in sides}
     written = _Written(encoder, stores, directory)
-    read = _Counted(sided(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key))
-    chunks: Iterator[list[SidedRecord]] = _chunks(read, encoder.chunk_records)
+    read = _Counted(sided(recipe.data, records, encoder.key))
+    chunks: Iterator[list[SidedRecord]] = chunked(read, encoder.chunk_records)
     for step, _ in steps:
         chunks = map(step.apply, chunks)
     with progress("encoding", unit="bytes") as shown, closing(_encoded(chunks, encoder, workers)) as results:
@@ -167,29 +163,6 @@ class _Counted:
         for item in self._records:
             self.count += 1
             yield item
-
-
-def _chunks(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRecord]]:
-    """Group records into lists of at most `most` records and a few MB."""
-    chunk: list[SidedRecord] = []
-    size = 0
-    for side, record in records:
-        characters = sum(len(value) for value in record.values.values() if isinstance(value, str))
-        if characters > _GIANT_CHARACTERS:
-            logging.getLogger("ptft").warning(
-                "%s: this record has %d million characters; encoding it takes about %d GB of memory. Split it into "
-                "smaller ones (for .txt files: document: paragraph).",
-                record.where,
-                characters / 1e6,
-                characters * 150 / 1e9,
-            )
-        chunk.append((side, record))
-        size += characters
-        if size >= CHUNK_CHARACTERS or len(chunk) >= most:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 class _Encoded(NamedTuple):

@@ -6,18 +6,18 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.cache import cache_root, fingerprint
+from ptft_dist.data.chunks import CHUNK_CHARACTERS
 from ptft_dist.data.encoder import Encoder, RowError, Side
+from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import Job, check_fold
 from ptft_dist.data.sides import sided
 from ptft_dist.data.sources import check_sources
-from ptft_dist.data.stream import CHUNK_CHARACTERS
 from ptft_dist.data.tokenizer import first_megabytes, load_tokenizer, text_only_backend
 from ptft_dist.data.tokenizer_files import contents_of
 from ptft_dist.errors import PtftError, RecipeError
@@ -167,20 +167,20 @@ class TrainedTokenizer:
     def _texts(self, side: Side) -> Iterator[str]:
         """The texts of the valid records of a side."""
         settings, encoder = self._recipe.settings, self._encoder
-        data = self._recipe.data
-        if side == "validation" and isinstance(data.validation, list):
-            data = data.model_copy(update={"train": data.validation, "validation": None})
-            side = "train"
-        for own_side, record in sided(data, partial(encoder.read, settings, base=self._base), encoder.key):
-            if own_side != side:
-                if isinstance(data.validation, list):
-                    return  # separate validation sources come last
-                continue
+        for record in self._records(side):
             try:
                 encoder.check(settings, record)
             except RowError:
                 continue
             yield from encoder.texts(settings, record)
+
+    def _records(self, side: Side) -> Iterator[Record]:
+        data, records = self._recipe.data, self._job.records
+        if not isinstance(data.validation, list):
+            yield from (record for own, record in sided(data, records, self._encoder.key) if own == side)
+            return
+        for index in range(len(data.train if side == "train" else data.validation)):
+            yield from records.of(side, index)
 
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
