@@ -6,6 +6,7 @@ docs/cleaning.md names the paper behind each default.
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -161,6 +162,10 @@ class StepSection(Section):
     def _named(cls, value: Any) -> Any:
         """`unicode` and `{unicode: null}` mean the step with its default settings."""
         if isinstance(value, str):
+            if value not in cls.model_fields:
+                near = get_close_matches(value, cls.model_fields, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the steps are {', '.join(cls.model_fields)}"
+                raise ValueError(f"there is no step {value!r}; {hint}")
             value = {value: None}
         if isinstance(value, dict) and len(value) == 1:
             return {name: {} if settings is None else settings for name, settings in value.items()}

@@ -54,6 +54,8 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
                 values[role] = record.values[column]
                 if column not in source.fields:
                     values.pop(column, None)
+            elif column != role:
+                values.pop(role, None)  # another column of the same name does not take its place
         yield Record(values, record.where)
     if source.only_files is None:  # other files of the source may have the column
         for role in unseen:

@@ -1,4 +1,5 @@
-"""Records on disk: one JSON object per line, {"where": ..., "values": {...}}, compressed with Zstandard."""
+"""Records on disk: one JSON object per line, {"where": ..., "values": {...}}, compressed with Zstandard. The last
+line has their number, {"records": N}, so that a shortened file is noticed."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import zstandard
 from ptft_dist.data.formats import Record
 from ptft_dist.errors import DataError
 
+_END = "records"  # the key of the last line, whose value is the number of records
 _LEVEL = 3  # zstd's default: a third of the size at more than 200 MB/s
 
 
@@ -43,6 +45,7 @@ class RecordWriter:
 
     def close(self) -> None:
         """Complete the file."""
+        self._compressed.write(json.dumps({_END: self.count}).encode() + b"\n")
         self._compressed.close()
         self._raw.close()
 
@@ -55,9 +58,12 @@ def read_records(path: Path) -> Iterator[Record]:
     """
     try:
         with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            for line in io.BufferedReader(stream, 1 << 20):
+            for count, line in enumerate(io.BufferedReader(stream, 1 << 20)):
                 item: dict[str, Any] = json.loads(line.decode("utf-8", "surrogatepass"))
+                if item.get(_END) == count:
+                    return
                 yield Record(item["values"], item["where"])
+        raise ValueError("its end is missing")
     except (OSError, ValueError, KeyError, zstandard.ZstdError) as error:
         raise DataError(
             f"{path}: the cleaned records are damaged ({error}). Delete {path.parent} and start again."
