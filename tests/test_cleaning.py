@@ -318,7 +318,12 @@ def test_conversations_are_cleaned_inside(tmp_path: Path, tokenizer: Path) -> No
 
 
 def test_bad_rows_are_reported_with_their_place(tmp_path: Path, tokenizer: Path) -> None:
-    rows = [{"text": "a  b", "label": "y"}, {"text": "a", "label": "x"}, {"text": 5, "label": "x"}, {"text": "c", "label": None}]
+    rows = [
+        {"text": "a  b", "label": "y"},
+        {"text": "a", "label": "x"},
+        {"text": 5, "label": "x"},
+        {"text": "c", "label": None},
+    ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError) as caught:
         prepare(labelled(tokenizer, "classification", ["whitespace", "exact_dedup"]), tmp_path)
@@ -382,3 +387,33 @@ def test_wrong_settings(tmp_path: Path, steps: list[Any], message: str) -> None:
     with pytest.raises(RecipeError) as caught:
         load_recipe("clm", [f"data.steps={json.dumps(steps)}", f"run_dir={tmp_path}"])
     assert message in str(caught.value)
+
+
+# --- shards without steps --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_shards")
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("split", ["fraction", "files", "none"])
+def test_stores_of_shards_are_merged_to_the_store_of_all(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, packing: bool, split: str
+) -> None:
+    source = dirty(tmp_path)
+    validation: dict[str, Any] = {"none": None, "fraction": 0.1, "files": [{"path": "part-1.jsonl"}, *source]}
+    (tmp_path / "part-9.jsonl").write_text('{"text": "x"}\n{"text": " "}\n')  # a row of one token, and an empty one
+
+    def prepared(cache: str) -> Prepared:
+        own = {"train": source, "validation": validation[split], "cache_dir": cache}
+        return prepare(recipe(tokenizer, {"packing": packing}, **own), tmp_path)
+
+    one = prepared("one")
+    assert not list((tmp_path / "one" / "encoded").glob("*[!k]"))  # only locks remain
+    monkeypatch.setattr(shards, "SHARD_BYTES", 10**9)
+    other = prepared("other")
+    assert one.fingerprint == other.fingerprint
+    assert one.report.to_dict() | {"seconds": 0} == other.report.to_dict() | {"seconds": 0}
+    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one" / "stores").rglob("*.*"))
+    for file in files:
+        if file.name not in ("report.json",) and file.suffix != ".lock":
+            assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    assert sum(file.name == "tokens.bin" for file in files) == (1 if split == "none" else 2)

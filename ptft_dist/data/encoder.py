@@ -111,6 +111,13 @@ class Writer(Protocol):
         """
 
 
+class MergingWriter(Writer, Protocol):
+    """The writer of an encoder that is `mergeable`."""
+
+    def extend(self, part: Path) -> None:
+        """Append all examples of a completed store. Raises DataError if it is damaged."""
+
+
 class Encoder:
     """Base class: converts a task's records to examples."""
 
@@ -131,6 +138,8 @@ class Encoder:
     """The meta of training examples is stored too."""
     numbered: ClassVar[str | None] = None
     """The key of `Example.meta` for the number of the record, counted from 1 over all records with examples."""
+    mergeable: ClassVar[bool] = False
+    """The stores of several shards can be appended to each other, because no record depends on earlier ones."""
     answer_roles: ClassVar[tuple[str, ...]] = ()
     """The columns with the answers, which rows to predict do not have."""
     store: ClassVar[type[Any]]
@@ -265,6 +274,7 @@ __all__ = [
     "EncoderContext",
     "Example",
     "LeftOut",
+    "MergingWriter",
     "Outcome",
     "RowError",
     "Side",

@@ -7,6 +7,7 @@ that share the cache, reuse it:
     <cache>/stores/<fingerprint>/train/       a token or example store; validation/ beside it, if the recipe has one
     <cache>/stores/<fingerprint>/report.json  what was read, dropped and written
     <cache>/cleaned/<fingerprint>/            records after data.steps, see cleaning/pipeline.py
+    <cache>/encoded/<fingerprint>/            the store of one shard, until all are merged, see parts.py
     <cache>/hashes.json                       the hashes of source files
 """
 
@@ -16,16 +17,17 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.data import stream
+from ptft_dist.data import parts, stream
 from ptft_dist.data.augment import Augmentations
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
 from ptft_dist.data.cleaning.pipeline import CLEANING_VERSION, CleanedRecords
@@ -33,6 +35,7 @@ from ptft_dist.data.encoder import Encoder, EncoderContext, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.records import Records, SourceRecords
 from ptft_dist.data.report import Report, describe
+from ptft_dist.data.sides import side_of, sided
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import adds_bos, load_tokenizer, train_tokenizer
@@ -113,16 +116,19 @@ def prepare(
     directory = cache / "stores" / store_print
 
     def build(unfinished: Path) -> None:
-        report = job.write_stores(unfinished, tokenizer_path, workers)
+        report = job.write_stores(unfinished, store_print, tokenizer_path, workers)
         job.check_unchanged()
         versions = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
         report = replace(report, seconds=round(time.monotonic() - started, 3), versions=versions)
         with writing(directory):
             (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
-    if job.cleaned is not None and not directory.exists():
-        job.cleaned.build(workers)
+    if not directory.exists():
+        if job.cleaned is not None:
+            job.cleaned.build(workers)
+        job.encode_parts(store_print, tokenizer_path, workers)
     from_cache = build_once(directory, build)
+    job.remove_parts(store_print)
     try:
         prepared = Prepared(
             tokenizer_path=tokenizer_path,
@@ -226,7 +232,7 @@ class Job:
         self._augment = Augmentations(recipe, base, self._usable) if recipe.data.augment else None
         self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
 
-    @property
+    @cached_property
     def records(self) -> Records:
         """The records that are split and encoded."""
         return self.cleaned or SourceRecords(self.recipe, self.base, self.encoder)
@@ -238,16 +244,55 @@ class Job:
             return False
         return True
 
-    def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
-        """Write the stores into `directory`."""
-        tokenizer = self._load(tokenizer_path)
-        survey = stream.take_survey(self.recipe, self.records, self.encoder)
-        encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
-        steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
-        report = stream.write(self.recipe, self.records, directory, encoder, steps, workers=workers)
-        if self.cleaned is None:
-            return report
-        return replace(report, read=self.cleaned.read(), steps=[*self.cleaned.reports(), *report.steps])
+    def encode_parts(self, name: str, tokenizer_path: Path, workers: int | None) -> None:
+        """Encode each shard on its own, if there are several and the task allows it. Several processes share the work.
+
+        name: the fingerprint of the stores.
+        """
+        if self._in_parts:
+            parts.build(self._parts(name), self.cache / "stores" / name, self._encode_part(tokenizer_path, workers))
+
+    def write_stores(self, directory: Path, name: str, tokenizer_path: Path, workers: int | None) -> Report:
+        """Write the stores into `directory`. name: their fingerprint."""
+        if self._in_parts:
+            report = parts.merge(self.recipe, self._parts(name), directory, self._new_encoder(tokenizer_path, {}))
+        else:
+            survey = stream.take_survey(self.recipe, self.records, self.encoder)
+            steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
+            records = sided(self.recipe.data, self.records, self.encoder.key)
+            encoder = self._new_encoder(tokenizer_path, survey)
+            report = stream.write(self.recipe, records, directory, encoder, steps, workers=workers)
+        if self.cleaned is not None:
+            report = replace(report, read=self.cleaned.read(), steps=[*self.cleaned.reports(), *report.steps])
+        stream.check_sides(self.recipe, report)
+        return report
+
+    def remove_parts(self, name: str) -> None:
+        """Remove the encoded shards, when the stores exist."""
+        if self._in_parts:
+            for part in self._parts(name):
+                shutil.rmtree(part, ignore_errors=True)
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        return self.encoder.mergeable and len(self.records.shards) > 1
+
+    def _parts(self, name: str) -> list[Path]:
+        """The directories of the encoded shards."""
+        count = len(self.records.shards)
+        return [self.cache / "encoded" / fingerprint([name, number, count]) for number in range(count)]
+
+    def _encode_part(self, tokenizer_path: Path, workers: int | None) -> Callable[[int, Path], Report]:
+        def encode(number: int, directory: Path) -> Report:
+            shard, records = self.records.shards[number], self.records.of_shard(number)
+            key, data = self.encoder.key, self.recipe.data
+            pairs = ((shard.side if shard.side == "validation" else side_of(data, key(r)), r) for r in records)
+            return stream.write(self.recipe, pairs, directory, self._new_encoder(tokenizer_path, {}), workers=workers)
+
+        return encode
+
+    def _new_encoder(self, tokenizer_path: Path, survey: Mapping[str, Any]) -> Encoder:
+        return self.encoder(EncoderContext.of(self.recipe, self._load(tokenizer_path), survey))
 
     # --- fingerprints ------------------------------------------------------------------------------------------------
 

@@ -49,6 +49,10 @@ class BadRows:
         if len(self.first) < _SHOWN_BAD_ROWS:
             self.first.append(f"{where}: {reason}")
 
+    def merge(self, other: BadRows) -> None:
+        self.count += other.count
+        self.first = [*self.first, *other.first][:_SHOWN_BAD_ROWS]
+
 
 @dataclass(frozen=True)
 class SideReport:
@@ -131,6 +135,11 @@ class Report:
     seconds: float = 0.0
     versions: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def sides(self) -> dict[str, SideReport]:
+        """The stores by their names."""
+        return {"train": self.train} | ({"validation": self.validation} if self.validation else {})
+
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
         return asdict(self)
@@ -190,7 +199,7 @@ def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(report: Report, *, from_cache: bool = False) -> str:
     """The report as a few lines of text."""
-    sides = {"train": report.train} | ({"validation": report.validation} if report.validation else {})
+    sides = report.sides
     unit = "documents" if report.reads == "document" else "examples"
     lines = [
         (name, f"{side.examples:,} {unit}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")

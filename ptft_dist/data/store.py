@@ -12,6 +12,7 @@ packing, each document is split into rows of its own. One-token rows are dropped
 from __future__ import annotations
 
 import json
+import shutil
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -180,6 +181,24 @@ class StoreWriter:
         self._tokens.write(block.astype(self._dtype).data)
         self._waiting, self._waiting_tokens = [], 0
 
+    def extend(self, part: Path) -> None:
+        """Append all documents of a completed store with the same settings.
+
+        Raises:
+            DataError: the store is damaged.
+            OSError: an error of reading or writing.
+        """
+        store = TokenStore.open(part)
+        assert (store.max_length, store.packing, store.dtype) == (self._max_length, self._packing, self._dtype)
+        self._write_block()
+        with (part / TOKENS).open("rb") as tokens:
+            shutil.copyfileobj(tokens, self._tokens, 1 << 24)
+        self._documents.extend(np.load(part / DOCUMENTS, mmap_mode="r")[:-1], self._total)
+        if self._rows is not None:
+            self._rows.extend(np.load(part / ROWS, mmap_mode="r"), self._total)
+            self._dropped += store.dropped_tokens
+        self._total += store.tokens + store.dropped_tokens
+
     def close(self) -> dict[str, Any]:
         """Complete the files and return the contents of store.json: counts and settings.
 
@@ -222,10 +241,12 @@ class TokenStore(MappedStore):
         self.packing: bool = summary["packing"]
         self.tokens: int = summary["tokens"]  # of all rows, without dropped tokens
         self.documents: int = summary["documents"]
+        self.dropped_tokens: int = summary["dropped_tokens"]
+        self.dtype = np.dtype(summary["dtype"])
         self._count: int = summary["rows"]
-        self._total = self.tokens + summary["dropped_tokens"]
+        self._total = self.tokens + self.dropped_tokens
         # Plain arrays over the memory maps, because slicing an np.memmap takes a few microseconds longer.
-        self._tokens = np.asarray(np.memmap(path / TOKENS, dtype=summary["dtype"], mode="r"))
+        self._tokens = np.asarray(np.memmap(path / TOKENS, dtype=self.dtype, mode="r")) if self._total else np.empty(0)
         self._documents = np.asarray(np.load(path / DOCUMENTS, mmap_mode="r"))
         self._rows = None if self.packing else np.asarray(np.load(path / ROWS, mmap_mode="r"))
 
@@ -277,6 +298,13 @@ class Int64Stream:
         self.count += 1
         if len(self._waiting) >= _BLOCK:
             self._write_block()
+
+    def extend(self, values: np.ndarray, added: int) -> None:
+        """Append an array [N] or [N, columns], with `added` added to each number."""
+        self._write_block()
+        for start in range(0, len(values), _BLOCK):
+            self._file.write((values[start : start + _BLOCK] + added).astype("<i8").data)
+        self.count += len(values)
 
     def close(self) -> None:
         self._write_block()

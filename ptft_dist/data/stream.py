@@ -1,14 +1,14 @@
 """The data stream: records -> training/validation split -> steps -> encoder -> writers.
 
 The records are those of the sources, or what data.steps made of them (`cleaning/`). The split comes before the steps
-here, so that an augmented copy of a row is on the same side as the row. Chunks of records are encoded in several threads
-or processes (workers.py) and written in reading order. So the bytes of the stores do not depend on the number of workers
-or the size of the chunks.
+here, so that an augmented copy of a row is on the same side as the row. Chunks of records are encoded in several
+threads or processes (workers.py) and written in reading order. So the bytes of the stores do not depend on the number
+of workers or the size of the chunks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from ptft_dist.data.encoder import Encoder, Example, Outcome, RowError, Side, Wr
 from ptft_dist.data.formats import Record
 from ptft_dist.data.records import Records
 from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
-from ptft_dist.data.sides import of_train, sided
+from ptft_dist.data.sides import of_train
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
@@ -100,28 +100,28 @@ def stop_if_any(recipe: Recipe, bad: BadRows) -> None:
 
 def write(
     recipe: Recipe,
-    records: Records,
+    records: Iterable[SidedRecord],
     directory: Path,
     encoder: Encoder,
     steps: Sequence[tuple[Step, str]] = (),
     *,
     workers: int | None = None,
 ) -> Report:
-    """Encode all records into the stores `directory`/train and, with validation data, `directory`/validation.
+    """Encode records into the stores `directory`/train and, with validation data, `directory`/validation.
 
     Args:
         steps: the steps with their fingerprints (for the report).
         workers: number of encoding processes; None: see `worker_count`.
 
     Raises:
-        DataError: see `Encoder.read`; or there are bad rows and the recipe does not skip them; or a side has no row.
+        DataError: see `Encoder.read`; or there are bad rows and the recipe does not skip them.
         PtftError: the cache cannot be written.
     """
     sides: tuple[Side, ...] = ("train", "validation") if recipe.validated else ("train",)
     with writing(directory):
         stores = {side: _Store(encoder.writer(directory / side, side)) for side in sides}
     written = _Written(encoder, stores, directory)
-    read = _Counted(sided(recipe.data, records, encoder.key))
+    read = _Counted(records)
     chunks: Iterator[list[SidedRecord]] = chunked(read, encoder.chunk_records)
     for step, _ in steps:
         chunks = map(step.apply, chunks)
@@ -132,9 +132,6 @@ def write(
             encoder.survey |= encoded.discovered
     stop_if_any(recipe, written.bad)
     reports = written.close()
-    losses = [f"{written.bad.count} bad"] * bool(written.bad.count)
-    losses += [f"{count} {reason}" for reason, (count, _) in written.dropped.entries.items()]
-    _check_sides(recipe, f"{read.count} {encoder.reads}s were read" + "".join(f"; {each}" for each in losses), reports)
     return Report(
         reads=encoder.reads,
         read=read.count,
@@ -156,7 +153,7 @@ def write(
 class _Counted:
     """Counts the items of a stream while it is read."""
 
-    def __init__(self, records: Iterator[SidedRecord]) -> None:
+    def __init__(self, records: Iterable[SidedRecord]) -> None:
         self._records, self.count = records, 0
 
     def __iter__(self) -> Iterator[SidedRecord]:
@@ -259,23 +256,29 @@ class _Written:
             closed = {side: store.writer.close() for side, store in self._stores.items()}
         for store in self._stores.values():
             self.notes.merge(store.writer.notes)
-        return {
-            side: SideReport(
-                examples=summary["documents"] if "documents" in summary else summary["examples"],
-                rows=summary["rows"],
-                tokens=summary["tokens"],
-                text_bytes=self._stores[side].text_bytes,
-                dropped_tokens=summary.get("dropped_tokens", 0),
-            )
-            for side, summary in closed.items()
-        }
+        return {side: side_report(summary, self._stores[side].text_bytes) for side, summary in closed.items()}
 
 
-def _check_sides(recipe: Recipe, read: str, sides: dict[Side, SideReport]) -> None:
-    """Raises DataError if a side has no rows. read: how many records were read and dropped, for the message."""
-    empty = [name for name, side in sides.items() if not side.rows]
+def side_report(summary: Mapping[str, Any], text_bytes: int) -> SideReport:
+    """The report of a store. summary: the contents of its store.json."""
+    return SideReport(
+        examples=summary["documents"] if "documents" in summary else summary["examples"],
+        rows=summary["rows"],
+        tokens=summary["tokens"],
+        text_bytes=text_bytes,
+        dropped_tokens=summary.get("dropped_tokens", 0),
+    )
+
+
+def check_sides(recipe: Recipe, report: Report) -> None:
+    """Raises DataError if a side has no rows."""
+    empty = [name for name, side in report.sides.items() if not side.rows]
     if not empty:
         return
+    losses = [f"{report.bad_rows.count} bad"] * bool(report.bad_rows.count)
+    losses += [f"{times} {reason}" for step in report.steps for reason, (times, _) in step.dropped.items()]
+    losses += [f"{times} {reason}" for reason, (times, _) in report.dropped.items()]
+    read = f"{report.read} {report.reads}s were read" + "".join(f"; {each}" for each in losses)
     if recipe.data.folds is not None:
         remedy = (
             f"Folds (data.folds: {recipe.data.folds}) are chosen by a hash of whole rows. Use fewer folds or more data."

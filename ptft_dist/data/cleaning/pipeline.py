@@ -110,10 +110,14 @@ class CleanedRecords:
 
     def of(self, side: Side, index: int) -> Iterator[Record]:
         """See `Records`."""
-        self.build()
-        for shard, directory in zip(self.shards, self._outputs[-1].directories, strict=True):
+        for number, shard in enumerate(self.shards):
             if (shard.side, shard.index) == (side, index):
-                yield from read_records(directory / RECORDS)
+                yield from self.of_shard(number)
+
+    def of_shard(self, number: int) -> Iterator[Record]:
+        """See `Records`."""
+        self.build()
+        return read_records(self._outputs[-1].directories[number] / RECORDS)
 
     # --- the report --------------------------------------------------------------------------------------------------
 
