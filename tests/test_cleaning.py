@@ -16,6 +16,7 @@ import pytest
 from prepare_support import all_ids, prepare, recipe, save_tokenizer
 from support import ROOT
 
+from ptft_dist.api import load_recipe
 from ptft_dist.config.cleaning import ExactDedupStep, NearDedupStep
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data import shards
@@ -23,7 +24,7 @@ from ptft_dist.data.cleaning.exact_dedup import ExactDedup
 from ptft_dist.data.cleaning.near_dedup import NearDedup, rows_per_band
 from ptft_dist.data.cleaning.words import words
 from ptft_dist.data.prepare import Prepared, records_of
-from ptft_dist.errors import DataError
+from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.registry import encoder_class, recipe_class
 
 WORDS = [f"{a}{b}{c}" for a in "bcdfgklm" for b in "aeiou" for c in "nrstl"]
@@ -45,7 +46,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 2000)
+    monkeypatch.setenv(shards.SHARD_VARIABLE, "0.002")
 
 
 def clm(tokenizer: Path, steps: list[Any], **data: Any) -> Recipe:
@@ -209,7 +210,7 @@ def test_shards_and_workers_do_not_matter(tmp_path: Path, tokenizer: Path, monke
     assert len(shards.shards_of(given, tmp_path)) >= 3
     one = prepare(given, tmp_path, workers=1)
     three = prepare(clm(tokenizer, STEPS, train=given_sources(given), cache_dir="three"), tmp_path, workers=3)
-    monkeypatch.setattr(shards, "SHARD_BYTES", 10**9)
+    monkeypatch.delenv(shards.SHARD_VARIABLE)
     whole = prepare(clm(tokenizer, STEPS, train=given_sources(given), cache_dir="whole"), tmp_path, workers=1)
     assert outcome(one) == outcome(three) == outcome(whole)
     assert one.fingerprint == three.fingerprint == whole.fingerprint
@@ -224,11 +225,9 @@ PROCESS = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from ptft_dist.data import shards
 from ptft_dist.data.cleaning import stage
 from test_cleaning import STEPS, clm
 from prepare_support import prepare
-shards.SHARD_BYTES = 2000
 run, left = stage.Stage.run, {passes}
 def stopped(self, *arguments):
     global left
@@ -245,7 +244,8 @@ prepare(clm(Path({tokenizer!r}), STEPS, train=[{{"path": "part-*.jsonl"}}]), bas
 def start(base: Path, tokenizer: Path, passes: int) -> subprocess.Popen[bytes]:
     """A process that prepares the data, and is killed after this many shards."""
     code = PROCESS.format(tests=str(ROOT / "tests"), base=str(base), tokenizer=str(tokenizer), passes=passes)
-    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    own = {"OMP_NUM_THREADS": "1", shards.SHARD_VARIABLE: "0.002"}
+    return subprocess.Popen([sys.executable, "-c", code], env=os.environ | own)
 
 
 def test_killed_and_shared_work_ends_in_the_same_records(tmp_path: Path, tokenizer: Path) -> None:
@@ -261,6 +261,13 @@ def test_killed_and_shared_work_ends_in_the_same_records(tmp_path: Path, tokeniz
     assert again.from_cache
     assert all_ids(again.train) == all_ids(expected.train)
     assert not list((tmp_path / "cache" / "cleaned").glob("*.building-*"))
+
+
+@pytest.mark.parametrize("given", ["0", "many", "-3", "inf", "nan"])
+def test_a_wrong_size_of_shards(tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.setenv(shards.SHARD_VARIABLE, given)
+    with pytest.raises(RecipeError, match=f"PTFT_SHARD_MB: '{given}'"):
+        prepare(clm(tokenizer, [], train=dirty(tmp_path)), tmp_path)
 
 
 def test_a_new_step_begins_where_the_others_end(
@@ -381,9 +388,6 @@ def test_damaged_records_are_named(tmp_path: Path, tokenizer: Path) -> None:
     ],
 )
 def test_wrong_settings(tmp_path: Path, steps: list[Any], message: str) -> None:
-    from ptft_dist.api import load_recipe
-    from ptft_dist.errors import RecipeError
-
     with pytest.raises(RecipeError) as caught:
         load_recipe("clm", [f"data.steps={json.dumps(steps)}", f"run_dir={tmp_path}"])
     assert message in str(caught.value)
@@ -408,7 +412,7 @@ def test_stores_of_shards_are_merged_to_the_store_of_all(
 
     one = prepared("one")
     assert not list((tmp_path / "one" / "encoded").glob("*[!k]"))  # only locks remain
-    monkeypatch.setattr(shards, "SHARD_BYTES", 10**9)
+    monkeypatch.delenv(shards.SHARD_VARIABLE)
     other = prepared("other")
     assert one.fingerprint == other.fingerprint
     assert one.report.to_dict() | {"seconds": 0} == other.report.to_dict() | {"seconds": 0}

@@ -5,6 +5,7 @@ Shards depend on the sources alone, so that the result does not depend on the nu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,28 @@ from pathlib import Path
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.encoder import Side
 from ptft_dist.data.sources import source_files
+from ptft_dist.errors import RecipeError
 
-SHARD_BYTES = 128_000_000
-"""Consecutive files of a source form a shard until they have this size. A larger file is a shard of its own."""
+SHARD_VARIABLE = "PTFT_SHARD_MB"
+_SHARD_MB = 128.0
+
+
+def shard_bytes() -> float:
+    """Consecutive files of a source form a shard until they have this size. A larger file is a shard of its own.
+
+    128 MB, or the environment variable PTFT_SHARD_MB. The prepared data do not depend on it.
+
+    Raises:
+        RecipeError: the variable is not a positive number.
+    """
+    given = os.environ.get(SHARD_VARIABLE)
+    try:
+        size = _SHARD_MB if given is None else float(given)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < float("inf"):
+        raise RecipeError(f"{SHARD_VARIABLE}: {given!r} is not a size in MB. Set it to a positive number.")
+    return size * 1e6
 
 
 @dataclass(frozen=True)
@@ -64,11 +84,11 @@ def _parts(source: Source, base: Path) -> list[Source]:
 
 
 def _groups(files: list[Path]) -> Iterator[list[Path]]:
+    most, size = shard_bytes(), 0
     group: list[Path] = []
-    size = 0
     for file in files:
         size += file.stat().st_size
-        if group and size > SHARD_BYTES:
+        if group and size > most:
             yield group
             group, size = [], file.stat().st_size
         group.append(file)
