@@ -63,7 +63,9 @@ def _load(name: str, base: Path) -> tuple[Callable[[str], Any], Path | None]:
     try:
         inspect.signature(function).bind("text")
     except TypeError as error:
-        raise _refused(name, f"it cannot be called with one text ({error}). It must take one positional argument.") from None
+        raise _refused(
+            name, f"it cannot be called with one text ({error}). It must take one positional argument."
+        ) from None
     except ValueError:  # a function of a compiled module may have no signature
         pass
     file = getattr(module, "__file__", None)
