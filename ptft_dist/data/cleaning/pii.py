@@ -29,9 +29,7 @@ _CHINESE_ID = re.compile(
     r"(?<![0-9A-Za-z])[1-8]\d{5}(?:18|19|20)\d{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}[\dXx](?![0-9A-Za-z])",
     re.ASCII,
 )
-_PROVINCES = frozenset(
-    "11 12 13 14 15 21 22 23 31 32 33 34 35 36 37 41 42 43 44 45 46 50 51 52 53 54 61 62 63 64 65 71 81 82 83".split()
-)
+_PROVINCES = re.compile("1[1-5]|2[1-3]|3[1-7]|4[1-6]|5[0-4]|6[1-5]|71|8[1-3]")
 _ID_WEIGHTS = [2**i % 11 for i in range(17, 0, -1)]
 
 _CHINESE_MOBILE = re.compile(
@@ -63,13 +61,16 @@ class Pii:
 
     def __init__(self, settings: PiiStep) -> None:
         self._kinds = [(kind.upper(), MASKS[kind]) for kind in MASKS if kind in settings.kinds]
+        self._hints = {mask.hint for _, masks in self._kinds for mask in masks}
 
     def __call__(self, text: str) -> Cleaned:
         notes = []
+        hints = {hint for hint in self._hints if hint.search(text)}
         for name, masks in self._kinds:
             before = text
             for mask in masks:
-                text = mask.replaced(text, f"<{name}>")
+                if mask.hint in hints:
+                    text = mask.replaced(text, f"<{name}>")
             if text != before:
                 notes.append(f"masked {name}")
         return Cleaned(text, notes=tuple(notes))
@@ -102,7 +103,7 @@ def _is_chinese_id(match: re.Match[str]) -> bool:
     except ValueError:
         return False
     total = sum(weight * int(digit) for weight, digit in zip(_ID_WEIGHTS, number, strict=False))
-    return number[:2] in _PROVINCES and "10X98765432"[total % 11] == number[17].upper()
+    return _PROVINCES.match(number) is not None and "10X98765432"[total % 11] == number[17].upper()
 
 
 def _is_phone(region: str | None) -> Callable[[re.Match[str]], bool]:
@@ -125,27 +126,22 @@ class Mask(NamedTuple):
 
     def replaced(self, text: str, by: str) -> str:
         """The text with each valid match replaced."""
-        if not self.hint.search(text):
-            return text
         return self.pattern.sub(lambda match: by if self.is_valid(match) else match[0], text)
 
 
-def _hint(pattern: str) -> re.Pattern[str]:
-    return re.compile(pattern, re.ASCII)
-
-
+_SEVEN_DIGITS = re.compile(r"\d(?:[-. ()（）]{0,3}\d){6}", re.ASCII)
 MASKS = {
-    "email": [Mask(_hint("@"), _EMAIL, _is_email)],
-    "chinese_id": [Mask(_hint(r"\d{17}[\dXx]"), _CHINESE_ID, _is_chinese_id)],
-    "chinese_mobile": [Mask(_hint(r"1[3-9]\d[- ]?\d{4}[- ]?\d{4}"), _CHINESE_MOBILE, lambda _match: True)],
+    "email": [Mask(re.compile("@"), _EMAIL, _is_email)],
+    "chinese_id": [Mask(_SEVEN_DIGITS, _CHINESE_ID, _is_chinese_id)],
+    "chinese_mobile": [Mask(_SEVEN_DIGITS, _CHINESE_MOBILE, lambda _match: True)],
     "ip": [
-        Mask(_hint(r"\d\.\d{1,3}\.\d{1,3}\.\d"), _IPV4, _is_public_ipv4),
-        Mask(_hint(r"[23][0-9A-Fa-f]{3}:"), _IPV6, _is_public_ipv6),
+        Mask(re.compile(r"\d\.\d{1,3}\.\d{1,3}\.\d", re.ASCII), _IPV4, _is_public_ipv4),
+        Mask(re.compile(r"[23][0-9A-Fa-f]{3}:"), _IPV6, _is_public_ipv6),
     ],
     "phone": [
-        Mask(_hint(r"\+[1-9]"), _INTERNATIONAL, _is_phone(None)),
-        Mask(_hint(r"\d{3}[-. ]\d{4}"), _NORTH_AMERICAN, _is_phone("US")),
-        Mask(_hint(r"0\d{2,3}[)）]?[- ]?\d{7}"), _CHINESE_LANDLINE, _is_phone("CN")),
+        Mask(_SEVEN_DIGITS, _INTERNATIONAL, _is_phone(None)),
+        Mask(_SEVEN_DIGITS, _NORTH_AMERICAN, _is_phone("US")),
+        Mask(_SEVEN_DIGITS, _CHINESE_LANDLINE, _is_phone("CN")),
     ],
 }
 """What is searched for, in this order."""

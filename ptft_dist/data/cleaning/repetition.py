@@ -43,7 +43,8 @@ def _reasons(text: str) -> Iterator[str]:
         if of_characters > most_characters:
             yield f"more than {most_characters:.0%} of characters in repeated {name}"
     sizes = {n: n if is_segmented(text) else n * 3 // 2 for n in (*TOP_NGRAM, *REPEATED_NGRAMS)}
-    fractions = ngram_fractions(words(text), [sizes[n] for n in TOP_NGRAM], [sizes[n] for n in REPEATED_NGRAMS])
+    least = min(REPEATED_NGRAMS.values())
+    fractions = ngram_fractions(words(text), [sizes[n] for n in TOP_NGRAM], [sizes[n] for n in REPEATED_NGRAMS], least)
     for n, fraction in zip(sizes, fractions, strict=False):
         if n in TOP_NGRAM and fraction > TOP_NGRAM[n]:
             yield f"more than {TOP_NGRAM[n]:.0%} of characters in the most frequent {n}-gram"
@@ -51,10 +52,12 @@ def _reasons(text: str) -> Iterator[str]:
             yield f"more than {REPEATED_NGRAMS[n]:.0%} of characters in repeated {n}-grams"
 
 
-def ngram_fractions(parts: Sequence[str], top: Sequence[int], covered: Sequence[int]) -> Iterator[float]:
+def ngram_fractions(
+    parts: Sequence[str], top: Sequence[int], covered: Sequence[int], least: float = 0.0
+) -> Iterator[float]:
     """For each n of `top`, the fraction of the words' characters in the most frequent n-gram (0 if none is repeated;
     the longest of equally frequent ones). Then for each n of `covered`, the fraction in n-grams that occurred before,
-    without counting a character twice. All n ascend, from 2 on. Ends early where the rest is 0.
+    without counting a character twice. All n ascend, from 2 on. Ends early where the rest is at most `least`.
 
     Only n-grams made of two repeated (n-1)-grams can be repeated, so that few are left for larger n.
     """
@@ -79,17 +82,25 @@ def ngram_fractions(parts: Sequence[str], top: Sequence[int], covered: Sequence[
             most = counts.max()
             starts = at[firsts[counts == most]]
             yield float(most * (ends[starts + n] - ends[starts]).max() / ends[-1])
-        elif n in covered:
-            again = at[firsts[ids] != np.arange(len(ids))]
-            inside = np.zeros(len(parts) + 1, np.int64)
-            inside[again] += 1
-            inside[again + n] -= 1
-            yield float(lengths[np.cumsum(inside[:-1]) > 0].sum() / ends[-1])
+        if n >= top[-1]:
+            fraction = _covered(at[firsts[ids] != np.arange(len(ids))], n, lengths) / ends[-1]
+            if fraction <= least:
+                return  # longer n-grams cover less
+            if n in covered:
+                yield float(fraction)
         at, ids, size = at[repeated], ids[repeated], len(counts)
 
 
+def _covered(starts: np.ndarray, n: int, lengths: np.ndarray) -> int:
+    """The number of characters in the n words from any of these starts on."""
+    inside = np.zeros(len(lengths) + 1, np.int64)
+    inside[starts] += 1
+    inside[starts + n] -= 1
+    return lengths[np.cumsum(inside[:-1]) > 0].sum()
+
+
 def _numbered(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """A number for each key, equal for equal keys, below their number; for each number, the key's count and first index."""
+    """A number from 0 on for each key, equal for equal keys; for each number, the key's count and its first index."""
     order = np.argsort(keys)
     ordered = keys[order]
     starts = np.flatnonzero(np.concatenate(([True], ordered[1:] != ordered[:-1]))[: len(keys)])
