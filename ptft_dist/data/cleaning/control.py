@@ -30,6 +30,12 @@ _INVISIBLE = re.compile(
     f"|(?<![{_JOINED}])(?<![{_EMOJI}\ufe0f\u20e3](?=\u200d[{_EMOJI}]))\u200d"  # zero-width joiner
 )
 
+_SUSPECT = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ue000-\uf8ff"
+    "\ufdd0-\ufdef\ufeff\ufff9-\ufffb\ufffe\uffff\U0001f3f4\U000e0000-\U0010ffff]"
+)
+"""One of these is in every match of the patterns above; most texts have none."""
+
 
 class Control:
     """Removes control and invisible characters and ANSI escapes (ECMA-48), except tabs and line ends.
@@ -42,6 +48,8 @@ class Control:
     edits: ClassVar[bool] = True
 
     def __call__(self, text: str) -> Cleaned:
+        if not _SUSPECT.search(text):
+            return Cleaned(text)
         if "\x1b" in text:
             text = _ESCAPE.sub("", text)
         return Cleaned(_INVISIBLE.sub(r"\1", _BREAK.sub("\n", text)))

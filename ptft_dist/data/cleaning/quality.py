@@ -19,7 +19,6 @@ from ptft_dist.data.cleaning.text_step import Cleaned
 from ptft_dist.data.cleaning.words import is_segmented, words
 
 _ELLIPSIS = re.compile(r"\.{3,}|…+")
-_WITHOUT_LETTER = re.compile(r"(?<!\S)(?:[\d_]|[^\w\s])++(?!\S)")
 _LETTER = re.compile(r"[^\W\d_]")
 _BULLETS = tuple("-*+•‣◦⁃▪▫■□●○◆◇➢➤►▶·・–—")
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
@@ -97,7 +96,7 @@ def gopher(text: _Text) -> Iterator[str]:
         yield "mean word length not between 3 and 10"
     if text.text.count("#") > 0.1 * count:
         yield "more than 0.1 hash signs per word"
-    if len(_ELLIPSIS.findall(text.text)) > 0.1 * count:
+    if _ellipses(text.text) > 0.1 * count:
         yield "more than 0.1 ellipses per word"
     if text.fraction_of_lines(sum(line.startswith(_BULLETS) for line in text.lines)) > 0.9:
         yield "more than 90% of lines begin with a bullet"
@@ -105,18 +104,25 @@ def gopher(text: _Text) -> Iterator[str]:
         yield "more than 30% of lines end with an ellipsis"
     if _fraction_with_letters(text) < 0.8:
         yield "fewer than 80% of words have a letter"
-    if text.segmented and len(STOP_WORDS.intersection(text.text.casefold().split())) < 2:
-        # A text in another language is no worse for having no English stop words.
-        if len(STOP_WORDS.intersection(map(str.casefold, text.words))) < 2 and language_of(text.text)[0] == "en":
-            yield "fewer than 2 English stop words"
+    if text.segmented and not _has_stop_words(text.words) and language_of(text.text)[0] == "en":
+        yield "fewer than 2 English stop words"  # a text in another language is no worse without them
+
+
+def _has_stop_words(words_of_text: Sequence[str]) -> bool:
+    return (
+        len(STOP_WORDS.intersection(words_of_text)) >= 2  # most texts; the next line takes longer
+        or len(STOP_WORDS.intersection(map(str.casefold, words_of_text))) >= 2
+    )
 
 
 def _fraction_with_letters(text: _Text) -> float:
     """Words are separated by spaces here, so that symbols count, or are those of `words` in scripts without spaces."""
-    if not text.segmented:
-        return len([word for word in text.words if _LETTER.match(word)]) / len(text.words)
-    count = len(text.text.split())
-    return 1 - len(_WITHOUT_LETTER.findall(text.text)) / max(1, count)
+    parts = text.text.split() if text.segmented else text.words
+    return len([part for part in parts if part.isalpha() or _LETTER.search(part)]) / max(1, len(parts))
+
+
+def _ellipses(text: str) -> int:
+    return len(_ELLIPSIS.findall(text)) if "..." in text or "…" in text else 0
 
 
 def c4(text: _Text) -> Iterator[str]:

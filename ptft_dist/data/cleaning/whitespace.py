@@ -11,8 +11,7 @@ from ptft_dist.data.cleaning.text_step import Cleaned
 _LINE_END = re.compile("\r\n?|[\u0085\u2028\u2029]")
 _SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f]")
 """Spaces of other widths, without the ideographic space, which is the usual one in Chinese and Japanese."""
-_RUN = re.compile("(?<=[^ \t\u3000\n])[ \t\u3000]{2,}")
-"""Several spaces inside a line. A line's first spaces are its indentation."""
+_RUN = re.compile("[ \t\u3000]{2,}")
 
 
 class Whitespace:
@@ -29,12 +28,16 @@ class Whitespace:
         self._empty = re.compile(f"\n{{{settings.empty_lines + 2},}}")
 
     def __call__(self, text: str) -> Cleaned:
-        text = _SPACE.sub(" ", _LINE_END.sub("\n", text))
-        text = _RUN.sub(_one, text)
+        text = _LINE_END.sub("\n", text)
+        if not text.isascii():
+            text = _SPACE.sub(" ", text)
+        text = _RUN.sub(_shorter, text)
         text = "\n".join([line.rstrip() for line in text.split("\n")])
         return Cleaned(self._empty.sub(self._most, text).strip())
 
 
-def _one(match: re.Match[str]) -> str:
-    run = match[0]
+def _shorter(match: re.Match[str]) -> str:
+    run, start = match[0], match.start()
+    if start == 0 or match.string[start - 1] == "\n":
+        return run  # indentation
     return "\t" if "\t" in run else " " if " " in run else "\u3000"

@@ -46,6 +46,8 @@ def _pattern() -> re.Pattern[str]:
 
 _CHARACTER = re.compile(f"[{_UNSPACED}]")
 _WORD = _pattern()
+_START = 5000
+"""Characters by which `is_segmented` judges a text."""
 _ASCII = str.maketrans({code: " " for code in range(128) if not chr(code).isalnum()})
 
 
@@ -62,10 +64,12 @@ def folded_words(text: str) -> list[str]:
 
 
 def is_segmented(text: str) -> bool:
-    """Whether the words of a text are separated by spaces: at most half of `words` are characters without spaces."""
+    """Whether spaces separate the words of a text: at most half of the words at its start are characters of scripts
+    without spaces."""
     if text.isascii():
         return True
-    characters = 2 * len(_CHARACTER.findall(text))
-    if characters > len(text):  # there are at most as many words as characters
+    start = text[:_START]
+    characters = 2 * len(_CHARACTER.findall(start))
+    if characters > len(start):  # there are at most as many words as characters
         return False
-    return not characters or characters <= len(words(text))
+    return not characters or characters <= len(words(start))
