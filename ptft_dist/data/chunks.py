@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 
-from ptft_dist.data.encoder import Side
+from ptft_dist.data.encoder import Place
 from ptft_dist.data.formats import Record
 
 CHUNK_CHARACTERS = 2_000_000  # per call of the tokenizer, which needs about 100 bytes of memory per character
 _GIANT_CHARACTERS = 20_000_000
 
-SidedRecord = tuple[Side, Record]
+SidedRecord = tuple[Place, Record]
 
 
 def chunked(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRecord]]:
     """Group records into lists of at most `most` records and a few MB."""
     chunk: list[SidedRecord] = []
     size = 0
-    for side, record in records:
+    for place, record in records:
         characters = sum(len(value) for value in record.values.values() if isinstance(value, str))
         if characters > _GIANT_CHARACTERS:
             logging.getLogger("ptft").warning(
@@ -28,7 +28,7 @@ def chunked(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRec
                 characters / 1e6,
                 characters * 150 / 1e9,
             )
-        chunk.append((side, record))
+        chunk.append((place, record))
         size += characters
         if size >= CHUNK_CHARACTERS or len(chunk) >= most:
             yield chunk

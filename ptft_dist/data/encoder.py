@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.formats import Record
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["train", "validation"]
+
+
+class Place(NamedTuple):
+    """Where a record belongs."""
+
+    side: Side
+    source: int
+    """Index in data.train or, for separate validation sources, in data.validation."""
 
 
 class RowError(Exception):
@@ -257,6 +265,10 @@ class Encoder:
         """
         raise NotImplementedError
 
+    def length(self, example: Example) -> int:
+        """The number of tokens of an example, for the report."""
+        return len(example.columns["input_ids"])
+
     def count(self, example: Example) -> None:
         """Count an example in `survey`. Called once per training example in order, augmented copies included."""
 
@@ -276,6 +288,7 @@ __all__ = [
     "LeftOut",
     "MergingWriter",
     "Outcome",
+    "Place",
     "RowError",
     "Side",
     "Store",

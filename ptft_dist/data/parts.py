@@ -12,11 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.cache import build_each, writing
-from ptft_dist.data.encoder import Encoder, MergingWriter, Side
-from ptft_dist.data.report import BadRows, Notes, Report, SideReport
-from ptft_dist.data.stream import side_report
+from ptft_dist.data.encoder import Encoder, MergingWriter
+from ptft_dist.data.layout import Layout
+from ptft_dist.data.report import BadRows, Notes, Report, SideReport, SourceReport
+from ptft_dist.data.stream import by_side, side_report
 from ptft_dist.errors import DataError
 
 _REPORT = "report.json"
@@ -50,22 +50,30 @@ def build(parts: Sequence[Path], merged: Path, encode: Callable[[int, Path], Rep
         return
 
 
-def merge(recipe: Recipe, parts: Sequence[Path], directory: Path, encoder: Encoder) -> Report:
-    """Append the stores of all parts to the stores `directory`/train and `directory`/validation.
+def merge(layout: Layout, parts: Sequence[Path], directory: Path, encoder: Encoder) -> Report:
+    """Append the stores of all parts to the stores of `layout` in a directory.
 
     Raises:
         DataError: a part is damaged.
         PtftError: the cache cannot be written.
     """
     reports = [_read(part) for part in parts]
-    sides: tuple[Side, ...] = ("train", "validation") if recipe.validated else ("train",)
-    merged: dict[Side, SideReport] = {}
-    for side in sides:
+    stores: dict[str, SideReport] = {}
+    for name, side in layout.stores.items():
         with writing(directory):
-            writer = cast(MergingWriter, encoder.writer(directory / side, side))
+            writer = cast(MergingWriter, encoder.writer(directory / name, side))
             for part in parts:
-                writer.extend(part / side)
-            merged[side] = side_report(writer.close(), sum(report.sides[side].text_bytes for report in reports))
+                writer.extend(part / name)
+            stores[name] = side_report(writer.close(), 0)
+    sources: dict[str, SourceReport] = {}
+    for report in reports:
+        for source, own in report.sources.items():
+            sources[source] = sources[source].plus(own) if source in sources else own
+    train, validation = by_side(layout, stores)
+    train = replace(train, text_bytes=sum(report.train.text_bytes for report in reports))
+    if validation is not None:
+        sizes = [report.validation.text_bytes for report in reports if report.validation is not None]
+        validation = replace(validation, text_bytes=sum(sizes))
     bad, dropped, notes = BadRows(), Notes(), Notes()
     for report in reports:
         bad.merge(report.bad_rows)
@@ -74,8 +82,9 @@ def merge(recipe: Recipe, parts: Sequence[Path], directory: Path, encoder: Encod
     return replace(
         reports[0],
         read=sum(report.read for report in reports),
-        train=merged["train"],
-        validation=merged.get("validation"),
+        train=train,
+        validation=validation,
+        sources=sources,
         bad_rows=bad,
         dropped=dropped.entries,
         notes=notes.entries,

@@ -31,8 +31,10 @@ from ptft_dist.data import parts, stream
 from ptft_dist.data.augment import Augmentations
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
 from ptft_dist.data.cleaning.pipeline import CLEANING_VERSION, CleanedRecords
-from ptft_dist.data.encoder import Encoder, EncoderContext, RowError
+from ptft_dist.data.encoder import Encoder, EncoderContext, Place, RowError
 from ptft_dist.data.formats import Record
+from ptft_dist.data.layout import VALIDATION, Layout
+from ptft_dist.data.mixed_store import MixedStore
 from ptft_dist.data.records import Records, SourceRecords
 from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sides import side_of, sided
@@ -113,7 +115,7 @@ def prepare(
         job.cleaned.build(workers)  # before the lock of the tokenizer, so that several processes share the work
     tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
-    directory = cache / "stores" / store_print
+    directory, layout = cache / "stores" / store_print, Layout.of(recipe)
 
     def build(unfinished: Path) -> None:
         report = job.write_stores(unfinished, store_print, tokenizer_path, workers)
@@ -132,8 +134,8 @@ def prepare(
     try:
         prepared = Prepared(
             tokenizer_path=tokenizer_path,
-            train=encoder.store.open(directory / "train"),
-            validation=encoder.store.open(directory / "validation") if recipe.validated else None,
+            train=_open_train(encoder, directory, layout),
+            validation=encoder.store.open(directory / VALIDATION) if layout.validated else None,
             fingerprint=store_print,
             parts=job.fingerprint_parts(tokenizer_print),
             inputs=job.inputs(),
@@ -154,6 +156,12 @@ def prepare(
         partial.write_text(str(directory), encoding="utf-8")
         partial.replace(job.mark)
     return replace(prepared, old=old)
+
+
+def _open_train(encoder: type[Encoder], directory: Path, layout: Layout) -> Store:
+    """The store of the training rows; with data.mixing, those of all sources as one."""
+    stores = [encoder.store.open(directory / name) for name in layout.train_names]
+    return MixedStore(stores, directory / "train") if layout.by_source else stores[0]
 
 
 def check_fold(recipe: Recipe) -> None:
@@ -255,7 +263,9 @@ class Job:
     def write_stores(self, directory: Path, name: str, tokenizer_path: Path, workers: int | None) -> Report:
         """Write the stores into `directory`. name: their fingerprint."""
         if self._in_parts:
-            report = parts.merge(self.recipe, self._parts(name), directory, self._new_encoder(tokenizer_path, {}))
+            report = parts.merge(
+                Layout.of(self.recipe), self._parts(name), directory, self._new_encoder(tokenizer_path, {})
+            )
         else:
             survey = stream.take_survey(self.recipe, self.records, self.encoder)
             steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
@@ -286,7 +296,10 @@ class Job:
         def encode(number: int, directory: Path) -> Report:
             shard, records = self.records.shards[number], self.records.of_shard(number)
             key, data = self.encoder.key, self.recipe.data
-            pairs = ((shard.side if shard.side == "validation" else side_of(data, key(r)), r) for r in records)
+            pairs = (
+                (shard.place if shard.side == "validation" else Place(side_of(data, key(r)), shard.index), r)
+                for r in records
+            )
             return stream.write(self.recipe, pairs, directory, self._new_encoder(tokenizer_path, {}), workers=workers)
 
         return encode
@@ -302,6 +315,7 @@ class Job:
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
                 **self._cleaning(),
+                **({"by source": True} if Layout.of(self.recipe).by_source else {}),
                 "tokenizer": [tokenizer_print, version("tokenizers")],
                 "rows": self._row_settings(tokenizer_path),
             }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, NamedTuple, Self
 
 _SHOWN_PLACES = 5
@@ -68,6 +68,24 @@ class SideReport:
     """Number of dropped one-token rows, which have nothing to predict."""
 
 
+def sum_of_sides(reports: Sequence[SideReport]) -> SideReport:
+    """The report of several stores of one side together."""
+    return SideReport(*(sum(numbers) for numbers in zip(*map(astuple, reports), strict=True)))
+
+
+class SourceReport(NamedTuple):
+    """What one source gave, before packing."""
+
+    records: int
+    examples: int
+    tokens: int
+    text_bytes: int
+
+    def plus(self, other: SourceReport) -> SourceReport:
+        """This report and another one together."""
+        return SourceReport(*(one + more for one, more in zip(self, other, strict=True)))
+
+
 class Sample(NamedTuple):
     """An excerpt of a record that a step changed or dropped."""
 
@@ -130,6 +148,8 @@ class Report:
     """Number of tokens of the tokenizer."""
     unknown_tokens: int
     """Number of unknown tokens (UNK) in the stores."""
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+    """Source, such as train[0] -> what it gave. A split by fraction or folds makes validation[0] of a part of it."""
     warnings: list[str] = field(default_factory=list)
     """Other warnings, such as special tokens around documents that the tokenizer itself does not add."""
     seconds: float = 0.0
@@ -162,6 +182,7 @@ class Report:
                 "bad_rows": BadRows(**given["bad_rows"]),
                 "dropped": _entries(given["dropped"]),
                 "notes": _entries(given["notes"]),
+                "sources": {key: SourceReport(*each) for key, each in given.get("sources", {}).items()},
             }
         )
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.data.encoder import Side
+from ptft_dist.data.encoder import Place, Side
 from ptft_dist.data.sources import source_files
 from ptft_dist.errors import RecipeError
 
@@ -51,9 +51,9 @@ class Shard:
     """Reads the records of this shard."""
 
     @property
-    def name(self) -> str:
-        """A name for messages, such as train[0].3."""
-        return f"{self.side}[{self.index}].{self.number}"
+    def place(self) -> Place:
+        """Where its records belong, before a split by fraction or folds."""
+        return Place(self.side, self.index)
 
 
 def shards_of(recipe: Recipe, base: Path) -> list[Shard]:

@@ -6,24 +6,25 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from ptft_dist.config.recipe import DataSection
-from ptft_dist.data.encoder import Side
+from ptft_dist.data.chunks import SidedRecord
+from ptft_dist.data.encoder import Place, Side
 from ptft_dist.data.formats import Record
 from ptft_dist.data.records import Records
 
 
-def sided(data: DataSection, records: Records, key: Callable[[Record], str]) -> Iterator[tuple[Side, Record]]:
-    """All records in order, each with its side ("train" or "validation").
+def sided(data: DataSection, records: Records, key: Callable[[Record], str]) -> Iterator[SidedRecord]:
+    """All records in order, each with its side and the index of its source.
 
     Args:
         key: the text whose hash decides the side in a split by fraction or folds. Equal texts get the same side.
     """
     for index in range(len(data.train)):
         for record in records.of("train", index):
-            yield side_of(data, key(record)), record
+            yield Place(side_of(data, key(record)), index), record
     if isinstance(data.validation, list):
         for index in range(len(data.validation)):
             for record in records.of("validation", index):
-                yield "validation", record
+                yield Place("validation", index), record
 
 
 def of_train(data: DataSection, records: Records, key: Callable[[Record], str]) -> Iterator[Record]:

@@ -120,7 +120,7 @@ def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
     Raises:
         DataError: see `read_documents`.
     """
-    settings: dict[str, Any] = source.model_dump(exclude={"path"}, exclude_none=True)
+    settings: dict[str, Any] = source.model_dump(exclude={"path", "name"}, exclude_none=True)
     if source.source is not None:
         settings["contents"] = memo.digests(stdlib_files())
     elif source.hub is not None:

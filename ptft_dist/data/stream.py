@@ -8,19 +8,21 @@ of workers or the size of the chunks.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.cache import HashMemo, writing
 from ptft_dist.data.chunks import SidedRecord, chunked
-from ptft_dist.data.encoder import Encoder, Example, Outcome, RowError, Side, Writer
+from ptft_dist.data.encoder import Encoder, Example, Outcome, Place, RowError, Writer
 from ptft_dist.data.formats import Record
+from ptft_dist.data.layout import VALIDATION, Layout
 from ptft_dist.data.records import Records
-from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
+from ptft_dist.data.report import BadRows, Notes, Report, SideReport, SourceReport, StepReport, sum_of_sides
 from ptft_dist.data.sides import of_train
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
@@ -117,10 +119,10 @@ def write(
         DataError: see `Encoder.read`; or there are bad rows and the recipe does not skip them.
         PtftError: the cache cannot be written.
     """
-    sides: tuple[Side, ...] = ("train", "validation") if recipe.validated else ("train",)
+    layout = Layout.of(recipe)
     with writing(directory):
-        stores = {side: _Store(encoder.writer(directory / side, side)) for side in sides}
-    written = _Written(encoder, stores, directory)
+        writers = {name: encoder.writer(directory / name, side) for name, side in layout.stores.items()}
+    written = _Written(encoder, layout, writers, directory)
     read = _Counted(records)
     chunks: Iterator[list[SidedRecord]] = chunked(read, encoder.chunk_records)
     for step, _ in steps:
@@ -131,12 +133,13 @@ def write(
                 shown.advance(written.add(item, outcome))
             encoder.survey |= encoded.discovered
     stop_if_any(recipe, written.bad)
-    reports = written.close()
+    train, validation = by_side(layout, written.close())
     return Report(
         reads=encoder.reads,
         read=read.count,
-        train=reports["train"],
-        validation=reports.get("validation"),
+        train=train,
+        validation=validation,
+        sources=written.sources,
         steps=[StepReport(step.name, name, step.notes.entries) for step, name in steps],
         bad_rows=written.bad,
         dropped=written.dropped.entries,
@@ -174,21 +177,21 @@ def _encoded(
 ) -> Generator[tuple[list[SidedRecord], _Encoded], None, None]:
     """The chunks with their encoded records, in order."""
 
-    def encode(chunk: list[tuple[Side, Record | Outcome]]) -> _Encoded:
+    def encode(chunk: list[tuple[Place, Record | Outcome]]) -> _Encoded:
         outcomes = iter(encoder.outcomes([record for _, record in chunk if isinstance(record, Record)]))
         all_outcomes = [item if isinstance(item, Outcome) else next(outcomes) for _, item in chunk]
         kept = [
-            outcome.without_meta() if side == "train" and not encoder.keeps_meta else outcome
-            for (side, _), outcome in zip(chunk, all_outcomes, strict=True)
+            outcome.without_meta() if place.side == "train" and not encoder.keeps_meta else outcome
+            for (place, _), outcome in zip(chunk, all_outcomes, strict=True)
         ]
         return _Encoded(kept, encoder.discovered)
 
     waiting: list[list[SidedRecord]] = []  # chunks that the workers are encoding
 
-    def admitted() -> Iterator[list[tuple[Side, Record | Outcome]]]:
+    def admitted() -> Iterator[list[tuple[Place, Record | Outcome]]]:
         for chunk in chunks:
             waiting.append(chunk)
-            yield [(side, _admitted(encoder, record)) for side, record in chunk]
+            yield [(place, _admitted(encoder, record)) for place, record in chunk]
 
     if encoder.uses_processes:
         results = in_processes(admitted(), encode, worker_count() if workers is None else workers)
@@ -207,26 +210,20 @@ def _admitted(encoder: Encoder, record: Record) -> Record | Outcome:
     return record
 
 
-@dataclass
-class _Store:
-    """The store of one side while it is written."""
-
-    writer: Writer
-    text_bytes: int = 0
-
-
 class _Written:
     """Writes outcomes to the stores in order, and counts them."""
 
-    def __init__(self, encoder: Encoder, stores: dict[Side, _Store], directory: Path) -> None:
-        self._encoder, self._stores, self._directory = encoder, stores, directory
+    def __init__(self, encoder: Encoder, layout: Layout, writers: dict[str, Writer], directory: Path) -> None:
+        self._encoder, self._layout, self._writers, self._directory = encoder, layout, writers, directory
+        self._text_bytes: Counter[str] = Counter()
+        self.sources: dict[str, SourceReport] = {}
         self.bad, self.dropped, self.notes = BadRows(), Notes(), Notes()
         self.unknown_tokens = 0
         self._number = 0
 
     def add(self, item: SidedRecord, outcome: Outcome) -> int:
         """Write the examples of a record; return the size of its text in bytes."""
-        side, record = item
+        place, record = item
         if outcome.problem is not None:
             self.bad.add(record.where, outcome.problem)
             return 0
@@ -237,26 +234,31 @@ class _Written:
             self.notes.add(note, record.where)
         self._number += 1
         self.unknown_tokens += outcome.unknown_tokens
-        store = self._stores[side]
+        name = self._layout.name(place)
         for example in outcome.examples:
-            if side == "train":
+            if place.side == "train":
                 self._encoder.count(example)
             with writing(self._directory):
-                store.writer.add(self._numbered(example))
+                self._writers[name].add(self._numbered(example))
         size_bytes = len(self._encoder.key(record).encode())
-        store.text_bytes += size_bytes
+        self._text_bytes[name] += size_bytes
+        tokens = sum(map(self._encoder.length, outcome.examples))
+        own = SourceReport(1, len(outcome.examples), tokens, size_bytes)
+        source = f"{place.side}[{place.source}]"
+        self.sources[source] = self.sources[source].plus(own) if source in self.sources else own
         return size_bytes
 
     def _numbered(self, example: Example) -> Example:
         key = self._encoder.numbered
         return example if key is None else replace(example, meta={key: self._number, **example.meta})
 
-    def close(self) -> dict[Side, SideReport]:
+    def close(self) -> dict[str, SideReport]:
+        """Complete the stores; name -> report of a store."""
         with writing(self._directory):
-            closed = {side: store.writer.close() for side, store in self._stores.items()}
-        for store in self._stores.values():
-            self.notes.merge(store.writer.notes)
-        return {side: side_report(summary, self._stores[side].text_bytes) for side, summary in closed.items()}
+            closed = {name: writer.close() for name, writer in self._writers.items()}
+        for writer in self._writers.values():
+            self.notes.merge(writer.notes)
+        return {name: side_report(summary, self._text_bytes[name]) for name, summary in closed.items()}
 
 
 def side_report(summary: Mapping[str, Any], text_bytes: int) -> SideReport:
@@ -268,6 +270,11 @@ def side_report(summary: Mapping[str, Any], text_bytes: int) -> SideReport:
         text_bytes=text_bytes,
         dropped_tokens=summary.get("dropped_tokens", 0),
     )
+
+
+def by_side(layout: Layout, stores: Mapping[str, SideReport]) -> tuple[SideReport, SideReport | None]:
+    """The reports of training and validation, from those of the stores."""
+    return sum_of_sides([stores[name] for name in layout.train_names]), stores.get(VALIDATION)
 
 
 def check_sides(recipe: Recipe, report: Report) -> None:

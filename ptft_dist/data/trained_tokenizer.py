@@ -177,7 +177,7 @@ class TrainedTokenizer:
     def _records(self, side: Side) -> Iterator[Record]:
         data, records = self._recipe.data, self._job.records
         if not isinstance(data.validation, list):
-            yield from (record for own, record in sided(data, records, self._encoder.key) if own == side)
+            yield from (record for place, record in sided(data, records, self._encoder.key) if place.side == side)
             return
         for index in range(len(data.train if side == "train" else data.validation)):
             yield from records.of(side, index)

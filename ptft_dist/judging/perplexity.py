@@ -77,8 +77,8 @@ class StridedPerplexity:
         read = sided(recipe.data, records_of(recipe, loaded.base, kind), kind.key)
         self.texts: list[str] = []
         self.rows: list[Row] = []
-        for side, record in read:
-            if side != "validation" or not record.values["text"].strip():
+        for place, record in read:
+            if place.side != "validation" or not record.values["text"].strip():
                 continue
             (outcome,) = encoder.outcomes([record])
             for example in outcome.examples:

@@ -175,7 +175,7 @@ class CleanedRecords:
                     records = self._read(shard, columns)
                 else:
                     records = keeping.of(read_records(before.directories[number] / RECORDS))
-                tallies, read = stage.run(records, shard.side, unfinished, shown, workers)
+                tallies, read = stage.run(records, shard.place, unfinished, shown, workers)
                 counts = {
                     "read": read,
                     "columns": sorted(columns),

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ptft_dist.data.cache import writing
-from ptft_dist.data.chunks import chunked
+from ptft_dist.data.chunks import SidedRecord, chunked
 from ptft_dist.data.cleaning.deduplication import Deduplication
 from ptft_dist.data.cleaning.record_file import RecordWriter
 from ptft_dist.data.cleaning.tally import Tally
 from ptft_dist.data.cleaning.text_step import TextStep
 from ptft_dist.data.cleaning.texts import texts_of, with_texts
-from ptft_dist.data.encoder import Side
+from ptft_dist.data.encoder import Place, Side
 from ptft_dist.data.formats import Record
 from ptft_dist.data.workers import in_processes, worker_count
 from ptft_dist.reporting.messages import Progress
@@ -59,7 +59,7 @@ class Stage:
         return [*self.steps, *([self.dedup] if self.dedup else [])]
 
     def run(
-        self, records: Iterable[Record], side: Side, directory: Path, shown: Progress, workers: int | None
+        self, records: Iterable[Record], place: Place, directory: Path, shown: Progress, workers: int | None
     ) -> tuple[list[Tally], int]:
         """Write the records of a shard and their signatures into `directory`; return the counts of each step, and the
         number of records that were read.
@@ -72,7 +72,7 @@ class Stage:
         with writing(directory):
             writer = RecordWriter(directory / RECORDS)
         signatures: list[np.ndarray] = []
-        chunks = chunked(((side, record) for record in records), _CHUNK_RECORDS)
+        chunks = chunked(((place, record) for record in records), _CHUNK_RECORDS)
         with closing(in_processes(chunks, self._chunk, worker_count() if workers is None else workers)) as results:
             for chunk, done in results:
                 read += len(chunk)
@@ -91,9 +91,9 @@ class Stage:
                 np.save(directory / SIGNATURES, np.concatenate([none, *signatures]))
         return tallies, read
 
-    def _chunk(self, chunk: Sequence[tuple[Side, Record]]) -> _Done:
+    def _chunk(self, chunk: Sequence[SidedRecord]) -> _Done:
         tallies = [Tally() for _ in self.steps]
-        kept = [clean for side, record in chunk if (clean := self.clean(record, side, tallies)) is not None]
+        kept = [clean for place, record in chunk if (clean := self.clean(record, place.side, tallies)) is not None]
         if self.dedup is None:
             return _Done(kept, tallies, None)
         dedup: Deduplication = self.dedup.step
