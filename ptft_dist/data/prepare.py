@@ -121,7 +121,12 @@ def prepare(
         report = job.write_stores(unfinished, store_print, tokenizer_path, workers)
         job.check_unchanged()
         versions = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
-        report = replace(report, seconds=round(time.monotonic() - started, 3), versions=versions)
+        report = replace(
+            report,
+            tokenizer=str(tokenizer_path),
+            seconds=round(time.monotonic() - started, 3),
+            versions=versions,
+        )
         with writing(directory):
             (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 

@@ -156,6 +156,8 @@ class Report:
     """Source, such as train[0] -> what it gave. A split by fraction or folds makes validation[0] of a part of it."""
     warnings: list[str] = field(default_factory=list)
     """Other warnings, such as special tokens around documents that the tokenizer itself does not add."""
+    tokenizer: str = ""
+    """The directory of the tokenizer, when the stores were written."""
     seconds: float = 0.0
     versions: dict[str, Any] = field(default_factory=dict)
 

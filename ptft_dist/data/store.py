@@ -278,6 +278,10 @@ class TokenStore(MappedStore):
         starts = np.concatenate(([0], self._documents[first:last] - start))
         return Row(self._tokens[start:stop].astype(np.int64), starts)
 
+    def document_lengths(self) -> np.ndarray:
+        """The number of tokens of each document: int64 [D]."""
+        return np.diff(self._documents)
+
     def largest(self, count: int) -> list[Row]:
         """`count` rows of max_length tokens. All tokens are 0, because only the size matters."""
         return [Row(np.zeros(self.max_length, np.int64), np.zeros(1, np.int64))] * count
