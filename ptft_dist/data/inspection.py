@@ -155,11 +155,8 @@ def _view(name: str, store: Store, max_length: int, tokenizer: Any, samples: int
 def _text(store: Store, number: int, tokenizer: Any) -> str:
     row = store.row(number)
     text: str = tokenizer.decode(row.input_ids.tolist())
-    if "labels" in row.columns and row.columns["labels"].ndim and row.columns["labels"].dtype.kind in "ui":
-        labels = row.columns["labels"]
-        if len(labels) != len(row.input_ids):  # of a sequence-to-sequence task
-            text += f"\n-> {tokenizer.decode(labels.tolist())}"
-    return text
+    others = [name for name in getattr(store, "length_columns", ()) if name != "input_ids"]  # other token ids
+    return "\n-> ".join([text, *(tokenizer.decode(row.columns[name].tolist()) for name in others)])
 
 
 def _quantiles(lengths: np.ndarray) -> dict[str, int]:
