@@ -115,6 +115,12 @@ def test_chinese_ids_need_their_check_digit() -> None:
             assert (pii(start + last).text == "<CHINESE_ID>") is valid
 
 
+@pytest.mark.parametrize("start", ["16010519491231002", "39010519491231002", "70010519491231002", "11010519490230002"])
+def test_chinese_ids_of_no_province_or_day(start: str) -> None:
+    for last in "0123456789X":  # one of them is the right check digit
+        assert clean("pii", start + last).notes == ()
+
+
 def test_long_runs_take_linear_time() -> None:
     for text in (
         "1" * 200_000,

@@ -225,12 +225,16 @@ def test_repetition_beside_naive_loops(seed: int) -> None:
     assert repeated(words) == pytest.approx(naive_repeated(words))
     top, covered = ((2, 3, 4), (5, 6, 7, 8, 9, 10)) if seed % 2 else ((3, 4, 6), (7, 9, 10, 12, 13, 15))
     expected = [*(naive_top(words, n) for n in top), *(naive_covered(words, n) for n in covered)]
-    found = list(ngram_fractions(words, top, covered))
+    found = list(ngram_fractions(words, dict.fromkeys(top, 0.0), dict.fromkeys(covered, 0.0)))
     assert found + [0] * (len(expected) - len(found)) == pytest.approx(expected)
-    early = list(ngram_fractions(words, top, covered, least=0.1))
-    assert early == pytest.approx(expected[: len(early)])
-    assert len(early) >= 3 or expected[0] == 0 or not any(expected[len(early) :])
-    assert all(fraction <= 0.1 for fraction in expected[max(3, len(early)) :])
+    for limit in (0.05, 0.2, 0.4):  # it ends where the rest is within the limits
+        early = list(ngram_fractions(words, dict.fromkeys(top, limit), dict.fromkeys(covered, limit)))
+        assert early == pytest.approx(expected[: len(early)])
+        assert all(fraction <= limit for fraction in expected[len(early) :])
+
+
+def test_a_longer_ngram_may_have_more_characters_than_any_shorter_one() -> None:
+    assert list(ngram_fractions(list("abcxabcy"), {2: 0.6, 3: 0.6}, {5: 0.5})) == [0.5, 0.75]
 
 
 def numbered(count: int, start: int = 0) -> list[str]:

