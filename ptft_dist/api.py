@@ -124,6 +124,26 @@ def inspect_data(source: Source, overrides: Overrides = (), *, samples: int = 5)
 
 
 @_hiding_secrets
+def verify_data(source: Source, overrides: Overrides = ()) -> list[tuple[Path, int]]:
+    """Read all bytes of prepared data, and compare them with their checksums: store and size in bytes.
+
+    Args:
+        source: a recipe, whose data are prepared if necessary, or a directory of prepared stores.
+
+    Raises:
+        DataError: a file is missing, or its contents have changed.
+    """
+    from ptft_dist.data.inspection import is_stores, stores_of
+    from ptft_dist.data.store import verify
+
+    if isinstance(source, str | Path) and is_stores(Path(source)):
+        stores = stores_of(Path(source))
+    else:
+        stores = stores_of(prepare(source, overrides).train.path.parent)
+    return [(store, verify(store)) for store in stores]
+
+
+@_hiding_secrets
 def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Path | None = None) -> TokenizerReport:
     """Write the tokenizer that `prepare` trains for a recipe, or find it in its cache; and measure it.
 

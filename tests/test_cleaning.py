@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import random
@@ -24,7 +25,7 @@ from ptft_dist.data.cleaning.exact_dedup import ExactDedup
 from ptft_dist.data.cleaning.near_dedup import NearDedup, rows_per_band
 from ptft_dist.data.cleaning.words import words
 from ptft_dist.data.prepare import Prepared, describe, records_of
-from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.tasks.registry import encoder_class, recipe_class
 
 WORDS = [f"{a}{b}{c}" for a in "bcdfgklm" for b in "aeiou" for c in "nrstl"]
@@ -421,3 +422,84 @@ def test_stores_of_shards_are_merged_to_the_store_of_all(
         if file.name not in ("report.json",) and file.suffix != ".lock":
             assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     assert sum(file.name == "tokens.bin" for file in files) == (1 if split == "none" else 2)
+
+
+# --- broken input, full disks, functions of users --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("small_shards")
+def test_after_a_broken_file_only_its_shard_is_read_again(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(6)
+    whole = b""
+    for number in range(3):
+        texts = "".join(json.dumps({"text": sentence(rng, 400)}) + "\n" for _ in range(3))
+        whole = gzip.compress(texts.encode(), mtime=0)
+        (tmp_path / f"part-{number}.jsonl.gz").write_bytes(whole if number < 2 else whole[:-40])
+    given = clm(tokenizer, ["whitespace"], train=[{"path": "part-*.jsonl.gz"}])
+    with pytest.raises(DataError, match=r"part-2\.jsonl\.gz"):
+        prepare(given, tmp_path)
+    cleaned = tmp_path / "cache" / "cleaned"
+    assert len(list(cleaned.glob("*/records.jsonl.zst"))) == 2
+    assert not list(cleaned.glob("*.building-*"))
+    (tmp_path / "part-2.jsonl.gz").write_bytes(whole)
+    runs: list[Any] = []
+    run = stage.Stage.run
+    monkeypatch.setattr(stage.Stage, "run", lambda self, *given: (runs.append(given), run(self, *given))[1])
+    assert prepare(given, tmp_path).report.read == 9
+    assert len(runs) == 1
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = clm(tokenizer, STEPS, train=dirty(tmp_path))
+    for module, name in ((stage.RecordWriter, "close"), (np, "save")):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, full)
+            with pytest.raises(PtftError, match="the cache cannot be written"):
+                prepare(given, tmp_path)
+        assert not list((tmp_path / "cache" / "cleaned").glob("*.building-*"))
+    again = prepare(given, tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    assert all_ids(again.train) == all_ids(prepare(clm(tokenizer, STEPS, train=dirty(other)), other).train)
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(28, "No space left on device")
+
+
+FUNCTIONS = """
+def upper(text):
+    return None if "secret" in text else text.upper()
+
+def faulty(text):
+    return text[100]
+"""
+
+
+def test_a_function_of_the_user(tmp_path: Path, tokenizer: Path) -> None:
+    source = write(tmp_path / "rows.jsonl", ["a b", "a secret", "c"])
+    (tmp_path / "mine.py").write_text(FUNCTIONS)
+    given = clm(tokenizer, [{"custom": {"function": "mine.upper"}}], train=source)
+    assert texts_of(given, tmp_path) == ["A B", "C"]
+    (tmp_path / "mine.py").write_text(FUNCTIONS.replace("upper()", "title()"))
+    assert texts_of(given, tmp_path) == ["A B", "C"]
+    (tmp_path / "mine.py").write_text(FUNCTIONS.replace("text.upper()", "text + '!'"))
+    assert texts_of(given, tmp_path) == ["a b!", "c!"]
+    faulty = clm(tokenizer, [{"custom": {"function": "mine.faulty"}}], train=source)
+    with pytest.raises(IndexError) as caught:
+        texts_of(faulty, tmp_path)
+    assert caught.value.__notes__ == [f"{tmp_path / 'rows.jsonl'}:1: in the step custom of data.steps"]
+
+
+def test_many_small_files_are_a_few_shards(tmp_path: Path, tokenizer: Path) -> None:
+    folder = tmp_path / "files"
+    folder.mkdir()
+    for number in range(2000):
+        (folder / f"{number:05}.txt").write_text(f"document {number % 50}")
+    given = clm(tokenizer, ["exact_dedup"], train=[{"path": "files/*.txt"}])
+    assert len(texts_of(given, tmp_path)) == 50
+    assert len(list((tmp_path / "cache" / "cleaned").glob("*/records.jsonl.zst"))) == 2  # before and after the step

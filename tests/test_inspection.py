@@ -12,7 +12,7 @@ import pytest
 from support import ptft, write_recipe
 from tiny import write_tiny
 
-from ptft_dist.api import inspect_data, prepare
+from ptft_dist.api import inspect_data, prepare, verify_data
 from ptft_dist.data.inspection import Inspection
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.pages.data_page import text_of, write_page
@@ -114,3 +114,21 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").is_file()
     wrong: Any = ptft("data", "inspect", str(tmp_path / "nothing"), cwd=tmp_path)
     assert (wrong.returncode, "nothing" in wrong.stderr) == (2, True)
+
+
+def test_changed_bytes_are_found(recipe: Path, tmp_path: Path) -> None:
+    root = prepare(str(recipe)).train.path.parent
+    done = ptft("data", "verify", str(recipe), cwd=tmp_path)
+    assert (done.returncode, done.stdout.count("unchanged")) == (0, 1)
+    tokens = root / "train/tokens.bin"
+    contents = bytearray(tokens.read_bytes())
+    contents[7] ^= 1
+    tokens.write_bytes(contents)
+    for given in (root, root / "train"):
+        with pytest.raises(DataError, match=r"the contents of tokens\.bin have changed"):
+            verify_data(given)
+    summary = json.loads((root / "train/store.json").read_text())
+    del summary["checksums"]
+    (root / "train/store.json").write_text(json.dumps(summary))
+    with pytest.raises(DataError, match="without checksums"):
+        verify_data(root)

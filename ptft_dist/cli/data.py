@@ -16,6 +16,21 @@ def _root() -> None:
 
 
 @app.command()
+def verify(
+    data: Annotated[
+        str,
+        typer.Argument(metavar="RECIPE|STORE", help="A recipe, or a directory of prepared data (CACHE/stores/...)."),
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, such as data.max_length=1024.")] = None,
+) -> None:
+    """Read all bytes of prepared data, and compare them with their checksums."""
+    from ptft_dist import api
+
+    for store, size_bytes in api.verify_data(data, overrides or []):
+        print(f"{store}: {size_bytes / 1e6:,.1f} MB, unchanged")
+
+
+@app.command()
 def inspect(
     data: Annotated[
         str,

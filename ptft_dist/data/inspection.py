@@ -68,6 +68,13 @@ def is_stores(path: Path) -> bool:
     return (path / "report.json").is_file() or (path / SUMMARY).is_file()
 
 
+def stores_of(path: Path) -> list[Path]:
+    """The stores of a directory of prepared data; or this one, if it is a store."""
+    if (path / SUMMARY).is_file():
+        return [path]
+    return sorted(store.parent for store in path.glob(f"*/{SUMMARY}"))
+
+
 def inspect_stores(path: Path, *, samples: int) -> Inspection:
     """Look at a directory of prepared data, or at one of its stores. Languages are not identified.
 
@@ -76,14 +83,12 @@ def inspect_stores(path: Path, *, samples: int) -> Inspection:
     Raises:
         DataError: the data are damaged.
     """
-    names = [path.name] if (path / SUMMARY).is_file() else None
-    root = path.parent if names else path
+    root = path.parent if (path / SUMMARY).is_file() else path
     try:
         report = Report.from_dict(json.loads((root / "report.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{root}: damaged ({error}). Delete it and run ptft prepare again.") from error
-    found = names or sorted(store.parent.name for store in root.glob(f"*/{SUMMARY}"))
-    stores = {name: _open(root / name) for name in found}
+    stores = {store.name: _open(store) for store in stores_of(path)}
     tokenizer = load_tokenizer(Path(report.tokenizer)) if report.tokenizer and Path(report.tokenizer).is_dir() else None
     views = [_view(name, store, report.max_length, tokenizer, samples) for name, store in stores.items()]
     return Inspection(str(path), report, views)
