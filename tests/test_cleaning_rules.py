@@ -342,7 +342,7 @@ def dropped(folder: Path, text: str, ngram: int = 13) -> str | None:
 
 def test_decontaminate(evaluation: Path) -> None:
     words = folded_words(EVALUATION)
-    reason = "contaminated: shares 13 words with eval.jsonl:1"
+    reason = "contaminated: shares 13 words with eval.jsonl"
     for start in range(5):  # each 13-gram
         part = words[start : start + 13]
         assert dropped(evaluation, f"Before, {' - '.join(part).upper()}! After") == reason
@@ -351,17 +351,17 @@ def test_decontaminate(evaluation: Path) -> None:
     assert dropped(evaluation, "one two three four five six seven") is None  # too short to search for
     assert (
         dropped(evaluation, "他问：北京大学的校长是谁,他在什么时候")
-        == "contaminated: shares 13 words with eval.jsonl:2"
+        == "contaminated: shares 13 words with eval.jsonl"
     )
     assert dropped(evaluation, "北京大学的校长是谁，他在什") is None
     nine = "alpha beta gamma delta epsilon zeta eta theta iota"
-    assert dropped(evaluation, f"omega {nine} omega") == "contaminated: shares 9 words with eval.jsonl:3"
+    assert dropped(evaluation, f"omega {nine} omega") == "contaminated: shares 9 words with eval.jsonl"
     assert dropped(evaluation, nine.removesuffix(" iota")) is None
     twelve = "first paragraph of a text file with twelve words in it here"
-    assert dropped(evaluation, twelve) == "contaminated: shares 12 words with eval.txt:1"
+    assert dropped(evaluation, twelve) == "contaminated: shares 12 words with eval.txt"
     assert dropped(evaluation, "") is None
-    assert dropped(evaluation, "capital of the country", ngram=4) == "contaminated: shares 4 words with eval.jsonl:1"
-    assert dropped(evaluation, "two three four", ngram=3) == "contaminated: shares 3 words with eval.jsonl:1"
+    assert dropped(evaluation, "capital of the country", ngram=4) == "contaminated: shares 4 words with eval.jsonl"
+    assert dropped(evaluation, "two three four", ngram=3) == "contaminated: shares 3 words with eval.jsonl"
 
 
 def test_decontaminate_beside_a_naive_search(tmp_path: Path) -> None:

@@ -49,9 +49,9 @@ class ControlStep(Section):
 class LanguageStep(Section):
     """Identify the language of each record, and keep or drop languages."""
 
-    keep: list[LanguageCode] | None = None
-    """Keep these languages only (ISO 639-1 codes), such as [en, zh]."""
-    drop: list[LanguageCode] | None = None
+    keep: Annotated[list[LanguageCode], Field(min_length=1)] | None = None
+    """Keep these languages only (ISO 639 codes), such as [en, zh]. `und` is text without letters."""
+    drop: Annotated[list[LanguageCode], Field(min_length=1)] | None = None
     """Drop these languages."""
     min_score: Fraction = 0.65
     """Also drop records whose language has a lower probability than this (FineWeb, CCNet)."""

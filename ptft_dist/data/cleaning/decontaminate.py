@@ -68,11 +68,11 @@ def _files(patterns: Sequence[str], base: Path) -> list[Path]:
 
 
 def _texts(files: Sequence[Path], base: Path) -> Iterator[tuple[str, str]]:
-    """Each text of the files and its location. A paragraph of a .txt file is a text."""
+    """Each text of the files and the file's name. A paragraph of a .txt file is a text."""
     for file in files:
+        name = str(file).removeprefix(f"{base}/")
         for record in read_file(file, columns=(), unit="paragraph"):
-            where = record.where.removeprefix(f"{base}/")
-            yield from ((text, where) for text in _strings(record.values))
+            yield from ((text, name) for text in _strings(record.values))
 
 
 def _strings(value: Any) -> Iterator[str]:
