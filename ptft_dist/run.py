@@ -20,7 +20,6 @@ from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkp
 from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
-from ptft_dist.data.tokenizer_files import ORIGIN
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError
 from ptft_dist.failures import Failures
@@ -174,7 +173,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
     else:
-        save_tokenizer(session.trained.tokenizer, run_dir, session.prepared.tokenizer_path / ORIGIN)
+        save_tokenizer(session.trained.tokenizer, run_dir, session.trained.tokenizer_origin)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
     trainer.samples = session.samples(progress.step, progress.evaluated_step)
     if checkpoint is not None:

@@ -14,7 +14,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
-from ptft_dist.data.tokenizer_files import read_pieces
+from ptft_dist.data.tokenizer_files import ORIGIN, read_pieces
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
@@ -75,6 +75,11 @@ class TrainedNetwork:
         check_placement(self.section.quantize, kind, recipe.train.precision)
         check_backend(self.section, kind)
         self._preview()
+
+    @property
+    def tokenizer_origin(self) -> Path:
+        """A file about the added tokens; it exists only if there are some."""
+        return self.tokenizer_path / ORIGIN
 
     def config_of(self, section: ModelSection) -> PretrainedConfig:
         """The config of a network for the run's task. section: the model section that names it. Raises RecipeError."""

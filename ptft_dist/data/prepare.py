@@ -359,9 +359,13 @@ class Job:
         learned = [EXTENSION_VERSION, version("tokenizers"), section.extend.model_dump(), self._text_prints()]
         return [added, template, learned]
 
-    def has_trained(self, name: str) -> bool:
-        """Whether the cache has the tokenizer that was trained under this fingerprint."""
-        return self._tokenizers.has(name)
+    def unchanged_name(self) -> str:
+        """The fingerprint of the tokenizer before `changes`. Raises RecipeError if it cannot be loaded."""
+        section = self.recipe.tokenizer
+        if section.train is not None:
+            return self.trained_fingerprint()
+        assert section.path is not None
+        return self._tokenizers.load(section.path, self.base, section.revision, section.trust_remote_code)[0]
 
     def _change_tokenizer(self, directory: Path) -> tuple[Any, Pieces]:
         """The tokenizer of a directory with the tokens and the template of `changes`, and the pieces of the tokens."""

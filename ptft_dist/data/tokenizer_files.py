@@ -45,10 +45,6 @@ class TokenizerFiles:
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
 
-    def has(self, name: str) -> bool:
-        """Whether the directory `name` has been built."""
-        return (self._cache / name).is_dir()
-
     def build(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> tuple[str, Path]:
         """Save the tokenizer of `make()` in the directory `name`, once; return its fingerprint and directory.
 
