@@ -23,6 +23,7 @@ from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.data.tokenizer_extension import extend, learn_merges
 from ptft_dist.data.tokenizer_files import ORIGIN, pieces_of, read_pieces
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.tasks.registry import recipe_class
 
 SMOLLM = Path(os.environ.get("PTFT_TEST_MODELS", "")) / "smollm2-135m-instruct"
 NEW = ["the electrocardiogram of tachycardia", "electrocardiograms, tachycardia and bradycardia"] * 5
@@ -30,9 +31,7 @@ NEW = ["the electrocardiogram of tachycardia", "electrocardiograms, tachycardia 
 
 def old(algorithm: str, **changes: Any) -> PreTrainedTokenizerFast:
     settings = TokenizerTraining.model_validate({"algorithm": algorithm, "vocab_size": 300} | changes)
-    return train_tokenizer(
-        settings, [*DOCUMENTS, "abcdefghijklmnopqrstuvwxyz,. a b c d e f g h i j k l m n o p q r s t"]
-    )
+    return train_tokenizer(settings, [*DOCUMENTS, "abcdefghijklmnopqrstuvwxyz,. a b c d e f g h i j k l m n o p q"])
 
 
 def naive_merges(words: list[tuple[list[int], int]], names: dict[int, str], most: int, least: int, first: int) -> Any:
@@ -72,11 +71,11 @@ def test_merges_are_those_of_a_naive_loop(most: int, least: int) -> None:
 def test_bpe_goes_on_merging() -> None:
     """New texts have fewer tokens; each new token stands for what the old tokenizer makes of it, in any text."""
     before = old("bpe")
-    after = extend(before, TokenizerExtension(tokens=30), NEW)
-    assert len(after) == len(before) + 30
+    after = extend(before, TokenizerExtension(tokens=25), NEW)
+    assert len(after) == len(before) + 25
     assert {token: i for token, i in after.get_vocab().items() if i < len(before)} == before.get_vocab()
     pieces = pieces_of(before, after)
-    assert sorted(pieces) == list(range(len(before), len(before) + 30))
+    assert sorted(pieces) == list(range(len(before), len(before) + 25))
     for text in [*NEW, *DOCUMENTS, "cardiology, 你好"]:
         short, long = (each(text, add_special_tokens=False)["input_ids"] for each in (after, before))
         assert [piece for token in short for piece in pieces.get(token, [token])] == long
@@ -198,4 +197,4 @@ def test_its_fingerprint_follows_texts_and_settings(tmp_path: Path) -> None:
 def test_settings_without_effect(tokenizer: dict[str, Any], message: str) -> None:
     raw = recipe("x").model_dump(exclude_unset=True)
     with pytest.raises(ValidationError, match=message):
-        Recipe.model_validate(raw | {"tokenizer": tokenizer})
+        recipe_class().model_validate(raw | {"tokenizer": tokenizer})
