@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -176,11 +177,13 @@ def test_smollm2_reads_new_tokens_better_than_at_random(tmp_path: Path, cache: P
             "optim": {"name": "sgd", "lr": 1e-12, "schedule": "constant", "warmup": 0},
             "train": {"max_steps": 1, "precision": "fp32"},
             "eval": {"at_start": True, "every": 1},
-            "save": {"every": None, "export": "none"} if how != "pieces" else {"every": None},
+            "save": {"every": None},
             "run_dir": "run",
         }
-        losses[how] = eval_rows(train(folder, cache, recipe))[0]["eval/loss"]
-    assert losses["pieces"] < losses["mean"] < losses["random"], losses
+        run_dir = train(folder, cache, recipe)
+        losses[how] = eval_rows(run_dir)[0]["eval/loss"]
+        shutil.rmtree(run_dir / "model")
+    assert max(losses["pieces"], losses["mean"]) < losses["random"] - 1, losses
 
     old, tokenizer = AutoModelForCausalLM.from_pretrained(SMOLLM).float(), AutoTokenizer.from_pretrained(SMOLLM)
     extended = AutoTokenizer.from_pretrained(tmp_path / "pieces/run/tokenizer")
@@ -194,7 +197,7 @@ def test_smollm2_reads_new_tokens_better_than_at_random(tmp_path: Path, cache: P
         loss_sum, count = 0.0, 0
         for line in texts[:4]:
             ids = torch.tensor([[*extended(line)["input_ids"], extended.eos_token_id]])
-            assert (ids >= len(tokenizer)).sum() >= 4
+            assert (ids >= len(tokenizer)).sum() >= 2
             loss_sum += old(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
             count += ids.shape[1] - 1
     assert losses["pieces"] == pytest.approx(loss_sum / count, rel=1e-4)
