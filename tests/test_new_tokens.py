@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from adapt_support import write_adapted, write_base
 from prepare_support import save_tokenizer
-from support import eval_rows, make_recipe, start
+from support import eval_rows, make_recipe, start, train_rows
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -151,6 +153,18 @@ def test_every_backend_starts_from_the_pieces(
         old, new = (getattr(model, name)().weight.detach() for model in (before, after))
         torch.testing.assert_close(new[ids], torch.stack(naive_rows(old, tokenizer, ADDED)), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(new[:300], old[:300], atol=1e-5, rtol=1e-5)
+
+
+def test_the_reference_of_dpo_starts_from_the_pieces_too(tmp_path: Path, cache: Path) -> None:
+    """Policy and reference are equal at first, so the loss of the first update is log 2."""
+    base = write_base(tmp_path, cache, "dpo", layers=1)
+    write_adapted(tmp_path, base, "dpo", {}, train={"max_steps": 1})
+    recipe = json.loads((tmp_path / "recipe.yaml").read_text())
+    recipe["tokenizer"]["add"] = ["small cat"]
+    assert AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("small cat") is None
+    run_dir = train(tmp_path, cache, recipe)
+    assert len(AutoTokenizer.from_pretrained(run_dir / "tokenizer")("small cat")["input_ids"]) == 1
+    assert train_rows(run_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
 @pytest.mark.skipif(not SMOLLM.is_dir(), reason="PTFT_TEST_MODELS names no folder with smollm2-135m-instruct")
