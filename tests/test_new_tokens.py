@@ -174,7 +174,7 @@ def test_smollm2_reads_new_tokens_better_than_at_random(tmp_path: Path, cache: P
     texts = [f"The {a} of {b} shows {a}, and no {b}." for a in words for b in words if a != b]
     (tmp_path / "text.txt").write_text("\n".join(texts))
     losses = {}
-    for how in ("pieces", "mean", "random"):
+    for how in ("pieces", "random"):
         folder = tmp_path / how
         folder.mkdir()
         recipe = {
@@ -197,7 +197,7 @@ def test_smollm2_reads_new_tokens_better_than_at_random(tmp_path: Path, cache: P
         run_dir = train(folder, cache, recipe)
         losses[how] = eval_rows(run_dir)[0]["eval/loss"]
         shutil.rmtree(run_dir / "model")
-    assert max(losses["pieces"], losses["mean"]) < losses["random"] - 1, losses
+    assert losses["pieces"] < losses["random"] - 1, losses
 
     old, tokenizer = AutoModelForCausalLM.from_pretrained(SMOLLM).float(), AutoTokenizer.from_pretrained(SMOLLM)
     extended = AutoTokenizer.from_pretrained(tmp_path / "pieces/run/tokenizer")
