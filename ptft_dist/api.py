@@ -26,6 +26,7 @@ from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
+    from ptft_dist.data.inspection import Inspection
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.data.trained_tokenizer import TokenizerReport
     from ptft_dist.hub import Fetched
@@ -94,6 +95,52 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     loaded = load_recipe(source, overrides)
     check_sources(loaded.recipe, loaded.base)
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+
+
+@_hiding_secrets
+def inspect_data(source: Source, overrides: Overrides = (), *, samples: int = 5) -> Inspection:
+    """What the prepared data of a recipe look like; prepares them if necessary.
+
+    Args:
+        source: a recipe, or the directory of prepared stores: `<cache>/stores/<fingerprint>`.
+        samples: number of rows that are decoded.
+
+    Raises:
+        RecipeError: there is no such recipe or store, or a store is given overrides.
+        DataError: the data cannot be prepared, or are damaged.
+    """
+    from ptft_dist.data.inspection import inspect_prepared, inspect_stores, is_stores
+    from ptft_dist.data.prepare import records_of
+    from ptft_dist.tasks.registry import encoder_class
+
+    if isinstance(source, str | Path) and is_stores(Path(source)):
+        if overrides:
+            raise RecipeError(f"{next(iter(overrides))}: prepared data cannot be changed; name their recipe instead")
+        return inspect_stores(Path(source), samples=samples)
+    loaded = load_recipe(source, overrides)
+    prepared = prepare(source, overrides)
+    kind = encoder_class(loaded.recipe.task)
+    return inspect_prepared(prepared, loaded.recipe, kind, records_of(loaded.recipe, loaded.base, kind), samples)
+
+
+@_hiding_secrets
+def verify_data(source: Source, overrides: Overrides = ()) -> list[tuple[Path, int]]:
+    """Read all bytes of prepared data, and compare them with their checksums: store and size in bytes.
+
+    Args:
+        source: a recipe, whose data are prepared if necessary, or a directory of prepared stores.
+
+    Raises:
+        DataError: a file is missing, or its contents have changed.
+    """
+    from ptft_dist.data.inspection import is_stores, stores_of
+    from ptft_dist.data.store import verify
+
+    if isinstance(source, str | Path) and is_stores(Path(source)):
+        stores = stores_of(Path(source))
+    else:
+        stores = stores_of(prepare(source, overrides).train.path.parent)
+    return [(store, verify(store)) for store in stores]
 
 
 @_hiding_secrets

@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +19,12 @@ from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.recipe import DataSection
+from ptft_dist.data.formats import Record
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
 from ptft_dist.errors import RecipeError
 from ptft_dist.runs.folds import summarize
+from ptft_dist.tasks.common.documents import Documents
 from ptft_dist.tasks.registry import recipe_class
 
 FOLDS = {"validation": None, "folds": 3}
@@ -33,10 +36,12 @@ def test_each_row_is_validated_once(folds: int) -> None:
     validated: list[str] = []
     for fold in range(folds):
         data = DataSection.model_validate({"train": [{"path": "x"}], "folds": folds, "fold": fold})
-        sides = list(sided(data, lambda _: iter(texts), str))
+        records = SimpleNamespace(of=lambda *_: (Record({"text": text}, "x") for text in texts))
+        sides = [(side, record.values["text"]) for side, record in sided(data, records, Documents.key)]
         assert [text for _, text in sides] == texts
         ours = [text for side, text in sides if side == "validation"]
-        assert list(of_train(data, lambda _: iter(texts), str)) == [t for t in texts if t not in ours]
+        trained = [record.values["text"] for record in of_train(data, records, Documents.key)]
+        assert trained == [t for t in texts if t not in ours]
         assert abs(len(ours) - 200 / folds) < 200 / folds  # about as many in each
         validated += ours
     assert sorted(validated) == sorted(texts)

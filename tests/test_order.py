@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptft_dist.data.order import Plan, Stream, interleave, make_plan, permute, rows_at, split_update
+from ptft_dist.data.order import Period, Plan, Stream, interleave, make_plan, permute, rows_at, split_update
 
 
 def order(size: int, seed: int = 0, epoch: int = 0) -> list[int]:
@@ -400,7 +400,7 @@ def naive_mixture(sizes: tuple[int, ...], weights: tuple[int, ...], seed: int, l
     [((7, 5), (3, 1)), ((4, 4, 4), (1, 1, 1)), ((50, 3, 1), (2, 3, 5)), ((9,), (1,)), ((9,), (4,))],
 )
 def test_any_slice_of_a_mixture_is_that_of_a_naive_loop(sizes: tuple[int, ...], weights: tuple[int, ...]) -> None:
-    stream, expected = Stream(sizes, 5, weights), naive_mixture(sizes, weights, 5, 120)
+    stream, expected = Stream(sizes, 5, (Period(0, weights),)), naive_mixture(sizes, weights, 5, 120)
     for start, stop in itertools.combinations(range(0, 121, 8), 2):
         found = zip(stream.epochs(start, stop).tolist(), stream.rows(start, stop).tolist(), strict=True)
         assert list(found) == expected[start:stop]
@@ -408,7 +408,7 @@ def test_any_slice_of_a_mixture_is_that_of_a_naive_loop(sizes: tuple[int, ...], 
 
 
 def test_stores_of_one_size_have_orders_of_their_own() -> None:
-    rows = Stream((500, 500), 0, (1, 1)).rows(0, 1000)
+    rows = Stream((500, 500), 0, (Period(0, (1, 1)),)).rows(0, 1000)
     first, second = rows[rows < 500], rows[rows >= 500] - 500
     assert sorted(first) == sorted(second) == list(range(500))
     assert (first == second).sum() < 10
@@ -427,7 +427,7 @@ def test_stores_of_one_size_have_orders_of_their_own() -> None:
 def test_a_plan_over_several_stores_is_that_of_a_naive_loop(limits: dict[str, Any]) -> None:
     sizes, weights = (7, 4, 11), (2, 1, 3)
     lengths = np.array([random.Random(i).randint(2, 20) for i in range(sum(sizes))])
-    plan = make_plan(sizes, lambda indices: lengths[indices], 3, weights=weights, **limits)
+    plan = make_plan(sizes, lambda indices: lengths[indices], 3, periods=(Period(0, weights),), **limits)
     stream = [row for _, row in naive_mixture(sizes, weights, 3, 500)]
     updates: list[list[int]] = [[]]
     stop = len(stream)

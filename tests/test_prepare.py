@@ -12,8 +12,8 @@ import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, recipe, save_tokenizer, write_text
 
 from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.data import chunks, tokenizer_files
 from ptft_dist.data import prepare as module
-from ptft_dist.data import stream, tokenizer_files
 from ptft_dist.data.formats import Document
 from ptft_dist.data.prepare import describe
 from ptft_dist.data.report import SideReport
@@ -277,7 +277,7 @@ def test_documents_beyond_one_chunk_keep_their_order(
     base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = all_ids(prepare(recipe(tokenizer_dir), base).train)
-    monkeypatch.setattr(stream, "CHUNK_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "CHUNK_CHARACTERS", 100)
     assert all_ids(prepare(recipe(tokenizer_dir, cache_dir="other"), base).train) == whole
 
 
@@ -285,7 +285,7 @@ def test_a_giant_document_is_announced(
     base: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (base / "giant.txt").write_text("word " * 30)
-    monkeypatch.setattr(stream, "_GIANT_CHARACTERS", 100)
+    monkeypatch.setattr(chunks, "_GIANT_CHARACTERS", 100)
     prepare(recipe(tokenizer_dir, train=[{"path": "text.txt", "document": "line"}, {"path": "giant.txt"}]), base)
     assert [record.message.split(": ")[0] for record in caplog.records if record.levelname == "WARNING"] == [
         f"{base}/giant.txt"

@@ -37,6 +37,10 @@ def submit(
         str | None, typer.Option(metavar="SEARCH", help="The trials of a search (see ptft sweep) as a job array.")
     ] = None,
     tasks: Annotated[int | None, typer.Option(min=1, help="Trials of a sweep at the same time. Default: 4.")] = None,
+    prepare_tasks: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prepare the data before, with a job array of this many tasks. Default with GPUs: 1."),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the script, and submit nothing.")] = False,
 ) -> None:
     """Submit training as a Slurm job that requeues itself and resumes."""
@@ -49,7 +53,7 @@ def submit(
     loaded = load_recipe(recipe, overrides or [], training=True)
     profile, words = read_site(site), [recipe, *(overrides or [])]
     options = [*(["--resume", resume] if resume != "auto" else []), *(f"--accept={key}" for key in accept or ())]
-    asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time, tuple(options))
+    asked = Resources(launch, nodes, gpus_per_node, processes_per_node, time, tuple(options), prepare_tasks)
     run_dir = Path(loaded.recipe.run_dir).absolute()
     if array and sweep is not None:
         raise RecipeError("--array, --sweep: folds or trials; give one of them")

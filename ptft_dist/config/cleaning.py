@@ -6,12 +6,15 @@ docs/cleaning.md names the paper behind each default.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
 from ptft_dist.config.section import Fraction, Section, Text, exactly_one
 
+QualityRules = Literal["gopher", "c4", "fineweb"]
+PersonalData = Literal["email", "ip", "phone", "chinese_id", "chinese_mobile"]
 LanguageCode = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 
 
@@ -46,9 +49,9 @@ class ControlStep(Section):
 class LanguageStep(Section):
     """Identify the language of each record, and keep or drop languages."""
 
-    keep: tuple[LanguageCode, ...] | None = None
-    """Keep these languages only (ISO 639-1 codes), such as [en, zh]."""
-    drop: tuple[LanguageCode, ...] | None = None
+    keep: Annotated[list[LanguageCode], Field(min_length=1)] | None = None
+    """Keep these languages only (ISO 639 codes), such as [en, zh]. `und` is text without letters."""
+    drop: Annotated[list[LanguageCode], Field(min_length=1)] | None = None
     """Drop these languages."""
     min_score: Fraction = 0.65
     """Also drop records whose language has a lower probability than this (FineWeb, CCNet)."""
@@ -62,7 +65,7 @@ class LanguageStep(Section):
 class QualityStep(Section):
     """Drop records by the rules of Gopher, C4 and FineWeb; each drop names its rule."""
 
-    rules: Annotated[tuple[Literal["gopher", "c4", "fineweb"], ...], Field(min_length=1)] = ("gopher", "c4", "fineweb")
+    rules: list[QualityRules] = Field(default_factory=lambda: list(get_args(QualityRules)), min_length=1)
     """The sets of rules to use."""
     min_words: PositiveInt = 50
     """Gopher: records with fewer words are dropped. In languages without spaces, each character is a word."""
@@ -73,9 +76,7 @@ class QualityStep(Section):
 class PiiStep(Section):
     """Mask personal data: each match is replaced by its kind, such as <EMAIL>."""
 
-    kinds: Annotated[
-        tuple[Literal["email", "ip", "phone", "chinese_id", "chinese_mobile"], ...], Field(min_length=1)
-    ] = ("email", "ip", "phone", "chinese_id", "chinese_mobile")
+    kinds: list[PersonalData] = Field(default_factory=lambda: list(get_args(PersonalData)), min_length=1)
     """What is masked."""
 
 
@@ -113,7 +114,7 @@ class NearDedupStep(Section):
 class DecontaminateStep(Section):
     """Drop training records that share an n-gram with evaluation files (Brown et al. 2020, GPT-3, appendix C)."""
 
-    files: Annotated[tuple[Text, ...], Field(min_length=1)]
+    files: Annotated[list[Text], Field(min_length=1)]
     """Files or globs with evaluation data, in the formats of data sources. All their texts are used. A relative path
     starts at the recipe's directory."""
     ngram: PositiveInt = 13
@@ -132,23 +133,39 @@ class StepSection(Section):
     """One step: exactly one of these keys."""
 
     html: HtmlStep | None = None
+    """The main text of HTML pages."""
     unicode: UnicodeStep | None = None
+    """Mojibake repaired, Unicode normalized."""
     whitespace: WhitespaceStep | None = None
+    """Spaces and empty lines reduced."""
     control: ControlStep | None = None
+    """Control and invisible characters removed."""
     language: LanguageStep | None = None
+    """Languages kept or dropped."""
     quality: QualityStep | None = None
+    """Records dropped by the rules of Gopher, C4 and FineWeb."""
     pii: PiiStep | None = None
+    """Personal data masked."""
     repetition: RepetitionStep | None = None
+    """Records dropped that repeat lines, paragraphs or n-grams."""
     exact_dedup: ExactDedupStep | None = None
+    """Equal documents, paragraphs or lines dropped."""
     near_dedup: NearDedupStep | None = None
+    """Similar records dropped."""
     decontaminate: DecontaminateStep | None = None
+    """Records dropped that share an n-gram with evaluation data."""
     custom: CustomStep | None = None
+    """Your own function."""
 
     @model_validator(mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
         """`unicode` and `{unicode: null}` mean the step with its default settings."""
         if isinstance(value, str):
+            if value not in cls.model_fields:
+                near = get_close_matches(value, cls.model_fields, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"the steps are {', '.join(cls.model_fields)}"
+                raise ValueError(f"there is no step {value!r}; {hint}")
             value = {value: None}
         if isinstance(value, dict) and len(value) == 1:
             return {name: {} if settings is None else settings for name, settings in value.items()}
@@ -163,6 +180,12 @@ class StepSection(Section):
     def name(self) -> str:
         """The name of the step."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def edits(self) -> bool:
+        """Whether the step may change texts, besides dropping records."""
+        units = self.exact_dedup is not None and self.exact_dedup.unit != "document"
+        return units or self.name in ("html", "unicode", "whitespace", "control", "pii", "custom")
 
     @property
     def settings(self) -> Section:

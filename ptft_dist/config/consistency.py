@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from ptft_dist.config.data_section import MixingSection
 from ptft_dist.config.section import KeyPath, Problem, is_default
 from ptft_dist.config.task_settings import DocumentSettings
 
@@ -52,6 +53,13 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
     if recipe.data.augment and not settings.augmentable:
         supported = ", ".join(name for name, section in sections.items() if section.augmentable)
         yield Problem(("data", "augment"), f"{_NO_EFFECT} it needs one of the tasks {supported}")
+    if recipe.data.mixing is not None:
+        yield from _mixing(recipe, recipe.data.mixing)
+    if settings.fixed_texts is not None:
+        for number, step in enumerate(recipe.data.steps):
+            if step.edits:
+                text = f"{step.name} changes texts, which task {task} does not allow: {settings.fixed_texts}"
+                yield Problem(("data", "steps", number), text)
     if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
         yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
     if recipe.tokenizer.train is None:
@@ -179,3 +187,18 @@ def nearest_divisor(number: int, wanted: int) -> int:
 def _choice(word: str, names: tuple[str, ...]) -> str:
     near = get_close_matches(word, names, n=1)
     return ", ".join(names) + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _mixing(recipe: Recipe, mixing: MixingSection) -> Iterator[Problem]:
+    """Keys that data.mixing cannot be used with."""
+    key = ("data", "mixing")
+    if recipe.train.epochs is not None:
+        yield Problem(
+            ("train", "epochs"), "with data.mixing each source has its own epochs; set max_steps or max_tokens"
+        )
+    if recipe.continual is not None and recipe.continual.replay is not None:
+        yield Problem(key, "cannot be used with continual.replay: make the old data a source with a weight")
+    if recipe.settings.rollout_prompts is not None:
+        yield Problem(key, f"task {recipe.task} does not mix sources of prompts; remove it")
+    if mixing.schedule is not None and recipe.batch.global_size is None:
+        yield Problem((*key, "schedule"), "needs updates of equal numbers of rows: set batch.global_size")

@@ -76,6 +76,16 @@ class TaskSettings(Section):
         return ()
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        """The columns whose texts data.steps looks at, also inside of lists of messages."""
+        return ("text",)
+
+    @property
+    def fixed_texts(self) -> str | None:
+        """Why data.steps may not change the texts; None: it may."""
+        return None
+
+    @property
     def augmentable(self) -> bool:
         """Whether data.augment can change the texts without invalidating the labels."""
         return False

@@ -19,9 +19,9 @@ from typing import Any
 from ptft_dist.config.recipe import Augmentation, Recipe
 from ptft_dist.data.back_translation import BackTranslation, model_contents
 from ptft_dist.data.cache import HashMemo, fingerprint
+from ptft_dist.data.chunks import SidedRecord
 from ptft_dist.data.formats import Record
 from ptft_dist.data.report import Notes
-from ptft_dist.data.stream import SidedRecord
 from ptft_dist.errors import DataError
 
 SHARE = 0.1
@@ -76,9 +76,9 @@ class Augmentations:
 
     def apply(self, chunk: Sequence[SidedRecord]) -> list[SidedRecord]:
         """The rows of a chunk, with the copies of each valid training row after it."""
-        rows = [i for i, (side, record) in enumerate(chunk) if side == "train" and self._usable(record)]
+        rows = [i for i, (place, record) in enumerate(chunk) if place.side == "train" and self._usable(record)]
         copies = dict(zip(rows, self.copies_of([chunk[i][1] for i in rows]), strict=True))
-        return [(side, each) for i, (side, record) in enumerate(chunk) for each in (record, *copies.get(i, ()))]
+        return [(place, each) for i, (place, record) in enumerate(chunk) for each in (record, *copies.get(i, ()))]
 
     def copies(self, record: Record) -> Iterator[Record]:
         """The augmented copies of one row, in the order of the recipe's methods."""

@@ -6,6 +6,7 @@ directory that looks complete. A lock file lets one process build while the othe
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,10 @@ from ptft_dist.reporting.messages import Progress, progress, say
 SETTLED_AFTER_NS = 2_000_000_000
 _HASHED_AT_ONCE = 1 << 24  # bytes
 _RUST_IO_ERROR = re.compile(r"\(os error \d+\)")
+
+
+class Busy(Exception):
+    """Another process builds the directory."""
 
 
 def cache_root(cache_dir: str | None, base: Path) -> Path:
@@ -54,10 +59,29 @@ def fingerprint(value: Any) -> str:
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def build_once(directory: Path, build: Callable[[Path], object]) -> bool:
+def build_each(directories: Sequence[Path], build: Callable[[int, Path], object]) -> None:
+    """Build all directories that do not exist. Several processes, also on other machines, share the work.
+
+    build: fills the empty directory of the index that it is given, see `build_once`.
+
+    Raises:
+        PtftError: the cache cannot be written.
+    """
+    busy = []
+    for index, directory in enumerate(directories):
+        try:
+            build_once(directory, functools.partial(build, index), wait=False)
+        except Busy:
+            busy.append(index)
+    for index in busy:
+        build_once(directories[index], functools.partial(build, index))
+
+
+def build_once(directory: Path, build: Callable[[Path], object], *, wait: bool = True) -> bool:
     """Build `directory` unless it exists; return whether it existed.
 
     Args:
+        wait: wait while another process builds it. Otherwise raise Busy.
         build: fills an empty directory. It uses `writing` around its own writes. Its exceptions are passed on
             unchanged, because reading sources can also raise OSError. After an exception nothing is left behind.
 
@@ -68,10 +92,12 @@ def build_once(directory: Path, build: Callable[[Path], object]) -> bool:
         return True
     unfinished = directory.with_name(f"{directory.name}.building-{os.getpid()}@{platform.node()}")
 
-    def wait() -> None:
+    def on_wait() -> None:
+        if not wait:
+            raise Busy
         say(f"waiting for {_builder(directory)}, which prepares the same data")
 
-    with _locked(_lock_path(directory), wait):
+    with _locked(_lock_path(directory), on_wait):
         if directory.exists():
             return True
         _remove_dead_builds(directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Protocol, Self
 
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.formats import Record
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["train", "validation"]
+
+
+class Place(NamedTuple):
+    """Where a record belongs."""
+
+    side: Side
+    source: int
+    """Index in data.train or, for separate validation sources, in data.validation."""
 
 
 class RowError(Exception):
@@ -111,6 +119,13 @@ class Writer(Protocol):
         """
 
 
+class MergingWriter(Writer, Protocol):
+    """The writer of an encoder that is `mergeable`."""
+
+    def extend(self, part: Path) -> None:
+        """Append all examples of a completed store. Raises DataError if it is damaged."""
+
+
 class Encoder:
     """Base class: converts a task's records to examples."""
 
@@ -131,6 +146,8 @@ class Encoder:
     """The meta of training examples is stored too."""
     numbered: ClassVar[str | None] = None
     """The key of `Example.meta` for the number of the record, counted from 1 over all records with examples."""
+    mergeable: ClassVar[bool] = False
+    """The stores of several shards can be appended to each other, because no record depends on earlier ones."""
     answer_roles: ClassVar[tuple[str, ...]] = ()
     """The columns with the answers, which rows to predict do not have."""
     store: ClassVar[type[Any]]
@@ -248,6 +265,10 @@ class Encoder:
         """
         raise NotImplementedError
 
+    def length(self, example: Example) -> int:
+        """The number of tokens of an example, for the report."""
+        return len(example.columns["input_ids"])
+
     def count(self, example: Example) -> None:
         """Count an example in `survey`. Called once per training example in order, augmented copies included."""
 
@@ -265,7 +286,9 @@ __all__ = [
     "EncoderContext",
     "Example",
     "LeftOut",
+    "MergingWriter",
     "Outcome",
+    "Place",
     "RowError",
     "Side",
     "Store",

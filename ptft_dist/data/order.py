@@ -5,14 +5,17 @@ image of p % rows under a pseudo-random permutation keyed by (seed, epoch). Each
 resuming skips nothing, and the order does not depend on ranks or workers.
 
 Several stores are mixed by weight: a fixed cycle defines the store of each position, and each store has its own stream.
+The weights may change at given positions (`Period`).
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +99,22 @@ def interleave(weights: Sequence[int]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Period:
+    """An interval of positions in which stores are drawn with constant weights."""
+
+    start: int
+    """Its first position. It ends where the next period starts; the last one has no end."""
+    weights: tuple[int, ...]
+    """Whole numbers: (3, 1) draws three rows from the first store for each row from the second; 0: none."""
+
+    @cached_property
+    def cycle(self) -> np.ndarray:
+        """The store of each position, repeated: int64 [sum(weights)]."""
+        used = np.flatnonzero(self.weights)
+        return used[interleave([self.weights[i] for i in used])]
+
+
+@dataclass(frozen=True)
 class Stream:
     """The endless stream of rows of one or several stores: a pure function of the position.
 
@@ -106,11 +125,10 @@ class Stream:
     sizes: tuple[int, ...]
     """Number of rows of each store."""
     seed: int
-    weights: tuple[int, ...] = (1,)
-    """Whole numbers: (3, 1) draws three rows from the first store for each row from the second."""
+    periods: tuple[Period, ...] = (Period(0, (1,)),)
 
     def __post_init__(self) -> None:
-        assert len(self.sizes) == len(self.weights)
+        assert all(len(self.sizes) == len(period.weights) for period in self.periods)
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """The rows at positions [start, stop): int64 [stop - start]."""
@@ -132,23 +150,42 @@ class Stream:
         return epochs
 
     def position_after(self, drawn: int) -> int:
-        """The number of positions that contain at least this many rows of the first store. See `interleave`."""
-        return -(-drawn * sum(self.weights) // self.weights[0])
+        """The number of positions that contain at least this many rows of the first store. See `interleave`.
+
+        For a stream of one period.
+        """
+        (period,) = self.periods
+        return -(-drawn * sum(period.weights) // period.weights[0])
 
     def _draws(self, start: int, stop: int) -> list[tuple[np.ndarray, int]]:
         """For each store: its indices within [start, stop), and the number of its draws before `start`."""
-        cycle = self._cycle
-        laps, offset = divmod(start, len(cycle))
-        stores = cycle[np.arange(start, stop) % len(cycle)]
-        before = np.bincount(cycle[:offset], minlength=len(self.sizes))
-        return [
-            (np.flatnonzero(stores == store), laps * weight + int(before[store]))
-            for store, weight in enumerate(self.weights)
-        ]
+        starts = [period.start for period in self.periods]
+        first = bisect_right(starts, start) - 1
+        before = self._drawn[first] + _counts(self.periods[first], start - starts[first])
+        pieces, position = [], start
+        for number in range(first, len(starts)):
+            end = min(stop, starts[number + 1]) if number + 1 < len(starts) else stop
+            cycle = self.periods[number].cycle
+            pieces.append(cycle[np.arange(position - starts[number], end - starts[number]) % len(cycle)])
+            position = end
+            if position >= stop:
+                break
+        stores = np.concatenate(pieces)
+        return [(np.flatnonzero(stores == store), int(before[store])) for store in range(len(self.sizes))]
 
     @cached_property
-    def _cycle(self) -> np.ndarray:
-        return interleave(self.weights)
+    def _drawn(self) -> list[np.ndarray]:
+        """For each period, the draws from each store before it."""
+        drawn = [np.zeros(len(self.sizes), np.int64)]
+        for period, following in pairwise(self.periods):
+            drawn.append(drawn[-1] + _counts(period, following.start - period.start))
+        return drawn
+
+
+def _counts(period: Period, positions: int) -> np.ndarray:
+    """The draws from each store in the first positions of a period: int64 [stores]."""
+    laps, offset = divmod(positions, len(period.cycle))
+    return laps * np.array(period.weights) + np.bincount(period.cycle[:offset], minlength=len(period.weights))
 
 
 @dataclass(frozen=True)
@@ -189,7 +226,7 @@ def make_plan(
     lengths: Callable[[np.ndarray], np.ndarray],
     seed: int,
     *,
-    weights: Sequence[int] = (1,),
+    periods: Sequence[Period] = (Period(0, (1,)),),
     global_size: int | None = None,
     global_tokens: int | None = None,
     max_steps: int | None = None,
@@ -205,7 +242,7 @@ def make_plan(
     Args:
         rows: number of rows of the store, or of each store.
         lengths: returns the number of tokens of rows, given their numbers in the stream.
-        weights: see Stream.
+        periods: see Stream; with `epochs`, only one.
         global_size: rows per update.
         global_tokens: maximum number of tokens per update; an update has at least one row.
         max_steps: number of updates.
@@ -213,7 +250,7 @@ def make_plan(
         max_tokens: the run ends with the first update after which this many tokens have been read.
         cache: directory for plans that read lengths. It must belong to the data that `lengths` reads.
     """
-    stream = Stream((rows,) if isinstance(rows, int) else tuple(rows), seed, tuple(weights))
+    stream = Stream((rows,) if isinstance(rows, int) else tuple(rows), seed, tuple(periods))
     end = None if epochs is None else stream.position_after(max(1, round(epochs * stream.sizes[0])))
     if global_size is not None and max_tokens is None:
         steps = max_steps if end is None else -(-end // global_size)
@@ -223,7 +260,9 @@ def make_plan(
     if cache is None:
         starts = scan.starts()
     else:
-        key = [1, stream.sizes, seed, stream.weights, global_size, global_tokens, max_steps, end, max_tokens]
+        weights = [[period.start, period.weights] for period in stream.periods]
+        mixture = stream.periods[0].weights if len(stream.periods) == 1 else weights
+        key = [1, stream.sizes, seed, mixture, global_size, global_tokens, max_steps, end, max_tokens]
         starts = remembered(cache, key, scan.starts)
     return Plan(stream, len(starts) - 1, None, None, starts)
 

@@ -6,6 +6,8 @@ that share the cache, reuse it:
     <cache>/tokenizers/<fingerprint>/         a tokenizer that was trained here, copied from the Hub, or extended
     <cache>/stores/<fingerprint>/train/       a token or example store; validation/ beside it, if the recipe has one
     <cache>/stores/<fingerprint>/report.json  what was read, dropped and written
+    <cache>/cleaned/<fingerprint>/            records after data.steps, see cleaning/pipeline.py
+    <cache>/encoded/<fingerprint>/            the store of one shard, until all are merged, see parts.py
     <cache>/hashes.json                       the hashes of source files
 """
 
@@ -15,21 +17,27 @@ import contextlib
 import functools
 import json
 import os
+import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.data import stream
+from ptft_dist.data import parts, stream
 from ptft_dist.data.augment import Augmentations
 from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
-from ptft_dist.data.encoder import Encoder, EncoderContext, RowError
+from ptft_dist.data.cleaning.pipeline import CLEANING_VERSION, CleanedRecords
+from ptft_dist.data.encoder import Encoder, EncoderContext, Place, RowError
 from ptft_dist.data.formats import Record
+from ptft_dist.data.layout import VALIDATION, Layout
+from ptft_dist.data.mixed_store import MixedStore
+from ptft_dist.data.records import Records, SourceRecords
 from ptft_dist.data.report import Report, describe
+from ptft_dist.data.sides import side_of, sided
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import adds_bos, first_megabytes, load_tokenizer, train_tokenizer
@@ -105,24 +113,36 @@ def prepare(
     except DataError:
         check_sources(recipe, base)  # lists all such mistakes with their keys
         raise
+    if job.cleaned is not None and not job.has_tokenizer(tokenizer_from):
+        job.cleaned.build(workers)  # before the lock of the tokenizer, so that several processes share the work
     tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
-    directory = cache / "stores" / store_print
+    directory, layout = cache / "stores" / store_print, Layout.of(recipe)
 
     def build(unfinished: Path) -> None:
-        report = job.write_stores(unfinished, tokenizer_path, workers)
+        report = job.write_stores(unfinished, store_print, tokenizer_path, workers)
         job.check_unchanged()
         versions = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
-        report = replace(report, seconds=round(time.monotonic() - started, 3), versions=versions)
+        report = replace(
+            report,
+            tokenizer=str(tokenizer_path),
+            seconds=round(time.monotonic() - started, 3),
+            versions=versions,
+        )
         with writing(directory):
             (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
+    if not directory.exists():
+        if job.cleaned is not None:
+            job.cleaned.build(workers)
+        job.encode_parts(store_print, tokenizer_path, workers)
     from_cache = build_once(directory, build)
+    job.remove_parts(store_print)
     try:
         prepared = Prepared(
             tokenizer_path=tokenizer_path,
-            train=encoder.store.open(directory / "train"),
-            validation=encoder.store.open(directory / "validation") if recipe.validated else None,
+            train=_open_train(encoder, directory, layout),
+            validation=encoder.store.open(directory / VALIDATION) if layout.validated else None,
             fingerprint=store_print,
             parts=job.fingerprint_parts(tokenizer_print),
             inputs=job.inputs(),
@@ -143,6 +163,12 @@ def prepare(
         partial.write_text(str(directory), encoding="utf-8")
         partial.replace(job.mark)
     return replace(prepared, old=old)
+
+
+def _open_train(encoder: type[Encoder], directory: Path, layout: Layout) -> Store:
+    """The store of the training rows; with data.mixing, those of all sources as one."""
+    stores = [encoder.store.open(directory / name) for name in layout.train_names]
+    return MixedStore(stores, directory / "train") if layout.by_source else stores[0]
 
 
 def check_fold(recipe: Recipe) -> None:
@@ -199,6 +225,11 @@ def is_prepared(recipe: Recipe, base: Path, encoder: type[Encoder]) -> bool:
     return mark.is_file() and Path(mark.read_text(encoding="utf-8")).is_dir()
 
 
+def records_of(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Records:
+    """The records of a recipe, after data.steps. Raises DataError if a source is missing."""
+    return Job(recipe, base, cache_root(recipe.data.cache_dir, base), encoder).records
+
+
 class Job:
     """The fingerprints, the tokenizer and the steps of one recipe."""
 
@@ -211,8 +242,15 @@ class Job:
         self._contents = self._fingerprint_contents()
         self._old_contents = [self._prints(sources) for sources in recipe.old_data.values()]
         self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
+        self.cleaned = CleanedRecords(recipe, base, cache, encoder, self._memo) if recipe.data.steps else None
+        self._steps_print = self.cleaned.fingerprint() if self.cleaned else None
         self._augment = Augmentations(recipe, base, self._usable) if recipe.data.augment else None
         self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
+
+    @cached_property
+    def records(self) -> Records:
+        """The records that are split and encoded."""
+        return self.cleaned or SourceRecords(self.recipe, self.base, self.encoder)
 
     def _usable(self, record: Record) -> bool:
         try:
@@ -221,13 +259,60 @@ class Job:
             return False
         return True
 
-    def write_stores(self, directory: Path, tokenizer_path: Path, workers: int | None) -> Report:
-        """Write the stores into `directory`."""
-        tokenizer = self._load(tokenizer_path)
-        survey = stream.take_survey(self.recipe, self.base, self.encoder)
-        encoder = self.encoder(EncoderContext.of(self.recipe, tokenizer, survey))
-        steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
-        return stream.write(self.recipe, self.base, directory, encoder, steps, workers=workers)
+    def encode_parts(self, name: str, tokenizer_path: Path, workers: int | None) -> None:
+        """Encode each shard on its own, if there are several and the task allows it. Several processes share the work.
+
+        name: the fingerprint of the stores.
+        """
+        if self._in_parts:
+            parts.build(self._parts(name), self.cache / "stores" / name, self._encode_part(tokenizer_path, workers))
+
+    def write_stores(self, directory: Path, name: str, tokenizer_path: Path, workers: int | None) -> Report:
+        """Write the stores into `directory`. name: their fingerprint."""
+        if self._in_parts:
+            report = parts.merge(
+                Layout.of(self.recipe), self._parts(name), directory, self._new_encoder(tokenizer_path, {})
+            )
+        else:
+            survey = stream.take_survey(self.recipe, self.records, self.encoder)
+            steps = [(self._augment, fingerprint(self._augment_print))] if self._augment else []
+            records = sided(self.recipe.data, self.records, self.encoder.key)
+            encoder = self._new_encoder(tokenizer_path, survey)
+            report = stream.write(self.recipe, records, directory, encoder, steps, workers=workers)
+        if self.cleaned is not None:
+            report = replace(report, read=self.cleaned.read(), steps=[*self.cleaned.reports(), *report.steps])
+        stream.check_sides(self.recipe, report)
+        return report
+
+    def remove_parts(self, name: str) -> None:
+        """Remove the encoded shards, when the stores exist."""
+        if self._in_parts:
+            for part in self._parts(name):
+                shutil.rmtree(part, ignore_errors=True)
+
+    @cached_property
+    def _in_parts(self) -> bool:
+        return self.encoder.mergeable and len(self.records.shards) > 1
+
+    def _parts(self, name: str) -> list[Path]:
+        """The directories of the encoded shards."""
+        count = len(self.records.shards)
+        return [self.cache / "encoded" / fingerprint([name, number, count]) for number in range(count)]
+
+    def _encode_part(self, tokenizer_path: Path, workers: int | None) -> Callable[[int, Path], Report]:
+        def encode(number: int, directory: Path) -> Report:
+            shard, records = self.records.shards[number], self.records.of_shard(number)
+            key, data = self.encoder.key, self.recipe.data
+            pairs = (
+                (shard.place if shard.side == "validation" else Place(side_of(data, key(r)), shard.index), r)
+                for r in records
+            )
+            return stream.write(self.recipe, pairs, directory, self._new_encoder(tokenizer_path, {}), workers=workers)
+
+        return encode
+
+    def _new_encoder(self, tokenizer_path: Path, survey: Mapping[str, Any]) -> Encoder:
+        return self.encoder(EncoderContext.of(self.recipe, self._load(tokenizer_path), survey))
 
     # --- fingerprints ------------------------------------------------------------------------------------------------
 
@@ -236,6 +321,8 @@ class Job:
             {
                 "version": PREPARE_VERSION,
                 "contents": self._contents,
+                **self._cleaning(),
+                **({"by source": True} if Layout.of(self.recipe).by_source else {}),
                 "tokenizer": [tokenizer_print, version("tokenizers")],
                 "rows": self._row_settings(tokenizer_path),
             }
@@ -247,9 +334,15 @@ class Job:
         parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
         libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
         parts |= {"tokenizer": tokenizer_print, "libraries": libraries}
+        if self._steps_print is not None:
+            parts["data.steps.files"] = fingerprint(self._steps_print)
         if self._augment is not None:
             parts["data.augment.files"] = self._augment_print
         return parts
+
+    def _cleaning(self) -> dict[str, Any]:
+        """What affects the records besides the contents of the sources."""
+        return {} if self._steps_print is None else {"steps": [CLEANING_VERSION, self._steps_print]}
 
     def _row_settings(self, tokenizer_path: Path) -> dict[str, Any]:
         """Everything besides contents and tokenizer that affects the rows."""
@@ -274,8 +367,9 @@ class Job:
         """See `input_fingerprint`."""
         path = self.recipe.tokenizer.path
         tokenizer = None if path is None else self._tokenizers.fingerprint_local(path, self.base)
-        old = [self._old_contents] if self._old_contents else []
-        return fingerprint([self._contents, self._augment_print, tokenizer, *old])
+        more: list[Any] = [self._old_contents] if self._old_contents else []
+        more += [self._cleaning()] if self._steps_print is not None else []
+        return fingerprint([self._contents, self._augment_print, tokenizer, *more])
 
     def _adds_bos(self, tokenizer_path: Path) -> bool:
         """Whether the tokenizer itself begins a text with BOS. One that is trained here does not."""
@@ -322,6 +416,7 @@ class Job:
         validation = self._contents["validation"]
         return {
             "train": self._contents["train"],
+            **self._cleaning(),
             "share": validation if isinstance(validation, float) else None,
             "folds": self._contents["folds"],
             "texts": self.encoder.text_settings(self.recipe.settings, self._common),
@@ -343,10 +438,9 @@ class Job:
         else:
             assert section.path is not None
             name, directory = files.load(section.path, self.base, section.revision, section.trust_remote_code)
-        changes = self.changes()
-        if changes == [(), None]:
+        if self.changes() == [(), None]:
             return name, directory
-        changed = fingerprint([name, *changes, version("transformers")])
+        changed = self._changed_print(name)
         return changed, files.build_changed(changed, partial(self._change_tokenizer, directory))
 
     def changes(self) -> list[Any]:
@@ -366,6 +460,16 @@ class Job:
             return self.trained_fingerprint()
         assert section.path is not None
         return self._tokenizers.load(section.path, self.base, section.revision, section.trust_remote_code)[0]
+
+    def has_tokenizer(self, given: Path | None) -> bool:
+        """Whether no tokens need to be learned from the texts. given: see `provide_tokenizer`."""
+        section = self.recipe.tokenizer
+        if section.train is not None:
+            return given is not None or self._tokenizers.has(self.trained_fingerprint())
+        return section.extend is None or self._tokenizers.has_changed(self._changed_print(self.unchanged_name()))
+
+    def _changed_print(self, name: str) -> str:
+        return fingerprint([name, *self.changes(), version("transformers")])
 
     def _change_tokenizer(self, directory: Path) -> tuple[Any, Pieces]:
         """The tokenizer of a directory with the tokens and the template of `changes`, and the pieces of the tokens."""
@@ -406,6 +510,6 @@ class Job:
                 shown.advance(len(text.encode()))
                 return text
 
-            texts = stream.training_texts(self.recipe, self.base, self.encoder)
+            texts = stream.training_texts(self.recipe, self.records, self.encoder)
             yield map(measured, first_megabytes(texts, megabytes))
         self.check_unchanged()

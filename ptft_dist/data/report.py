@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, NamedTuple, Self
 
 _SHOWN_PLACES = 5
 _SHOWN_BAD_ROWS = 10
 _SHOWN_LABELS = 20
+_SHOWN_REASONS = 4
 _MANY = 0.1  # a larger share of dropped records is shown as a warning
 
 
@@ -49,6 +50,10 @@ class BadRows:
         if len(self.first) < _SHOWN_BAD_ROWS:
             self.first.append(f"{where}: {reason}")
 
+    def merge(self, other: BadRows) -> None:
+        self.count += other.count
+        self.first = [*self.first, *other.first][:_SHOWN_BAD_ROWS]
+
 
 @dataclass(frozen=True)
 class SideReport:
@@ -64,6 +69,34 @@ class SideReport:
     """Number of dropped one-token rows, which have nothing to predict."""
 
 
+def sum_of_sides(reports: Sequence[SideReport]) -> SideReport:
+    """The report of several stores of one side together."""
+    return SideReport(*(sum(numbers) for numbers in zip(*map(astuple, reports), strict=True)))
+
+
+class SourceReport(NamedTuple):
+    """What one source gave, before packing."""
+
+    records: int
+    examples: int
+    tokens: int
+    text_bytes: int
+
+    def plus(self, other: SourceReport) -> SourceReport:
+        """This report and another one together."""
+        return SourceReport(*(one + more for one, more in zip(self, other, strict=True)))
+
+
+class Sample(NamedTuple):
+    """An excerpt of a record that a step changed or dropped."""
+
+    where: str
+    before: str
+    after: str | None = None
+    """The same part after the change; of a dropped duplicate, the text that is kept; None: dropped for another
+    reason."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """The counts of a step between the sources and the encoder."""
@@ -71,6 +104,28 @@ class StepReport:
     name: str
     fingerprint: str
     notes: dict[str, Entry]
+    """Changed records, by kind of change."""
+    read: int = 0
+    """Records that it got. 0: not counted."""
+    changed: int = 0
+    """Records that it changed."""
+    dropped: dict[str, Entry] = field(default_factory=dict)
+    """Records that it dropped, by reason."""
+    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    """Examples: of changed records under "changed", of dropped ones under their reason."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """The entry from JSON values, also from those of earlier versions."""
+        return cls(
+            values["name"],
+            values["fingerprint"],
+            _entries(values["notes"]),
+            values.get("read", 0),
+            values.get("changed", 0),
+            _entries(values.get("dropped", {})),
+            {reason: [Sample(*s) for s in samples] for reason, samples in values.get("samples", {}).items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -97,10 +152,19 @@ class Report:
     """Number of tokens of the tokenizer."""
     unknown_tokens: int
     """Number of unknown tokens (UNK) in the stores."""
+    sources: dict[str, SourceReport] = field(default_factory=dict)
+    """Source, such as train[0] -> what it gave. A split by fraction or folds makes validation[0] of a part of it."""
     warnings: list[str] = field(default_factory=list)
     """Other warnings, such as special tokens around documents that the tokenizer itself does not add."""
+    tokenizer: str = ""
+    """The directory of the tokenizer, when the stores were written."""
     seconds: float = 0.0
     versions: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> dict[str, SideReport]:
+        """The stores by their names."""
+        return {"train": self.train} | ({"validation": self.validation} if self.validation else {})
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -120,10 +184,11 @@ class Report:
             | {
                 "train": SideReport(**given["train"]),
                 "validation": None if validation is None else SideReport(**validation),
-                "steps": [StepReport(s["name"], s["fingerprint"], _entries(s["notes"])) for s in given["steps"]],
+                "steps": [StepReport.from_dict(step) for step in given["steps"]],
                 "bad_rows": BadRows(**given["bad_rows"]),
                 "dropped": _entries(given["dropped"]),
                 "notes": _entries(given["notes"]),
+                "sources": {key: SourceReport(*each) for key, each in given.get("sources", {}).items()},
             }
         )
 
@@ -161,7 +226,7 @@ def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
 
 def describe(report: Report, *, from_cache: bool = False) -> str:
     """The report as a few lines of text."""
-    sides = {"train": report.train} | ({"validation": report.validation} if report.validation else {})
+    sides = report.sides
     unit = "documents" if report.reads == "document" else "examples"
     lines = [
         (name, f"{side.examples:,} {unit}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")
@@ -174,14 +239,32 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     if labels := report.survey.get("labels"):
         more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
         lines.append(("labels", ", ".join(labels[:_SHOWN_LABELS]) + more))
+    lines += _steps(report)
     lines += _losses(report, sum(side.dropped_tokens for side in sides.values()))
-    notes = [entry for step in report.steps for entry in step.notes.items()] + list(report.notes.items())
+    notes = [entry for step in report.steps if not step.read for entry in step.notes.items()]
+    notes += list(report.notes.items())
     lines += [("note", f"{count:,} {report.reads}s {reason}: {_places(count, at)}") for reason, (count, at) in notes]
     lines += [("warning", text) for text in report.warnings]
     if report.unknown_tokens:
         lines.append(("warning", f"{report.unknown_tokens:,} unknown tokens: the tokenizer cannot encode this text"))
     lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", loaded from the cache" * from_cache))
     return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
+
+
+def _steps(report: Report) -> list[tuple[str, str]]:
+    """A line for each step of data.steps: how many records it got, changed and dropped."""
+    lines: list[tuple[str, str]] = []
+    for step in report.steps:
+        if not step.read:
+            continue
+        did = [f"changed {step.changed:,}"] * bool(step.changed)
+        if step.dropped:
+            reasons = sorted(step.dropped.items(), key=lambda entry: -entry[1].times)
+            text = ", ".join(f"{each.times:,} {reason}" for reason, each in reasons[:_SHOWN_REASONS])
+            more = ", ..." * (len(reasons) > _SHOWN_REASONS)
+            did.append(f"dropped {sum(each.times for each in step.dropped.values()):,} ({text}{more})")
+        lines.append(("" if lines else "steps", f"{step.name} of {step.read:,}: {', '.join(did) or 'no change'}"))
+    return lines
 
 
 def _losses(report: Report, one_token_rows: int) -> list[tuple[str, str]]:

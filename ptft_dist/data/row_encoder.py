@@ -129,6 +129,9 @@ class RowEncoder(Encoder):
             return 0
         return sum(list(example.columns[name]).count(self._unknown_id) for name in self.length_columns)
 
+    def length(self, example: Example) -> int:
+        return sum(len(example.columns[name]) for name in self.length_columns)
+
     def writer(self, path: Path, side: Side) -> RowWriter:
         return RowWriter(self, path, side)
 

@@ -4,40 +4,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import TypeVar
 
-from ptft_dist.config.recipe import DataSection, Source
-from ptft_dist.data.encoder import Side
+from ptft_dist.config.recipe import DataSection
+from ptft_dist.data.chunks import SidedRecord
+from ptft_dist.data.encoder import Place, Side
+from ptft_dist.data.formats import Record
+from ptft_dist.data.records import Records
 
-T = TypeVar("T")
 
-
-def sided(
-    data: DataSection, read: Callable[[Source], Iterator[T]], key: Callable[[T], str]
-) -> Iterator[tuple[Side, T]]:
-    """All items of the recipe's sources in order, each with its side ("train" or "validation").
+def sided(data: DataSection, records: Records, key: Callable[[Record], str]) -> Iterator[SidedRecord]:
+    """All records in order, each with its side and the index of its source.
 
     Args:
         key: the text whose hash decides the side in a split by fraction or folds. Equal texts get the same side.
     """
-    for source in data.train:
-        for item in read(source):
-            yield _side(data, key(item)), item
+    for index in range(len(data.train)):
+        for record in records.of("train", index):
+            yield Place(side_of(data, key(record)), index), record
     if isinstance(data.validation, list):
-        for source in data.validation:
-            for item in read(source):
-                yield "validation", item
+        for index in range(len(data.validation)):
+            for record in records.of("validation", index):
+                yield Place("validation", index), record
 
 
-def of_train(data: DataSection, read: Callable[[Source], Iterator[T]], key: Callable[[T], str]) -> Iterator[T]:
-    """The items of the training side only, for training a tokenizer or collecting labels."""
-    for source in data.train:
-        for item in read(source):
-            if _side(data, key(item)) == "train":
-                yield item
+def of_train(data: DataSection, records: Records, key: Callable[[Record], str]) -> Iterator[Record]:
+    """The records of the training side only, for training a tokenizer or collecting labels."""
+    for index in range(len(data.train)):
+        for record in records.of("train", index):
+            if side_of(data, key(record)) == "train":
+                yield record
 
 
-def _side(data: DataSection, text: str) -> Side:
+def side_of(data: DataSection, text: str) -> Side:
+    """The side of a record of data.train with this key."""
     if data.folds is not None:
         return "validation" if int(_fraction(text) * data.folds) == data.fold else "train"
     share = data.validation if isinstance(data.validation, float) else 0.0

@@ -3,7 +3,7 @@
     tokens.bin      uint16 (uint32 for vocabularies above 65,536), little-endian: all documents, concatenated
     documents.npy   int64 [D + 1]: the start of each document in tokens.bin, and at the end the number of tokens
     rows.npy        int64 [R, 2]: [start, end) of each row in tokens.bin; only without packing
-    store.json      counts, settings and file sizes; written last, so a store without it is incomplete
+    store.json      counts, settings, sizes and checksums of files; written last, so a store without it is incomplete
 
 With packing, row i is tokens[i * max_length : (i + 1) * max_length], and only the last row may be shorter. Without
 packing, each document is split into rows of its own. One-token rows are dropped and counted: nothing to predict.
@@ -12,6 +12,7 @@ packing, each document is split into rows of its own. One-token rows are dropped
 from __future__ import annotations
 
 import json
+import shutil
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ import numpy as np
 from ptft_dist.errors import DataError
 
 STORE_VERSION = 1
+_HASHED_AT_ONCE = 1 << 22  # bytes
 _BLOCK = 2**16  # numbers per write; one write per document would be slow for short documents
 TOKENS, DOCUMENTS, ROWS, SUMMARY = "tokens.bin", "documents.npy", "rows.npy", "store.json"
 
@@ -124,10 +126,41 @@ class MappedStore:
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Complete a store: add the sizes of its files to the summary, and write store.json."""
-    summary["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    """Complete a store: add the sizes and checksums of its files to the summary, and write store.json."""
+    files = sorted(path.iterdir())
+    summary["files"] = {file.name: file.stat().st_size for file in files}
+    summary["checksums"] = {file.name: checksum(file) for file in files}
     (path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def checksum(file: Path) -> str:
+    """The hash of a file's contents: XXH3, 128 bits, as hexadecimal digits."""
+    from xxhash import xxh3_128
+
+    digest = xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path) -> int:
+    """Read all files of a store and compare their checksums; return their size in bytes.
+
+    Raises:
+        DataError: a file is missing, or its contents have changed; or the store was written without checksums.
+    """
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        if "checksums" not in summary:
+            raise ValueError("it was written by an earlier version of ptft, without checksums")
+        for name, expected in summary["checksums"].items():
+            if checksum(path / name) != expected:
+                raise ValueError(f"the contents of {name} have changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+    return sum(summary["files"].values())
 
 
 class StoreWriter:
@@ -180,6 +213,24 @@ class StoreWriter:
         self._tokens.write(block.astype(self._dtype).data)
         self._waiting, self._waiting_tokens = [], 0
 
+    def extend(self, part: Path) -> None:
+        """Append all documents of a completed store with the same settings.
+
+        Raises:
+            DataError: the store is damaged.
+            OSError: an error of reading or writing.
+        """
+        store = TokenStore.open(part)
+        assert (store.max_length, store.packing, store.dtype) == (self._max_length, self._packing, self._dtype)
+        self._write_block()
+        with (part / TOKENS).open("rb") as tokens:
+            shutil.copyfileobj(tokens, self._tokens, 1 << 24)
+        self._documents.extend(np.load(part / DOCUMENTS, mmap_mode="r")[:-1], self._total)
+        if self._rows is not None:
+            self._rows.extend(np.load(part / ROWS, mmap_mode="r"), self._total)
+            self._dropped += store.dropped_tokens
+        self._total += store.tokens + store.dropped_tokens
+
     def close(self) -> dict[str, Any]:
         """Complete the files and return the contents of store.json: counts and settings.
 
@@ -222,10 +273,12 @@ class TokenStore(MappedStore):
         self.packing: bool = summary["packing"]
         self.tokens: int = summary["tokens"]  # of all rows, without dropped tokens
         self.documents: int = summary["documents"]
+        self.dropped_tokens: int = summary["dropped_tokens"]
+        self.dtype = np.dtype(summary["dtype"])
         self._count: int = summary["rows"]
-        self._total = self.tokens + summary["dropped_tokens"]
+        self._total = self.tokens + self.dropped_tokens
         # Plain arrays over the memory maps, because slicing an np.memmap takes a few microseconds longer.
-        self._tokens = np.asarray(np.memmap(path / TOKENS, dtype=summary["dtype"], mode="r"))
+        self._tokens = np.asarray(np.memmap(path / TOKENS, dtype=self.dtype, mode="r")) if self._total else np.empty(0)
         self._documents = np.asarray(np.load(path / DOCUMENTS, mmap_mode="r"))
         self._rows = None if self.packing else np.asarray(np.load(path / ROWS, mmap_mode="r"))
 
@@ -257,6 +310,10 @@ class TokenStore(MappedStore):
         starts = np.concatenate(([0], self._documents[first:last] - start))
         return Row(self._tokens[start:stop].astype(np.int64), starts)
 
+    def document_lengths(self) -> np.ndarray:
+        """The number of tokens of each document: int64 [D]."""
+        return np.diff(self._documents)
+
     def largest(self, count: int) -> list[Row]:
         """`count` rows of max_length tokens. All tokens are 0, because only the size matters."""
         return [Row(np.zeros(self.max_length, np.int64), np.zeros(1, np.int64))] * count
@@ -277,6 +334,13 @@ class Int64Stream:
         self.count += 1
         if len(self._waiting) >= _BLOCK:
             self._write_block()
+
+    def extend(self, values: np.ndarray, added: int) -> None:
+        """Append an array [N] or [N, columns], with `added` added to each number."""
+        self._write_block()
+        for start in range(0, len(values), _BLOCK):
+            self._file.write((values[start : start + _BLOCK] + added).astype("<i8").data)
+        self.count += len(values)
 
     def close(self) -> None:
         self._write_block()

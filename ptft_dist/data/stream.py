@@ -1,35 +1,33 @@
-"""The data stream: sources -> training/validation split -> steps -> encoder -> writers.
+"""The data stream: records -> training/validation split -> steps -> encoder -> writers.
 
-The split comes before the steps, so that an augmented copy of a row is on the same side as the row. Chunks of records
-are encoded in several threads or processes (workers.py) and written in reading order. So the bytes of the stores do not
-depend on the number of workers or the size of the chunks.
+The records are those of the sources, or what data.steps made of them (`cleaning/`). The split comes before the steps
+here, so that an augmented copy of a row is on the same side as the row. Chunks of records are encoded in several
+threads or processes (workers.py) and written in reading order. So the bytes of the stores do not depend on the number
+of workers or the size of the chunks.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.cache import HashMemo, writing
-from ptft_dist.data.encoder import Encoder, Example, Outcome, RowError, Side, Writer
+from ptft_dist.data.chunks import SidedRecord, chunked
+from ptft_dist.data.encoder import Encoder, Example, Outcome, Place, RowError, Writer
 from ptft_dist.data.formats import Record
-from ptft_dist.data.report import BadRows, Notes, Report, SideReport, StepReport
-from ptft_dist.data.sides import of_train, sided
+from ptft_dist.data.layout import VALIDATION, Layout
+from ptft_dist.data.records import Records
+from ptft_dist.data.report import BadRows, Notes, Report, SideReport, SourceReport, StepReport, sum_of_sides
+from ptft_dist.data.sides import of_train
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
 from ptft_dist.reporting.messages import progress
-
-CHUNK_CHARACTERS = 2_000_000  # per call of the tokenizer, which needs about 100 bytes of memory per character
-_GIANT_CHARACTERS = 20_000_000
-
-SidedRecord = tuple[Side, Record]
 
 
 class Step(Protocol):
@@ -49,9 +47,9 @@ class Step(Protocol):
 # --- without a tokenizer ---------------------------------------------------------------------------------------------
 
 
-def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
+def training_records(recipe: Recipe, source: Records, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
     """The valid records of the training side, without the copies that steps add. `bad` counts invalid ones."""
-    for record in of_train(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key):
+    for record in of_train(recipe.data, source, encoder.key):
         try:
             encoder.check(recipe.settings, record)
         except RowError as problem:
@@ -60,20 +58,20 @@ def training_records(recipe: Recipe, base: Path, encoder: type[Encoder], bad: Ba
             yield record
 
 
-def training_texts(recipe: Recipe, base: Path, encoder: type[Encoder]) -> Iterator[str]:
+def training_texts(recipe: Recipe, source: Records, encoder: type[Encoder]) -> Iterator[str]:
     """The texts of the training side, for training a tokenizer.
 
     Raises:
         DataError: see `Encoder.read`; or there are bad rows, and the recipe does not skip them.
     """
     bad = BadRows()
-    for record in training_records(recipe, base, encoder, bad):
+    for record in training_records(recipe, source, encoder, bad):
         for text in encoder.texts(recipe.settings, record):
             yield from learnable(text, record.where)
     stop_if_any(recipe, bad)
 
 
-def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str, Any]:
+def take_survey(recipe: Recipe, source: Records, encoder: type[Encoder]) -> dict[str, Any]:
     """Properties of the training records that the task needs before encoding, see `Encoder.survey_of`.
 
     Raises:
@@ -82,7 +80,7 @@ def take_survey(recipe: Recipe, base: Path, encoder: type[Encoder]) -> dict[str,
     if not encoder.surveys:
         return {}
     bad = BadRows()
-    survey = encoder.survey_of(recipe.settings, training_records(recipe, base, encoder, bad), recipe.train.seed)
+    survey = encoder.survey_of(recipe.settings, training_records(recipe, source, encoder, bad), recipe.train.seed)
     stop_if_any(recipe, bad)
     return survey
 
@@ -104,29 +102,29 @@ def stop_if_any(recipe: Recipe, bad: BadRows) -> None:
 
 def write(
     recipe: Recipe,
-    base: Path,
+    records: Iterable[SidedRecord],
     directory: Path,
     encoder: Encoder,
     steps: Sequence[tuple[Step, str]] = (),
     *,
     workers: int | None = None,
 ) -> Report:
-    """Encode all records into the stores `directory`/train and, with validation data, `directory`/validation.
+    """Encode records into the stores `directory`/train and, with validation data, `directory`/validation.
 
     Args:
         steps: the steps with their fingerprints (for the report).
         workers: number of encoding processes; None: see `worker_count`.
 
     Raises:
-        DataError: see `Encoder.read`; or there are bad rows and the recipe does not skip them; or a side has no row.
+        DataError: see `Encoder.read`; or there are bad rows and the recipe does not skip them.
         PtftError: the cache cannot be written.
     """
-    sides: tuple[Side, ...] = ("train", "validation") if recipe.validated else ("train",)
+    layout = Layout.of(recipe)
     with writing(directory):
-        stores = {side: _Store(encoder.writer(directory / side, side)) for side in sides}
-    written = _Written(encoder, stores, directory)
-    read = _Counted(sided(recipe.data, partial(encoder.read, recipe.settings, base=base), encoder.key))
-    chunks: Iterator[list[SidedRecord]] = _chunks(read, encoder.chunk_records)
+        writers = {name: encoder.writer(directory / name, side) for name, side in layout.stores.items()}
+    written = _Written(encoder, layout, writers, directory)
+    read = _Counted(records)
+    chunks: Iterator[list[SidedRecord]] = chunked(read, encoder.chunk_records)
     for step, _ in steps:
         chunks = map(step.apply, chunks)
     with progress("encoding", unit="bytes") as shown, closing(_encoded(chunks, encoder, workers)) as results:
@@ -135,15 +133,13 @@ def write(
                 shown.advance(written.add(item, outcome))
             encoder.survey |= encoded.discovered
     stop_if_any(recipe, written.bad)
-    reports = written.close()
-    losses = [f"{written.bad.count} bad"] * bool(written.bad.count)
-    losses += [f"{count} {reason}" for reason, (count, _) in written.dropped.entries.items()]
-    _check_sides(recipe, f"{read.count} {encoder.reads}s were read" + "".join(f"; {each}" for each in losses), reports)
+    train, validation = by_side(layout, written.close())
     return Report(
         reads=encoder.reads,
         read=read.count,
-        train=reports["train"],
-        validation=reports.get("validation"),
+        train=train,
+        validation=validation,
+        sources=written.sources,
         steps=[StepReport(step.name, name, step.notes.entries) for step, name in steps],
         bad_rows=written.bad,
         dropped=written.dropped.entries,
@@ -160,36 +156,13 @@ def write(
 class _Counted:
     """Counts the items of a stream while it is read."""
 
-    def __init__(self, records: Iterator[SidedRecord]) -> None:
+    def __init__(self, records: Iterable[SidedRecord]) -> None:
         self._records, self.count = records, 0
 
     def __iter__(self) -> Iterator[SidedRecord]:
         for item in self._records:
             self.count += 1
             yield item
-
-
-def _chunks(records: Iterable[SidedRecord], most: int) -> Iterator[list[SidedRecord]]:
-    """Group records into lists of at most `most` records and a few MB."""
-    chunk: list[SidedRecord] = []
-    size = 0
-    for side, record in records:
-        characters = sum(len(value) for value in record.values.values() if isinstance(value, str))
-        if characters > _GIANT_CHARACTERS:
-            logging.getLogger("ptft").warning(
-                "%s: this record has %d million characters; encoding it takes about %d GB of memory. Split it into "
-                "smaller ones (for .txt files: document: paragraph).",
-                record.where,
-                characters / 1e6,
-                characters * 150 / 1e9,
-            )
-        chunk.append((side, record))
-        size += characters
-        if size >= CHUNK_CHARACTERS or len(chunk) >= most:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
 
 
 class _Encoded(NamedTuple):
@@ -204,21 +177,21 @@ def _encoded(
 ) -> Generator[tuple[list[SidedRecord], _Encoded], None, None]:
     """The chunks with their encoded records, in order."""
 
-    def encode(chunk: list[tuple[Side, Record | Outcome]]) -> _Encoded:
+    def encode(chunk: list[tuple[Place, Record | Outcome]]) -> _Encoded:
         outcomes = iter(encoder.outcomes([record for _, record in chunk if isinstance(record, Record)]))
         all_outcomes = [item if isinstance(item, Outcome) else next(outcomes) for _, item in chunk]
         kept = [
-            outcome.without_meta() if side == "train" and not encoder.keeps_meta else outcome
-            for (side, _), outcome in zip(chunk, all_outcomes, strict=True)
+            outcome.without_meta() if place.side == "train" and not encoder.keeps_meta else outcome
+            for (place, _), outcome in zip(chunk, all_outcomes, strict=True)
         ]
         return _Encoded(kept, encoder.discovered)
 
     waiting: list[list[SidedRecord]] = []  # chunks that the workers are encoding
 
-    def admitted() -> Iterator[list[tuple[Side, Record | Outcome]]]:
+    def admitted() -> Iterator[list[tuple[Place, Record | Outcome]]]:
         for chunk in chunks:
             waiting.append(chunk)
-            yield [(side, _admitted(encoder, record)) for side, record in chunk]
+            yield [(place, _admitted(encoder, record)) for place, record in chunk]
 
     if encoder.uses_processes:
         results = in_processes(admitted(), encode, worker_count() if workers is None else workers)
@@ -237,26 +210,20 @@ def _admitted(encoder: Encoder, record: Record) -> Record | Outcome:
     return record
 
 
-@dataclass
-class _Store:
-    """The store of one side while it is written."""
-
-    writer: Writer
-    text_bytes: int = 0
-
-
 class _Written:
     """Writes outcomes to the stores in order, and counts them."""
 
-    def __init__(self, encoder: Encoder, stores: dict[Side, _Store], directory: Path) -> None:
-        self._encoder, self._stores, self._directory = encoder, stores, directory
+    def __init__(self, encoder: Encoder, layout: Layout, writers: dict[str, Writer], directory: Path) -> None:
+        self._encoder, self._layout, self._writers, self._directory = encoder, layout, writers, directory
+        self._text_bytes: Counter[str] = Counter()
+        self.sources: dict[str, SourceReport] = {}
         self.bad, self.dropped, self.notes = BadRows(), Notes(), Notes()
         self.unknown_tokens = 0
         self._number = 0
 
     def add(self, item: SidedRecord, outcome: Outcome) -> int:
         """Write the examples of a record; return the size of its text in bytes."""
-        side, record = item
+        place, record = item
         if outcome.problem is not None:
             self.bad.add(record.where, outcome.problem)
             return 0
@@ -267,42 +234,58 @@ class _Written:
             self.notes.add(note, record.where)
         self._number += 1
         self.unknown_tokens += outcome.unknown_tokens
-        store = self._stores[side]
+        name = self._layout.name(place)
         for example in outcome.examples:
-            if side == "train":
+            if place.side == "train":
                 self._encoder.count(example)
             with writing(self._directory):
-                store.writer.add(self._numbered(example))
+                self._writers[name].add(self._numbered(example))
         size_bytes = len(self._encoder.key(record).encode())
-        store.text_bytes += size_bytes
+        self._text_bytes[name] += size_bytes
+        tokens = sum(map(self._encoder.length, outcome.examples))
+        own = SourceReport(1, len(outcome.examples), tokens, size_bytes)
+        source = f"{place.side}[{place.source}]"
+        self.sources[source] = self.sources[source].plus(own) if source in self.sources else own
         return size_bytes
 
     def _numbered(self, example: Example) -> Example:
         key = self._encoder.numbered
         return example if key is None else replace(example, meta={key: self._number, **example.meta})
 
-    def close(self) -> dict[Side, SideReport]:
+    def close(self) -> dict[str, SideReport]:
+        """Complete the stores; name -> report of a store."""
         with writing(self._directory):
-            closed = {side: store.writer.close() for side, store in self._stores.items()}
-        for store in self._stores.values():
-            self.notes.merge(store.writer.notes)
-        return {
-            side: SideReport(
-                examples=summary["documents"] if "documents" in summary else summary["examples"],
-                rows=summary["rows"],
-                tokens=summary["tokens"],
-                text_bytes=self._stores[side].text_bytes,
-                dropped_tokens=summary.get("dropped_tokens", 0),
-            )
-            for side, summary in closed.items()
-        }
+            closed = {name: writer.close() for name, writer in self._writers.items()}
+        for writer in self._writers.values():
+            self.notes.merge(writer.notes)
+        return {name: side_report(summary, self._text_bytes[name]) for name, summary in closed.items()}
 
 
-def _check_sides(recipe: Recipe, read: str, sides: dict[Side, SideReport]) -> None:
-    """Raises DataError if a side has no rows. read: how many records were read and dropped, for the message."""
-    empty = [name for name, side in sides.items() if not side.rows]
+def side_report(summary: Mapping[str, Any], text_bytes: int) -> SideReport:
+    """The report of a store. summary: the contents of its store.json."""
+    return SideReport(
+        examples=summary["documents"] if "documents" in summary else summary["examples"],
+        rows=summary["rows"],
+        tokens=summary["tokens"],
+        text_bytes=text_bytes,
+        dropped_tokens=summary.get("dropped_tokens", 0),
+    )
+
+
+def by_side(layout: Layout, stores: Mapping[str, SideReport]) -> tuple[SideReport, SideReport | None]:
+    """The reports of training and validation, from those of the stores."""
+    return sum_of_sides([stores[name] for name in layout.train_names]), stores.get(VALIDATION)
+
+
+def check_sides(recipe: Recipe, report: Report) -> None:
+    """Raises DataError if a side has no rows."""
+    empty = [name for name, side in report.sides.items() if not side.rows]
     if not empty:
         return
+    losses = [f"{report.bad_rows.count} bad"] * bool(report.bad_rows.count)
+    losses += [f"{times} {reason}" for step in report.steps for reason, (times, _) in step.dropped.items()]
+    losses += [f"{times} {reason}" for reason, (times, _) in report.dropped.items()]
+    read = f"{report.read} {report.reads}s were read" + "".join(f"; {each}" for each in losses)
     if recipe.data.folds is not None:
         remedy = (
             f"Folds (data.folds: {recipe.data.folds}) are chosen by a hash of whole rows. Use fewer folds or more data."

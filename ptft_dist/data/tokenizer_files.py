@@ -45,6 +45,17 @@ class TokenizerFiles:
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
 
+    def has(self, name: str) -> bool:
+        """Whether the directory `name` has been built."""
+        return (self._cache / name).is_dir()
+
+    def has_changed(self, name: str) -> bool:
+        """Whether `build_changed` has built the tokenizer with this fingerprint."""
+        return self._changed(name).is_dir()
+
+    def _changed(self, name: str) -> Path:
+        return self._cache / fingerprint([name, _ORIGIN_VERSION])
+
     def build(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> tuple[str, Path]:
         """Save the tokenizer of `make()` in the directory `name`, once; return its fingerprint and directory.
 
@@ -57,7 +68,7 @@ class TokenizerFiles:
     def build_changed(self, name: str, make: Callable[[], tuple[PreTrainedTokenizerBase, Pieces]]) -> Path:
         """Save the tokenizer of `make()`, whose fingerprint is `name`, and the pieces of its added tokens; return the
         directory."""
-        directory = self._cache / fingerprint([name, _ORIGIN_VERSION])
+        directory = self._changed(name)
 
         def build(unfinished: Path) -> None:
             tokenizer, pieces = make()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from ptft_dist.data.chunks import CHUNK_CHARACTERS
 from ptft_dist.data.cleaning.words import is_segmented, words
-from ptft_dist.data.stream import CHUNK_CHARACTERS
 from ptft_dist.data.tokenizer import text_only_backend
 
 if TYPE_CHECKING:

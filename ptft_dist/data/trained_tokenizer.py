@@ -6,7 +6,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.cache import cache_root, fingerprint
 from ptft_dist.data.encoder import Encoder, RowError, Side
 from ptft_dist.data.prepare import Job, check_fold
-from ptft_dist.data.sides import sided
+from ptft_dist.data.sides import side_of
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.tokenizer import first_megabytes, load_tokenizer, tokenizer_fingerprint
 from ptft_dist.data.tokenizer_files import contents_of
@@ -168,24 +167,20 @@ class TrainedTokenizer:
     def _texts(self, side: Side) -> Iterator[tuple[str, str]]:
         """The first texts of each source of a side, with the name of the source."""
         data = self._recipe.data
-        separate = side == "validation" and isinstance(data.validation, list)
-        sources: Any = data.validation if separate else data.train
+        separate = isinstance(data.validation, list)
         if side == "validation" and data.validation is None and data.folds is None:
             return
-        alone = {"validation": None, "folds": None, "fold": None}
-        for source in sources:
-            part = data.model_copy(
-                update={"train": [source]} | (alone if separate or isinstance(data.validation, list) else {})
-            )
-            wanted: Side = "train" if separate else side
-            texts = self._texts_of(part, wanted)
-            for text in first_megabytes(texts, MEASURED_BYTES / len(sources) / 1e6):
+        sources: Any = data.validation if side == "validation" and separate else data.train
+        for index, source in enumerate(sources):
+            for text in first_megabytes(self._texts_of(side, index), MEASURED_BYTES / len(sources) / 1e6):
                 yield _name(source), text
 
-    def _texts_of(self, data: Any, side: Side) -> Iterator[str]:
-        settings, encoder = self._recipe.settings, self._encoder
-        for own_side, record in sided(data, partial(encoder.read, settings, base=self._base), encoder.key):
-            if own_side != side:
+    def _texts_of(self, side: Side, index: int) -> Iterator[str]:
+        """The texts of the valid records of a side that are from one source of it."""
+        data, settings, encoder = self._recipe.data, self._recipe.settings, self._encoder
+        separate = isinstance(data.validation, list)
+        for record in self._job.records.of(side if separate else "train", index):
+            if not separate and side_of(data, encoder.key(record)) != side:
                 continue
             try:
                 encoder.check(settings, record)

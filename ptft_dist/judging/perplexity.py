@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ptft_dist.config.load import Loaded
 from ptft_dist.data.encoder import EncoderContext
+from ptft_dist.data.prepare import records_of
 from ptft_dist.data.sides import sided
 from ptft_dist.data.store import Row
 from ptft_dist.engine import Engine
@@ -73,11 +74,11 @@ class StridedPerplexity:
         if not 0 < stride < self.window:
             raise RecipeError(f"--stride: {stride} is not between 0 and data.max_length ({self.window})")
         encoder = kind(EncoderContext.of(recipe, tokenizer))
-        read = sided(recipe.data, partial(kind.read, recipe.settings, base=loaded.base), kind.key)
+        read = sided(recipe.data, records_of(recipe, loaded.base, kind), kind.key)
         self.texts: list[str] = []
         self.rows: list[Row] = []
-        for side, record in read:
-            if side != "validation" or not record.values["text"].strip():
+        for place, record in read:
+            if place.side != "validation" or not record.values["text"].strip():
                 continue
             (outcome,) = encoder.outcomes([record])
             for example in outcome.examples:

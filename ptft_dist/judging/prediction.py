@@ -15,6 +15,7 @@ from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
+from ptft_dist.data.prepare import records_of
 from ptft_dist.data.report import BadRows
 from ptft_dist.data.row_encoder import RowEncoder, require
 from ptft_dist.data.sources import check_sources, read_records
@@ -129,7 +130,7 @@ class Predictor:
         self.survey = dict(target.survey or _survey_of(self.recipe, section))
         if kind.survey_of_recipe:
             check_sources(self.recipe, self.base)
-            self.survey = take_survey(self.recipe, self.base, kind)
+            self.survey = take_survey(self.recipe, records_of(self.recipe, self.base, kind), kind)
         self.zero_config = deepspeed_config_of_launch()
         self.shape = batch_shape(self.recipe, place.world_size)
         backend = planned_kind(place.world_size, self.zero_config)

@@ -28,6 +28,9 @@ class Resources:
     time: str | None = None
     options: tuple[str, ...] = ()
     """Other options of `ptft train`."""
+    prepare_tasks: int | None = None
+    """The data are prepared before, by a job array of so many tasks that share the shards. None: by one task, for a
+    job with GPUs; otherwise by the job itself."""
 
     @property
     def launch_config(self) -> str | None:
@@ -65,7 +68,7 @@ def training(
 ) -> list[Request]:
     """The job that trains a recipe, after a job that prepares its data if they are not in the cache.
 
-    Without GPUs the job itself prepares the data.
+    Without GPUs the job itself prepares the data, unless `resources` names a number of tasks.
 
     Args:
         recipes: one, or several for a job array, which differ in nothing that a check looks at.
@@ -91,11 +94,12 @@ def training(
     )
     problems = [] if resources.launch or resources.nodes == 1 else [_NO_LAUNCH]
     problems += checks.of_recipe(job, recipes[0], config, data=known, offline=site.offline)
-    if resources.gpus_per_node is None or (known and all(map(checks.is_prepared, recipes))):
+    by_itself = resources.gpus_per_node is None and resources.prepare_tasks is None
+    if by_itself or (known and all(map(checks.is_prepared, recipes))):
         return [Request(name, job, site, tuple(run_dirs), tuple(needs), tuple(problems))]
     before = replace(
         job,
-        commands=[("prepare", *words) for words in commands],
+        commands=[("prepare", *words) for words in commands for _ in range(resources.prepare_tasks or 1)],
         name=f"{job.name}-prepare",
         file="prepare.sbatch",
         nodes=1,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.resolve import BatchShape
-from ptft_dist.data.order import Plan, make_plan
+from ptft_dist.data.order import Period, Plan, make_plan
 from ptft_dist.data.store import Store
 from ptft_dist.errors import DataError, RecipeError
 
@@ -14,11 +14,20 @@ MOST_EPOCHS = 1_000_000
 """The maximum of train.epochs, so that the table of a run's updates fits into memory."""
 
 
-def plan_run(recipe: Recipe, shape: BatchShape, store: Store, sizes: Sequence[int], weights: Sequence[int]) -> Plan:
+def plan_run(
+    recipe: Recipe,
+    shape: BatchShape,
+    store: Store,
+    sizes: Sequence[int],
+    periods: Sequence[Period],
+    end: int | None = None,
+) -> Plan:
     """The rows of all updates; for a task with rollouts, the prompts of all rollouts.
 
     Args:
-        sizes, weights: number of rows and weight of each store that `store` mixes.
+        sizes: number of rows of each store that `store` mixes.
+        periods: how they are mixed, see `Stream`.
+        end: the number of positions until all sources of data.mixing are used up; None: never.
 
     Raises:
         DataError: the data have too few rows for one update or rollout.
@@ -42,11 +51,11 @@ def plan_run(recipe: Recipe, shape: BatchShape, store: Store, sizes: Sequence[in
             f"batch: one update needs {shape.global_size} rows, the training data have {rows}. Lower "
             "batch.global_size (or global_tokens) or data.max_length, or add data"
         )
-    return make_plan(
+    plan = make_plan(
         sizes,
         store.lengths,
         train.seed,
-        weights=weights,
+        periods=periods,
         global_size=shape.global_size,
         global_tokens=shape.global_tokens,
         max_steps=train.max_steps,
@@ -54,6 +63,13 @@ def plan_run(recipe: Recipe, shape: BatchShape, store: Store, sizes: Sequence[in
         max_tokens=train.max_tokens,
         cache=store.path.parent / ("plans" if len(sizes) == 1 else f"plans-{store.path.name}"),
     )
+    last = plan.positions(plan.total_steps - 1)[1]
+    if end is not None and last > end:
+        raise DataError(
+            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {end:,} until all are used up. "
+            "Train for fewer updates, raise max_epochs, or add data"
+        )
+    return plan
 
 
 def _plan_of_rollouts(recipe: Recipe, shape: BatchShape, store: Store, sizes: Sequence[int], prompts: int) -> Plan:

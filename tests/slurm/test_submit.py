@@ -211,3 +211,34 @@ def test_what_the_cluster_cannot_do_is_refused_before_queueing(
         assert problem in done.stderr
     assert cluster.ask("squeue", "--noheader") == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_an_array_prepares_the_shards_and_training_follows(
+    cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    """Two tasks clean and encode six shards; the stores and the run have the bytes of one machine."""
+    lines = documents.read_text().splitlines()
+    for number in range(6):
+        (tmp_path / f"part-{number}.txt").write_text("\n".join(lines[number * 8 : number * 8 + 12]))  # they overlap
+    data = {
+        "train": [{"path": "part-*.txt", "document": "line"}],
+        "steps": ["whitespace", "exact_dedup", "near_dedup"],
+        "validation": 0.1,
+    }
+    write_recipe(tmp_path, documents, train={"max_steps": 4}, save={"every": 4}, eval={"every": 4}, data=data)
+    shards = {"PTFT_SHARD_MB": "0.0001"}
+    here = start("train", "recipe.yaml", "run_dir=here", cwd=tmp_path, cache=cache, env=shards)
+    assert here.wait() == 0, here.stderr
+    words = ("submit", "recipe.yaml", "--prepare-tasks", "2")
+    done = ptft(cluster, tmp_path / "cache", tmp_path, *words, env=shards)
+    prepare, train = submitted(done, cluster, tmp_path / "run/slurm")
+    assert train.fact("Dependency").startswith(f"afterok:{prepare.number}")
+    assert train.wait() == ("COMPLETED", "0:0"), train.log
+    logs = [(tmp_path / f"run/slurm/{prepare.number}_{task}.log").read_text() for task in (0, 1)]
+    assert all("near_dedup of" in log for log in logs)
+    assert "loaded from the cache" in train.log
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "here")
+    stores = (tmp_path / "cache/stores").glob("*/*/tokens.bin")
+    for store in stores:
+        assert store.read_bytes() == (cache / store.relative_to(tmp_path / "cache")).read_bytes()
+    assert not list((tmp_path / "cache/encoded").glob("*[!k]"))

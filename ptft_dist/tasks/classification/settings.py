@@ -53,6 +53,10 @@ class ClassificationSettings(LabelledText):
         return ("text", "label", "head", "tail") if self.entities else super().roles
 
     @property
+    def fixed_texts(self) -> str | None:
+        return "its entities are positions in the text" if self.entities else None
+
+    @property
     def augmentable(self) -> bool:
         return not self.entities  # the spans would move
 

@@ -54,6 +54,7 @@ class DocumentRows(Documents):
     """Encodes each document with the task's boundary tokens (such as BOS and EOS) into a token store."""
 
     store = TokenStore
+    mergeable = True
     settings: DocumentSettings
 
     def __init__(self, context: EncoderContext) -> None:
@@ -107,6 +108,9 @@ class DocumentWriter:
 
     def add(self, example: Example) -> None:
         self._store.add(example.columns["input_ids"])
+
+    def extend(self, part: Path) -> None:
+        self._store.extend(part)
 
     def close(self) -> dict[str, Any]:
         return self._store.close()

@@ -18,6 +18,10 @@ class LabelledText(TaskSettings):
         return ("text", "text_pair", "label") if self.pair else ("text", "label")
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return ("text", "text_pair") if self.pair else ("text",)
+
+    @property
     def augmentable(self) -> bool:
         return True
 

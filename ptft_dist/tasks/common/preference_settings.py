@@ -25,3 +25,7 @@ class PreferenceSettings(ChatSettings):
     @property
     def roles(self) -> tuple[str, ...]:
         return "prompt", "chosen", "rejected", "margin", "conversations", "system", "tools"
+
+    @property
+    def text_roles(self) -> tuple[str, ...]:
+        return "prompt", "chosen", "rejected", "conversations", "system"

@@ -107,6 +107,10 @@ class RolloutSettings(ChatSettings):
         return "prompt", "messages"
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return "prompt", "messages"
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         labels = tuple(f"reward/{source.label}" for source in self.rewards) if len(self.rewards) > 1 else ()
         return "loss", "reward", *labels, "response_tokens", "without_eos", *(("kl",) if self.kl else ())

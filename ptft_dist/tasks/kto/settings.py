@@ -36,6 +36,10 @@ class KtoSettings(ReferenceSettings):
         return (*super().roles, "completion", "label", "messages")
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return (*super().text_roles, "completion", "messages")
+
+    @property
     def estimates_kl(self) -> bool:
         return self.loss == "kto"
 

@@ -78,6 +78,9 @@ class PairRows(Documents):
         unknown = 0 if unknown_id is None else sum(ids.count(unknown_id) for ids in sentences)
         return Outcome([Example({"sentences": sentences, "text": text_hash(document.text)})], unknown_tokens=unknown)
 
+    def length(self, example: Example) -> int:
+        return sum(map(len, example.columns["sentences"]))
+
     def writer(self, path: Path, side: Side) -> PairWriter:
         return PairWriter(self, path, side)
 

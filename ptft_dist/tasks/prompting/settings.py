@@ -87,6 +87,10 @@ class PromptingSettings(TaskSettings):
         return "logits"
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return self.columns
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         if self.labels is None:
             return "loss", "perplexity", *self.generation.metric_names

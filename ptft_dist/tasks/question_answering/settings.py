@@ -46,5 +46,13 @@ class QuestionAnsweringSettings(TaskSettings):
         return "cls", "sep", "mask", "pad"
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return "question", "context"
+
+    @property
+    def fixed_texts(self) -> str | None:
+        return "its answers are positions in the context"
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         return "loss", "exact_match", "f1"

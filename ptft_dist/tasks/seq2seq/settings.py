@@ -38,5 +38,9 @@ class Seq2SeqSettings(TaskSettings):
         return "eos", "pad"
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return "source", "target"
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         return "loss", "perplexity", "accuracy", *(self.generation.metric_names if self.generation else ())

@@ -68,5 +68,9 @@ class SftSettings(ChatSettings):
         )
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return tuple(role for role in self.roles if role != "tools")
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         return "loss", "perplexity", *(self.generation.metric_names if self.generation else ())

@@ -53,6 +53,14 @@ class TokenClassificationSettings(TaskSettings):
         return "cls", "sep", "mask", "pad"
 
     @property
+    def text_roles(self) -> tuple[str, ...]:
+        return ("tokens",)
+
+    @property
+    def fixed_texts(self) -> str | None:
+        return "its tags belong to words"
+
+    @property
     def metric_names(self) -> tuple[str, ...]:
         averages = AVERAGES[1:] if self.scheme == "plain" else AVERAGES
         return "loss", "accuracy", *(name for average in averages for name in score_names(average))
