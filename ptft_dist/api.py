@@ -144,15 +144,20 @@ def verify_data(source: Source, overrides: Overrides = ()) -> list[tuple[Path, i
 
 
 @_hiding_secrets
-def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Path | None = None) -> TokenizerReport:
-    """Write the tokenizer that `prepare` trains for a recipe, or find it in its cache; and measure it.
+def train_tokenizer(
+    source: Source, overrides: Overrides = (), *, out: str | Path | None = None, compare: Sequence[str] = ()
+) -> TokenizerReport:
+    """Write the tokenizer that `prepare` trains or extends for a recipe, and measure it on the recipe's texts.
+
+    A recipe that takes a tokenizer as it is gets a report only, and nothing is written.
 
     Args:
         out: the target. Default: RUN_DIR/tokenizer. The report lies beside it. If the directory has the tokenizer of
             the same settings and data, nothing is done.
+        compare: directories and Hub names of other tokenizers, which are measured too.
 
     Raises:
-        RecipeError: the recipe trains no tokenizer, or `out` has other files.
+        RecipeError: `out` has other files, or there is nothing to write there; or a tokenizer cannot be loaded.
         DataError: a source is missing or malformed.
     """
     from ptft_dist.data.trained_tokenizer import TrainedTokenizer
@@ -160,7 +165,15 @@ def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Pat
 
     loaded = load_recipe(source, overrides)
     target = Path(out) if out is not None else Path(loaded.recipe.run_dir) / "tokenizer"
-    return TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task)).write(target.absolute())
+    tokenizer = TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task), compare)
+    if tokenizer.writes:
+        return tokenizer.write(target.absolute())
+    if out is not None:
+        raise RecipeError(
+            f"--out: has no effect here: the recipe takes the tokenizer of {loaded.recipe.tokenizer.path} as it is. "
+            "Set tokenizer.train, add or extend, or remove --out"
+        )
+    return tokenizer.report()
 
 
 @_hiding_secrets

@@ -173,7 +173,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
     else:
-        save_tokenizer(session.trained.tokenizer, run_dir)
+        save_tokenizer(session.trained.tokenizer, run_dir, session.trained.tokenizer_origin)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
     trainer.samples = session.samples(progress.step, progress.evaluated_step)
     if checkpoint is not None:

@@ -350,8 +350,7 @@ def test_decontaminate(evaluation: Path) -> None:
         assert dropped(evaluation, " ".join([*part[:6], "other", *part[6:]])) is None
     assert dropped(evaluation, "one two three four five six seven") is None  # too short to search for
     assert (
-        dropped(evaluation, "他问：北京大学的校长是谁,他在什么时候")
-        == "contaminated: shares 13 words with eval.jsonl"
+        dropped(evaluation, "他问：北京大学的校长是谁,他在什么时候") == "contaminated: shares 13 words with eval.jsonl"
     )
     assert dropped(evaluation, "北京大学的校长是谁，他在什") is None
     nine = "alpha beta gamma delta epsilon zeta eta theta iota"

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.recipe import TokenizerSection
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import (
     EXIT_LOST,
@@ -132,11 +133,16 @@ def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) 
     (run_dir / _LEARNED_BY).write_text(json.dumps(settings))
 
 
-def save_tokenizer(tokenizer: Any, run_dir: Path) -> None:
-    """Write a tokenizer that was not trained for this run to run_dir/tokenizer, for later exports of checkpoints."""
+def save_tokenizer(tokenizer: Any, run_dir: Path, origin: Path) -> None:
+    """Write a tokenizer that was not trained for this run to run_dir/tokenizer, for later exports of checkpoints.
+
+    origin: a file to copy too, if it exists.
+    """
     target, partial = run_dir / TOKENIZER, run_dir / ".tokenizer.partial"
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
+    if origin.is_file():
+        shutil.copy(origin, partial)
     (run_dir / _LEARNED_BY).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -145,8 +151,11 @@ def save_tokenizer(tokenizer: Any, run_dir: Path) -> None:
 def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
     """The tokenizer that `keep_tokenizer` copied, if it was trained with these settings; otherwise None."""
     try:
-        same = json.loads((run_dir / _LEARNED_BY).read_text()) == settings
-    except (OSError, ValueError):
+        saved = json.loads((run_dir / _LEARNED_BY).read_text())
+        # An earlier version had fewer keys; what they do now by default is what it did.
+        saved["tokenizer"] = TokenizerSection.model_validate(saved["tokenizer"]).model_dump(mode="json")
+        same = saved == settings
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return run_dir / TOKENIZER if same and (run_dir / TOKENIZER).is_dir() else None
 
