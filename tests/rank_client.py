@@ -20,10 +20,9 @@ def main() -> None:
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.connect(sys.argv[1])
     for number in PASSED_ON:
-        if number not in ignored:
-            signal.signal(number, lambda received, _frame: server.send(bytes([received])))
+        signal.signal(number, lambda received, _frame: server.send(bytes([received])))
     cwd = os.getcwd()  # noqa: PTH109  # pathlib is slow to import
-    request = {"words": words, "env": dict(os.environ), "cwd": cwd, "parent": os.getppid()}
+    request = {"words": words, "env": dict(os.environ), "cwd": cwd, "pid": os.getpid(), "parent": os.getppid()}
     with os.fdopen(os.memfd_create("request"), "w") as file:  # an environment may be larger than a packet
         json.dump({**request, "ignored": ignored}, file)
         file.flush()
