@@ -21,6 +21,7 @@ import shlex
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -31,7 +32,7 @@ from typing import Any, NamedTuple
 
 import psutil
 from rank_client import PASSED_ON
-from support import ROOT, as_started_by_a_user, fork_server
+from support import ROOT, as_started_by_a_user, fork_server, ptft
 
 PYTHON = sys.executable
 NAMESPACES = ("net", "uts", "mnt")  # the last, because its files are what the others are read from
@@ -57,6 +58,11 @@ def preloaded_ptft() -> Path:
         (folder / name).write_text(f'#!/bin/sh\nexec {client}{words} "$@"\n')
         (folder / name).chmod(0o700)
     return folder
+
+
+def forked_ptft(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    """`support.ptft` by `preloaded_ptft`: the command line, and all that it launches, without their imports."""
+    return ptft(*args, command=[str(preloaded_ptft() / "ptft")], **options)
 
 
 def serve(listener: socket.socket, executable: str) -> None:

@@ -184,10 +184,14 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def ptft(
-    *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 180
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 180,
+    command: Sequence[str] = COMMAND,
 ) -> subprocess.CompletedProcess[str]:
     """Run the real command line and wait for its end."""
-    words = [*COMMAND, *args]
+    words = [*command, *args]
     return subprocess.run(
         words, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout_s, check=False
     )
