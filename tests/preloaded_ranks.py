@@ -75,6 +75,9 @@ def serve(listener: socket.socket, executable: str) -> None:
             if key.fileobj is listener:
                 client = listener.accept()[0]
                 rank = fork_rank(client, listener, executable, forks)
+                if rank is None:
+                    client.close()
+                    continue
                 events.register(client, selectors.EVENT_READ, rank)
                 events.register(os.pidfd_open(rank.pid), selectors.EVENT_READ, (rank, client))
             elif isinstance(key.fileobj, socket.socket):
@@ -123,9 +126,11 @@ def descendants(pid: int, forks: Mapping[int, int]) -> list[int]:
     return found
 
 
-def fork_rank(client: socket.socket, listener: socket.socket, executable: str, forks: dict[int, int]) -> Rank:
-    """Fork the rank of this client, and add it to `forks`."""
+def fork_rank(client: socket.socket, listener: socket.socket, executable: str, forks: dict[int, int]) -> Rank | None:
+    """Fork the rank of this client, and add it to `forks`; None for a client that was killed before."""
     _, files, _, _ = socket.recv_fds(client, 16, 4)
+    if not files:
+        return None
     with os.fdopen(files[0]) as file:
         file.seek(0)
         request = json.load(file)

@@ -19,6 +19,7 @@ def main() -> None:
     ignored = [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.connect(sys.argv[1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # the request comes first
     for number in PASSED_ON:
         signal.signal(number, lambda received, _frame: server.send(bytes([received])))
     cwd = os.getcwd()  # noqa: PTH109  # pathlib is slow to import
@@ -27,6 +28,7 @@ def main() -> None:
         json.dump({**request, "ignored": ignored}, file)
         file.flush()
         socket.send_fds(server, [b"start"], [file.fileno(), 0, 1, 2])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     code = json.loads(server.recv(64))
     if code < 0:  # ended by a signal
         if -code in PASSED_ON:
