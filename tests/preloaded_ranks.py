@@ -66,9 +66,11 @@ def forked_ptft(*args: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def serve(listener: socket.socket, executable: str) -> None:
-    """Fork a rank for each client, until the tests end."""
-    events = selectors.DefaultSelector()
+    """Fork a rank for each client, until the tests end or are killed."""
+    tests, events = multiprocessing.parent_process(), selectors.DefaultSelector()
+    assert tests is not None
     events.register(listener, selectors.EVENT_READ)
+    events.register(tests.sentinel, selectors.EVENT_READ)
     forks: dict[int, int] = {}  # the client's process -> the rank
     while True:
         for key, _ in events.select():
@@ -87,6 +89,10 @@ def serve(listener: socket.socket, executable: str) -> None:
                 rank.send(signals[0] if signals else signal.SIGKILL, forks)  # nothing comes of a client that was killed
                 if not signals:
                     events.unregister(key.fileobj)
+            elif key.fileobj == tests.sentinel:
+                for pid in forks.values():
+                    os.kill(pid, signal.SIGKILL)
+                return
             else:
                 rank, client = key.data
                 events.unregister(key.fileobj)
