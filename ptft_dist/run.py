@@ -128,7 +128,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
         if main:
             resume.begin(checkpoint, warn, job_id())
             _begin(session, trainer, checkpoint)
-        failures.report.begun = True
+        failures.report.begin()
         with stop.listening():
             outcome = trainer.fit()
         if outcome.finished:

@@ -6,12 +6,12 @@ import json
 import subprocess
 from pathlib import Path
 
-from cluster import Cluster, Job, programs
+from cluster import SLOW_PATH, Cluster, Job
 from pipeline_support import small_demo
 from support import last_step, outcome, start, write_recipe
 
 STEPS = 60
-SLOW = {"PYTHONPATH": str(Path(__file__).parent / "slow"), "PTFT_SLOW_STARTS": "1"}
+SLOW = {"PYTHONPATH": SLOW_PATH, "PTFT_SLOW_STARTS": "1"}
 ODD = """it's 100% "mine" $(touch pwned)"""
 
 
@@ -19,9 +19,7 @@ def ptft(
     cluster: Cluster, cache: Path, cwd: Path, *words: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     variables = cluster.variables | {"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(
-        [programs() / "ptft", *words], cwd=cwd, env=variables, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["ptft", *words], cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_a_run_is_submitted_watched_cancelled_and_resumed(
