@@ -37,7 +37,7 @@ def test_each_row_is_validated_once(folds: int) -> None:
     for fold in range(folds):
         data = DataSection.model_validate({"train": [{"path": "x"}], "folds": folds, "fold": fold})
         records = SimpleNamespace(of=lambda *_: (Record({"text": text}, "x") for text in texts))
-        sides = [(side, record.values["text"]) for side, record in sided(data, records, Documents.key)]
+        sides = [(place.side, record.values["text"]) for place, record in sided(data, records, Documents.key)]
         assert [text for _, text in sides] == texts
         ours = [text for side, text in sides if side == "validation"]
         trained = [record.values["text"] for record in of_train(data, records, Documents.key)]

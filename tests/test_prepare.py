@@ -12,8 +12,7 @@ import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, recipe, save_tokenizer, write_text
 
 from ptft_dist.config.recipe import TokenizerTraining
-from ptft_dist.data import chunks, tokenizer_files
-from ptft_dist.data import prepare as module
+from ptft_dist.data import chunks, tokenizer_files, tokenizer_provider
 from ptft_dist.data.formats import Document
 from ptft_dist.data.prepare import describe
 from ptft_dist.data.report import SideReport
@@ -180,7 +179,7 @@ def test_clm_bos_that_the_trained_tokenizer_does_not_add_is_a_warning(base: Path
 def test_the_cache_is_found_without_loading_the_tokenizer(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A tokenizer trained here adds no BOS, so it is not loaded."""
     prepare(recipe({"vocab_size": 300}), base)
-    for user in (module, tokenizer_files):
+    for user in (tokenizer_provider, tokenizer_files):
         monkeypatch.setattr(user, "load_tokenizer", lambda *_args, **_options: pytest.fail("loaded"))
     assert prepare(recipe({"vocab_size": 300}), base).from_cache
 
@@ -256,7 +255,7 @@ def test_a_tokenizer_that_is_not_there(base: Path, path: str) -> None:
 def test_a_tokenizer_learns_from_the_training_side_only(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     monkeypatch.setattr(
-        module,
+        tokenizer_provider,
         "train_tokenizer",
         lambda settings, texts, roles, _extra: train_tokenizer(settings, seen_too(list(texts)), roles),
     )
@@ -326,7 +325,7 @@ def test_a_tokenizer_of_the_hub_is_kept_as_a_copy(
         asked.append((str(path), revision, trust_remote_code))
         return load_tokenizer(tokenizer_dir if path == "org/name" else path)
 
-    for user in (module, tokenizer_files):
+    for user in (tokenizer_provider, tokenizer_files):
         monkeypatch.setattr(user, "load_tokenizer", load)
     raw = recipe("org/name").model_dump(exclude_unset=True)
     raw["tokenizer"]["revision"] = "v1"

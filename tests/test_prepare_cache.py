@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 from prepare_support import all_ids, prepare, recipe, save_tokenizer, write_text
 
-from ptft_dist.data import cache, sources, stream
-from ptft_dist.data import prepare as module
+from ptft_dist.data import cache, sources, stream, tokenizer_provider
 from ptft_dist.data.formats import Record
 from ptft_dist.data.store import StoreWriter, TokenStore
 from ptft_dist.data.tokenizer import DocumentEncoder, load_tokenizer, tokenizer_fingerprint
@@ -41,7 +40,7 @@ def snapshot(directory: Path) -> dict[str, tuple[int, int]]:
     return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-@pytest.mark.parametrize(("owner", "name"), [(module, "train_tokenizer"), (stream, "write")])
+@pytest.mark.parametrize(("owner", "name"), [(tokenizer_provider, "train_tokenizer"), (stream, "write")])
 def test_a_source_that_changes_underneath_is_an_error(
     base: Path, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str
 ) -> None:
@@ -126,7 +125,7 @@ def kill(*_: Any, **__: Any) -> None:
 
 
 KILLED_AT: dict[str, tuple[Any, str, Callable[..., Any]]] = {
-    "learning the tokenizer": (module, "train_tokenizer", kill),
+    "learning the tokenizer": (tokenizer_provider, "train_tokenizer", kill),
     "encoding": (DocumentEncoder, "encode", kill),
     "finishing a store": (StoreWriter, "close", kill),
     "flushing": (cache, "_flush", kill),

@@ -14,6 +14,7 @@ from tiny import write_tiny
 from ptft_dist.api import load_recipe
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data import prepare as module
+from ptft_dist.data import tokenizer_provider
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.registry import recipe_class
@@ -25,7 +26,7 @@ def forbid_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(*_: Any) -> Any:
         raise AssertionError("a tokenizer was learned again")
 
-    monkeypatch.setattr(module, "train_tokenizer", learn)
+    monkeypatch.setattr(tokenizer_provider, "train_tokenizer", learn)
 
 
 def test_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from tiny import write_tiny
 from transformers import AutoTokenizer
 
 from ptft_dist import api
-from ptft_dist.data import prepare as preparing
+from ptft_dist.data import tokenizer_provider
 from ptft_dist.data import trained_tokenizer as module
 from ptft_dist.data.trained_tokenizer import describe
 from ptft_dist.errors import RecipeError
@@ -36,7 +36,7 @@ def forbid_learning(monkeypatch: pytest.MonkeyPatch) -> None:
     def learn(*_: Any) -> Any:
         raise AssertionError("a tokenizer was learned again")
 
-    monkeypatch.setattr(preparing, "train_tokenizer", learn)
+    monkeypatch.setattr(tokenizer_provider, "train_tokenizer", learn)
 
 
 def test_it_is_the_tokenizer_of_the_run(recipe: dict[str, Any], tmp_path: Path) -> None:

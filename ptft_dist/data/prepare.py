@@ -14,38 +14,34 @@ that share the cache, reuse it:
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.config.recipe import Recipe, Source
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.data import parts, stream
 from ptft_dist.data.augment import Augmentations
-from ptft_dist.data.cache import HashMemo, build_once, cache_root, fingerprint, writing
-from ptft_dist.data.cleaning.pipeline import CLEANING_VERSION, CleanedRecords
+from ptft_dist.data.cache import build_once, cache_root, fingerprint, writing
 from ptft_dist.data.encoder import Encoder, EncoderContext, Place, RowError
 from ptft_dist.data.formats import Record
+from ptft_dist.data.inputs import Inputs
 from ptft_dist.data.layout import VALIDATION, Layout
 from ptft_dist.data.mixed_store import MixedStore
-from ptft_dist.data.records import Records, SourceRecords
+from ptft_dist.data.records import Records
 from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sides import side_of, sided
-from ptft_dist.data.sources import check_sources, fingerprint_source
+from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Store
-from ptft_dist.data.tokenizer import adds_bos, first_megabytes, load_tokenizer, train_tokenizer
-from ptft_dist.data.tokenizer_extension import EXTENSION_VERSION, extend
-from ptft_dist.data.tokenizer_files import Pieces, TokenizerFiles, pieces_of
-from ptft_dist.data.tokenizer_learning import LEARNING_VERSION
+from ptft_dist.data.tokenizer import adds_bos
+from ptft_dist.data.tokenizer_provider import TokenizerProvider
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.reporting.messages import progress, say
 
 __all__ = ["PREPARE_VERSION", "Prepared", "describe", "prepare"]
 
@@ -113,9 +109,9 @@ def prepare(
     except DataError:
         check_sources(recipe, base)  # lists all such mistakes with their keys
         raise
-    if job.cleaned is not None and not job.has_tokenizer(tokenizer_from):
+    if job.cleaned is not None and not job.tokenizers.has_tokenizer(tokenizer_from):
         job.cleaned.build(workers)  # before the lock of the tokenizer, so that several processes share the work
-    tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
+    tokenizer_print, tokenizer_path = job.tokenizers.provide(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
     directory, layout = cache / "stores" / store_print, Layout.of(recipe)
 
@@ -235,22 +231,11 @@ class Job:
 
     def __init__(self, recipe: Recipe, base: Path, cache: Path, encoder: type[Encoder]) -> None:
         self.recipe, self.base, self.encoder, self.cache = recipe, base, encoder, cache
-        self._memo = HashMemo(cache / "hashes.json")
-        self._tokenizers = TokenizerFiles(cache / "tokenizers", self._memo)
-        # Cached, because fingerprint and encoder may load the same tokenizer. Neither changes it.
-        self._load = functools.cache(partial(load_tokenizer, trust_remote_code=recipe.tokenizer.trust_remote_code))
-        self._contents = self._fingerprint_contents()
-        self._old_contents = [self._prints(sources) for sources in recipe.old_data.values()]
-        self._common = {"task": recipe.task, "bad_rows": recipe.data.bad_rows, "seed": recipe.train.seed}
-        self.cleaned = CleanedRecords(recipe, base, cache, encoder, self._memo) if recipe.data.steps else None
-        self._steps_print = self.cleaned.fingerprint() if self.cleaned else None
+        self._inputs = Inputs(recipe, base, cache, encoder)
+        self.tokenizers = TokenizerProvider(self._inputs, cache)
+        self.records, self.cleaned = self._inputs.records, self._inputs.cleaned
         self._augment = Augmentations(recipe, base, self._usable) if recipe.data.augment else None
-        self._augment_print = self._augment.fingerprint(self._memo) if self._augment else None
-
-    @cached_property
-    def records(self) -> Records:
-        """The records that are split and encoded."""
-        return self.cleaned or SourceRecords(self.recipe, self.base, self.encoder)
+        self._augment_print = self._augment.fingerprint(self._inputs.memo) if self._augment else None
 
     def _usable(self, record: Record) -> bool:
         try:
@@ -286,7 +271,7 @@ class Job:
 
     def remove_parts(self, name: str) -> None:
         """Remove the encoded shards, when the stores exist."""
-        if self._in_parts:
+        if (self.cache / "encoded").is_dir() and self._in_parts:
             for part in self._parts(name):
                 shutil.rmtree(part, ignore_errors=True)
 
@@ -312,7 +297,7 @@ class Job:
         return encode
 
     def _new_encoder(self, tokenizer_path: Path, survey: Mapping[str, Any]) -> Encoder:
-        return self.encoder(EncoderContext.of(self.recipe, self._load(tokenizer_path), survey))
+        return self.encoder(EncoderContext.of(self.recipe, self.tokenizers.load(tokenizer_path), survey))
 
     # --- fingerprints ------------------------------------------------------------------------------------------------
 
@@ -320,8 +305,8 @@ class Job:
         return fingerprint(
             {
                 "version": PREPARE_VERSION,
-                "contents": self._contents,
-                **self._cleaning(),
+                "contents": self._inputs.contents,
+                **self._inputs.cleaning,
                 **({"by source": True} if Layout.of(self.recipe).by_source else {}),
                 "tokenizer": [tokenizer_print, version("tokenizers")],
                 "rows": self._row_settings(tokenizer_path),
@@ -331,24 +316,20 @@ class Job:
     def fingerprint_parts(self, tokenizer_print: str) -> dict[str, Any]:
         """The inputs of the fingerprint besides the recipe's keys, by the key that they belong to."""
         names = ("tokenizers", *self.encoder.libraries)
-        parts = {f"data.{side}": self._contents[side] for side in ("train", "validation")}
+        parts = {f"data.{side}": self._inputs.contents[side] for side in ("train", "validation")}
         libraries = {"prepare": PREPARE_VERSION} | {name: version(name) for name in names}
         parts |= {"tokenizer": tokenizer_print, "libraries": libraries}
-        if self._steps_print is not None:
-            parts["data.steps.files"] = fingerprint(self._steps_print)
+        if self._inputs.steps is not None:
+            parts["data.steps.files"] = fingerprint(self._inputs.steps)
         if self._augment is not None:
             parts["data.augment.files"] = self._augment_print
         return parts
-
-    def _cleaning(self) -> dict[str, Any]:
-        """What affects the records besides the contents of the sources."""
-        return {} if self._steps_print is None else {"steps": [CLEANING_VERSION, self._steps_print]}
 
     def _row_settings(self, tokenizer_path: Path) -> dict[str, Any]:
         """Everything besides contents and tokenizer that affects the rows."""
         settings: dict[str, Any] = {"max_length": self.recipe.data.max_length}
         settings |= self.encoder.store_settings(
-            self.recipe.settings, self._common, partial(self._adds_bos, tokenizer_path)
+            self.recipe.settings, self._inputs.common, partial(self._adds_bos, tokenizer_path)
         )
         if self.encoder.libraries:
             settings["libraries"] = [version(library) for library in self.encoder.libraries]
@@ -365,151 +346,17 @@ class Job:
 
     def inputs(self) -> str:
         """See `input_fingerprint`."""
-        path = self.recipe.tokenizer.path
-        tokenizer = None if path is None else self._tokenizers.fingerprint_local(path, self.base)
-        more: list[Any] = [self._old_contents] if self._old_contents else []
-        more += [self._cleaning()] if self._steps_print is not None else []
-        return fingerprint([self._contents, self._augment_print, tokenizer, *more])
+        tokenizer = self.tokenizers.local_fingerprint()
+        more: list[Any] = [self._inputs.old_contents] if self._inputs.old_contents else []
+        more += [self._inputs.cleaning] if self._inputs.steps is not None else []
+        return fingerprint([self._inputs.contents, self._augment_print, tokenizer, *more])
 
     def _adds_bos(self, tokenizer_path: Path) -> bool:
         """Whether the tokenizer itself begins a text with BOS. One that is trained here does not."""
         if self.recipe.tokenizer.train is not None:
             return False
-        return adds_bos(self._load(tokenizer_path))
+        return adds_bos(self.tokenizers.load(tokenizer_path))
 
     def check_unchanged(self) -> None:
-        """Check that the sources have not changed since the start.
-
-        Raises:
-            DataError: a source has changed, so it is unknown which version has been read.
-        """
-        if self._fingerprint_contents() != self._contents:
-            raise DataError("data: a source was changed while it was being prepared. Start again.")
-
-    def _fingerprint_contents(self) -> dict[str, Any]:
-        """The contents of the sources, and the settings of the split."""
-        data = self.recipe.data
-        validation = self._prints(data.validation) if isinstance(data.validation, list) else data.validation
-        folds = [data.folds, data.fold] if data.folds is not None else None
-        return {"train": self._prints(data.train), "validation": validation, "folds": folds}
-
-    def _prints(self, sources: list[Source]) -> list[str]:
-        return [fingerprint_source(source, self.base, self._memo) for source in sources]
-
-    def trained_fingerprint(self) -> str:
-        settings = self.recipe.tokenizer.train
-        assert settings is not None
-        learners = {"bpe": (), "wordpiece": (LEARNING_VERSION,), "unigram": (LEARNING_VERSION, "sentencepiece")}
-        return fingerprint(
-            {
-                "version": PREPARE_VERSION,
-                "tokenizers": version("tokenizers"),
-                "learner": [each if isinstance(each, int) else version(each) for each in learners[settings.algorithm]],
-                "settings": settings.model_dump(),
-                "special": [self.recipe.settings.special_tokens, self.recipe.settings.extra_special_tokens],
-                **self._text_prints(),
-            }
-        )
-
-    def _text_prints(self) -> dict[str, Any]:
-        """Everything that decides the training texts."""
-        validation = self._contents["validation"]
-        return {
-            "train": self._contents["train"],
-            **self._cleaning(),
-            "share": validation if isinstance(validation, float) else None,
-            "folds": self._contents["folds"],
-            "texts": self.encoder.text_settings(self.recipe.settings, self._common),
-        }
-
-    # --- the tokenizer -----------------------------------------------------------------------------------------------
-
-    def provide_tokenizer(self, given: Path | None) -> tuple[str, Path]:
-        """Train or load the tokenizer; return its fingerprint and its directory. One in the cache is not loaded.
-
-        given: the directory of a tokenizer that was trained earlier.
-        """
-        section, files = self.recipe.tokenizer, self._tokenizers
-        if section.train is not None and given is not None:
-            load_tokenizer(given)  # raises its errors here
-            return files.fingerprint_of_copy(given), given.absolute()
-        if section.train is not None:
-            name, directory = files.build(self.trained_fingerprint(), self._train_tokenizer)
-        else:
-            assert section.path is not None
-            name, directory = files.load(section.path, self.base, section.revision, section.trust_remote_code)
-        if self.changes() == [(), None]:
-            return name, directory
-        changed = self._changed_print(name)
-        return changed, files.build_changed(changed, partial(self._change_tokenizer, directory))
-
-    def changes(self) -> list[Any]:
-        """The tokens and the chat template that are added to the tokenizer, and what new tokens are learned from."""
-        section, settings = self.recipe.tokenizer, self.recipe.settings
-        template = self.encoder.tokenizer_template(settings, self.base, learned=section.train is not None)
-        added = (*section.add, *settings.added_tokens)
-        if section.extend is None:
-            return [added, template]
-        learned = [EXTENSION_VERSION, version("tokenizers"), section.extend.model_dump(), self._text_prints()]
-        return [added, template, learned]
-
-    def unchanged_name(self) -> str:
-        """The fingerprint of the tokenizer before `changes`. Raises RecipeError if it cannot be loaded."""
-        section = self.recipe.tokenizer
-        if section.train is not None:
-            return self.trained_fingerprint()
-        assert section.path is not None
-        return self._tokenizers.load(section.path, self.base, section.revision, section.trust_remote_code)[0]
-
-    def has_tokenizer(self, given: Path | None) -> bool:
-        """Whether no tokens need to be learned from the texts. given: see `provide_tokenizer`."""
-        section = self.recipe.tokenizer
-        if section.train is not None:
-            return given is not None or self._tokenizers.has(self.trained_fingerprint())
-        return section.extend is None or self._tokenizers.has_changed(self._changed_print(self.unchanged_name()))
-
-    def _changed_print(self, name: str) -> str:
-        return fingerprint([name, *self.changes(), version("transformers")])
-
-    def _change_tokenizer(self, directory: Path) -> tuple[Any, Pieces]:
-        """The tokenizer of a directory with the tokens and the template of `changes`, and the pieces of the tokens."""
-        from tokenizers import AddedToken
-
-        added, template, *_ = self.changes()
-        before = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
-        if (extension := self.recipe.tokenizer.extend) is None:
-            tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
-        else:
-            what = f"learning {extension.tokens:,} new tokens from the training texts"
-            with self._texts(what, extension.max_megabytes) as texts:
-                tokenizer = extend(before, extension, texts)
-        known = tokenizer.get_vocab()
-        if duplicates := [word for word in self.recipe.tokenizer.add if word in known]:
-            raise RecipeError(f"tokenizer.add: {duplicates[0]!r} is already a token. Remove it.")
-        if template is not None:
-            tokenizer.chat_template = template
-        control = str(tokenizer.chat_template or "")  # tokens that occur in the template are special tokens
-        tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
-        return tokenizer, pieces_of(before, tokenizer)
-
-    def _train_tokenizer(self) -> Any:
-        settings, rows = self.recipe.tokenizer.train, self.recipe.settings
-        assert settings is not None
-        what = f"training a tokenizer of {settings.vocab_size:,} tokens on the training texts"
-        with self._texts(what, None) as texts:
-            return train_tokenizer(settings, texts, rows.special_tokens, rows.extra_special_tokens)
-
-    @contextlib.contextmanager
-    def _texts(self, what: str, megabytes: float | None) -> Iterator[Iterator[str]]:
-        """The training texts, or the first megabytes of them, with a progress bar. Raises DataError if a source is
-        changed meanwhile."""
-        say(f"{what} ...")
-        with progress(what, unit="bytes") as shown:
-
-            def measured(text: str) -> str:
-                shown.advance(len(text.encode()))
-                return text
-
-            texts = stream.training_texts(self.recipe, self.records, self.encoder)
-            yield map(measured, first_megabytes(texts, megabytes))
-        self.check_unchanged()
+        """Raises DataError if a source has changed since the start: it is unknown which version has been read."""
+        self._inputs.check_unchanged()

@@ -77,17 +77,19 @@ class TrainedTokenizer:
         if slow := [name for name, each in self._others.items() if not each.is_fast]:
             raise RecipeError(f"--compare: {slow[0]} has no tokenizer.json. Choose another tokenizer")
         self._job = Job(recipe, self._base, cache_root(recipe.data.cache_dir, self._base), encoder)
-        self._fingerprint = fingerprint([self._job.unchanged_name(), *self._job.changes(), version("transformers")])
+        self._fingerprint = fingerprint(
+            [self._job.tokenizers.unchanged_name(), *self._job.tokenizers.changes(), version("transformers")]
+        )
         self._others_print = [[name, tokenizer_fingerprint(each)] for name, each in self._others.items()]
 
     @property
     def writes(self) -> bool:
         """Whether there is something to write: the tokenizer is trained here, or changed."""
-        return self._recipe.tokenizer.train is not None or self._job.changes() != [(), None]
+        return self._recipe.tokenizer.train is not None or self._job.tokenizers.changes() != [(), None]
 
     def report(self) -> TokenizerReport:
         """Measure the tokenizer, and write nothing. Raises RecipeError, DataError, PtftError: see `prepare`."""
-        _, source = self._job.provide_tokenizer(None)
+        _, source = self._job.tokenizers.provide(None)
         return _report(self._measured(source), None, written=False)
 
     def write(self, directory: Path) -> TokenizerReport:
@@ -108,7 +110,7 @@ class TrainedTokenizer:
                 return _report(known, directory, written=False)
             if occupied and not (directory / "tokenizer.json").is_file():
                 raise self._refusal(directory)
-            source = directory if known is not None else self._job.provide_tokenizer(None)[1]
+            source = directory if known is not None else self._job.tokenizers.provide(None)[1]
             contents = contents_of(source)
             if occupied and contents_of(directory) != contents:
                 raise self._refusal(directory)

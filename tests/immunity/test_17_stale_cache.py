@@ -13,6 +13,7 @@ from prepare_support import prepare
 
 from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data import prepare as module
+from ptft_dist.data import tokenizer_provider
 from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 from ptft_dist.tasks.registry import recipe_class
@@ -121,14 +122,14 @@ def test_a_tokenizer_that_comes_out_otherwise_makes_a_new_store(base: Path, monk
     raw = raw_recipe() | {"tokenizer": {"train": {"vocab_size": 280}}}
     before = run(base, raw)
     shutil.rmtree(before.tokenizer_path)
-    learn = module.train_tokenizer
+    learn = tokenizer_provider.train_tokenizer
 
     def learn_otherwise(*arguments: Any) -> Any:
         tokenizer = learn(*arguments)
         tokenizer.add_tokens(["line 1"])
         return tokenizer
 
-    monkeypatch.setattr(module, "train_tokenizer", learn_otherwise)
+    monkeypatch.setattr(tokenizer_provider, "train_tokenizer", learn_otherwise)
     after = run(base, raw)
     assert after.tokenizer_path == before.tokenizer_path
     assert not after.from_cache
