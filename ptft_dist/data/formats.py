@@ -118,7 +118,7 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
             continue
         where = f"{path}:{number}"
         try:
-            row = json.loads(line)
+            row = _DECODER.decode(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}). {_A_ROW}") from None
         except (RecursionError, ValueError) as error:
@@ -128,7 +128,6 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
 
 def _read_json(text: str, path: Path) -> Iterator[Record]:
     """Parses the objects of an array one by one, so that each error can name its line."""
-    decoder = json.JSONDecoder()
     line, counted = 1, 0
 
     def refuse(position: int, problem: str) -> DataError:
@@ -151,7 +150,7 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
     while True:
         line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = decoder.raw_decode(text, position)
+            row, end = _DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
         except (RecursionError, ValueError) as error:
@@ -258,8 +257,26 @@ def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Re
         raise DataError(f"{path}: not a Parquet file, or damaged ({error}). Create or download it again.") from error
 
 
+class _RepeatedKey(ValueError):
+    """An object has two values for a key: which one is meant is unknown."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object from its keys and values. Raises _RepeatedKey."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _limit(error: Exception) -> str:
-    """Why Python cannot parse this valid JSON."""
+    """Why this valid JSON is not used."""
+    if isinstance(error, _RepeatedKey):
+        return f"the key {str(error)!r} occurs twice in one object. Remove one of them, or rename it."
     if isinstance(error, RecursionError):
         return "the JSON is nested too deeply. Correct or remove the row."
     digits = sys.get_int_max_str_digits()
