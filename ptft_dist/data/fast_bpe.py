@@ -1,4 +1,4 @@
-"""Token ids of byte-level BPE tokenizers from gigatoken, which needs a small part of the time of `tokenizers`.
+"""Tokens of byte-level BPE tokenizers from gigatoken, which needs a small part of the time of `tokenizers`.
 
 It is used only where its ids are known to be those of `tokenizers`. Each character is compared once, among others,
 before it is used, because the two libraries know different versions of Unicode. The first texts, and then one of each
@@ -13,8 +13,9 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,73 +28,138 @@ if TYPE_CHECKING:
 VARIABLE = "PTFT_FAST_TOKENIZER"
 """Set this environment variable to 0 to use `tokenizers` alone."""
 
-_LEAST = 200_000
-"""Characters of the first batch; fewer are encoded sooner than this engine is built."""
+LEAST = 200_000
+"""Characters of the first batch; fewer are encoded sooner than gigatoken is loaded."""
 _COMPARED = 200_000  # characters of the first batch
-_COMPARED_LATER = 5_000  # characters of a text of each later batch
+_COMPARED_LATER = 2_000  # characters of a later batch
 _REBUILT_AFTER = 1 << 26
-"""Characters after which the engine is built again, because its cache of words has no limit."""
-_PROBES = "a{0}b 1{0}2 {0}! '{0} {0}'s {0}{0}  {0}\n{0} ."
+"""Characters after which gigatoken is loaded again, because its cache of words has no limit."""
+_PROBE = "a{0}b 1{0}2 {0}! '{0} {0}'s {0}{0}  {0}\n{0} ."
+_NOTHING = re.compile(r"(?!)")
 _PRE_TOKENIZERS = {"ByteLevel", "Digits", "Split"}
 
 
-class FastBpe:
-    """Encodes texts as plain text: a special token in a text is not special."""
+class Tokens(NamedTuple):
+    """The tokens of a text."""
 
-    def __init__(self, backend: Tokenizer) -> None:
-        """backend: see `text_only_backend`. Raises Exception if gigatoken cannot do what it does."""
-        self._backend = backend
-        state = json.loads(backend.to_str())
-        plain = [token["content"] for token in state["added_tokens"] if not token["special"]]
-        vocabulary = state["model"]["vocab"]
-        self._top = max([*vocabulary.values(), *(token["id"] for token in state["added_tokens"])]) + 1
-        missing = [char for char in _byte_characters() if char not in vocabulary]
-        vocabulary |= {char: self._top + i for i, char in enumerate(missing)}  # ids that `tokenizers` has to replace
-        self._json = json.dumps(state | {"added_tokens": [], "post_processor": None})
-        self._added = re.compile("|".join(map(re.escape, plain))) if plain else None
-        self._is_known, self._is_equal = np.zeros(0x110000, bool), np.zeros(0x110000, bool)  # by code point
-        self._left, self._begun = 0, False
+    ids: np.ndarray
+    """uint32 [T]."""
+    offsets: np.ndarray | None
+    """[start, end) of each token in the text, in characters: int64 [T, 2]. None: not asked for."""
 
-    @classmethod
-    def of(cls, backend: Tokenizer, texts: Sequence[str]) -> Self | None:
-        """The engine for a tokenizer; None: use `tokenizers`.
 
-        texts: the first batch.
-        """
-        if os.environ.get(VARIABLE) == "0" or importlib.util.find_spec("gigatoken") is None:
-            return None
-        if sum(map(len, texts)) < _LEAST or not _suitable(json.loads(backend.to_str())):
-            return None
-        with contextlib.suppress(Exception):  # gigatoken has no class of errors for tokenizers that it does not support
-            engine = cls(backend)
-            engine._build()
-            return engine
-        return None
+class TextTokens:
+    """Encodes texts without the special tokens that a tokenizer puts around them, with gigatoken or `tokenizers`."""
 
-    def ids(self, texts: Sequence[str]) -> list[np.ndarray] | None:
-        """The token ids of each text, [T]; None if they differ in the first batch, and the engine cannot be used.
+    def __init__(self, backend: Tokenizer, *, offsets: bool) -> None:
+        """backend: see `text_only_backend`. offsets: they are asked for."""
+        self._backend, self._offsets = backend, offsets
+        self._engine: FastBpe | None = None
+        self._is_first = True
+        self._lock = threading.Lock()  # batches are encoded in several threads, see `workers.in_threads`
+
+    def of(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text.
 
         Raises:
-            PtftError: the ids of a later text differ.
+            PtftError: gigatoken gives other tokens than `tokenizers`, which was not noticed in the first batch.
         """
-        own = [self._can(text) for text in texts]
-        encoded = iter(self._encode([text for text, can in zip(texts, own, strict=True) if can]))
-        result = [next(encoded) if can else None for can in own]
-        missing = [i for i, ids in enumerate(result) if ids is None or (len(ids) and ids.max() >= self._top)]
-        for i, ids in zip(missing, library_ids(self._backend, [texts[i] for i in missing]), strict=True):
-            result[i] = ids
-        complete = [ids for ids in result if ids is not None]
-        if self._same(texts, complete):
-            return complete
-        if not self._begun:
-            say("gigatoken gives other token ids than tokenizers for these texts, so it is not used")
-            return None
-        raise PtftError(
-            f"data: gigatoken gives other token ids than tokenizers for a text. Set {VARIABLE}=0 to do without it, "
-            "and start again."
+        with self._lock:
+            if self._is_first and sum(map(len, texts)) >= LEAST:
+                self._engine, self._is_first = _engine(self._backend, offsets=self._offsets), False
+                if self._engine is not None and not self._engine.agrees(texts, _COMPARED):
+                    say("gigatoken gives other tokens than tokenizers for these texts, so it is not used")
+                    self._engine = None
+            elif self._engine is not None and not self._engine.agrees(texts, _COMPARED_LATER):
+                raise PtftError(
+                    f"data: gigatoken gives other tokens than tokenizers for a text. Set {VARIABLE}=0 to do without "
+                    "it, and start again."
+                )
+            if self._engine is not None:
+                return self._engine.tokens(texts)
+        return library_tokens(self._backend, texts, offsets=self._offsets)
+
+
+def _engine(backend: Tokenizer, *, offsets: bool) -> FastBpe | None:
+    """gigatoken for this tokenizer; None: it is not installed, not wanted or not suitable."""
+    if os.environ.get(VARIABLE) == "0" or importlib.util.find_spec("gigatoken") is None:
+        return None
+    if not _suitable(json.loads(backend.to_str()), offsets=offsets):
+        return None
+    with contextlib.suppress(Exception):  # gigatoken has no class of errors for tokenizers that it does not support
+        return FastBpe(backend, offsets=offsets)
+    return None
+
+
+class FastBpe:
+    """gigatoken with the ids of `tokenizers`. Special tokens in a text are plain text for a backend whose
+    `encode_special_tokens` is set."""
+
+    def __init__(self, backend: Tokenizer, *, offsets: bool) -> None:
+        """Load gigatoken. Raises Exception if it does not support the tokenizer."""
+        self._backend, self._offsets = backend, offsets
+        state = json.loads(backend.to_str())
+        added, vocabulary = state["added_tokens"], state["model"]["vocab"]
+        special = {} if backend.encode_special_tokens else {t["content"]: t["id"] for t in added if t["special"]}
+        self._special = {content: np.array([number], np.uint32) for content, number in special.items()}
+        self._at_special = _any_of(special)
+        self._added = _any_of(token["content"] for token in added if not token["special"])
+        self._top = max([*vocabulary.values(), *(token["id"] for token in added)]) + 1
+        missing = [char for char in _byte_characters() if char not in vocabulary]
+        vocabulary |= {char: self._top + i for i, char in enumerate(missing)}  # ids that `tokenizers` has to replace
+        self._sizes = np.zeros(self._top + len(missing), np.int64)  # of the token with this id, in bytes
+        self._sizes[list(vocabulary.values())] = [len(token) for token in vocabulary]  # a character stands for a byte
+        self._sizes[list(special.values())] = [len(content.encode()) for content in special]
+        self._json = json.dumps(state | {"added_tokens": [], "post_processor": None})
+        self._is_known, self._is_equal = np.zeros(0x110000, bool), np.zeros(0x110000, bool)  # by code point
+        self._load()
+
+    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
+        """The tokens of each text."""
+        can = self._can(texts)
+        encoded = iter(self._ids([text for text, own in zip(texts, can, strict=True) if own]))
+        result = [self._tokens(text, next(encoded)) if own else None for text, own in zip(texts, can, strict=True)]
+        rest = [i for i, tokens in enumerate(result) if tokens is None]
+        others = iter(library_tokens(self._backend, [texts[i] for i in rest], offsets=self._offsets))
+        return [next(others) if tokens is None else tokens for tokens in result]
+
+    def agrees(self, texts: Sequence[str], characters: int) -> bool:
+        """Whether the tokens of the first texts are those of `tokenizers`. characters: of these texts, at most."""
+        ends = np.cumsum([len(text) for text in texts])
+        sample = list(texts[: int((ends <= characters).sum())])
+        right = library_tokens(self._backend, sample, offsets=self._offsets)
+        return all(
+            np.array_equal(one.ids, other.ids)
+            and (one.offsets is None or other.offsets is None or np.array_equal(one.offsets, other.offsets))
+            for one, other in zip(self.tokens(sample), right, strict=True)
         )
 
-    def _build(self) -> None:
+    def _tokens(self, text: str, ids: np.ndarray) -> Tokens | None:
+        """The tokens of a text from its ids; None if `tokenizers` has to encode it."""
+        if len(ids) and ids.max() >= self._top:
+            return None
+        if not self._offsets:
+            return Tokens(ids, None)
+        ends = self._sizes[ids].cumsum()
+        starts = np.concatenate((ends[:0] if not len(ends) else [0], ends[:-1]))
+        if not text.isascii():
+            at = np.frombuffer(text.encode(), np.uint8)
+            number = np.cumsum((at & 0xC0) != 0x80) - 1  # of the character that has this byte
+            starts, ends = number[starts], number[ends - 1] + 1
+        return Tokens(ids, np.stack((starts, ends), axis=1).astype(np.int64))
+
+    def _ids(self, texts: list[str]) -> list[np.ndarray]:
+        if self._at_special is None:
+            return self._encode(texts)
+        pieces = [self._at_special.split(text) for text in texts]  # text, special token, text and so on
+        encoded = iter(self._encode([text for each in pieces for text in each[::2] if text]))
+        none = [np.empty(0, np.uint32)]
+        return [
+            np.concatenate([self._special[p] if i % 2 else next(encoded) for i, p in enumerate(each) if p] or none)
+            for each in pieces
+        ]
+
+    def _load(self) -> None:
         from gigatoken import Tokenizer
 
         self._engine = Tokenizer.from_json(self._json)
@@ -104,64 +170,75 @@ class FastBpe:
             return []
         self._left -= sum(map(len, texts))
         if self._left < 0:
-            self._build()
+            self._load()
         layout: Any = self._engine.encode_batch(texts).layout
         ids, ends = np.asarray(layout.content.data), np.asarray(layout.offsets.data).tolist()
         return [ids[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
 
-    def _can(self, text: str) -> bool:
-        """Whether gigatoken may encode a text."""
-        if self._added is not None and self._added.search(text):
-            return False
-        if text.isascii():
-            codes = np.frombuffer(text.encode(), np.uint8)
-        else:
-            codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
-        if not self._is_known[codes].all():
-            self._learn(np.unique(codes[~self._is_known[codes]]).tolist())
-        return bool(self._is_equal[codes].all())
+    def _can(self, texts: Sequence[str]) -> list[bool]:
+        """Whether gigatoken may encode each text."""
+        codes = _codes("".join(texts))
+        if not (known := self._is_known[codes]).all():
+            self._learn(np.unique(codes[~known]).tolist())
+        if self._added is None and self._is_equal[codes].all():
+            return [True] * len(texts)
+        added = self._added or _NOTHING
+        return [not added.search(text) and bool(self._is_equal[_codes(text)].all()) for text in texts]
 
     def _learn(self, codes: list[int]) -> None:
         """Compare characters."""
-        probes = [_PROBES.format(chr(code)) for code in codes]
-        for code, own, right in zip(codes, self._encode(probes), library_ids(self._backend, probes), strict=True):
+        probes = [_PROBE.format(chr(code)) for code in codes]
+        right = library_tokens(self._backend, probes, offsets=False)
+        for code, own, other in zip(codes, self._encode(probes), right, strict=True):
             self._is_known[code] = True
             # A character with a byte that the vocabulary lacks is as good: its texts are found by their ids.
-            self._is_equal[code] = own.max() >= self._top or np.array_equal(own, right)
-
-    def _same(self, texts: Sequence[str], encoded: Sequence[np.ndarray]) -> bool:
-        """Compare the beginning of the first batch, and one text of a later one."""
-        left = _COMPARED_LATER if self._begun else _COMPARED
-        count = 0
-        for text in texts:
-            left -= len(text)
-            if left < 0:
-                break
-            count += 1
-        right = library_ids(self._backend, list(texts[:count]))
-        same = all(map(np.array_equal, encoded, right))
-        self._begun |= same
-        return same
+            self._is_equal[code] = own.max() >= self._top or np.array_equal(own, other.ids)
 
 
-def library_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """The token ids of each text from `tokenizers`: uint32 [T]."""
-    return [np.array(each.ids, np.uint32) for each in backend.encode_batch_fast(texts, add_special_tokens=False)]
+def _codes(text: str) -> np.ndarray:
+    """The code points of a text."""
+    return np.frombuffer(text.encode(), np.uint8) if text.isascii() else np.frombuffer(text.encode("utf-32-le"), "<u4")
 
 
-def _suitable(state: dict[str, Any]) -> bool:
-    """Whether a tokenizer has only parts that were compared. state: of its tokenizer.json."""
-    model, steps = state["model"], state["pre_tokenizer"] or {}
-    steps = steps["pretokenizers"] if steps.get("type") == "Sequence" else [steps]
-    names = [step.get("type") for step in steps]
+def library_tokens(backend: Tokenizer, texts: Sequence[str], *, offsets: bool) -> list[Tokens]:
+    """The tokens of each text from `tokenizers`."""
+    encode = backend.encode_batch if offsets else backend.encode_batch_fast
+    encoded = encode(list(texts), add_special_tokens=False) if texts else []
+    return [
+        Tokens(np.array(each.ids, np.uint32), np.array(each.offsets, np.int64).reshape(-1, 2) if offsets else None)
+        for each in encoded
+    ]
+
+
+def _suitable(state: Mapping[str, Any], *, offsets: bool) -> bool:
+    """Whether a tokenizer has only parts that were compared. state: the contents of tokenizer.json."""
+    model, before = state["model"], _steps(state["pre_tokenizer"], "pretokenizers")
+    names = [step["type"] for step in before]
+    trims = any(step.get("trim_offsets") for step in _steps(state["post_processor"], "processors"))
+    unknown = ("dropout", "unk_token", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix")
+    around = ("single_word", "lstrip", "rstrip")  # an added token takes white space with it
     return (
         model["type"] == "BPE"
-        and not any(model.get(key) for key in ("dropout", "unk_token", "byte_fallback", "continuing_subword_prefix"))
-        and not model.get("end_of_word_suffix")
+        and not any(model.get(key) for key in unknown)
         and state["normalizer"] is None
         and names[-1:] == ["ByteLevel"]
         and _PRE_TOKENIZERS.issuperset(names)
+        and not any(step.get("add_prefix_space") for step in before)
+        and not any(token[key] for token in state["added_tokens"] for key in around)
+        and not (offsets and trims)
     )
+
+
+def _steps(part: Mapping[str, Any] | None, key: str) -> list[Mapping[str, Any]]:
+    if part is None:
+        return []
+    return part[key] if part["type"] == "Sequence" else [part]
+
+
+def _any_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """A pattern with one group that finds these texts, the longest first; None if there are none."""
+    choices = "|".join(map(re.escape, sorted(texts, key=len, reverse=True)))
+    return re.compile(f"({choices})") if choices else None
 
 
 def _byte_characters() -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 
 from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data.cache import fingerprint
-from ptft_dist.data.fast_bpe import FastBpe, library_ids
+from ptft_dist.data.fast_bpe import TextTokens
 from ptft_dist.data.formats import Document
 from ptft_dist.errors import DataError, RecipeError
 
@@ -256,11 +255,8 @@ class DocumentEncoder:
         self._control = {self._end, *self._prefix}
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
-        self._backend = text_only_backend(tokenizer) if tokenizer.is_fast else None
         self._before, self._after = np.array(self._prefix, np.uint32), np.array([self._end], np.uint32)
-        self._fast: FastBpe | None = None
-        self._lock = threading.Lock()  # batches are encoded in several threads, see `workers.in_threads`
-        self._is_first = True
+        self._tokens = TextTokens(text_only_backend(tokenizer), offsets=False) if tokenizer.is_fast else None
 
     def disagreement(self) -> str | None:
         """A warning if the special tokens around documents differ from those that the tokenizer itself adds, else None.
@@ -286,7 +282,7 @@ class DocumentEncoder:
 
         Raises:
             DataError: a text contains a special token, and this tokenizer cannot encode it as plain text.
-            PtftError: see `FastBpe.ids`.
+            PtftError: see `TextTokens.of`.
         """
         encoded = []
         for document, ids in zip(documents, self._text_ids([d.text for d in documents]), strict=True):
@@ -300,17 +296,11 @@ class DocumentEncoder:
         return encoded
 
     def _text_ids(self, texts: list[str]) -> list[np.ndarray]:
-        if self._backend is None:
-            encode = self._tokenizer.encode
-            rows = (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
-            return [np.array(ids, np.uint32) for ids in rows]
-        with self._lock:
-            if self._is_first:
-                self._fast, self._is_first = FastBpe.of(self._backend, texts), False
-            ids = None if self._fast is None else self._fast.ids(texts)
-            if ids is None:
-                self._fast = None
-        return library_ids(self._backend, texts) if ids is None else ids
+        if self._tokens is not None:
+            return [tokens.ids for tokens in self._tokens.of(texts)]
+        encode = self._tokenizer.encode
+        rows = (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
+        return [np.array(ids, np.uint32) for ids in rows]
 
 
 def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
