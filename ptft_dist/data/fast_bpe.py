@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 VARIABLE = "PTFT_FAST_TOKENIZER"
 """Set this environment variable to 0 to use `tokenizers` alone."""
 
-LEAST = 200_000
-"""Characters of the first batch; fewer are encoded sooner than gigatoken is loaded."""
-_COMPARED = 200_000  # characters of the first batch
+LEAST = 1_000_000
+"""Characters that are encoded by `tokenizers` before gigatoken is loaded, which takes about a second."""
+_COMPARED = 200_000  # characters of the first batch of gigatoken
 _COMPARED_LATER = 2_000  # characters of a later batch
 _REBUILT_AFTER = 1 << 26
 """Characters after which gigatoken is loaded again, because its cache of words has no limit."""
@@ -55,7 +55,8 @@ class TextTokens:
         """backend: see `text_only_backend`. offsets: they are asked for."""
         self._backend, self._offsets = backend, offsets
         self._engine: FastBpe | None = None
-        self._is_first = True
+        self._seen = 0  # characters, until gigatoken is loaded
+        self._is_decided = False
         self._lock = threading.Lock()  # batches are encoded in several threads, see `workers.in_threads`
 
     def of(self, texts: Sequence[str]) -> list[Tokens]:
@@ -65,8 +66,10 @@ class TextTokens:
             PtftError: gigatoken gives other tokens than `tokenizers`, which was not noticed in the first batch.
         """
         with self._lock:
-            if self._is_first and sum(map(len, texts)) >= LEAST:
-                self._engine, self._is_first = _engine(self._backend, offsets=self._offsets), False
+            if not self._is_decided:
+                self._seen += sum(map(len, texts))
+            if not self._is_decided and self._seen >= LEAST:
+                self._engine, self._is_decided = _engine(self._backend, offsets=self._offsets), True
                 if self._engine is not None and not self._engine.agrees(texts, _COMPARED):
                     say("gigatoken gives other tokens than tokenizers for these texts, so it is not used")
                     self._engine = None
@@ -222,6 +225,7 @@ def _suitable(state: Mapping[str, Any], *, offsets: bool) -> bool:
         and not any(model.get(key) for key in unknown)
         and state["normalizer"] is None
         and names[-1:] == ["ByteLevel"]
+        and before[-1]["use_regex"] == ("Split" not in names)
         and _PRE_TOKENIZERS.issuperset(names)
         and not any(step.get("add_prefix_space") for step in before)
         and not any(token[key] for token in state["added_tokens"] for key in around)
