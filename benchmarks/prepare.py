@@ -135,7 +135,8 @@ def paragraphs() -> list[str]:
     return found + [json.loads(line)["text"] for line in (text / "en_c4_demo.jsonl").open()]
 
 
-def write_documents(path: Path, megabytes: float) -> None:
+def write_documents(path: Path, megabytes: float, *, numbered: bool = False) -> None:
+    """numbered: a number that occurs nowhere else begins each document."""
     chance, parts, size = random.Random(0), paragraphs(), 0
     waiting: list[str] = []
     with path.open("w") as file:
@@ -143,7 +144,8 @@ def write_documents(path: Path, megabytes: float) -> None:
             if len(waiting) < 16:
                 waiting += chance.sample(parts, len(parts))
             count = chance.choice((1, 2, 4, 8, 16))
-            line = json.dumps({"text": "\n\n".join(waiting[:count])}, ensure_ascii=False) + "\n"
+            text = "\n\n".join([f"{size:x}"] * numbered + waiting[:count])
+            line = json.dumps({"text": text}, ensure_ascii=False) + "\n"
             del waiting[:count]
             size += file.write(line)
 

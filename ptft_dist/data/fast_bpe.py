@@ -127,9 +127,13 @@ class FastBpe:
         return [next(others) if tokens is None else tokens for tokens in result]
 
     def agrees(self, texts: Sequence[str], characters: int) -> bool:
-        """Whether the tokens of the first texts are those of `tokenizers`. characters: of these texts, at most."""
-        ends = np.cumsum([len(text) for text in texts])
-        sample = list(texts[: int((ends <= characters).sum())])
+        """Whether the tokens of the first texts, up to so many characters, are those of `tokenizers`."""
+        sample: list[str] = []
+        for text in texts:
+            if characters <= 0:
+                break
+            sample.append(text[:characters])
+            characters -= len(text)
         right = library_tokens(self._backend, sample, offsets=self._offsets)
         return all(
             np.array_equal(one.ids, other.ids)
