@@ -2,13 +2,13 @@
 
     PTFT_TEST_DATA=FOLDER python benchmarks/dedup.py [--documents 100000] [--datatrove PYTHON] [--datasketch PYTHON]
 
-Documents of about 150 words are runs of 4 to 12 words from books (FOLDER/text/en_gutenberg) in random order. A fifth are
-copies of earlier ones with 0, 1, 2, 4 or 8 words replaced. Brute force computes the Jaccard similarity of the sets of
+Documents of about 150 words are runs of 4 to 12 words from books (FOLDER/text/en_gutenberg) in random order. A fifth
+are copies of earlier ones with 0, 1, 2, 4 or 8 words replaced. Brute force computes the Jaccard similarity of the sets of
 5-grams of all pairs that share one. A dropped document is right if a pair with it reaches the threshold; such a pair
 is found if one of its documents is dropped. Each side runs in a process of its own, after its imports, on one core.
 
-PYTHON: the interpreter of an environment with datatrove (`pip install datatrove[processing] orjson`) or datasketch, which
-ptft does not depend on. datasketch gets the first tenth of the documents.
+PYTHON: the interpreter of an environment with datatrove (`pip install datatrove[processing] orjson`) or datasketch.
+ptft does not depend on them. datasketch gets the first tenth of the documents.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def read(folder: Path) -> list[str]:
 
 
 def similar_pairs(texts: list[str]) -> np.ndarray:
-    """All pairs whose sets of word 5-grams have at least this Jaccard similarity: int64 [P, 2], the earlier one first."""
+    """All pairs whose sets of 5-grams reach the threshold: int64 [P, 2], the earlier one first."""
     from scipy.sparse import csr_array
 
     numbers: dict[tuple[str, ...], int] = {}

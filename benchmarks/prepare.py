@@ -164,7 +164,9 @@ def write_rows(path: Path, count: int) -> None:
 
 
 def save_tokenizer(target: Path, folder: Path) -> None:
-    texts = chain(paragraphs(), (message["content"] for row in read(folder / "sft.jsonl") for message in row["messages"]))
+    texts = chain(
+        paragraphs(), (message["content"] for row in read(folder / "sft.jsonl") for message in row["messages"])
+    )
     settings = TokenizerTraining(vocab_size=32_000, max_megabytes=8)
     tokenizer = train_tokenizer(settings, texts, (f"eos={EOS}", "bos", "pad"), ("<|im_start|>",))
     tokenizer.chat_template = CHATML

@@ -22,8 +22,43 @@ pytest.importorskip("gigatoken")
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 REST = r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-PARTS = [" ", "  ", "\n", "\r\n", "\t", "'s", "'LL", "’s", "ſ", "'ſ", "K", "a", "Zeta", "_", "-", "1", "23", "٣", "½", "ª"]
-PARTS += ["é", "e\u0301", "中", "文", "\u3000", "\xa0", "\u200b", "\x00", "😀", "👩\u200d👩", "\u2028", "\u088f", "<|pad|>"]
+PARTS = [
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "'s",
+    "'LL",
+    "’s",
+    "ſ",
+    "'ſ",
+    "K",
+    "a",
+    "Zeta",
+    "_",
+    "-",
+    "1",
+    "23",
+    "٣",
+    "½",
+    "ª",
+]
+PARTS += [
+    "é",
+    "e\u0301",
+    "中",
+    "文",
+    "\u3000",
+    "\xa0",
+    "\u200b",
+    "\x00",
+    "😀",
+    "👩\u200d👩",
+    "\u2028",
+    "\u088f",
+    "<|pad|>",
+]
 """U+088F is a letter since Unicode 17, which the two libraries know or do not."""
 
 
@@ -57,7 +92,9 @@ def expected(backend: Tokenizer, texts: list[str]) -> list[tuple[list[int], list
 
 
 def plain(tokens: list[Tokens]) -> list[tuple[list[int], list[tuple[int, ...]]]]:
-    return [(each.ids.tolist(), [tuple(o) for o in each.offsets.tolist()]) for each in tokens if each.offsets is not None]
+    return [
+        (each.ids.tolist(), [tuple(o) for o in each.offsets.tolist()]) for each in tokens if each.offsets is not None
+    ]
 
 
 @pytest.mark.parametrize("special", [False, True])
@@ -88,7 +125,9 @@ def test_added_tokens_that_are_not_special(state: dict[str, Any]) -> None:
 
 def test_a_character_that_differs_goes_to_tokenizers(state: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, real = FastBpe(backend(state), offsets=False), FastBpe._encode
-    wrong = lambda self, texts: [ids[::-1] if "é" in text else ids for text, ids in zip(texts, real(self, texts), strict=True)]  # noqa: E731
+    wrong = lambda self, texts: [
+        ids[::-1] if "é" in text else ids for text, ids in zip(texts, real(self, texts), strict=True)
+    ]  # noqa: E731
     monkeypatch.setattr(FastBpe, "_encode", wrong)
     asked = ["café au lait", "tea"]
     assert [t.ids.tolist() for t in engine.tokens(asked)] == [ids for ids, _ in expected(backend(state), asked)]
