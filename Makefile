@@ -22,9 +22,10 @@ demo: $(STAMP)
 	$(BIN)/ptft generate $(DEMO_DIR)/ppo --prompt "What does os.path.join do?" --max-new-tokens 24
 
 # Two processes, since tests of two ranks fill two cores by themselves. Tests that share a module's fixture stay together
-# (tests/conftest.py). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without the start of further processes.
+# (tests/conftest.py, which also says which begin). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without the start of
+# further processes.
 test: $(STAMP) slurm
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 # tests/slurm start a private cluster, and are skipped where its programs cannot be had. Installed are Debian's
 # packages; they start no cluster by themselves.

@@ -3,7 +3,8 @@
     PTFT_TEST_DATA=FOLDER python benchmarks/dedup.py [--documents 100000] [--datatrove PYTHON] [--datasketch PYTHON]
 
 Documents of about 150 words are runs of 4 to 12 words from books (FOLDER/text/en_gutenberg) in random order. A fifth
-are copies of earlier ones with 0, 1, 2, 4 or 8 words replaced. Brute force computes the Jaccard similarity of the sets of
+are copies of earlier ones with 0, 1, 2, 4 or 8 words replaced.
+Brute force computes the Jaccard similarity of the sets of
 5-grams of all pairs that share one. A dropped document is right if a pair with it reaches the threshold; such a pair
 is found if one of its documents is dropped. Each side runs in a process of its own, after its imports, on one core.
 

@@ -7,8 +7,8 @@ size; rows for sft are those of FOLDER/sft/alpaca_en.jsonl with parts of such pa
 tokenizer's memory of words so meets the vocabulary of 5 MB of text. The tokenizer is a byte-level BPE of 32,000 tokens
 trained on the same text.
 
-Ours is the whole of `prepare` with an empty cache. The peer reads the same file with `datasets`; for clm it tokenizes in
-batches, adds EOS, concatenates and cuts rows (group_texts); for sft it renders and tokenizes each conversation with
+Ours is the whole of `prepare` with an empty cache. The peer reads the same file with `datasets`; for clm it tokenizes
+in batches, adds EOS, concatenates and cuts rows (group_texts); for sft it renders and tokenizes each conversation with
 `apply_chat_template` and keeps the assistant's mask. `tokenizer` is `encode_batch_fast` on texts in memory, in batches
 of about 2 MB. Each runs in a process that has imported everything and forks from there, bound to as many cores
 as it has processes. They take turns. CPU seconds are of all processes. Both sides must give the same tokens.
@@ -93,8 +93,8 @@ def compare(case: str, folder: Path, options: argparse.Namespace) -> None:
             cheaper = statistics.median(theirs / own for own, theirs in zip(cpu, peer_cpu, strict=True))
             print(
                 f"{case} x {count} {side:>22}: {megabytes / statistics.median(wall):6.1f} MB/s "
-                f"({megabytes / max(wall):.1f} to {megabytes / min(wall):.1f}), {megabytes / statistics.median(cpu):.1f} "
-                f"MB per CPU second; {statistics.median(faster):.2f} times datasets.map ({faster[0]:.2f} to "
+                f"({megabytes / max(wall):.1f} to {megabytes / min(wall):.1f}), "
+                f"{megabytes / statistics.median(cpu):.1f} MB per CPU second; {statistics.median(faster):.2f} times datasets.map ({faster[0]:.2f} to "
                 f"{faster[-1]:.2f}), {cheaper:.2f} times by CPU seconds",
                 flush=True,
             )

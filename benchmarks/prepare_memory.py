@@ -2,15 +2,15 @@
 
     PTFT_TEST_DATA=FOLDER python benchmarks/prepare_memory.py [--megabytes 10 100 1000] [--steps]
 
-Documents as in prepare.py, with a new number in each, so that not all words repeat. Each size runs in a process of its own;
-the peak is that of the sum of the proportional set sizes (PSS) of this process and its children, read 10 times a second.
+Documents as in prepare.py, with a new number in each, so that not all words repeat. Each size runs in a
+process of its own; the peak is that of the sum of the proportional set sizes (PSS) of it and its children, read
+10 times a second.
 --steps: with data.steps whitespace, exact_dedup and near_dedup.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import threading
@@ -65,7 +65,8 @@ def measure(folder: Path, megabytes: float, steps: list[str], processes: int) ->
     opened_s = time.perf_counter() - started
     print(
         f"{megabytes:.0f} MB, {'with' if steps else 'without'} steps: peak {peak[0]:.0f} MB, {wall_s:.0f} s; store "
-        f"{size / (2 * store.tokens):.3f} x the bytes of its {store.tokens:,} tokens, opened in {opened_s * 1000:.1f} ms",
+        f"{size / (2 * store.tokens):.3f} x the bytes of its {store.tokens:,} tokens, "
+        f"opened in {opened_s * 1000:.1f} ms",
         flush=True,
     )
 

@@ -26,6 +26,7 @@ from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
+    from ptft_dist.data.inspection import Inspection
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.data.trained_tokenizer import TokenizerReport
     from ptft_dist.hub import Fetched
@@ -97,15 +98,66 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
 
 
 @_hiding_secrets
-def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Path | None = None) -> TokenizerReport:
-    """Write the tokenizer that `prepare` trains for a recipe, or find it in its cache; and measure it.
+def inspect_data(source: Source, overrides: Overrides = (), *, samples: int = 5) -> Inspection:
+    """What the prepared data of a recipe look like; prepares them if necessary.
+
+    Args:
+        source: a recipe, or the directory of prepared stores: `<cache>/stores/<fingerprint>`.
+        samples: number of rows that are decoded.
+
+    Raises:
+        RecipeError: there is no such recipe or store, or a store is given overrides.
+        DataError: the data cannot be prepared, or are damaged.
+    """
+    from ptft_dist.data.inspection import inspect_prepared, inspect_stores, is_stores
+    from ptft_dist.data.prepare import records_of
+    from ptft_dist.tasks.registry import encoder_class
+
+    if isinstance(source, str | Path) and is_stores(Path(source)):
+        if overrides:
+            raise RecipeError(f"{next(iter(overrides))}: prepared data cannot be changed; name their recipe instead")
+        return inspect_stores(Path(source), samples=samples)
+    loaded = load_recipe(source, overrides)
+    prepared = prepare(source, overrides)
+    kind = encoder_class(loaded.recipe.task)
+    return inspect_prepared(prepared, loaded.recipe, kind, records_of(loaded.recipe, loaded.base, kind), samples)
+
+
+@_hiding_secrets
+def verify_data(source: Source, overrides: Overrides = ()) -> list[tuple[Path, int]]:
+    """Read all bytes of prepared data, and compare them with their checksums: store and size in bytes.
+
+    Args:
+        source: a recipe, whose data are prepared if necessary, or a directory of prepared stores.
+
+    Raises:
+        DataError: a file is missing, or its contents have changed.
+    """
+    from ptft_dist.data.inspection import is_stores, stores_of
+    from ptft_dist.data.store import verify
+
+    if isinstance(source, str | Path) and is_stores(Path(source)):
+        stores = stores_of(Path(source))
+    else:
+        stores = stores_of(prepare(source, overrides).train.path.parent)
+    return [(store, verify(store)) for store in stores]
+
+
+@_hiding_secrets
+def train_tokenizer(
+    source: Source, overrides: Overrides = (), *, out: str | Path | None = None, compare: Sequence[str] = ()
+) -> TokenizerReport:
+    """Write the tokenizer that `prepare` trains or extends for a recipe, and measure it on the recipe's texts.
+
+    A recipe that takes a tokenizer as it is gets a report only, and nothing is written.
 
     Args:
         out: the target. Default: RUN_DIR/tokenizer. The report lies beside it. If the directory has the tokenizer of
             the same settings and data, nothing is done.
+        compare: directories and Hub names of other tokenizers, which are measured too.
 
     Raises:
-        RecipeError: the recipe trains no tokenizer, or `out` has other files.
+        RecipeError: `out` has other files, or there is nothing to write there; or a tokenizer cannot be loaded.
         DataError: a source is missing or malformed.
     """
     from ptft_dist.data.trained_tokenizer import TrainedTokenizer
@@ -113,7 +165,15 @@ def train_tokenizer(source: Source, overrides: Overrides = (), *, out: str | Pat
 
     loaded = load_recipe(source, overrides)
     target = Path(out) if out is not None else Path(loaded.recipe.run_dir) / "tokenizer"
-    return TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task)).write(target.absolute())
+    tokenizer = TrainedTokenizer(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task), compare)
+    if tokenizer.writes:
+        return tokenizer.write(target.absolute())
+    if out is not None:
+        raise RecipeError(
+            f"--out: has no effect here: the recipe takes the tokenizer of {loaded.recipe.tokenizer.path} as it is. "
+            "Set tokenizer.train, add or extend, or remove --out"
+        )
+    return tokenizer.report()
 
 
 @_hiding_secrets

@@ -13,7 +13,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.named_models import NamedModel, named_models
 from ptft_dist.config.recipe import Source
 from ptft_dist.data.sources import hub_dataset, recipe_sources, source_files
-from ptft_dist.errors import PtftError, RecipeError
+from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.networks.names import ADAPTER_CONFIG, adapter_base, directory_or_hub_name, is_adapter
 
 _SAFETENSORS = re.compile(r"(adapter_)?model(-\d+-of-\d+)?\.safetensors")
@@ -235,6 +235,10 @@ def _data(key: str, source: Source, base: Path) -> Fetched:
         size = sum(file.stat().st_size for file in files)
         return Fetched(f"{key}.path", source.path, None, files[0].parent, size, local=True)
     assert source.hub is not None
+    if source.streaming:
+        raise DataError(
+            f"{key}.streaming: a stream is not fetched beforehand; set streaming: false, or run ptft prepare"
+        )
     files = [Path(each["filename"]) for each in hub_dataset(source).cache_files]
     folder = files[0].parent if files else _data_cache()
     commit = folder.name if _COMMIT.fullmatch(folder.name) else source.revision

@@ -40,6 +40,7 @@ from ptft_dist.networks.adapt import adapt_network, convert_trained
 from ptft_dist.networks.continual import Ewc, L2Sp, read_tensors
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import build_network
+from ptft_dist.networks.new_tokens import NewTokens
 from ptft_dist.reporting.messages import say
 from ptft_dist.tasks.protocol import StartColumn, Task, TaskSetup
 from ptft_dist.training.fisher import FISHER_VERSION, fisher_diagonal
@@ -68,6 +69,7 @@ class OldNetwork:
     cache: Path
     device: torch.device
     """Where it is computed."""
+    new_tokens: NewTokens
 
     def start(self) -> Path:
         """The file with the start values of the trained parameters that model.path has weights for.
@@ -138,6 +140,8 @@ class OldNetwork:
 
         new_head, device, name = self.section.new_head, self.device.type, self.setup.name
         network = [self.identity, self.setup.seed, new_head, str(precision), device]
+        if self.new_tokens.pieces:
+            network.append([self.new_tokens.start, sorted(self.new_tokens.pieces.items())])
         directory, from_cache = self._cached(["values", START_VERSION, network, name, column, store_print], build)
         report = json.loads((directory / REPORT).read_text())
         text = f"{column.name}: log-probabilities of {len(store):,} rows, {report['seconds']:,.1f} s"
@@ -161,6 +165,7 @@ class OldNetwork:
         config = copy.deepcopy(self.config)  # new embeddings change it
         tokens = len(self.setup.tokenizer)
         model, fresh = build_network(section, config, self.setup.seed, self.task_class.auto_class, tokens)
+        self.new_tokens.initialize(self.new_tokens.tables(model))
         settings = self.setup.settings
         plain = {name: type(settings).model_fields[name].default for name in settings.not_likelihood}
         setup = replace(self.setup, settings=settings.model_copy(update=plain))

@@ -128,7 +128,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
         if main:
             resume.begin(checkpoint, warn, job_id())
             _begin(session, trainer, checkpoint)
-        failures.report.begun = True
+        failures.report.begin()
         with stop.listening():
             outcome = trainer.fit()
         if outcome.finished:
@@ -173,7 +173,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     if recipe.tokenizer.train is not None:
         keep_tokenizer(session.prepared.tokenizer_path, _learned_by(session.loaded), run_dir)
     else:
-        save_tokenizer(session.trained.tokenizer, run_dir)
+        save_tokenizer(session.trained.tokenizer, run_dir, session.trained.tokenizer_origin)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
     trainer.samples = session.samples(progress.step, progress.evaluated_step)
     if checkpoint is not None:

@@ -214,7 +214,16 @@ class Session:
 
     def _old_network(self, identity: str, config: PretrainedConfig) -> OldNetwork:
         trained, device = self.trained, local_device(self.place.local_rank)
-        return OldNetwork(self.start_section, identity, config, trained.setup, trained.task_class, self._cache, device)
+        return OldNetwork(
+            self.start_section,
+            identity,
+            config,
+            trained.setup,
+            trained.task_class,
+            self._cache,
+            device,
+            trained.new_tokens,
+        )
 
     # --- with the other processes ------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -14,6 +14,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
+from ptft_dist.data.tokenizer_files import ORIGIN, read_pieces
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
@@ -21,6 +22,7 @@ from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import Digests, files_identity
 from ptft_dist.networks.load import build_config, build_network, check_positions, local_or_hub, read_config
+from ptft_dist.networks.new_tokens import NewTokens
 from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.reporting.messages import say
 from ptft_dist.tasks.common.losses import network_inputs
@@ -36,6 +38,7 @@ class Builder(Protocol):
     @property
     def trained_dtype(self) -> torch.dtype: ...
     def building(self, pretrained: bool) -> AbstractContextManager[None]: ...
+    def whole(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]: ...
 
 
 class TrainedNetwork:
@@ -61,6 +64,8 @@ class TrainedNetwork:
         recipe = self.recipe = loaded.recipe
         self.tokenizer_path, self.steps = tokenizer_path, steps
         self.tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
+        start = recipe.tokenizer.init_added or "pieces"
+        self.new_tokens = NewTokens(read_pieces(tokenizer_path), start if recipe.model.path is not None else "random")
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
         self.task_class = task_class(recipe.task)
         self.setup = TaskSetup.of(recipe, self.tokenizer, survey, loaded.base)
@@ -71,6 +76,11 @@ class TrainedNetwork:
         check_backend(self.section, kind)
         self._preview()
 
+    @property
+    def tokenizer_origin(self) -> Path:
+        """A file about the added tokens; it exists only if there are some."""
+        return self.tokenizer_path / ORIGIN
+
     def config_of(self, section: ModelSection) -> PretrainedConfig:
         """The config of a network for the run's task. section: the model section that names it. Raises RecipeError."""
         config = build_config(
@@ -78,7 +88,7 @@ class TrainedNetwork:
             self.tokenizer,
             self.recipe.data.max_length,
             self.task_class.config_settings(self.setup),
-            grown=bool(self.recipe.tokenizer.add or self.recipe.settings.added_tokens),
+            grown=self.recipe.adds_tokens,
         )
         self.task_class.fit_config(self.setup, config)
         return config
@@ -110,7 +120,7 @@ class TrainedNetwork:
             base=section.path,
             revision=section.revision,
             total_steps=self.steps(),
-            new_tokens=tuple(sorted({*added, *beyond})),
+            new_tokens=tuple(sorted({*added, *beyond, *self.new_tokens.pieces})),
             tokenizer_path=str(self.tokenizer_path),
             seed=recipe.train.seed,
         )
@@ -143,6 +153,9 @@ class TrainedNetwork:
                 precision=recipe.train.precision,
                 whole=self.heads,
             )
+        tables = self.new_tokens.tables(base)
+        with builder.whole(tables):
+            self.new_tokens.initialize(tables)
         adapt = section.adapt
         self.facts = adapted_facts(read_facts(base), adapt)
         self.task = wrap(self.task_class(self.setup, self.facts, builder.device))

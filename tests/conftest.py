@@ -16,9 +16,13 @@ from support import kill_leftovers, write_documents
 from ptft_dist.config import secrets
 from ptft_dist.signals import STOP
 
+# Begun first, so that no process is left with them alone: those that wait for Slurm, and those of minutes.
+LONG = ("tests/slurm/", "tests/distributed/", "tests/test_real_models.py", "tests/test_launch.py", "tests/immunity/")
+
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: [item.nodeid.startswith(place) for place in LONG], reverse=True)
     for item in items:
         group = xdist_group(item) if isinstance(item, pytest.Function) else None
         if group is not None:
@@ -28,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def xdist_group(item: pytest.Function) -> str | None:
     """Tests of a group run in one worker, in order: those that share a module's fixture, so that it is made once, and
     those of the Slurm cluster, since two clusters would compete for the cores."""
-    if "cluster" in item.fixturenames:
+    if {"cluster", "three"} & set(item.fixturenames):
         return "slurm"
     definitions = item._fixtureinfo.name2fixturedefs
     shared = any(definitions[name][-1].scope == "module" for name in item.fixturenames if name in definitions)

@@ -19,15 +19,16 @@ def main() -> None:
     ignored = [int(number) for number in PASSED_ON if signal.getsignal(number) == signal.SIG_IGN]
     server = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     server.connect(sys.argv[1])
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # the request comes first
     for number in PASSED_ON:
-        if number not in ignored:
-            signal.signal(number, lambda received, _frame: server.send(bytes([received])))
+        signal.signal(number, lambda received, _frame: server.send(bytes([received])))
     cwd = os.getcwd()  # noqa: PTH109  # pathlib is slow to import
-    request = {"words": words, "env": dict(os.environ), "cwd": cwd, "parent": os.getppid()}
+    request = {"words": words, "env": dict(os.environ), "cwd": cwd, "pid": os.getpid(), "parent": os.getppid()}
     with os.fdopen(os.memfd_create("request"), "w") as file:  # an environment may be larger than a packet
         json.dump({**request, "ignored": ignored}, file)
         file.flush()
         socket.send_fds(server, [b"start"], [file.fileno(), 0, 1, 2])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     code = json.loads(server.recv(64))
     if code < 0:  # ended by a signal
         if -code in PASSED_ON:

@@ -56,6 +56,8 @@ PRELOADED = [
     "ptft_dist.run",
     "ptft_dist.runs.folds",
     "ptft_dist.api",
+    "ptft_dist.launch.launch_file",
+    "ptft_dist.launch.local",
     *(f"ptft_dist.engine.{backend}" for backend in ("whole", "zero", "fsdp2")),
     "ptft_dist.tasks.common.documents",
     *(f"ptft_dist.tasks.{task}.task" for task in TASKS),
@@ -65,6 +67,7 @@ PRELOADED = [
     *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
     "ptft_dist.networks.adapt.adapters",
     "ptft_dist.old_network",
+    "accelerate.commands.launch",
     "bitsandbytes",
     "peft.tuners.lora",
     "peft.tuners.lora.bnb",
@@ -86,6 +89,8 @@ PRELOADED = [
     "tokenizers.trainers",
     "torch._subclasses.schema_check_mode",
     "torch.distributed.algorithms.ddp_comm_hooks",
+    "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
+    "torch.distributed.run",
     "torch.profiler._cupti_monitor",
     "torch.utils.tensorboard",
     "transformers.convert_slow_tokenizer",
@@ -179,10 +184,14 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def ptft(
-    *args: str, env: Mapping[str, str] | None = None, cwd: Path | None = None, timeout_s: float = 180
+    *args: str,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 180,
+    command: Sequence[str] = COMMAND,
 ) -> subprocess.CompletedProcess[str]:
     """Run the real command line and wait for its end."""
-    words = [*COMMAND, *args]
+    words = [*command, *args]
     return subprocess.run(
         words, cwd=cwd, env=environment(env), capture_output=True, text=True, timeout=timeout_s, check=False
     )

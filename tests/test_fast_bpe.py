@@ -125,9 +125,10 @@ def test_added_tokens_that_are_not_special(state: dict[str, Any]) -> None:
 
 def test_a_character_that_differs_goes_to_tokenizers(state: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     engine, real = FastBpe(backend(state), offsets=False), FastBpe._encode
-    wrong = lambda self, texts: [
-        ids[::-1] if "é" in text else ids for text, ids in zip(texts, real(self, texts), strict=True)
-    ]  # noqa: E731
+
+    def wrong(self: FastBpe, texts: list[str]) -> list[np.ndarray]:
+        return [ids[::-1] if "é" in text else ids for text, ids in zip(texts, real(self, texts), strict=True)]
+
     monkeypatch.setattr(FastBpe, "_encode", wrong)
     asked = ["café au lait", "tea"]
     assert [t.ids.tolist() for t in engine.tokens(asked)] == [ids for ids, _ in expected(backend(state), asked)]
@@ -228,4 +229,4 @@ def test_the_same_bytes(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not used
     assert contents("1") == slow
     assert used
-    assert sum(np.frombuffer(slow["train/documents.npy" if task == "clm" else "train/input_ids.bin"], np.uint8)) > 0
+    assert slow["train/tokens.bin" if task == "clm" else "train/input_ids.bin"]

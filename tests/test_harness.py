@@ -6,6 +6,8 @@ import copy
 import json
 import os
 import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _elsewhere(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PTFT_CACHE", str(cache))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_index_of_its_tasks() -> Iterator[None]:
+    """lm-eval reads thousands of files to know its own tasks, which takes ten seconds: once is enough."""
+    if find_spec("lm_eval") is None:
+        yield
+        return
+    from lm_eval import tasks
+    from lm_eval.tasks._index import TaskIndex
+
+    own, build = Path(tasks.__file__).parent, TaskIndex.build
+    kept: dict[str, Any] = {}
+
+    def build_once(paths: Sequence[Path], **options: Any) -> dict[str, Any]:
+        if own in paths and not kept:
+            kept.update(build([own], **options))
+        rest = build([path for path in paths if path != own], **options)
+        return (kept if own in paths else {}) | rest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(build_once))
+        yield
 
 
 def write_task(folder: Path, name: str, before: str = "") -> None:

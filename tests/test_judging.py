@@ -17,6 +17,7 @@ import sklearn.metrics
 import torch
 from adapt_support import METHODS, write_adapted
 from peft import AutoPeftModelForSequenceClassification
+from preloaded_ranks import forked_ptft
 from seqeval.metrics import classification_report
 from support import eval_rows, make_recipe, start
 from tiny import ALL, made, write_tiny
@@ -582,8 +583,8 @@ def test_a_launch_config_starts_the_processes(
 ) -> None:
     run = run_of("classification")
     words = ("evaluate", str(run), "--launch", "cpu", "--processes", "2", "--data", "nothing.jsonl")
-    done = start(*words, cwd=tmp_path, cache=cache)
-    assert done.wait() == 3  # the exit code of the rank, not of the launcher
+    done = forked_ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    assert done.returncode == 3  # the exit code of the rank, not of the launcher
     assert done.stderr.count("nothing.jsonl does not exist") == 1
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(RecipeError, match="no effect in a process that a launcher has started"):

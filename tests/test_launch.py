@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from typing import Any
 import pytest
 from in_process import make_recipe
 from launch_support import HEAD, STOCK, launcher_arguments, launcher_environment
-from preloaded_ranks import preloaded
-from support import ROOT, environment, eval_rows, free_port, ptft, start, train_rows, write_recipe
+from preloaded_ranks import forked_ptft, preloaded_ptft
+from support import ROOT, environment, eval_rows, free_port, start, train_rows, write_recipe
 
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
@@ -341,13 +340,13 @@ def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.Monk
 
 
 def accelerate(
-    config: Path, *words: str, cwd: Path, cache: Path, ranks: Mapping[str, str] | None = None
+    config: Path, *words: str, cwd: Path, cache: Path, python: str = sys.executable
 ) -> subprocess.Popen[str]:
-    """Stock `accelerate launch` with a config. ranks: variables that say how it starts them."""
+    """Stock `accelerate launch` with a config. python: with which it and its ranks are started."""
     launch = ["accelerate.commands.launch", "--config_file", str(config), *words]
-    env = environment({"PTFT_CACHE": str(cache), "PYTHONPATH": str(ROOT), **(ranks or {})})
+    env = environment({"PTFT_CACHE": str(cache), "PYTHONPATH": str(ROOT)})
     pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, "-m", *launch], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
+    return subprocess.Popen([python, "-m", *launch], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def same_curve(run: Path, expected: Path) -> None:
@@ -386,8 +385,7 @@ def test_a_shipped_deepspeed_config_under_stock_accelerate_from_anywhere(
 
 def test_a_stock_deepspeed_config_under_our_launcher(tmp_path: Path, cache: Path, alone: Path) -> None:
     write(tmp_path, STOCK["zero3"])
-    env = {"PTFT_CACHE": str(cache), **preloaded()}
-    done = ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env=env)
+    done = forked_ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
     assert done.returncode == 0, done.stderr
     assert backend_of(tmp_path / "run") == ("zero3", 2)
     same_curve(tmp_path / "run", alone)
@@ -397,7 +395,7 @@ def test_a_refusal_by_the_ranks_keeps_its_exit_code(tmp_path: Path, documents: P
     """The launcher process does not read checkpoints; torchrun ends with 1 for every failure."""
     write_recipe(tmp_path, documents)
     words = ["train", "recipe.yaml", "--launch", "cpu", "--resume", "no/such/checkpoint"]
-    done = ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache), **preloaded()})
+    done = forked_ptft(*words, cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
     assert done.returncode == 4, done.stderr
     assert "no/such/checkpoint" in done.stderr
     assert not (tmp_path / "run/result.json").exists()
@@ -409,8 +407,9 @@ def test_two_nodes_on_one_host(tmp_path: Path, cache: Path, alone: Path) -> None
     config = shipped("launch_configs") / "multi_node_ddp.yaml"
     words = ["--num_processes", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     train = ["-m", "ptft_dist", "train", "recipe.yaml"]
+    python = str(preloaded_ptft() / "python")
     nodes = [
-        accelerate(config, *words, "--machine_rank", str(rank), *train, cwd=tmp_path, cache=cache, ranks=preloaded())
+        accelerate(config, *words, "--machine_rank", str(rank), *train, cwd=tmp_path, cache=cache, python=python)
         for rank in (0, 1)
     ]
     for node in nodes:

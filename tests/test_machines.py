@@ -18,7 +18,10 @@ from support import Start, start, write_recipe
 
 from ptft_dist.engine import machines as module
 from ptft_dist.engine.machines import Loss, Machines, Patience, machine_of, watch_machines
+from ptft_dist.errors import MachineLostError
+from ptft_dist.launch.environment import Place, start_token
 from ptft_dist.launch.result import write_failure
+from ptft_dist.reporting.run_files import FailureReport
 
 QUICK = Patience(idle_s=1, interval_s=1, probes=2)
 
@@ -287,6 +290,41 @@ def test_lost_hosts_are_added_to_a_loss(tmp_path: Path) -> None:
     write_failure(tmp_path, {"exit_code": 76, "error": "machine h3 has ended"}, ["h2", "h3"])
     found = json.loads((tmp_path / "result.json").read_text())
     assert (found["error"], found["lost_hosts"]) == ("closed by peer", ["h2", "h3"])
+
+
+def test_a_machine_that_was_cut_off_leaves_the_result_of_the_next_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It notices late, and still sees the disk."""
+    (tmp_path / "logs").mkdir()
+
+    def start(restart: int) -> FailureReport:
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        return FailureReport(tmp_path, Place(rank=1, local_rank=0, world_size=2, launched=True))
+
+    def rank_0_writes(name: str) -> None:
+        (tmp_path / name).write_text(json.dumps({"status": "finished", "start": start_token(os.environ)}))
+
+    def fail(report: FailureReport) -> str:
+        report.write(MachineLostError("machine h1 does not answer any more"), 76, 1.0, None, ["h1"])
+        found: str = json.loads((tmp_path / "result.json").read_text())["status"]
+        return found
+
+    start(0)
+    rank_0_writes("environment.json")
+    early = start(1)
+    early.begin()  # before rank 0, which has a long list of files to write
+    assert fail(early) == "failed"
+    rank_0_writes("environment.json")
+    late = start(1)
+    late.begin()
+    assert fail(late) == "failed"
+    start(2)
+    rank_0_writes("environment.json")
+    rank_0_writes("result.json")
+    start(1)
+    assert fail(late) == "finished"
 
 
 # --- a link that is cut -----------------------------------------------------------------------------------------------

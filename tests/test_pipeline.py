@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from pipeline_support import small_demo
+from preloaded_ranks import forked_ptft
 from support import eval_rows, ptft, start, write_recipe
 
 import ptft_dist
@@ -268,12 +269,12 @@ def test_the_command_does_what_is_not_done(folder: Path) -> None:
     stages = "a: {verb: tokenizer, recipe: recipe.yaml}, b: {verb: tokenizer, recipe: other.yaml}"
     (folder / "steps.yaml").write_text(f"{{out: runs, stages: {{{stages}}}}}")
     (folder / "other.yaml").write_text((folder / "recipe.yaml").read_text())
-    first = ptft("pipeline", "steps.yaml", cwd=folder)
+    first = forked_ptft("pipeline", "steps.yaml", cwd=folder)
     assert first.returncode == 0, first.stderr
     (folder / "runs/b/tokenizer").rename(folder / "away")
-    second = ptft("pipeline", "steps.yaml", cwd=folder)
+    second = forked_ptft("pipeline", "steps.yaml", cwd=folder)
     assert "a: already done in" in second.stdout + second.stderr
     assert (folder / "runs/b/tokenizer/tokenizer.json").read_text() == (folder / "away/tokenizer.json").read_text()
     (folder / "recipe.yaml").write_text((folder / "other.yaml").read_text().replace("320", "300"))
-    third = ptft("pipeline", "steps.yaml", cwd=folder)
+    third = forked_ptft("pipeline", "steps.yaml", cwd=folder)
     assert (third.returncode, third.stderr[:16]) == (2, "error: stage a: ")

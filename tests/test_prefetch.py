@@ -261,3 +261,27 @@ def test_files_that_are_needed() -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+def test_a_data_set_is_streamed_without_a_download(tmp_path: Path, documents: Path, online: dict[str, str]) -> None:
+    """The same rows as of a downloaded one; found in the cache by its commit; refused where there is no network."""
+    stores = []
+    for streaming in (True, False):
+        data = {"train": [{"hub": "tiny/rows", "streaming": streaming}], "validation": 0.1, "max_length": 64}
+        write(tmp_path, documents, data=data, tokenizer={"train": {"vocab_size": 300}})
+        done = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=online)
+        assert done.returncode == 0, done.stderr
+        downloaded = list((tmp_path / "home/datasets").rglob("*.arrow"))
+        assert bool(downloaded) is not streaming
+        (new,) = set((tmp_path / "cache/stores").glob("*[!k]")) - set(stores)
+        stores.append(new)
+    for side in ("train", "validation"):
+        assert (stores[0] / side / "tokens.bin").read_bytes() == (stores[1] / side / "tokens.bin").read_bytes()
+    data["train"][0]["streaming"] = True  # type: ignore[index]
+    write(tmp_path, documents, data=data, tokenizer={"train": {"vocab_size": 300}})
+    again = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=online)
+    assert "loaded from the cache" in again.stdout
+    fetched = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
+    assert "data.train[0].streaming: a stream is not fetched beforehand" in fetched.stdout + fetched.stderr
+    refused = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=offline(online))
+    assert (refused.returncode, "hub: tiny/rows: streaming: the Hub cannot be asked" in refused.stderr) == (3, True)

@@ -29,7 +29,7 @@ def forbid_learning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_another_cache_uses_the_tokenizer_of_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Learned again, wordpiece gives other ids: the rows of a resumed run would be nonsense."""
+    """Learned again by another library version, it may have other ids: the rows of a resumed run would be nonsense."""
     base = write_text(tmp_path)
     first = prepare(recipe(WORDPIECE), base)
     shutil.copytree(first.tokenizer_path, base / "run/tokenizer")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from ptft_dist import api
 from ptft_dist.data import prepare as preparing
 from ptft_dist.data import trained_tokenizer as module
+from ptft_dist.data.trained_tokenizer import describe
 from ptft_dist.errors import RecipeError
 
 
@@ -96,7 +98,7 @@ def test_unknown_tokens_are_counted(recipe: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_the_same_again_does_nothing(recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another cache too, and although wordpiece learned again has other ids."""
+    """With another cache too."""
     overrides = {"tokenizer.train": {"algorithm": "wordpiece", "vocab_size": 300}}
     first = api.train_tokenizer(recipe, overrides, out="own")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("own*")}
@@ -153,6 +155,71 @@ def test_a_killed_start_leaves_nothing_in_the_way(
     assert sorted(path.name for path in tmp_path.glob("*own*")) == ["own", "own.report.json"]
 
 
+def naive_counts(tokenizer: Any, texts: list[str]) -> dict[str, int]:
+    """Looks at each word and each of its characters; words are Latin letters and digits, or one Chinese character."""
+    counts = dict.fromkeys(("bytes", "tokens", "unknown_tokens", "words", "word_tokens", "whole_words"), 0)
+    for text in texts:
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, spans = encoded["input_ids"], encoded["offset_mapping"]
+        counts["bytes"] += len(text.encode())
+        counts["tokens"] += len(ids)
+        counts["unknown_tokens"] += ids.count(tokenizer.unk_token_id)
+        touching = set()
+        for word in re.finditer(r"[a-zA-Zü0-9]+|[\u4e00-\u9fff]", text):
+            own = {t for t, (a, b) in enumerate(spans) if set(range(a, b)) & set(range(*word.span()))}
+            touching |= own
+            counts["words"] += 1
+            counts["whole_words"] += len(own) == 1 and ids[min(own)] != tokenizer.unk_token_id
+        counts["word_tokens"] += len(touching)
+    return counts
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
+def test_each_source_and_language_beside_another_tokenizer(
+    recipe: dict[str, Any], tmp_path: Path, algorithm: str
+) -> None:
+    english = ["The quick brown fox jumps over the lazy dog, and it is happy in Zürich."] * 9
+    chinese = ["我们今天去北京看了长城，明天再去上海。☃", "我们在北京"] * 5
+    for name, texts in (("en.txt", english), ("zh.txt", chinese)):
+        (tmp_path / name).write_text("\n".join(texts))
+    api.train_tokenizer(recipe, out="other")
+    overrides = {"data.train": [{"path": f"{tmp_path}/{name}", "document": "line"} for name in ("en.txt", "zh.txt")]}
+    overrides |= {"data.validation": None, "eval": {}, "tokenizer.train": {"algorithm": algorithm, "vocab_size": 300}}
+    api.train_tokenizer(recipe, overrides, out="own")
+    again = api.train_tokenizer(recipe, overrides, out="own", compare=["other"])  # measured again, not written
+    assert not again.written
+    written = json.loads((tmp_path / "own.report.json").read_text())
+    for name, values in (("own", written), ("other", written["compared"]["other"])):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert values["vocabulary"] == len(tokenizer)
+        assert values["validation"] is None
+        train = values["train"]
+        for group, texts in (
+            (train["languages"]["en"], english),
+            (train["languages"]["zh"], chinese),
+            (train["sources"][f"{tmp_path}/en.txt"], english),
+            (train["sources"][f"{tmp_path}/zh.txt"], chinese),
+            (train, english + chinese),
+        ):
+            expected = naive_counts(tokenizer, texts)
+            assert {key: group[key] for key in expected} == expected
+            assert group["fertility"] == pytest.approx(expected["word_tokens"] / expected["words"], abs=1e-4)
+            assert group["whole_words_share"] == pytest.approx(expected["whole_words"] / expected["words"], abs=1e-4)
+            assert group["unknown_rate"] == pytest.approx(expected["unknown_tokens"] / expected["tokens"], abs=1e-6)
+        assert train["languages"]["zh"]["fertility_unit"] == "tokens per character"
+        assert train["languages"]["en"]["fertility_unit"] == "tokens per word"
+    shown = describe(again)
+    assert "other (" in shown
+    assert "language zh" in shown
+    assert "per character" in shown
+    assert api.train_tokenizer(recipe, overrides, out="own", compare=["other"]).measured == again.measured
+
+
+def test_a_tokenizer_to_compare_with_that_does_not_exist(recipe: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=f"--compare: cannot load a tokenizer from {tmp_path}/none"):
+        api.train_tokenizer(recipe, compare=[f"{tmp_path}/none"])
+
+
 @pytest.mark.parametrize("task", ["sft", "classification"])
 def test_another_recipe_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
     """With the added tokens and the chat template of the first recipe."""
@@ -167,10 +234,23 @@ def test_another_recipe_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert len(AutoTokenizer.from_pretrained(other.tokenizer_path)) == report.vocabulary
 
 
-def test_a_recipe_without_one_and_folds_without_a_fold(recipe: dict[str, Any], tmp_path: Path) -> None:
-    api.train_tokenizer(recipe, out=tmp_path / "own")
-    with pytest.raises(RecipeError, match=r"tokenizer\.train: not set\. The recipe takes the tokenizer of own"):
-        api.train_tokenizer(recipe, {"tokenizer": {"path": "own"}})
+def test_a_tokenizer_that_is_taken_as_it_is(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """It is measured, and nothing is written; with additions, the result is written."""
+    own = api.train_tokenizer(recipe, out=tmp_path / "own")
+    given = {"tokenizer": {"path": "own"}}
+    report = api.train_tokenizer(recipe, given)
+    assert (report.directory, report.written, report.train) == (None, False, own.train)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(RecipeError, match=r"--out: has no effect here: the recipe takes the tokenizer of own as it is"):
+        api.train_tokenizer(recipe, given, out=tmp_path / "other")
+    added = {"tokenizer": {"path": "own", "add": ["zebra"], "extend": {"tokens": 3}}}
+    changed = api.train_tokenizer(recipe, added, out=tmp_path / "other")
+    assert (changed.written, changed.vocabulary) == (True, own.vocabulary + 4)
+    assert files(tmp_path / "other") == files(api.prepare(recipe, added).tokenizer_path)
+    assert not api.train_tokenizer(recipe, added, out=tmp_path / "other").written
+
+
+def test_folds_without_a_fold(recipe: dict[str, Any]) -> None:
     with pytest.raises(RecipeError, match=r"data\.fold: required with data\.folds"):
         api.train_tokenizer(recipe, {"data.validation": None, "data.folds": 3})
 
@@ -186,4 +266,4 @@ def test_the_command(recipe: dict[str, Any], tmp_path: Path, cache: Path) -> Non
         "tokenizer", "recipe.yaml", "tokenizer.train.vocab_size=300", "--out", "own", cwd=tmp_path, cache=cache
     )
     assert done.wait() == 2
-    assert done.stderr.startswith("error: ")
+    assert "error: " in done.stderr

@@ -22,6 +22,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("init", "ptft_dist.cli.init", "init"),
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
+    ("data", "ptft_dist.cli.data", "app"),
     ("tokenizer", "ptft_dist.cli.tokenizer", "tokenizer"),
     ("prefetch", "ptft_dist.cli.prefetch", "prefetch"),
     ("config", "ptft_dist.cli.config", "app"),

@@ -7,12 +7,14 @@ docs/cleaning.md names the paper behind each default.
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
 from ptft_dist.config.section import Fraction, Section, Text, exactly_one
 
+QualityRules = Literal["gopher", "c4", "fineweb"]
+PersonalData = Literal["email", "ip", "phone", "chinese_id", "chinese_mobile"]
 LanguageCode = Annotated[str, Field(pattern=r"^[a-z]{2,3}$")]
 
 
@@ -47,9 +49,9 @@ class ControlStep(Section):
 class LanguageStep(Section):
     """Identify the language of each record, and keep or drop languages."""
 
-    keep: tuple[LanguageCode, ...] | None = None
-    """Keep these languages only (ISO 639-1 codes), such as [en, zh]."""
-    drop: tuple[LanguageCode, ...] | None = None
+    keep: Annotated[list[LanguageCode], Field(min_length=1)] | None = None
+    """Keep these languages only (ISO 639 codes), such as [en, zh]. `und` is text without letters."""
+    drop: Annotated[list[LanguageCode], Field(min_length=1)] | None = None
     """Drop these languages."""
     min_score: Fraction = 0.65
     """Also drop records whose language has a lower probability than this (FineWeb, CCNet)."""
@@ -63,7 +65,7 @@ class LanguageStep(Section):
 class QualityStep(Section):
     """Drop records by the rules of Gopher, C4 and FineWeb; each drop names its rule."""
 
-    rules: Annotated[tuple[Literal["gopher", "c4", "fineweb"], ...], Field(min_length=1)] = ("gopher", "c4", "fineweb")
+    rules: list[QualityRules] = Field(default_factory=lambda: list(get_args(QualityRules)), min_length=1)
     """The sets of rules to use."""
     min_words: PositiveInt = 50
     """Gopher: records with fewer words are dropped. In languages without spaces, each character is a word."""
@@ -74,9 +76,7 @@ class QualityStep(Section):
 class PiiStep(Section):
     """Mask personal data: each match is replaced by its kind, such as <EMAIL>."""
 
-    kinds: Annotated[
-        tuple[Literal["email", "ip", "phone", "chinese_id", "chinese_mobile"], ...], Field(min_length=1)
-    ] = ("email", "ip", "phone", "chinese_id", "chinese_mobile")
+    kinds: list[PersonalData] = Field(default_factory=lambda: list(get_args(PersonalData)), min_length=1)
     """What is masked."""
 
 
@@ -114,7 +114,7 @@ class NearDedupStep(Section):
 class DecontaminateStep(Section):
     """Drop training records that share an n-gram with evaluation files (Brown et al. 2020, GPT-3, appendix C)."""
 
-    files: Annotated[tuple[Text, ...], Field(min_length=1)]
+    files: Annotated[list[Text], Field(min_length=1)]
     """Files or globs with evaluation data, in the formats of data sources. All their texts are used. A relative path
     starts at the recipe's directory."""
     ngram: PositiveInt = 13

@@ -28,6 +28,9 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     if recipe.model.dtype not in ("auto", "fp32", recipe.train.precision) and recipe.model.path is not None:
         dtype = recipe.model.dtype
         yield Problem(("model", "dtype"), f"{dtype} needs train.precision: {dtype}, which is {recipe.train.precision}")
+    if recipe.tokenizer.init_added is not None and (recipe.model.path is None or not recipe.adds_tokens):
+        text = f"{_NO_EFFECT} it needs model.path, and added tokens: tokenizer.add or tokenizer.extend"
+        yield Problem(("tokenizer", "init_added"), text)
     yield from _task(recipe)
     yield from _sources(recipe)
     yield from _continual(recipe)
@@ -109,7 +112,7 @@ def _continual(recipe: Recipe) -> Iterator[Problem]:
         if model.adapt.adds_adapter:
             text = f"{_NO_EFFECT} model.adapt: {model.adapt.method} freezes the weights of model.path and trains others"
             yield Problem(path, text + ". Use model.adapt: full, last_layers, match or bitfit, or remove the section")
-        if recipe.tokenizer.add or recipe.settings.added_tokens:
+        if recipe.adds_tokens:
             text = "tokens are added, and their embeddings have no old values. Start from a model that has these tokens"
             yield Problem(path, text)
         if recipe.train.precision == "fp16":

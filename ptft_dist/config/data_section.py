@@ -29,6 +29,8 @@ class Source(Section):
     """The commit, branch or tag of a Hub dataset."""
     split: Text | None = None
     """The split of a Hub dataset. Default: `train`."""
+    streaming: bool = False
+    """Read a Hub dataset without downloading it first, for one that is larger than the disk."""
     field: Text | None = None
     """Pretraining tasks: the column with the text, in every format but .txt. Default: `text`."""
     fields: dict[Text, Text] = Field(default_factory=dict)
@@ -56,7 +58,7 @@ class Source(Section):
     @model_validator(mode="after")
     def _check(self) -> Source:
         exactly_one(self, "source", "path", "hub")
-        only_with(self, ("config", "revision", "split"), self.hub is not None, "a hub data set")
+        only_with(self, ("config", "revision", "split", "streaming"), self.hub is not None, "a hub data set")
         only_with(self, ("field", "fields"), self.source != "python-stdlib", "files or a data set with columns")
         only_with(self, ("document",), self.path is not None, "a path")
         return self

@@ -103,7 +103,7 @@ class ExampleStore(MappedStore):
         self.tokens: int = summary["tokens"]
         self.examples: int = summary["examples"]
         self._count: int = summary["rows"]
-        self._length_columns: list[str] = summary["length_columns"]
+        self.length_columns: list[str] = summary["length_columns"]
         self._columns = {
             name: (_mapped(path / f"{name}.bin", dtype), _loaded(path / f"{name}.offsets.npy"))
             for name, dtype in summary["columns"].items()
@@ -123,7 +123,7 @@ class ExampleStore(MappedStore):
         if self._row_lengths is not None:
             return self._row_lengths[indices]
         total = np.zeros(indices.shape, np.int64)
-        for name in self._length_columns:
+        for name in self.length_columns:
             offsets = self._columns[name][1]
             total += offsets[indices + 1] - offsets[indices]
         return total

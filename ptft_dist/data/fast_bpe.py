@@ -15,6 +15,7 @@ import os
 import re
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -32,7 +33,7 @@ LEAST = 1_000_000
 """Characters that are encoded by `tokenizers` before gigatoken is loaded, which takes about a second."""
 _COMPARED = 200_000  # characters of the first batch of gigatoken
 _COMPARED_LATER = 2_000  # characters of a later batch
-_REBUILT_AFTER = 1 << 26
+_REBUILT_AFTER = 1 << 25
 """Characters after which gigatoken is loaded again, because its cache of words has no limit."""
 _PROBE = "a{0}b 1{0}2 {0}! '{0} {0}'s {0}{0}  {0}\n{0} ."
 _NOTHING = re.compile(r"(?!)")
@@ -169,6 +170,7 @@ class FastBpe:
     def _load(self) -> None:
         from gigatoken import Tokenizer
 
+        self._engine: Any = None  # frees the memory of the one before
         self._engine = Tokenizer.from_json(self._json)
         self._left = _REBUILT_AFTER
 
@@ -180,7 +182,7 @@ class FastBpe:
             self._load()
         layout: Any = self._engine.encode_batch(texts).layout
         ids, ends = np.asarray(layout.content.data), np.asarray(layout.offsets.data).tolist()
-        return [ids[start:stop] for start, stop in zip(ends, ends[1:], strict=False)]
+        return [ids[start:stop] for start, stop in pairwise(ends)]
 
     def _can(self, texts: Sequence[str]) -> list[bool]:
         """Whether gigatoken may encode each text."""

@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -40,8 +40,10 @@ from ptft_dist.data.report import Report, describe
 from ptft_dist.data.sides import side_of, sided
 from ptft_dist.data.sources import check_sources, fingerprint_source
 from ptft_dist.data.store import Store
-from ptft_dist.data.tokenizer import adds_bos, load_tokenizer, train_tokenizer
-from ptft_dist.data.tokenizer_files import TokenizerFiles
+from ptft_dist.data.tokenizer import adds_bos, first_megabytes, load_tokenizer, train_tokenizer
+from ptft_dist.data.tokenizer_extension import EXTENSION_VERSION, extend
+from ptft_dist.data.tokenizer_files import Pieces, TokenizerFiles, pieces_of
+from ptft_dist.data.tokenizer_learning import LEARNING_VERSION
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.reporting.messages import progress, say
 
@@ -111,7 +113,7 @@ def prepare(
     except DataError:
         check_sources(recipe, base)  # lists all such mistakes with their keys
         raise
-    if job.cleaned is not None and recipe.tokenizer.train is not None and not job.has_tokenizer(tokenizer_from):
+    if job.cleaned is not None and not job.has_tokenizer(tokenizer_from):
         job.cleaned.build(workers)  # before the lock of the tokenizer, so that several processes share the work
     tokenizer_print, tokenizer_path = job.provide_tokenizer(tokenizer_from)
     store_print = job.store_fingerprint(tokenizer_print, tokenizer_path)
@@ -121,7 +123,12 @@ def prepare(
         report = job.write_stores(unfinished, store_print, tokenizer_path, workers)
         job.check_unchanged()
         versions = {"prepare": PREPARE_VERSION} | {k: version(k) for k in ("tokenizers", "transformers")}
-        report = replace(report, seconds=round(time.monotonic() - started, 3), versions=versions)
+        report = replace(
+            report,
+            tokenizer=str(tokenizer_path),
+            seconds=round(time.monotonic() - started, 3),
+            versions=versions,
+        )
         with writing(directory):
             (unfinished / "report.json").write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
 
@@ -390,21 +397,30 @@ class Job:
         return [fingerprint_source(source, self.base, self._memo) for source in sources]
 
     def trained_fingerprint(self) -> str:
-        assert self.recipe.tokenizer.train is not None
-        validation = self._contents["validation"]
+        settings = self.recipe.tokenizer.train
+        assert settings is not None
+        learners = {"bpe": (), "wordpiece": (LEARNING_VERSION,), "unigram": (LEARNING_VERSION, "sentencepiece")}
         return fingerprint(
             {
                 "version": PREPARE_VERSION,
                 "tokenizers": version("tokenizers"),
-                "settings": self.recipe.tokenizer.train.model_dump(),
+                "learner": [each if isinstance(each, int) else version(each) for each in learners[settings.algorithm]],
+                "settings": settings.model_dump(),
                 "special": [self.recipe.settings.special_tokens, self.recipe.settings.extra_special_tokens],
-                "train": self._contents["train"],
-                **self._cleaning(),
-                "share": validation if isinstance(validation, float) else None,
-                "folds": self._contents["folds"],
-                "texts": self.encoder.text_settings(self.recipe.settings, self._common),
+                **self._text_prints(),
             }
         )
+
+    def _text_prints(self) -> dict[str, Any]:
+        """Everything that decides the training texts."""
+        validation = self._contents["validation"]
+        return {
+            "train": self._contents["train"],
+            **self._cleaning(),
+            "share": validation if isinstance(validation, float) else None,
+            "folds": self._contents["folds"],
+            "texts": self.encoder.text_settings(self.recipe.settings, self._common),
+        }
 
     # --- the tokenizer -----------------------------------------------------------------------------------------------
 
@@ -422,31 +438,51 @@ class Job:
         else:
             assert section.path is not None
             name, directory = files.load(section.path, self.base, section.revision, section.trust_remote_code)
-        added, template = self.changes()
-        if not added and template is None:
+        if self.changes() == [(), None]:
             return name, directory
-        changed = fingerprint([name, added, template, version("transformers")])
-        change = partial(self._change_tokenizer, directory, added, template)
-        return changed, files.build_changed(changed, change)
+        changed = self._changed_print(name)
+        return changed, files.build_changed(changed, partial(self._change_tokenizer, directory))
 
-    def changes(self) -> tuple[tuple[str, ...], str | None]:
-        """The tokens and the chat template that are added to the tokenizer."""
+    def changes(self) -> list[Any]:
+        """The tokens and the chat template that are added to the tokenizer, and what new tokens are learned from."""
         section, settings = self.recipe.tokenizer, self.recipe.settings
         template = self.encoder.tokenizer_template(settings, self.base, learned=section.train is not None)
-        return (*section.add, *settings.added_tokens), template
+        added = (*section.add, *settings.added_tokens)
+        if section.extend is None:
+            return [added, template]
+        learned = [EXTENSION_VERSION, version("tokenizers"), section.extend.model_dump(), self._text_prints()]
+        return [added, template, learned]
+
+    def unchanged_name(self) -> str:
+        """The fingerprint of the tokenizer before `changes`. Raises RecipeError if it cannot be loaded."""
+        section = self.recipe.tokenizer
+        if section.train is not None:
+            return self.trained_fingerprint()
+        assert section.path is not None
+        return self._tokenizers.load(section.path, self.base, section.revision, section.trust_remote_code)[0]
 
     def has_tokenizer(self, given: Path | None) -> bool:
-        """Whether the tokenizer need not be trained. given: see `provide_tokenizer`."""
-        return given is not None or self.has_trained(self.trained_fingerprint())
+        """Whether no tokens need to be learned from the texts. given: see `provide_tokenizer`."""
+        section = self.recipe.tokenizer
+        if section.train is not None:
+            return given is not None or self._tokenizers.has(self.trained_fingerprint())
+        return section.extend is None or self._tokenizers.has_changed(self._changed_print(self.unchanged_name()))
 
-    def has_trained(self, name: str) -> bool:
-        """Whether the cache has the tokenizer that was trained under this fingerprint."""
-        return self._tokenizers.has(name)
+    def _changed_print(self, name: str) -> str:
+        return fingerprint([name, *self.changes(), version("transformers")])
 
-    def _change_tokenizer(self, directory: Path, added: tuple[str, ...], template: str | None) -> Any:
+    def _change_tokenizer(self, directory: Path) -> tuple[Any, Pieces]:
+        """The tokenizer of a directory with the tokens and the template of `changes`, and the pieces of the tokens."""
         from tokenizers import AddedToken
 
-        tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        added, template, *_ = self.changes()
+        before = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        if (extension := self.recipe.tokenizer.extend) is None:
+            tokenizer = load_tokenizer(directory, trust_remote_code=self.recipe.tokenizer.trust_remote_code)
+        else:
+            what = f"learning {extension.tokens:,} new tokens from the training texts"
+            with self._texts(what, extension.max_megabytes) as texts:
+                tokenizer = extend(before, extension, texts)
         known = tokenizer.get_vocab()
         if duplicates := [word for word in self.recipe.tokenizer.add if word in known]:
             raise RecipeError(f"tokenizer.add: {duplicates[0]!r} is already a token. Remove it.")
@@ -454,13 +490,19 @@ class Job:
             tokenizer.chat_template = template
         control = str(tokenizer.chat_template or "")  # tokens that occur in the template are special tokens
         tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
-        return tokenizer
+        return tokenizer, pieces_of(before, tokenizer)
 
     def _train_tokenizer(self) -> Any:
         settings, rows = self.recipe.tokenizer.train, self.recipe.settings
         assert settings is not None
-        texts = stream.training_texts(self.recipe, self.records, self.encoder)
         what = f"training a tokenizer of {settings.vocab_size:,} tokens on the training texts"
+        with self._texts(what, None) as texts:
+            return train_tokenizer(settings, texts, rows.special_tokens, rows.extra_special_tokens)
+
+    @contextlib.contextmanager
+    def _texts(self, what: str, megabytes: float | None) -> Iterator[Iterator[str]]:
+        """The training texts, or the first megabytes of them, with a progress bar. Raises DataError if a source is
+        changed meanwhile."""
         say(f"{what} ...")
         with progress(what, unit="bytes") as shown:
 
@@ -468,6 +510,6 @@ class Job:
                 shown.advance(len(text.encode()))
                 return text
 
-            tokenizer = train_tokenizer(settings, map(measured, texts), rows.special_tokens, rows.extra_special_tokens)
+            texts = stream.training_texts(self.recipe, self.records, self.encoder)
+            yield map(measured, first_megabytes(texts, megabytes))
         self.check_unchanged()
-        return tokenizer

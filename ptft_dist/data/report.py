@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Self
 _SHOWN_PLACES = 5
 _SHOWN_BAD_ROWS = 10
 _SHOWN_LABELS = 20
+_SHOWN_REASONS = 4
 _MANY = 0.1  # a larger share of dropped records is shown as a warning
 
 
@@ -103,9 +104,11 @@ class StepReport:
     name: str
     fingerprint: str
     notes: dict[str, Entry]
-    """Records that it changed, by kind of change."""
+    """Changed records, by kind of change."""
     read: int = 0
     """Records that it got. 0: not counted."""
+    changed: int = 0
+    """Records that it changed."""
     dropped: dict[str, Entry] = field(default_factory=dict)
     """Records that it dropped, by reason."""
     samples: dict[str, list[Sample]] = field(default_factory=dict)
@@ -119,6 +122,7 @@ class StepReport:
             values["fingerprint"],
             _entries(values["notes"]),
             values.get("read", 0),
+            values.get("changed", 0),
             _entries(values.get("dropped", {})),
             {reason: [Sample(*s) for s in samples] for reason, samples in values.get("samples", {}).items()},
         )
@@ -152,6 +156,8 @@ class Report:
     """Source, such as train[0] -> what it gave. A split by fraction or folds makes validation[0] of a part of it."""
     warnings: list[str] = field(default_factory=list)
     """Other warnings, such as special tokens around documents that the tokenizer itself does not add."""
+    tokenizer: str = ""
+    """The directory of the tokenizer, when the stores were written."""
     seconds: float = 0.0
     versions: dict[str, Any] = field(default_factory=dict)
 
@@ -233,14 +239,32 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     if labels := report.survey.get("labels"):
         more = f" and {len(labels) - _SHOWN_LABELS} more" if len(labels) > _SHOWN_LABELS else ""
         lines.append(("labels", ", ".join(labels[:_SHOWN_LABELS]) + more))
+    lines += _steps(report)
     lines += _losses(report, sum(side.dropped_tokens for side in sides.values()))
-    notes = [entry for step in report.steps for entry in step.notes.items()] + list(report.notes.items())
+    notes = [entry for step in report.steps if not step.read for entry in step.notes.items()]
+    notes += list(report.notes.items())
     lines += [("note", f"{count:,} {report.reads}s {reason}: {_places(count, at)}") for reason, (count, at) in notes]
     lines += [("warning", text) for text in report.warnings]
     if report.unknown_tokens:
         lines.append(("warning", f"{report.unknown_tokens:,} unknown tokens: the tokenizer cannot encode this text"))
     lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", loaded from the cache" * from_cache))
     return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
+
+
+def _steps(report: Report) -> list[tuple[str, str]]:
+    """A line for each step of data.steps: how many records it got, changed and dropped."""
+    lines: list[tuple[str, str]] = []
+    for step in report.steps:
+        if not step.read:
+            continue
+        did = [f"changed {step.changed:,}"] * bool(step.changed)
+        if step.dropped:
+            reasons = sorted(step.dropped.items(), key=lambda entry: -entry[1].times)
+            text = ", ".join(f"{each.times:,} {reason}" for reason, each in reasons[:_SHOWN_REASONS])
+            more = ", ..." * (len(reasons) > _SHOWN_REASONS)
+            did.append(f"dropped {sum(each.times for each in step.dropped.values()):,} ({text}{more})")
+        lines.append(("" if lines else "steps", f"{step.name} of {step.read:,}: {', '.join(did) or 'no change'}"))
+    return lines
 
 
 def _losses(report: Report, one_token_rows: int) -> list[tuple[str, str]]:

@@ -124,7 +124,7 @@ def fingerprint_source(source: Source, base: Path, memo: HashMemo) -> str:
     if source.source is not None:
         settings["contents"] = memo.digests(stdlib_files())
     elif source.hub is not None:
-        settings["contents"] = hub_dataset(source)._fingerprint
+        settings["contents"] = _hub_commit(source) if source.streaming else hub_dataset(source)._fingerprint
     else:
         files = source_files(source, base)
         settings["contents"] = list(zip(map(file_format, files), memo.digests(files), strict=True))
@@ -206,9 +206,10 @@ def _settings_without_effect(source: Source, files: list[Path]) -> list[str]:
 def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Record]:
     dataset = hub_dataset(source)
     name = f"hub:{source.hub}[{source.split or 'train'}]"
+    names = dataset.column_names or list(next(iter(dataset), {}))  # of a stream, they may be unknown
     for column in columns:
-        if column not in dataset.column_names:
-            raise DataError(f"{name}: {no_column(column, dataset.column_names)}")
+        if column not in names:
+            raise DataError(f"{name}: {no_column(column, names)}")
     for number, row in enumerate(dataset.select_columns(list(columns)) if only else dataset):
         yield Record(row, f"{name}#{number}")
 
@@ -216,15 +217,28 @@ def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Re
 def hub_dataset(source: Source) -> Any:
     """The data set of a source from the Hub or from the cache of `datasets`. Raises DataError."""
     assert source.hub is not None
-    return _load_hub(source.hub, source.config, source.split or "train", source.revision)
+    return _load_hub(source.hub, source.config, source.split or "train", source.revision, source.streaming)
+
+
+def _hub_commit(source: Source) -> str:
+    """The commit of a data set of the Hub. Raises DataError."""
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().dataset_info(str(source.hub), revision=source.revision).sha)
+    except Exception as error:  # of the network, the Hub, or the name
+        raise DataError(
+            f"hub: {source.hub}: streaming: the Hub cannot be asked for its commit ({error}). Check the name and the "
+            "network; without a network, set streaming: false and use ptft prefetch."
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
-def _load_hub(name: str, config: str | None, split: str, revision: str | None) -> Any:
+def _load_hub(name: str, config: str | None, split: str, revision: str | None, streaming: bool) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision)
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming)
     except Exception as error:  # the library raises a dozen unrelated types, which all have this cause
         raise DataError(
             f"hub: {name} (config {config}, split {split}): the data set cannot be loaded. {error} Check "

@@ -3,7 +3,7 @@
     tokens.bin      uint16 (uint32 for vocabularies above 65,536), little-endian: all documents, concatenated
     documents.npy   int64 [D + 1]: the start of each document in tokens.bin, and at the end the number of tokens
     rows.npy        int64 [R, 2]: [start, end) of each row in tokens.bin; only without packing
-    store.json      counts, settings and file sizes; written last, so a store without it is incomplete
+    store.json      counts, settings, sizes and checksums of files; written last, so a store without it is incomplete
 
 With packing, row i is tokens[i * max_length : (i + 1) * max_length], and only the last row may be shorter. Without
 packing, each document is split into rows of its own. One-token rows are dropped and counted: nothing to predict.
@@ -24,6 +24,7 @@ import numpy as np
 from ptft_dist.errors import DataError
 
 STORE_VERSION = 1
+_HASHED_AT_ONCE = 1 << 22  # bytes
 _BLOCK = 2**16  # numbers per write; one write per document would be slow for short documents
 TOKENS, DOCUMENTS, ROWS, SUMMARY = "tokens.bin", "documents.npy", "rows.npy", "store.json"
 
@@ -125,10 +126,41 @@ class MappedStore:
 
 
 def write_summary(path: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """Complete a store: add the sizes of its files to the summary, and write store.json."""
-    summary["files"] = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
+    """Complete a store: add the sizes and checksums of its files to the summary, and write store.json."""
+    files = sorted(path.iterdir())
+    summary["files"] = {file.name: file.stat().st_size for file in files}
+    summary["checksums"] = {file.name: checksum(file) for file in files}
     (path / SUMMARY).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def checksum(file: Path) -> str:
+    """The hash of a file's contents: XXH3, 128 bits, as hexadecimal digits."""
+    from xxhash import xxh3_128
+
+    digest = xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_HASHED_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def verify(path: Path) -> int:
+    """Read all files of a store and compare their checksums; return their size in bytes.
+
+    Raises:
+        DataError: a file is missing, or its contents have changed; or the store was written without checksums.
+    """
+    try:
+        summary = json.loads((path / SUMMARY).read_text(encoding="utf-8"))
+        if "checksums" not in summary:
+            raise ValueError("it was written by an earlier version of ptft, without checksums")
+        for name, expected in summary["checksums"].items():
+            if checksum(path / name) != expected:
+                raise ValueError(f"the contents of {name} have changed")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+    return sum(summary["files"].values())
 
 
 class StoreWriter:
@@ -277,6 +309,10 @@ class TokenStore(MappedStore):
         first, last = np.searchsorted(self._documents, (start + 1, stop))
         starts = np.concatenate(([0], self._documents[first:last] - start))
         return Row(self._tokens[start:stop].astype(np.int64), starts)
+
+    def document_lengths(self) -> np.ndarray:
+        """The number of tokens of each document: int64 [D]."""
+        return np.diff(self._documents)
 
     def largest(self, count: int) -> list[Row]:
         """`count` rows of max_length tokens. All tokens are 0, because only the size matters."""

@@ -49,26 +49,26 @@ def train_tokenizer(
     roles: Sequence[str] = ("eos", "bos", "pad"),
     extra: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
-    """Train a tokenizer.
+    """Train a tokenizer. The same texts give the same bytes.
 
-    `bpe` is deterministic: the same texts give the same bytes. `wordpiece` and `unigram` are not, because the library
-    iterates over words in random order. A warning says if the texts have too little repetition for
-    settings.vocab_size; the tokenizer is then smaller.
+    A warning says if the texts have too little repetition for settings.vocab_size; the tokenizer is then smaller.
 
     Args:
         roles: roles of special tokens, see `special_tokens`.
-        extra: special tokens without a role.
+        extra: special tokens without a role, besides settings.special_tokens.
 
     Raises:
-        RecipeError: the vocabulary is too small for the bytes and the special tokens.
+        RecipeError: see `learn`.
     """
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
+    from ptft_dist.data.tokenizer_learning import learn
+
+    extra = (*extra, *settings.special_tokens)
     unknown = () if settings.algorithm == "bpe" or "unk" in roles else ("unk",)
     special = special_tokens(settings.algorithm, (*roles, *unknown))
-    backend, trainer = _untrained(settings, special, extra)
-    backend.train_from_iterator(first_megabytes(texts, settings.max_megabytes), trainer)
+    backend = learn(settings, first_megabytes(texts, settings.max_megabytes), special, extra)
     if "cls" in special:
         cls, sep = special["cls"], special["sep"]
         backend.post_processor = processors.TemplateProcessing(
@@ -82,53 +82,14 @@ def train_tokenizer(
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
     if len(tokenizer) < settings.vocab_size:
         logging.getLogger("ptft").warning(
-            "tokenizer.train.vocab_size: %d tokens were requested, but the training texts give only %d: no other pair "
-            "of tokens occurs at least %d times",
+            "tokenizer.train.vocab_size: %d tokens were requested, but the training texts give only %d: %s",
             settings.vocab_size,
             len(tokenizer),
-            settings.min_frequency,
+            "nothing else is repeated often enough"
+            if settings.algorithm == "unigram"
+            else f"no other pair of tokens occurs at least {settings.min_frequency} times",
         )
     return tokenizer
-
-
-def _untrained(settings: TokenizerTraining, special: dict[str, str], extra: Sequence[str]) -> tuple[Any, Any]:
-    """An untrained tokenizer of settings.algorithm, and its trainer."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-    common: dict[str, Any] = {
-        "vocab_size": settings.vocab_size,
-        "special_tokens": [*special.values(), *extra],
-        "show_progress": False,
-    }
-    if settings.algorithm == "bpe":
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        least = len(alphabet) + len(special) + len(extra)
-        if settings.vocab_size < least:
-            raise RecipeError(
-                f"tokenizer.train.vocab_size: {settings.vocab_size} is too small: the 256 bytes and the special tokens "
-                f"({', '.join([*special.values(), *extra][:10])}) need {least}. Set at least that."
-            )
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        return backend, trainers.BpeTrainer(
-            min_frequency=settings.min_frequency, initial_alphabet=sorted(alphabet), **common
-        )
-    if settings.algorithm == "wordpiece":
-        backend = Tokenizer(models.WordPiece(unk_token=special["unk"]))
-        backend.normalizer = normalizers.BertNormalizer(lowercase=False)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
-        # With the usual 1,000 characters, most text in a script with thousands of characters would be unknown.
-        letters = max(1000, settings.vocab_size // 2)
-        return backend, trainers.WordPieceTrainer(
-            min_frequency=settings.min_frequency, limit_alphabet=letters, **common
-        )
-    backend = Tokenizer(models.Unigram())
-    backend.normalizer = normalizers.NFKC()
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.decoder = decoders.Metaspace()
-    return backend, trainers.UnigramTrainer(unk_token=special["unk"], **common)
 
 
 def learnable(text: str, where: str) -> Iterator[str]:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
 
 ORIGIN = "ptft_origin.json"
 """A file in directories of `build_changed` with the fingerprint and the hash of the other files, to recognize copies of
-the directory."""
+the directory, and with the pieces of the added tokens, see `read_pieces`."""
+
+_ORIGIN_VERSION = 2  # part of the directory's name: those of earlier versions have no pieces
+
+Pieces = dict[int, list[int]]
+"""Id of an added token -> the ids into which the tokenizer split its text before; empty if it could not."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 
@@ -44,23 +49,31 @@ class TokenizerFiles:
         """Whether the directory `name` has been built."""
         return (self._cache / name).is_dir()
 
+    def has_changed(self, name: str) -> bool:
+        """Whether `build_changed` has built the tokenizer with this fingerprint."""
+        return self._changed(name).is_dir()
+
+    def _changed(self, name: str) -> Path:
+        return self._cache / fingerprint([name, _ORIGIN_VERSION])
+
     def build(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> tuple[str, Path]:
         """Save the tokenizer of `make()` in the directory `name`, once; return its fingerprint and directory.
 
-        The fingerprint is computed from the files, because wordpiece and unigram give other ids when they are trained
-        again on the same texts.
+        The fingerprint is computed from the files, because a library of another version may give other ids.
         """
         directory = self._cache / name
         build_once(directory, lambda unfinished: _save(make(), unfinished, directory))
         return contents_of(directory), directory
 
-    def build_changed(self, name: str, make: Callable[[], PreTrainedTokenizerBase]) -> Path:
-        """Save the tokenizer of `make()` in the directory `name`, its fingerprint; return the directory."""
-        directory = self._cache / name
+    def build_changed(self, name: str, make: Callable[[], tuple[PreTrainedTokenizerBase, Pieces]]) -> Path:
+        """Save the tokenizer of `make()`, whose fingerprint is `name`, and the pieces of its added tokens; return the
+        directory."""
+        directory = self._changed(name)
 
         def build(unfinished: Path) -> None:
-            _save(make(), unfinished, directory)
-            origin = {"fingerprint": name, "contents": contents_of(unfinished)}
+            tokenizer, pieces = make()
+            _save(tokenizer, unfinished, directory)
+            origin = {"fingerprint": name, "contents": contents_of(unfinished), "pieces": pieces}
             with writing(directory):
                 (unfinished / ORIGIN).write_text(json.dumps(origin) + "\n", encoding="utf-8")
 
@@ -90,6 +103,37 @@ class TokenizerFiles:
         """A hash of all files except weights, because loading the tokenizer would take seconds at every start."""
         files = sorted(path for path in directory.iterdir() if path.is_file() and path.suffix not in _WEIGHTS)
         return fingerprint([[file.name for file in files], self._memo.digests(files)])
+
+
+def read_pieces(directory: Path) -> Pieces:
+    """The pieces of the tokens that were added to the tokenizer of a directory; none are known of any other."""
+    file = directory / ORIGIN
+    if not file.is_file():
+        return {}
+    pieces = json.loads(file.read_text(encoding="utf-8")).get("pieces", {})
+    return {int(token): ids for token, ids in pieces.items()}
+
+
+def pieces_of(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> Pieces:
+    """How a tokenizer splits the texts of the tokens that another one has in addition, without unknown tokens."""
+    old, unknown_id = before.get_vocab(), before.unk_token_id
+    pieces = {}
+    for token, token_id in sorted(after.get_vocab().items(), key=lambda each: each[1]):
+        if token not in old:
+            added = after.added_tokens_decoder.get(token_id)
+            ids = _encoded(before, token) if added is not None else _split_word(before, token)
+            pieces[token_id] = [each for each in ids if each != unknown_id]
+    return pieces
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    return ids
+
+
+def _split_word(tokenizer: PreTrainedTokenizerBase, word: str) -> list[int]:
+    """The pieces of a word that is written as in the vocabulary, such as Ġword."""
+    return [token.id for token in tokenizer.backend_tokenizer.model.tokenize(word)]
 
 
 def _save(tokenizer: PreTrainedTokenizerBase, unfinished: Path, directory: Path) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,19 @@ class Engine:
             yield
         finally:
             set_hf_deepspeed_config(self.accelerator.state.deepspeed_plugin.dschf)
+
+    @contextlib.contextmanager
+    def whole(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        """A context in which parameters that were sharded while they were read are whole, and may be changed; every
+        rank must make the same changes."""
+        sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        if not sharded:
+            yield
+            return
+        from ptft_dist.engine.zero import gathered
+
+        with gathered(sharded):
+            yield
 
     def prepare(
         self,

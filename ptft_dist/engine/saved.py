@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ class SavedState:
 
     @contextlib.contextmanager
     def building(self, pretrained: bool) -> Iterator[None]:  # noqa: ARG002
+        yield
+
+    @contextlib.contextmanager
+    def whole(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:  # noqa: ARG002
         yield
 
     def barrier(self) -> None: ...

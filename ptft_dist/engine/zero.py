@@ -171,6 +171,11 @@ class Zero:
         return whole
 
 
+def gathered(parameters: list[torch.nn.Parameter]) -> Any:
+    """A context in which sharded parameters are whole; the changes of rank 0 are kept."""
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
 @contextlib.contextmanager
 def _quiet_deepspeed() -> Iterator[None]:
     """Hide DeepSpeed's log line for each file. Errors are raised as exceptions."""

@@ -42,7 +42,7 @@ def write_failure(run_dir: Path, values: Mapping[str, Any], lost_hosts: Sequence
         lost_hosts: the machines that were lost, as far as this process knows.
     """
     first = read_json(run_dir / RESULT)
-    kept = first if first.get("status") == "failed" and _may_be_of_this_start(first) else {"status": "failed", **values}
+    kept = first if first.get("status") == "failed" and may_be_of_this_start(first) else {"status": "failed", **values}
     known = list(kept.get("lost_hosts", ()))
     added = [host for host in lost_hosts if host not in known] if kept["exit_code"] == EXIT_LOST else []
     if added:
@@ -51,10 +51,10 @@ def write_failure(run_dir: Path, values: Mapping[str, Any], lost_hosts: Sequence
         write_result(run_dir, kept)
 
 
-def _may_be_of_this_start(result: Mapping[str, Any]) -> bool:
-    """Not if it is known to be of another start. Processes of a launcher that is not ours share no token."""
+def may_be_of_this_start(values: Mapping[str, Any]) -> bool:
+    """Not if a file of the run is known to be of another start. Processes of other launchers share no token."""
     shares_token = START_TOKEN in os.environ or "SLURM_JOB_ID" in os.environ
-    return not shares_token or result.get("start") == start_token(os.environ)
+    return not shares_token or values.get("start") == start_token(os.environ)
 
 
 def has_begun(run_dir: Path) -> bool:

@@ -91,20 +91,31 @@ def _render(
     by_section: dict[str, list[tuple[int, Chart]]] = {}
     for i, chart in enumerate(drawn):
         by_section.setdefault(chart.section, []).append((i, chart))
-    page = _environment().get_template("page.html.jinja")
-    return page.render(
+    return render(
+        "page.html.jinja",
         title=title,
-        written=f"Written by ptft {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         verdict=verdict,
         runs=runs,
         tables=sections,
         links=links,
         charts=by_section,
         data=hide(_data(runs, drawn)),  # _data escapes <
-        style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
         script=script,
         plotly=plotly,
         hashes=f"'{_sha256(plotly)}' '{_sha256(script)}'",
+    )
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this folder. All texts are escaped, and secrets masked."""
+    return (
+        _environment()
+        .get_template(template)
+        .render(
+            written=f"Written by ptft {__version__}, {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+            style=(_FOLDER / "page.css").read_text(encoding="utf-8"),
+            **values,
+        )
     )
 
 

@@ -23,6 +23,7 @@ from filelock import FileLock, Timeout
 
 from ptft_dist import __version__
 from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.recipe import TokenizerSection
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import (
     EXIT_LOST,
@@ -35,7 +36,7 @@ from ptft_dist.errors import (
     is_hardware_fault,
 )
 from ptft_dist.launch.environment import Place, job_id, restarted_job, start_token, tell_launcher
-from ptft_dist.launch.result import ENVIRONMENT, RESULT, write_failure
+from ptft_dist.launch.result import ENVIRONMENT, RESULT, may_be_of_this_start, read_json, write_failure
 from ptft_dist.reporting.messages import fail, say
 
 TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
@@ -132,11 +133,16 @@ def keep_tokenizer(tokenizer: Path, settings: Mapping[str, Any], run_dir: Path) 
     (run_dir / _LEARNED_BY).write_text(json.dumps(settings))
 
 
-def save_tokenizer(tokenizer: Any, run_dir: Path) -> None:
-    """Write a tokenizer that was not trained for this run to run_dir/tokenizer, for later exports of checkpoints."""
+def save_tokenizer(tokenizer: Any, run_dir: Path, origin: Path) -> None:
+    """Write a tokenizer that was not trained for this run to run_dir/tokenizer, for later exports of checkpoints.
+
+    origin: a file to copy too, if it exists.
+    """
     target, partial = run_dir / TOKENIZER, run_dir / ".tokenizer.partial"
     shutil.rmtree(partial, ignore_errors=True)
     tokenizer.save_pretrained(partial)
+    if origin.is_file():
+        shutil.copy(origin, partial)
     (run_dir / _LEARNED_BY).unlink(missing_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -145,8 +151,11 @@ def save_tokenizer(tokenizer: Any, run_dir: Path) -> None:
 def kept_tokenizer(settings: Mapping[str, Any], run_dir: Path) -> Path | None:
     """The tokenizer that `keep_tokenizer` copied, if it was trained with these settings; otherwise None."""
     try:
-        same = json.loads((run_dir / _LEARNED_BY).read_text()) == settings
-    except (OSError, ValueError):
+        saved = json.loads((run_dir / _LEARNED_BY).read_text())
+        # An earlier version had fewer keys; what they do now by default is what it did.
+        saved["tokenizer"] = TokenizerSection.model_validate(saved["tokenizer"]).model_dump(mode="json")
+        same = saved == settings
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return run_dir / TOKENIZER if same and (run_dir / TOKENIZER).is_dir() else None
 
@@ -162,6 +171,11 @@ class FailureReport:
         self.run_dir, self.place, self.begun = run_dir, place, False
         self.log = run_dir / "logs" / f"rank-{place.rank}.log"
         self.claim = _scratch() / f"failed-{_this_start()}"
+        self._at_begin: str | None = None
+
+    def begin(self) -> None:
+        """The run begins. Rank 0 has named this start in environment.json; others may still see the one before."""
+        self.begun, self._at_begin = True, read_json(self.run_dir / ENVIRONMENT).get("start")
 
     def write(
         self,
@@ -191,11 +205,16 @@ class FailureReport:
                 tell_launcher(exit_code)
         elif not lost_hosts:
             return  # another rank of this machine failed first; this failure probably follows from it
-        if self.begun:
+        if self.begun and not self._is_replaced():
             host = cause.host if cause is not None and cause.host else socket.gethostname()
             result = {"exit_code": exit_code, "wall_s": round(wall_s, 2), "error": what, "host": host}
             with _reporting(self.run_dir / RESULT):
                 write_failure(self.run_dir, result, lost_hosts)
+
+    def _is_replaced(self) -> bool:
+        """Whether a later start has begun: this machine was cut off, and the job was requeued without it."""
+        now = read_json(self.run_dir / ENVIRONMENT)
+        return not may_be_of_this_start(now) and now.get("start") not in (None, self._at_begin)
 
     def _is_first(self) -> bool:
         """Whether no other rank of this machine has failed before."""

@@ -37,6 +37,7 @@ def prepare_folder(folder: Path, documents: Path, ranks: int, **changes: Any) ->
         "train": {"max_steps": STEPS},
         "save": {"every": SAVE_EVERY},
         "eval": {"every": EVAL_EVERY, "micro_size": 12},
+        "data": {"validation": 0.04},
     }
     write_recipe(folder, documents, **recipe | changes)
 

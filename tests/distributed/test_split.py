@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from preloaded_ranks import preloaded
-from support import eval_rows, ptft, start, train_rows, write_documents, write_recipe
+from preloaded_ranks import forked_ptft
+from support import eval_rows, start, train_rows, write_documents, write_recipe
 
 SINGLE = {
     "accumulation of 4": {"micro_size": 3},
@@ -78,7 +78,7 @@ def require_two(run_dir: Path, kind: str) -> None:
 def test_two_processes_by_the_command_line(folder: Path, cache: Path) -> None:
     """With the shipped config of ZeRO stage 3, for which `start` has one of its own."""
     words = ["train", "recipe.yaml", "run_dir=cpu_zero3", "--launch", "cpu_zero3", "--processes", "2"]
-    run = ptft(*words, cwd=folder, env={"PTFT_CACHE": str(cache), **preloaded()})
+    run = forked_ptft(*words, cwd=folder, env={"PTFT_CACHE": str(cache)})
     assert run.returncode == 0, run.stderr
     require_two(folder / "cpu_zero3", "cpu_zero3")
     same_curves(folder / "cpu_zero3", folder / "whole")

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from in_process import make_recipe
-from preloaded_ranks import preloaded
+from preloaded_ranks import preloaded_ptft
 from support import environment, ptft, write_recipe
 
 from ptft_dist.errors import RecipeError
@@ -69,9 +68,9 @@ def test_through_stock_accelerate_launch(tmp_path: Path, documents: Path, cache:
     (tmp_path / "cp.yaml").write_text(CONTEXT_PARALLEL)
     words = ["accelerate.commands.launch", "--config_file", "cp.yaml", "--main_process_port", "0"]
     done = subprocess.run(
-        [sys.executable, "-m", *words, "-m", "ptft_dist", "train", str(recipe)],
+        [preloaded_ptft() / "python", "-m", *words, "-m", "ptft_dist", "train", str(recipe)],
         cwd=tmp_path,
-        env=environment({"PTFT_CACHE": str(cache), **preloaded()}),
+        env=environment({"PTFT_CACHE": str(cache)}),
         capture_output=True,
         text=True,
     )

@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from preloaded_ranks import preloaded_ptft
 from support import ROOT, environment, free_port, wait_until
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 COMMANDS = ("sbatch", "srun", "scontrol", "scancel", "sinfo")
 SEARCH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+SLOW_PATH = f"{Path(__file__).parent / 'slow'}{os.pathsep}{ROOT}"
+"""PYTHONPATH of jobs that are to be interrupted."""
 NODES = ("n0", "n1")
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
 
@@ -75,7 +78,7 @@ class Cluster:
         self.daemons: list[subprocess.Popen[bytes]] = []
         # An outer cluster's job must not shine through.
         plain = {key: value for key, value in environment().items() if not key.startswith(("SLURM_", "SBATCH_"))}
-        self.variables = plain | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{programs()}:{SEARCH}"}
+        self.variables = plain | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{preloaded_ptft()}:{SEARCH}"}
 
     @property
     def controller(self) -> str:
@@ -193,7 +196,7 @@ def running(make: Callable[[Path], Cluster]) -> Iterator[Cluster]:
 
 
 def programs() -> Path:
-    """The directory of the `ptft` of this Python interpreter."""
+    """The directory of the `ptft` of this Python interpreter, for jobs in which all starts are those of a user."""
     return Path(sys.executable).parent
 
 
@@ -246,7 +249,7 @@ class Job:
             lambda: self.fact("JobState") == "PENDING" and int(self.fact("Restarts")) >= times, f"requeue {times}"
         )
         # A requeued job waits for two minutes, in which its nodes forget that its credential was revoked. They compare
-        # times in whole seconds, so that two seconds do here.
-        time.sleep(2)
+        # times in whole seconds, so that the next second does here, where all have the same clock.
+        time.sleep(1.1 - time.time() % 1)
         fields = [f"{name}={value}" for name, value in changes.items()]
         self.cluster.ask("scontrol", "update", f"JobId={self.number}", "StartTime=now", *fields)

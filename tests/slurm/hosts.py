@@ -36,7 +36,7 @@ def run(*words: str, check: bool = True) -> bool:
 class Hosts(Cluster):
     """Hosts h1, h2, ... with one node each, and a controller."""
 
-    more_config = "SlurmdTimeout=20\nMessageTimeout=10\n"
+    more_config = "SlurmdTimeout=10\nMessageTimeout=5\n"
 
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__(folder, nodes=tuple(f"h{i}" for i in range(1, count + 1)))

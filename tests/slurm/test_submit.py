@@ -6,12 +6,12 @@ import json
 import subprocess
 from pathlib import Path
 
-from cluster import Cluster, Job, programs
+from cluster import SLOW_PATH, Cluster, Job
 from pipeline_support import small_demo
 from support import last_step, outcome, start, write_recipe
 
 STEPS = 60
-SLOW = {"PYTHONPATH": str(Path(__file__).parent / "slow"), "PTFT_SLOW_STARTS": "1"}
+SLOW = {"PYTHONPATH": SLOW_PATH, "PTFT_SLOW_STARTS": "1"}
 ODD = """it's 100% "mine" $(touch pwned)"""
 
 
@@ -19,9 +19,7 @@ def ptft(
     cluster: Cluster, cache: Path, cwd: Path, *words: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     variables = cluster.variables | {"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(
-        [programs() / "ptft", *words], cwd=cwd, env=variables, capture_output=True, text=True, check=False
-    )
+    return subprocess.run(["ptft", *words], cwd=cwd, env=variables, capture_output=True, text=True, check=False)
 
 
 def test_a_run_is_submitted_watched_cancelled_and_resumed(
@@ -211,3 +209,34 @@ def test_what_the_cluster_cannot_do_is_refused_before_queueing(
         assert problem in done.stderr
     assert cluster.ask("squeue", "--noheader") == ""
     assert not (tmp_path / "run").exists()
+
+
+def test_an_array_prepares_the_shards_and_training_follows(
+    cluster: Cluster, tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    """Two tasks clean and encode six shards; the stores and the run have the bytes of one machine."""
+    lines = documents.read_text().splitlines()
+    for number in range(6):
+        (tmp_path / f"part-{number}.txt").write_text("\n".join(lines[number * 8 : number * 8 + 12]))  # they overlap
+    data = {
+        "train": [{"path": "part-*.txt", "document": "line"}],
+        "steps": ["whitespace", "exact_dedup", "near_dedup"],
+        "validation": 0.1,
+    }
+    write_recipe(tmp_path, documents, train={"max_steps": 4}, save={"every": 4}, eval={"every": 4}, data=data)
+    shards = {"PTFT_SHARD_MB": "0.0001"}
+    here = start("train", "recipe.yaml", "run_dir=here", cwd=tmp_path, cache=cache, env=shards)
+    assert here.wait() == 0, here.stderr
+    words = ("submit", "recipe.yaml", "--prepare-tasks", "2")
+    done = ptft(cluster, tmp_path / "cache", tmp_path, *words, env=shards)
+    prepare, train = submitted(done, cluster, tmp_path / "run/slurm")
+    assert train.fact("Dependency").startswith(f"afterok:{prepare.number}")
+    assert train.wait() == ("COMPLETED", "0:0"), train.log
+    logs = [(tmp_path / f"run/slurm/{prepare.number}_{task}.log").read_text() for task in (0, 1)]
+    assert all("near_dedup of" in log for log in logs)
+    assert "loaded from the cache" in train.log
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "here")
+    stores = (tmp_path / "cache/stores").glob("*/*/tokens.bin")
+    for store in stores:
+        assert store.read_bytes() == (cache / store.relative_to(tmp_path / "cache")).read_bytes()
+    assert not list((tmp_path / "cache/encoded").glob("*[!k]"))

@@ -29,7 +29,7 @@ class Decontaminate:
     """Drops texts that share an n-gram of words with evaluation files, 13 words by default (Brown et al. 2020, appendix
     C). GPT-3 used 8 to 13 words, by the length of the examples; here a text of 8 to 12 words is compared as a whole.
 
-    Matches are exact: a hash only finds candidates. The index has 20 bytes for each word of the evaluation files.
+    Matches are exact: a hash only finds candidates. The index has 28 bytes for each word of the evaluation files.
     """
 
     libraries: ClassVar[tuple[str, ...]] = ()
@@ -68,11 +68,11 @@ def _files(patterns: Sequence[str], base: Path) -> list[Path]:
 
 
 def _texts(files: Sequence[Path], base: Path) -> Iterator[tuple[str, str]]:
-    """Each text of the files and its location. A paragraph of a .txt file is a text."""
+    """Each text of the files and the file's name. A paragraph of a .txt file is a text."""
     for file in files:
+        name = str(file).removeprefix(f"{base}/")
         for record in read_file(file, columns=(), unit="paragraph"):
-            where = record.where.removeprefix(f"{base}/")
-            yield from ((text, where) for text in _strings(record.values))
+            yield from ((text, name) for text in _strings(record.values))
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -102,7 +102,7 @@ class _Index:
         Raises:
             DataError: no text has `SHORTEST` words (or `ngram`, if that is less).
         """
-        shortest = min(SHORTEST, ngram)
+        self._shortest = shortest = min(SHORTEST, ngram)
         self._numbers: dict[str, int] = {}
         self._wheres: list[str] = []
         numbers, starts = array("i"), array("q")
@@ -129,26 +129,34 @@ class _Index:
             if len(at):
                 hashes, firsts = np.unique(sums.hashes(at, n), return_index=True)
                 self._tables[n] = hashes, at[firsts]
+        at = np.concatenate([firsts for _, firsts in self._tables.values()])
+        self._beginnings = np.unique(sums.hashes(at, shortest))
+        """The first `shortest` words of every n-gram: most texts have none of them, and no n-gram is searched for."""
 
     def find(self, text: str) -> Found | None:
         """The first n-gram of a text, of the shortest n, that an evaluation text has too."""
         words = folded_words(text)
         numbers = np.fromiter(map(self._numbers.get, words, repeat(-1)), np.int32, len(words))
-        known, sums = np.append(0, np.cumsum(numbers >= 0)), None
-        for n, (hashes, firsts) in self._tables.items():
-            if len(numbers) < n:
-                return None
-            at = np.flatnonzero(known[n:] - known[:-n] == n)
-            if not len(at):
-                return None  # nor for larger n
-            sums = sums or _Sums(numbers)
-            searched = sums.hashes(at, n)
-            index = np.minimum(np.searchsorted(hashes, searched), len(hashes) - 1)
-            for i in np.flatnonzero(hashes[index] == searched):
+        known = np.append(0, np.cumsum(numbers >= 0))
+        at = np.flatnonzero(known[self._shortest :] - known[: -self._shortest] == self._shortest)
+        if not len(at):
+            return None
+        sums = _Sums(numbers)
+        at = at[_index(self._beginnings, sums.hashes(at, self._shortest)) >= 0]
+        for n, (hashes, firsts) in self._tables.items() if len(at) else ():
+            at = at[at + n <= len(numbers)]
+            index = _index(hashes, sums.hashes(at, n))
+            for i in np.flatnonzero(index >= 0):
                 first = firsts[index[i]]
                 if np.array_equal(self._words[first : first + n], numbers[at[i] : at[i] + n]):
                     return Found(n, self._wheres[np.searchsorted(self._starts, first, side="right") - 1])
         return None
+
+
+def _index(table: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The index of each value in a sorted table; -1 if it is not there."""
+    index = np.minimum(np.searchsorted(table, values), len(table) - 1)
+    return np.where(table[index] == values, index, -1)
 
 
 class _Sums:

@@ -17,7 +17,8 @@ _BEGINS_WITH_TAG = re.compile(
     r"|span|a|table|ul|ol|dl|blockquote|pre|img|form|font|center)\b[^<>]*>",
     re.IGNORECASE | re.DOTALL,
 )
-_WHOLE_PAGE = re.compile(r"<html\b[^<>]*>.*<body\b[^<>]*>", re.IGNORECASE | re.DOTALL)
+_HTML_TAG = re.compile(r"<html\b[^<>]*>", re.IGNORECASE)
+_BODY_TAG = re.compile(r"<body\b[^<>]*>", re.IGNORECASE)
 _SURROGATE = re.compile("[\x00\ud800-\udfff]")  # libxml2 ends the text there
 
 
@@ -50,4 +51,7 @@ class Html:
 
 def is_html(text: str) -> bool:
     """Whether a text is an HTML page or a part of one, rather than text with a tag in it."""
-    return bool(_BEGINS_WITH_TAG.match(text)) or ("<" in text and bool(_WHOLE_PAGE.search(text)))
+    if _BEGINS_WITH_TAG.match(text):
+        return True
+    page = _HTML_TAG.search(text)
+    return page is not None and _BODY_TAG.search(text, page.end()) is not None

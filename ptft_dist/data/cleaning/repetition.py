@@ -18,6 +18,9 @@ TOP_NGRAM = {2: 0.20, 3: 0.18, 4: 0.16}
 REPEATED_NGRAMS = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 """Largest fraction of characters in repeated n-grams, by n."""
 
+UNSEGMENTED_FACTOR = 1.5
+"""In scripts without spaces n-grams are longer by this factor: a Chinese word has about 1.5 characters."""
+
 
 class Repetition:
     """Drops texts with much repetition, by the thresholds of Gopher (Rae et al. 2021, table A1).
@@ -42,52 +45,54 @@ def _reasons(text: str) -> Iterator[str]:
             yield f"more than {most:.0%} of {name} repeated"
         if of_characters > most_characters:
             yield f"more than {most_characters:.0%} of characters in repeated {name}"
-    sizes = {n: n if is_segmented(text) else n * 3 // 2 for n in (*TOP_NGRAM, *REPEATED_NGRAMS)}
-    least = min(REPEATED_NGRAMS.values())
-    fractions = ngram_fractions(words(text), [sizes[n] for n in TOP_NGRAM], [sizes[n] for n in REPEATED_NGRAMS], least)
-    for n, fraction in zip(sizes, fractions, strict=False):
+    factor = 1.0 if is_segmented(text) else UNSEGMENTED_FACTOR
+    top, covered = ({int(factor * n): limit for n, limit in limits.items()} for limits in (TOP_NGRAM, REPEATED_NGRAMS))
+    fractions = ngram_fractions(words(text), top, covered)
+    for n, fraction in zip((*TOP_NGRAM, *REPEATED_NGRAMS), fractions, strict=False):
         if n in TOP_NGRAM and fraction > TOP_NGRAM[n]:
             yield f"more than {TOP_NGRAM[n]:.0%} of characters in the most frequent {n}-gram"
         if n in REPEATED_NGRAMS and fraction > REPEATED_NGRAMS[n]:
             yield f"more than {REPEATED_NGRAMS[n]:.0%} of characters in repeated {n}-grams"
 
 
-def ngram_fractions(
-    parts: Sequence[str], top: Sequence[int], covered: Sequence[int], least: float = 0.0
-) -> Iterator[float]:
+def ngram_fractions(parts: Sequence[str], top: dict[int, float], covered: dict[int, float]) -> Iterator[float]:
     """For each n of `top`, the fraction of the words' characters in the most frequent n-gram (0 if none is repeated;
     the longest of equally frequent ones). Then for each n of `covered`, the fraction in n-grams that occurred before,
-    without counting a character twice. All n ascend, from 2 on. Ends early where the rest is at most `least`.
+    without counting a character twice.
+
+    Args:
+        top, covered: limits by n; all n ascend, from 2 on. The iterator ends where no fraction that follows can be
+            above its limit, which is after two or three n in most texts.
 
     Only n-grams made of two repeated (n-1)-grams can be repeated, so that few are left for larger n.
     """
     numbers = {word: number for number, word in enumerate(dict.fromkeys(parts))}
     if len(numbers) == len(parts):
         return
+    ids, size = np.fromiter(map(numbers.__getitem__, parts), np.int64, len(parts)), len(numbers)
     lengths = np.fromiter(map(len, parts), np.int64, len(parts))
-    ends = np.concatenate(([0], np.cumsum(lengths)))
-    at, ids, size = (
-        np.arange(len(parts)),
-        np.fromiter(map(numbers.__getitem__, parts), np.int64, len(parts)),
-        len(numbers),
-    )
-    for n in range(2, covered[-1] + 1):
+    ends = np.append(0, np.cumsum(lengths))
+    at = np.flatnonzero(np.bincount(ids)[ids] > 1)
+    ids = ids[at]
+    for n in range(2, max(covered) + 1):
         pairs = np.flatnonzero(at[1:] == at[:-1] + 1)
         at, keys = at[pairs], ids[pairs] * size + ids[pairs + 1]
         ids, counts, firsts = _numbered(keys)
         repeated = counts[ids] > 1
         if not repeated.any():
             return
+        characters = counts * (ends[at[firsts] + n] - ends[at[firsts]])
         if n in top:
-            most = counts.max()
-            starts = at[firsts[counts == most]]
-            yield float(most * (ends[starts + n] - ends[starts]).max() / ends[-1])
-        if n >= top[-1]:
-            fraction = _covered(at[firsts[ids] != np.arange(len(ids))], n, lengths) / ends[-1]
-            if fraction <= least:
-                return  # longer n-grams cover less
-            if n in covered:
-                yield float(fraction)
+            yield float(characters[counts == counts.max()].max() / ends[-1])
+        fraction = _covered(at[firsts[ids] != np.arange(len(ids))], n, lengths) / ends[-1]
+        if n in covered:
+            yield float(fraction)
+        # An n-gram for a larger n is covered by some of these, and repeated ones lie within repeated ones of these.
+        most = characters[counts > 1].max() / ends[-1]
+        if all(-(-larger // n) * most <= limit for larger, limit in top.items() if larger > n) and all(
+            fraction <= limit for larger, limit in covered.items() if larger > n
+        ):
+            return
         at, ids, size = at[repeated], ids[repeated], len(counts)
 
 

@@ -76,13 +76,7 @@ class Tally:
 
     def report(self, name: str, fingerprint: str) -> StepReport:
         """The entry of this step in the data report."""
-        notes = {f"changed by {name}": Entry(self.changed, self._changed_places())} if self.changed else {}
-        notes |= {f"{note} ({name})": entry for note, entry in self.notes.items()}
-        dropped = {f"{reason} ({name})": entry for reason, entry in self.dropped.items()}
-        return StepReport(name, fingerprint, notes, self.read, dropped, self.samples)
-
-    def _changed_places(self) -> list[str]:
-        return [sample.where for sample in self.samples.get("changed", [])]
+        return StepReport(name, fingerprint, self.notes, self.read, self.changed, self.dropped, self.samples)
 
 
 def _count(entries: dict[str, Entry], reason: str, where: str) -> None:

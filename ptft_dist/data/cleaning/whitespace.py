@@ -31,7 +31,8 @@ class Whitespace:
         text = _LINE_END.sub("\n", text)
         if not text.isascii():
             text = _SPACE.sub(" ", text)
-        text = _RUN.sub(_shorter, text)
+        if "  " in text or "\t" in text or "\u3000" in text:
+            text = _RUN.sub(_shorter, text)
         text = "\n".join([line.rstrip() for line in text.split("\n")])
         return Cleaned(self._empty.sub(self._most, text).strip())
 

@@ -46,7 +46,7 @@ def _pattern() -> re.Pattern[str]:
 
 _CHARACTER = re.compile(f"[{_UNSPACED}]")
 _WORD = _pattern()
-_START = 5000
+_START = 2000
 """Characters by which `is_segmented` judges a text."""
 _ASCII = str.maketrans({code: " " for code in range(128) if not chr(code).isalnum()})
 
