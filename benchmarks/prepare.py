@@ -95,7 +95,8 @@ def compare(case: str, folder: Path, options: argparse.Namespace) -> None:
                 f"{case} x {count} {side:>22}: {megabytes / statistics.median(wall):6.1f} MB/s "
                 f"({megabytes / max(wall):.1f} to {megabytes / min(wall):.1f}), "
                 f"{megabytes / statistics.median(cpu):.1f} MB per CPU second; "
-                f"{statistics.median(faster):.2f} times datasets.map ({faster[0]:.2f} to {faster[-1]:.2f}), {cheaper:.2f} times by CPU seconds",
+                f"{statistics.median(faster):.2f} times datasets.map ({faster[0]:.2f} to {faster[-1]:.2f}), "
+                f"{cheaper:.2f} times by CPU seconds",
                 flush=True,
             )
 

@@ -211,7 +211,7 @@ class ConversationRows(RowEncoder):
         if in_part:
             notes.append(ENCODED_IN_PART)
         # Tokens after max_length are not used, and searching their offsets is slow for long texts.
-        ids = encoding.ids[: self.max_length]
+        ids = encoding.ids[: self.max_length].astype(np.int64)
         offsets = encoding.offsets[: self.max_length]
         learned = learned_tokens(offsets, self._learned_spans(row.spans, len(row.text)))
         learned[:1] = 0
