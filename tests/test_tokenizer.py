@@ -47,7 +47,7 @@ def test_ids_are_those_of_transformers(tokenizer_dir: Path) -> None:
     tokenizer.backend_tokenizer.enable_truncation(3)  # as a saved tokenizer may have it
     encoder = DocumentEncoder(tokenizer, (None, "eos"))
     expected = load_tokenizer(tokenizer_dir)(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    assert [ids[:-1] for ids in encoder.encode([Document(text, "") for text in texts])] == expected
+    assert [ids[:-1].tolist() for ids in encoder.encode([Document(text, "") for text in texts])] == expected
 
 
 def test_a_trained_tokenizer_is_the_same_bytes_each_time(tmp_path: Path) -> None:

@@ -87,8 +87,8 @@ class RowEncoder(Encoder):
         """The examples of a row, from its tokenized pieces. Raises RowError or LeftOut, see `pieces`."""
         raise NotImplementedError
 
-    def encode(self, pieces: Sequence[Any]) -> list[Encoding]:
-        """Tokenize pieces of many rows."""
+    def encode(self, pieces: Sequence[Any]) -> list[Any]:
+        """Tokenize pieces of many rows. The result has what `build` uses of an `Encoding`."""
         return self.backend.encode_batch(
             list(pieces), is_pretokenized=self.pretokenized, add_special_tokens=self.add_special_tokens
         )

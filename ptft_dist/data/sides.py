@@ -40,7 +40,7 @@ def side_of(data: DataSection, text: str) -> Side:
     if data.folds is not None:
         return "validation" if int(_fraction(text) * data.folds) == data.fold else "train"
     share = data.validation if isinstance(data.validation, float) else 0.0
-    return "validation" if _fraction(text) < share else "train"
+    return "validation" if share and _fraction(text) < share else "train"
 
 
 def _fraction(text: str) -> float:

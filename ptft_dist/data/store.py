@@ -186,7 +186,7 @@ class StoreWriter:
             ValueError: it has no tokens, or an id does not fit into the vocabulary's data type. The latter may be
                 raised at a later call, because documents are written in blocks.
         """
-        tokens = np.asarray(ids, dtype=np.int64)
+        tokens = ids if isinstance(ids, np.ndarray) and ids.dtype == np.uint32 else np.asarray(ids, dtype=np.int64)
         if not len(tokens):
             raise ValueError("a document needs at least one token")
         self._waiting.append(tokens)

@@ -10,8 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.data.cache import fingerprint
+from ptft_dist.data.fast_bpe import TextTokens
 from ptft_dist.data.formats import Document
 from ptft_dist.errors import DataError, RecipeError
 
@@ -213,7 +216,8 @@ class DocumentEncoder:
         self._control = {self._end, *self._prefix}
         self.unknown_id = tokenizer.unk_token_id if tokenizer.unk_token_id not in self._control else None
         self._tokenizer = tokenizer
-        self._backend = text_only_backend(tokenizer) if tokenizer.is_fast else None
+        self._before, self._after = np.array(self._prefix, np.uint32), np.array([self._end], np.uint32)
+        self._tokens = TextTokens(text_only_backend(tokenizer), offsets=False) if tokenizer.is_fast else None
 
     def disagreement(self) -> str | None:
         """A warning if the special tokens around documents differ from those that the tokenizer itself adds, else None.
@@ -234,28 +238,30 @@ class DocumentEncoder:
             f"as `{shown(before, after)}`; users of the trained model will get the latter"
         )
 
-    def encode(self, documents: Sequence[Document]) -> list[list[int]]:
+    def encode(self, documents: Sequence[Document]) -> list[np.ndarray]:
         """The token ids of each document, [T]; empty if the tokenizer returns no token for its text.
 
         Raises:
             DataError: a text contains a special token, and this tokenizer cannot encode it as plain text.
+            PtftError: see `TextTokens.of`.
         """
         encoded = []
         for document, ids in zip(documents, self._text_ids([d.text for d in documents]), strict=True):
-            special = self._control.intersection(ids)
-            if special:
-                raise DataError(
-                    f"{document.where}: the text contains {self._tokenizer.convert_ids_to_tokens(special.pop())!r}, "
-                    "and this tokenizer encodes it as the special token. Remove it from the text."
-                )
-            encoded.append([*self._prefix, *ids, self._end] if ids else [])
+            for token in self._control:
+                if (ids == token).any():
+                    raise DataError(
+                        f"{document.where}: the text contains {self._tokenizer.convert_ids_to_tokens(token)!r}, "
+                        "and this tokenizer encodes it as the special token. Remove it from the text."
+                    )
+            encoded.append(np.concatenate((self._before, ids, self._after)) if len(ids) else ids)
         return encoded
 
-    def _text_ids(self, texts: list[str]) -> Iterator[list[int]]:
-        if self._backend is not None:
-            return (e.ids for e in self._backend.encode_batch_fast(texts, add_special_tokens=False))
+    def _text_ids(self, texts: list[str]) -> list[np.ndarray]:
+        if self._tokens is not None:
+            return [tokens.ids for tokens in self._tokens.of(texts)]
         encode = self._tokenizer.encode
-        return (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
+        rows = (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
+        return [np.array(ids, np.uint32) for ids in rows]
 
 
 def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -46,7 +46,7 @@ class ControlTokens:
         self._is_control[list(self.names)] = True
         self._expected: dict[str, list[int]] = {}
 
-    def of(self, ids: Sequence[int]) -> list[int]:
+    def of(self, ids: Sequence[int] | np.ndarray) -> list[int]:
         """The ids of special tokens among `ids`, in order."""
         array = np.asarray(ids, dtype=np.int64)
         return array[self._is_control[array]].tolist()
@@ -64,7 +64,12 @@ class ControlTokens:
                 )
 
     def check_encoded(
-        self, parsed: Conversation | Plain, ids: Sequence[int], encode: Callable[[Any], Sequence[int]], *, cut: bool
+        self,
+        parsed: Conversation | Plain,
+        ids: Sequence[int] | np.ndarray,
+        encode: Callable[[Any], Sequence[int] | np.ndarray],
+        *,
+        cut: bool,
     ) -> None:
         """Check that an encoded row has exactly the special tokens of the template.
 

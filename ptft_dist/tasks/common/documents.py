@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ptft_dist.config.recipe import DocumentSettings, Source
 from ptft_dist.data.encoder import Encoder, EncoderContext, Example, Outcome, Side
 from ptft_dist.data.formats import Document, Record
@@ -82,10 +84,10 @@ class DocumentRows(Documents):
     def encode(self, documents: Sequence[Document]) -> list[Outcome]:
         return [self._outcome(ids) for ids in self.encoder.encode(documents)]
 
-    def _outcome(self, ids: list[int]) -> Outcome:
-        if not ids:
+    def _outcome(self, ids: np.ndarray) -> Outcome:
+        if not len(ids):
             return Outcome(dropped=EMPTY)
-        unknown = 0 if self.encoder.unknown_id is None else ids.count(self.encoder.unknown_id)
+        unknown = 0 if self.encoder.unknown_id is None else int(np.count_nonzero(ids == self.encoder.unknown_id))
         return Outcome([Example({"input_ids": ids})], unknown_tokens=unknown)
 
     def writer(self, path: Path, side: Side) -> DocumentWriter:  # noqa: ARG002

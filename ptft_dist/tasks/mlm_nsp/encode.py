@@ -67,7 +67,7 @@ class PairRows(Documents):
         sentences = [[Document(s, d.where) for s in split_sentences(d.text, self.settings.sentence)] for d in documents]
         ids = iter(self.encoder.encode([sentence for each in sentences for sentence in each]))
         return [
-            self._outcome(document, [one[1:-1] for one in (next(ids) for _ in each) if one])
+            self._outcome(document, [one[1:-1].tolist() for one in (next(ids) for _ in each) if len(one)])
             for document, each in zip(documents, sentences, strict=True)
         ]
 

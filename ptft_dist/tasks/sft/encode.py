@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
+from ptft_dist.data.fast_bpe import TextTokens, Tokens
 from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder
 from ptft_dist.data.tokenizer import adds_bos
@@ -26,9 +27,6 @@ from ptft_dist.tasks.common.chat_template import (
 from ptft_dist.tasks.common.control_tokens import ControlTokens
 from ptft_dist.tasks.sft.chat import SHAPES, read_row, shape_of, with_answer
 from ptft_dist.tasks.sft.settings import SftSettings
-
-if TYPE_CHECKING:
-    from tokenizers import Encoding
 
 TRUNCATED = "truncated to data.max_length"
 UNANSWERED = "truncated after the last assistant message"
@@ -78,6 +76,7 @@ class ConversationRows(RowEncoder):
         self._template: ChatTemplate | None = None
         self._shapes = FileShapes()
         self._rendered: dict[int, Rendering] = {}  # passed from `pieces` to `build`
+        self._tokens = TextTokens(self.backend, offsets=True)
         self.control = ControlTokens(tokenizer)
         self.begin = tokenizer.bos_token or "" if adds_bos(tokenizer) else ""
 
@@ -179,7 +178,10 @@ class ConversationRows(RowEncoder):
     def _plain_text(self, parsed: Plain) -> str:
         return self.begin + parsed.prompt + parsed.completion + self.tokenizer.eos_token
 
-    def _ids_of(self, parsed: Conversation | Plain) -> list[int]:
+    def encode(self, pieces: Sequence[str]) -> list[Tokens]:
+        return self._tokens.of(pieces)
+
+    def _ids_of(self, parsed: Conversation | Plain) -> np.ndarray:
         """The token ids of a row whose texts were replaced by neutral ones, see `ControlTokens.check_encoded`.
 
         Raises:
@@ -194,7 +196,7 @@ class ConversationRows(RowEncoder):
                 raise RowError(f"{why} (with placeholder texts, to check the row's special tokens).") from None
         return self.encode([text])[0].ids
 
-    def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
+    def build(self, record: Record, encodings: Sequence[Any]) -> list[Example]:
         row, encoding, notes = self._rendered.pop(id(record)), encodings[0], []
         in_part = row.cut
         if in_part and len(encoding.ids) <= self.max_length:  # tokens longer than CHARACTERS_PER_TOKEN
@@ -209,20 +211,20 @@ class ConversationRows(RowEncoder):
         if in_part:
             notes.append(ENCODED_IN_PART)
         # Tokens after max_length are not used, and searching their offsets is slow for long texts.
-        ids = encoding.ids[: self.max_length]
-        offsets = np.asarray(encoding.offsets[: self.max_length], dtype=np.int64).reshape(-1, 2)
+        ids = encoding.ids[: self.max_length].astype(np.int64)
+        offsets = encoding.offsets[: self.max_length]
         learned = learned_tokens(offsets, self._learned_spans(row.spans, len(row.text)))
         learned[:1] = 0
         if not learned.any():
             raise LeftOut(NO_ANSWER_LEFT)
         return [Example({"input_ids": ids, "learned": learned}, self._meta(row, ids, offsets), tuple(notes))]
 
-    def _meta(self, row: Rendering, ids: list[int], offsets: np.ndarray) -> dict[str, Any]:
+    def _meta(self, row: Rendering, ids: np.ndarray, offsets: np.ndarray) -> dict[str, Any]:
         """Meta for generation at evaluations: the last answer that begins within data.max_length, and its prompt."""
         parsed, spans = row.parsed, row.spans
         starts = [int(learned.argmax()) if (learned := learned_tokens(offsets, [s])).any() else len(ids) for s in spans]
         last = max((i for i, start in enumerate(starts) if start < len(ids)), default=0)
-        prompt = ids[: starts[last]]
+        prompt = ids[: starts[last]].tolist()
         if isinstance(parsed, Plain):
             source = parsed.prompt
         else:
