@@ -75,7 +75,7 @@ def test_the_same_bytes_and_report_on_any_number_of_workers(tmp_path: Path, task
     for count in (1, 2, 3):
         loaded = load_recipe(str(path), [f"data.cache_dir=cache{count}"])
         prepared = prepare(loaded.recipe, tmp_path, workers=count)
-        report = prepared.report.to_dict() | {"seconds": None}
+        report = prepared.report.to_dict() | {"seconds": None, "tokenizer": None}
         found[count] = (prepared.fingerprint, files(prepared.train.path.parent), report)
     assert len(forks) == 2 + 3
     assert "train/input_ids.bin" in found[1][1]
