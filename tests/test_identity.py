@@ -131,6 +131,9 @@ MAY_CHANGE = {
     "continual.ewc.data", "continual.replay.data",  # their contents are compared instead
     "tokenizer.path", "tokenizer.revision", "tokenizer.train.algorithm", "tokenizer.train.vocab_size",
     "tokenizer.train.min_frequency", "tokenizer.train.max_megabytes", "tokenizer.add", "tokenizer.trust_remote_code",
+    "tokenizer.train.normalizer", "tokenizer.train.lowercase", "tokenizer.train.strip_accents",
+    "tokenizer.train.pre_tokenizer", "tokenizer.train.split_digits", "tokenizer.train.split_cjk",
+    "tokenizer.train.byte_fallback", "tokenizer.train.special_tokens", "tokenizer.extend", "tokenizer.init_added",
     "batch.micro_size", "batch.micro_tokens", "batch.group_by_length",
     "model.attention", "model.gradient_checkpointing", "model.compile",
     "train.deterministic",
@@ -149,7 +152,7 @@ MUST_STAY = {
     "model.adapt.last_layers", "model.adapt.match", "model.adapt.bitfit", "model.adapt.lora", "model.adapt.adalora",
     "model.adapt.ia3", "model.adapt.prompt_tuning", "model.adapt.p_tuning", "model.adapt.prefix_tuning",
     "model.adapt.bottleneck", "model.adapt.peft", "model.adapt.adapter", "model.adapt.name", "model.adapt.embeddings",
-    "data.folds", "data.fold", "data.max_length", "data.bad_rows", "data.augment",
+    "data.folds", "data.fold", "data.max_length", "data.bad_rows", "data.augment", "data.steps", "data.mixing",
     "distillation", "continual",
     "batch.global_size", "batch.global_tokens",
     "optim.name", "optim.lr", "optim.weight_decay", "optim.betas", "optim.eps", "optim.momentum", "optim.groups",

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from ptft_dist.api import load_recipe, missing_offline
 from ptft_dist.config.named_models import named_models
 from ptft_dist.config.recipe import TokenizerTraining
-from ptft_dist.config.section import NamesModel
+from ptft_dist.config.section import NamesModel, documentation
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.hub import needed_files
 from ptft_dist.tasks.registry import recipe_class
@@ -202,7 +202,7 @@ def test_every_key_with_a_hub_name_has_the_type_of_one() -> None:
             parts = [key.annotation, *key.metadata]
             for part in parts:
                 parts += [*get_args(part), *getattr(part, "__metadata__", ())]
-            says = "Hub name" in (key.description or "")
+            says = "Hub name" in documentation(schema).get(name, "")
             yield f"{schema.__name__}.{name}", says, any(isinstance(part, NamesModel) for part in parts)
             for part in parts:
                 if isinstance(part, type) and issubclass(part, BaseModel) and part not in seen:

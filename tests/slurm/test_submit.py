@@ -227,7 +227,8 @@ def test_an_array_prepares_the_shards_and_training_follows(
     shards = {"PTFT_SHARD_MB": "0.0001"}
     here = start("train", "recipe.yaml", "run_dir=here", cwd=tmp_path, cache=cache, env=shards)
     assert here.wait() == 0, here.stderr
-    words = ("submit", "recipe.yaml", "--prepare-tasks", "2")
+    (tmp_path / "site.yaml").write_text("lead_s: 30\n")
+    words = ("submit", "recipe.yaml", "--site", "site.yaml", "--prepare-tasks", "2")
     done = ptft(cluster, tmp_path / "cache", tmp_path, *words, env=shards)
     prepare, train = submitted(done, cluster, tmp_path / "run/slurm")
     assert train.fact("Dependency").startswith(f"afterok:{prepare.number}")
