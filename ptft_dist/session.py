@@ -318,6 +318,8 @@ class Session:
                 continue
             with self.engine.building(pretrained=False):
                 model = source.load(self.roles[role].auto_class, self.engine.dtype)
+                if source.path == self.start_section.path:  # a copy of the network that training starts from
+                    self.trained.add_tokens(model)
             self.task.prepare_frozen(role, model, source)
             facts, count = read_facts(model), sum(p.numel() for p in model.parameters())
             size = sum(p.numel() * p.element_size() for p in model.parameters())

@@ -129,6 +129,12 @@ class TrainedNetwork:
         """A hash of the files of the pretrained network; None for a network with random weights."""
         return None if self.section.path is None else files_identity(self.section, digests)
 
+    def add_tokens(self, model: Any) -> None:
+        """Give a copy of the pretrained network, whole on this process, the embeddings of the added tokens."""
+        if model.config.get_text_config().vocab_size < len(self.tokenizer):
+            model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        self.new_tokens.initialize(self.new_tokens.tables(model))
+
     def build(
         self, builder: Builder, *, wrap: Callable[[Any], Task] = lambda task: task, rows: Store | None = None
     ) -> None:

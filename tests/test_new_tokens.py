@@ -167,6 +167,16 @@ def test_the_reference_of_dpo_starts_from_the_pieces_too(tmp_path: Path, cache: 
     assert train_rows(run_dir)[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
+def test_the_reference_of_ppo_has_the_new_tokens(tmp_path: Path, cache: Path) -> None:
+    """Policy and reference are equal at first, so the KL divergence of the first rollout is 0."""
+    base = write_base(tmp_path, cache, "ppo", layers=1)
+    write_adapted(tmp_path, base, "ppo", {}, train={"max_steps": 1}, ppo={"kl": 0.1})
+    recipe = json.loads((tmp_path / "recipe.yaml").read_text())
+    recipe["tokenizer"]["add"] = ["small cat", "old dog", "green house", "cat runs", "dog sleeps"]
+    run_dir = train(tmp_path, cache, recipe)
+    assert train_rows(run_dir)[0]["kl"] == pytest.approx(0.0, abs=1e-5)
+
+
 @pytest.mark.skipif(not SMOLLM.is_dir(), reason="PTFT_TEST_MODELS names no folder with smollm2-135m-instruct")
 def test_smollm2_reads_new_tokens_better_than_at_random(tmp_path: Path, cache: Path) -> None:
     """Loss at update 0 on text full of tokens that were learned from it; transformers computes the expected one."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from ptft_dist.data.encoder import Place
 from ptft_dist.data.formats import Record
 
-CHUNK_CHARACTERS = 2_000_000  # per call of the tokenizer, which needs about 100 bytes of memory per character
+CHUNK_CHARACTERS = 1_000_000  # per call of the tokenizer, which needs about 100 bytes of memory per character
 _GIANT_CHARACTERS = 20_000_000
 
 SidedRecord = tuple[Place, Record]
