@@ -25,6 +25,7 @@ from ptft_dist.data.cleaning.exact_dedup import ExactDedup
 from ptft_dist.data.cleaning.near_dedup import NearDedup, rows_per_band
 from ptft_dist.data.cleaning.words import words
 from ptft_dist.data.prepare import Prepared, describe, records_of
+from ptft_dist.data.workers import in_processes
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.tasks.registry import encoder_class, recipe_class
 
@@ -136,6 +137,19 @@ def test_near_duplicates_are_those_of_brute_force() -> None:
         groups = [low if group == high else group for group in groups]
     assert all(groups[i] == groups[first[i]] for i in range(len(texts)))  # nothing else is joined
     assert len(set(groups)) > 70
+
+
+@pytest.mark.timeout(120)
+def test_large_chunks_are_signed_in_forked_processes_too() -> None:
+    """Threads of a library that this process has started do not exist in a fork, which would wait for them for ever."""
+    rng = random.Random(7)
+    texts = [sentence(rng, 150) for _ in range(3000)]
+    step = NearDedup(NearDedupStep())
+    expected = step.sign(texts)
+    signed = [signatures for _, signatures in in_processes([texts] * 5, step.sign, 2)]
+    assert all((signatures == expected).all() for signatures in signed)
+    one_by_one = np.concatenate([step.sign([text]) for text in texts[:50]])
+    assert (one_by_one == expected[:50]).all()
 
 
 def test_bands_find_pairs_at_the_threshold() -> None:

@@ -8,7 +8,9 @@ sensitive hashing) are compared by their whole signatures; similar ones are join
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
@@ -19,6 +21,7 @@ from ptft_dist.data.cleaning.words import words
 RECALL = 0.98
 """Bands are chosen so that a pair at the threshold meets in one of them with at least this probability."""
 _SEED = 20
+_THREADS = "RAYON_NUM_THREADS"
 _NEIGHBORS = 8  # members of a band's group that a record is compared with, besides the first
 _COMPARED_AT_ONCE = 1 << 14  # pairs of signatures
 
@@ -49,9 +52,10 @@ class NearDedup:
             return np.empty((0, self._settings.hashes), np.uint32)
         grams = [ngram_hashes(unit, self._settings.ngram) for unit in units]
         ends = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(
-            np.concatenate(grams), ends, self._settings.hashes, _SEED
-        )
+        with _one_thread():
+            matrix = RMinHash.digest_matrix_from_flat_token_hashes(
+                np.concatenate(grams), ends, self._settings.hashes, _SEED
+            )
         return np.asarray(matrix.to_rows(), np.uint32)
 
     def originals(self, signatures: Sequence[np.ndarray]) -> np.ndarray:
@@ -83,6 +87,21 @@ class NearDedup:
             pair = np.unique(pair, axis=1)
             similarity = (stacked.rows(pair[0]) == stacked.rows(pair[1])).mean(axis=1)
             yield pair[:, similarity >= self._settings.threshold]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let rensa use no threads of its own: those that it had started here would be missing in a forked process, which
+    would wait for them for ever. Chunks are signed in several processes anyway."""
+    before = os.environ.get(_THREADS)
+    os.environ[_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_THREADS]
+        else:
+            os.environ[_THREADS] = before
 
 
 class _Stacked:
