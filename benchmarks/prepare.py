@@ -34,7 +34,8 @@ from typing import Any
 import datasets
 import numpy as np
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.fast_bpe import VARIABLE
 from ptft_dist.data.prepare import prepare
 from ptft_dist.data.tokenizer import load_tokenizer, text_only_backend, train_tokenizer

@@ -7,7 +7,7 @@ config before a process group exists. `Session.start` forms the group and builds
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,7 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.column_store import ColumnStore
-from ptft_dist.data.mixed_store import MixedStore
-from ptft_dist.data.mixture import periods_of
-from ptft_dist.data.order import Period, Plan
+from ptft_dist.data.order import Plan
 from ptft_dist.data.prepare import describe, prepare
 from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Store
@@ -47,6 +45,7 @@ from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import BaselineBatches, Batches, Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.plan import plan_run
 from ptft_dist.training.rollouts import RollingTask, RolloutBatches
+from ptft_dist.training.rows import training_rows
 from ptft_dist.training.schedule import warmup_steps
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Trainer
@@ -89,7 +88,8 @@ class Session:
         say(describe(self.prepared.report, from_cache=self.prepared.from_cache))
         for key, old in self.prepared.old.items():
             say(f"{key}:\n{describe(old.report, from_cache=old.from_cache)}")
-        self.store, self.sizes, self.periods, self.rows_end = self._training_rows()
+        self.rows = training_rows(recipe, self.prepared, self.shape.global_size)
+        self.store = self.rows.store
         self.trained = TrainedNetwork(
             loaded, self.prepared.tokenizer_path, self.prepared.survey, self.kind, lambda: self.plan.total_steps
         )
@@ -112,21 +112,6 @@ class Session:
             return roles
         role = FrozenRole("distillation.teacher", settings.teacher, settings.revision, trained.task_class.auto_class)
         return {TEACHER: role}
-
-    def _training_rows(self) -> tuple[Store, list[int], Sequence[Period], int | None]:
-        """The store of the training rows, the numbers of rows of the stores that it mixes, and how; see `plan_run`."""
-        prepared, continual, mixing = self.prepared, self.recipe.continual, self.recipe.data.mixing
-        if mixing is not None:
-            assert isinstance(prepared.train, MixedStore)
-            sizes = [len(store) for store in prepared.train.stores]
-            names = [source.name for source in self.recipe.data.train]
-            return prepared.train, sizes, *periods_of(mixing, names, sizes, self.shape.global_size)
-        if continual is None or continual.replay is None:
-            return prepared.train, [len(prepared.train)], (Period(0, (1,)),), None
-        old = prepared.old[REPLAY]
-        stores = (prepared.train, old.train)
-        mixed = MixedStore(stores, prepared.train.path.parent / f"with-{old.fingerprint}")
-        return mixed, [len(store) for store in stores], (Period(0, continual.replay.shares),), None
 
     # --- identity of the run ----------------------------------------------------------------------------
 
@@ -158,7 +143,7 @@ class Session:
     @cached_property
     def plan(self) -> Plan:
         """The rows of all updates. Raises DataError if the data have too few rows for one update."""
-        plan = plan_run(self.recipe, self.shape, self.store, self.sizes, self.periods, self.rows_end)
+        plan = plan_run(self.recipe, self.shape, self.store, self.rows)
         warmup = warmup_steps(self.recipe.optim, plan.total_steps)
         if warmup >= plan.total_steps:
             say(f"optim.warmup: {warmup} updates of warmup in a run of {plan.total_steps}; optim.lr is never reached")

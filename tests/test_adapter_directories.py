@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from ptft_dist import api
 from ptft_dist.cli import generate as command
 from ptft_dist.config.adapt import AdaptSection
-from ptft_dist.config.recipe import ModelSection, TokenizerTraining
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.engine.parameters import stored_tensors
 from ptft_dist.errors import CheckpointError, RecipeError

@@ -13,7 +13,8 @@ from support import ptft
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ptft_dist.api import load_recipe
-from ptft_dist.config.recipe import Augmentation, Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Augmentation, Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.augment import Augmentations, changed, read_synonyms
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.formats import Record

@@ -30,8 +30,8 @@ from transformers import (
 
 import ptft_dist
 from ptft_dist.api import load_recipe
-from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.config.rollouts import RewardSource
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.engine import reset_accelerate
 from ptft_dist.errors import DataError, RecipeError

@@ -23,7 +23,8 @@ from transformers import (
     pipeline,
 )
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, LeftOut
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.formats import Record

@@ -192,7 +192,7 @@ def test_shares_of_a_weight(weight: float, shares: tuple[int, int]) -> None:
 
 def test_replay_has_the_share_that_was_asked_for(session: Callable[..., Session]) -> None:
     made_here = session({"replay": REPLAY}, train={"max_steps": None, "epochs": 2})
-    new, plan, taken, old_rows = made_here.sizes[0], made_here.plan, [], 0
+    new, plan, taken, old_rows = made_here.rows.sizes[0], made_here.plan, [], 0
     for step in range(plan.total_steps):
         rows = plan.rows_of(step).tolist()
         old_here = sum(row >= new for row in rows)

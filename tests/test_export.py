@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from ptft_dist.config.recipe import ModelSection, TokenizerTraining
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.export import (

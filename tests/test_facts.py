@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from task_support import make_task
 from transformers import AutoConfig, PreTrainedModel
 
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.networks.facts import NetworkFacts, read_facts

@@ -37,8 +37,8 @@ def sources(folder: Path) -> list[dict[str, Any]]:
 def session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Session]:
     monkeypatch.setenv("PTFT_CACHE", str(tmp_path / "cache"))
 
-    def make(mixing: dict[str, Any] | None, packing: bool = False, **more: Any) -> Session:
-        data = {"train": sources(tmp_path), "validation": None, "mixing": mixing}
+    def make(mixing: dict[str, Any] | None, packing: bool = False, steps: Any = (), **more: Any) -> Session:
+        data = {"train": sources(tmp_path), "validation": None, "mixing": mixing, "steps": list(steps)}
         given = {"data": data, "clm": {"packing": packing}, "eval": {"every": None}, **more}
         path = write_recipe(tmp_path, tmp_path, **given)
         return Session(load_recipe(str(path)), place())
@@ -164,6 +164,14 @@ def test_a_run_that_needs_more_than_there_is_is_refused(session: Callable[..., S
         _ = session(mixing, **fits | {"train": {"max_steps": 26}}).plan
     with pytest.raises(DataError, match="until all are used up"):
         _ = session(mixing, train={"max_steps": None, "max_tokens": 10**6}).plan
+
+
+def test_a_source_without_rows_is_named(session: Callable[..., Session], tmp_path: Path) -> None:
+    """The function drops all documents of one source."""
+    (tmp_path / "mine.py").write_text("def without_blue(text):\n    return None if 'blue' in text else text\n")
+    steps = [{"custom": {"function": "mine.without_blue"}}]
+    with pytest.raises(DataError, match=r"data\.train\.2 \(blue\): no rows are left"):
+        session({"weights": {"red": 1, "green": 1, "blue": 1}}, steps=steps)
 
 
 def test_a_mixed_run_is_resumed_to_the_bit(tmp_path: Path, cache: Path) -> None:

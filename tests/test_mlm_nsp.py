@@ -26,7 +26,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.prepare import Prepared, describe
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer

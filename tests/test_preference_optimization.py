@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import ptft_dist
 from ptft_dist.api import load_recipe
 from ptft_dist.checkpoint.identity import differences
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, LeftOut
 from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row

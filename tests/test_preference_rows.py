@@ -11,7 +11,7 @@ import pytest
 from tiny import WORDS
 from transformers import PreTrainedTokenizerFast
 
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.tokenizer import train_tokenizer

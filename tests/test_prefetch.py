@@ -17,8 +17,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptft_dist.api import load_recipe, missing_offline
 from ptft_dist.config.named_models import named_models
-from ptft_dist.config.recipe import TokenizerTraining
 from ptft_dist.config.section import NamesModel, documentation
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.hub import needed_files
 from ptft_dist.tasks.registry import recipe_class

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, recipe, save_tokenizer, write_text
 
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data import chunks, tokenizer_files, tokenizer_provider
 from ptft_dist.data.formats import Document
 from ptft_dist.data.prepare import describe

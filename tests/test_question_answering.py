@@ -17,7 +17,8 @@ from tiny import write_rows
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, BertConfig, BertForQuestionAnswering
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 import ptft_dist
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.resolve import batch_shape
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import prepare

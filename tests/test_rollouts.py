@@ -24,7 +24,8 @@ from transformers import (
 )
 
 from ptft_dist.config.adapt import AdaptSection
-from ptft_dist.config.recipe import ModelSection, TokenizerTraining
+from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext
 from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row

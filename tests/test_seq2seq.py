@@ -29,7 +29,8 @@ from transformers import (
 )
 from transformers.trainer_pt_utils import LabelSmoother
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row

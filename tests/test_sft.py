@@ -17,7 +17,8 @@ from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row

@@ -12,7 +12,8 @@ from support import ROOT
 from task_support import for_model, make_task
 from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, PreTrainedTokenizerFast, T5Config
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError

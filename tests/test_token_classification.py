@@ -20,7 +20,8 @@ from tiny import write_rows
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, DataCollatorForTokenClassification
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.formats import read_file
 from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import train_tokenizer

@@ -21,7 +21,7 @@ import sentencepiece
 from prepare_support import DOCUMENTS, save_tokenizer
 from pydantic import ValidationError
 
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.formats import Document
 from ptft_dist.data.tokenizer import (
     DocumentEncoder,
@@ -53,7 +53,7 @@ def test_ids_are_those_of_transformers(tokenizer_dir: Path) -> None:
 def test_a_trained_tokenizer_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     settings = TokenizerTraining(vocab_size=320)
     code = (
-        "import sys; from ptft_dist.data.tokenizer import *; from ptft_dist.config.recipe import TokenizerTraining;"
+        "import sys; from ptft_dist.data.tokenizer import *; from ptft_dist.config.tokenizer_section import TokenizerTraining;"
         f"train_tokenizer(TokenizerTraining(vocab_size=320), {DOCUMENTS!r}).save_pretrained(sys.argv[1])"
     )
     subprocess.run(
@@ -94,7 +94,7 @@ def test_max_megabytes_takes_the_first_documents() -> None:
 
 LEARN = """
 import hashlib
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer_learning import learn
 words = "abcd bcda cdab dabc abdc bdca efgh fghe ghef".split()
 texts = [f"{word} {word[::-1]} the {word}s, 我们{word}" for word in words]

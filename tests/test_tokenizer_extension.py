@@ -18,7 +18,8 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from ptft_dist.config.recipe import Recipe, TokenizerExtension, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerExtension, TokenizerTraining
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.data.tokenizer_extension import extend, learn_merges
 from ptft_dist.data.tokenizer_files import ORIGIN, pieces_of, read_pieces

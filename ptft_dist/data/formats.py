@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from ptft_dist.data.json_values import DECODER, unusable
 from ptft_dist.errors import DataError
 
 FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll")
@@ -118,11 +119,11 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
             continue
         where = f"{path}:{number}"
         try:
-            row = _DECODER.decode(line)
+            row = DECODER.decode(line)
         except json.JSONDecodeError as error:
             raise DataError(f"{where}: not JSON ({error.msg}, column {error.colno}). {_A_ROW}") from None
         except (RecursionError, ValueError) as error:
-            raise DataError(f"{where}: {_limit(error)}") from None
+            raise DataError(f"{where}: {unusable(error)}") from None
         yield as_record(row, where)
 
 
@@ -150,11 +151,11 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
     while True:
         line, counted = line + text.count("\n", counted, position), position
         try:
-            row, end = _DECODER.raw_decode(text, position)
+            row, end = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
         except (RecursionError, ValueError) as error:
-            raise DataError(f"{path}:{line}: {_limit(error)}") from None
+            raise DataError(f"{path}:{line}: {unusable(error)}") from None
         yield as_record(row, f"{path}:{line}")
         position = skip(end)
         separator = text[position : position + 1]
@@ -255,32 +256,6 @@ def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Re
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not a Parquet file, or damaged ({error}). Create or download it again.") from error
-
-
-class _RepeatedKey(ValueError):
-    """An object has two values for a key: which one is meant is unknown."""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object from its keys and values. Raises _RepeatedKey."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _limit(error: Exception) -> str:
-    """Why this valid JSON is not used."""
-    if isinstance(error, _RepeatedKey):
-        return f"the key {str(error)!r} occurs twice in one object. Remove one of them, or rename it."
-    if isinstance(error, RecursionError):
-        return "the JSON is nested too deeply. Correct or remove the row."
-    digits = sys.get_int_max_str_digits()
-    return f"the JSON has a number with more than {digits:,} digits. Write it as text, or remove the row."
 
 
 _A_ROW = 'Each line must be one object, such as {"text": "..."}.'

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.cache import fingerprint
 from ptft_dist.data.fast_bpe import TextTokens
 from ptft_dist.data.formats import Document

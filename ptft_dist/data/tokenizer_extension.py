@@ -19,7 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.recipe import TokenizerExtension
+from ptft_dist.config.tokenizer_section import TokenizerExtension
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.data.tokenizer_learning import count_words_of
 from ptft_dist.errors import DataError, RecipeError

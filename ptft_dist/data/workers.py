@@ -136,7 +136,7 @@ class _Worker:
 def _forked(work: Callable[[Any], Any], count: int) -> Iterator[list[_Worker]]:
     workers: list[_Worker] = []
     try:
-        with _without_tokenizer_threads():
+        with variable(_TOKENIZER_THREADS, "false"):  # threads do not survive a fork
             for _ in range(count):
                 workers.append(_fork(work, workers))
         yield workers
@@ -158,17 +158,17 @@ def _fork(work: Callable[[Any], Any], others: list[_Worker]) -> _Worker:
 
 
 @contextmanager
-def _without_tokenizer_threads() -> Iterator[None]:
-    """Disable the threads of the tokenizer library in forked processes, because threads do not survive a fork."""
-    before = os.environ.get(_TOKENIZER_THREADS)
-    os.environ[_TOKENIZER_THREADS] = "false"
+def variable(name: str, value: str) -> Iterator[None]:
+    """Set an environment variable for a while."""
+    before = os.environ.get(name)
+    os.environ[name] = value
     try:
         yield
     finally:
         if before is None:
-            del os.environ[_TOKENIZER_THREADS]
+            del os.environ[name]
         else:
-            os.environ[_TOKENIZER_THREADS] = before
+            os.environ[name] = before
 
 
 def _serve(work: Callable[[Any], Any], connection: Connection) -> NoReturn:

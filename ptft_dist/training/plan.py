@@ -6,35 +6,28 @@ from collections.abc import Sequence
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.resolve import BatchShape
-from ptft_dist.data.order import Period, Plan, make_plan
+from ptft_dist.data.order import Plan, make_plan
 from ptft_dist.data.store import Store
 from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.training.rows import TrainingRows
 
 MOST_EPOCHS = 1_000_000
 """The maximum of train.epochs, so that the table of a run's updates fits into memory."""
 
 
-def plan_run(
-    recipe: Recipe,
-    shape: BatchShape,
-    store: Store,
-    sizes: Sequence[int],
-    periods: Sequence[Period],
-    end: int | None = None,
-) -> Plan:
+def plan_run(recipe: Recipe, shape: BatchShape, store: Store, of: TrainingRows) -> Plan:
     """The rows of all updates; for a task with rollouts, the prompts of all rollouts.
 
     Args:
-        sizes: number of rows of each store that `store` mixes.
-        periods: how they are mixed, see `Stream`.
-        end: the number of positions until all sources of data.mixing are used up; None: never.
+        store: the store of `of`, or one with the same rows and more columns.
+        of: how the order of rows is drawn.
 
     Raises:
         DataError: the data have too few rows for one update or rollout.
         RecipeError: train.max_tokens are too many epochs.
     """
     if (prompts := recipe.settings.rollout_prompts) is not None:
-        return _plan_of_rollouts(recipe, shape, store, sizes, prompts)
+        return _plan_of_rollouts(recipe, shape, store, of.sizes, prompts)
     train, rows, tokens = recipe.train, len(store), store.tokens
     if (shape.global_tokens or 0) > tokens:
         raise DataError(
@@ -52,22 +45,22 @@ def plan_run(
             "batch.global_size (or global_tokens) or data.max_length, or add data"
         )
     plan = make_plan(
-        sizes,
+        of.sizes,
         store.lengths,
         train.seed,
-        periods=periods,
+        periods=of.periods,
         global_size=shape.global_size,
         global_tokens=shape.global_tokens,
         max_steps=train.max_steps,
         epochs=train.epochs,
         max_tokens=train.max_tokens,
-        cache=store.path.parent / ("plans" if len(sizes) == 1 else f"plans-{store.path.name}"),
+        cache=store.path.parent / ("plans" if len(of.sizes) == 1 else f"plans-{store.path.name}"),
     )
     last = plan.positions(plan.total_steps - 1)[1]
-    if end is not None and last > end:
+    if of.end is not None and last > of.end:
         raise DataError(
-            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {end:,} until all are used up. "
-            "Train for fewer updates, raise max_epochs, or add data"
+            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {of.end:,} until all are used "
+            "up. Train for fewer updates, raise max_epochs, or add data"
         )
     return plan
 

@@ -14,7 +14,8 @@ from prepare_support import prepare
 from task_support import make_task
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import load_tokenizer, train_tokenizer
 from ptft_dist.tasks.clm.task import CausalLM

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from prepare_support import prepare
 
-from ptft_dist.config.recipe import TokenizerTraining
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data import prepare as module
 from ptft_dist.data import tokenizer_provider
 from ptft_dist.data.prepare import Prepared

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny import LLAMA, WORDS
 
-from ptft_dist.config.recipe import Recipe, TokenizerTraining
+from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.tokenizer import train_tokenizer

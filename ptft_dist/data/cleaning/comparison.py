@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ class Comparison:
             DataError: the cache is damaged.
         """
         try:
-            starts = np.cumsum([0, *map(len, self._signatures())])
+            starts = self._starts
             mask = np.load(self.path / _KEPT, mmap_mode="r")[starts[number] : starts[number + 1]]
             originals = json.loads((self.path / _ORIGINALS).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -54,12 +55,16 @@ class Comparison:
         start = int(starts[number])
         return Kept(self._dedup, self._roles, mask, {int(at) - start: text for at, text in originals.items()})
 
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        """The first unit of each shard, counted through all of them, and their number: int64 [shards + 1]."""
+        return np.cumsum([0, *map(len, self._signatures())])
+
     def _signatures(self) -> list[np.ndarray]:
         return [np.load(shard / SIGNATURES, mmap_mode="r") for shard in self._shards]
 
     def _build(self, unfinished: Path) -> None:
-        signatures = self._signatures()
-        starts = np.cumsum([0, *map(len, signatures)])
+        signatures, starts = self._signatures(), self._starts
         say(f"comparing {int(starts[-1]):,} {'records' if self._dedup.by_record else 'parts of texts'} ...")
         order = sorted(range(len(signatures)), key=lambda i: (self._sides[i] == "train", i))  # validation goes first
         original = self._dedup.originals([signatures[i] for i in order])

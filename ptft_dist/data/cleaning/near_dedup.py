@@ -8,15 +8,14 @@ sensitive hashing) are compared by their whole signatures; similar ones are join
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import ClassVar
 
 import numpy as np
 
 from ptft_dist.config.cleaning import NearDedupStep
 from ptft_dist.data.cleaning.words import words
+from ptft_dist.data.workers import variable
 
 RECALL = 0.98
 """Bands are chosen so that a pair at the threshold meets in one of them with at least this probability."""
@@ -52,7 +51,9 @@ class NearDedup:
             return np.empty((0, self._settings.hashes), np.uint32)
         grams = [ngram_hashes(unit, self._settings.ngram) for unit in units]
         ends = np.cumsum([0, *map(len, grams)], dtype=np.uint64)
-        with _one_thread():
+        # rensa's threads of this process would be missing in a forked one, which would wait for them for ever. Chunks
+        # are signed in several processes anyway.
+        with variable(_THREADS, "1"):
             matrix = RMinHash.digest_matrix_from_flat_token_hashes(
                 np.concatenate(grams), ends, self._settings.hashes, _SEED
             )
@@ -87,21 +88,6 @@ class NearDedup:
             pair = np.unique(pair, axis=1)
             similarity = (stacked.rows(pair[0]) == stacked.rows(pair[1])).mean(axis=1)
             yield pair[:, similarity >= self._settings.threshold]
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Let rensa use no threads of its own: those that it had started here would be missing in a forked process, which
-    would wait for them for ever. Chunks are signed in several processes anyway."""
-    before = os.environ.get(_THREADS)
-    os.environ[_THREADS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_THREADS]
-        else:
-            os.environ[_THREADS] = before
 
 
 class _Stacked:

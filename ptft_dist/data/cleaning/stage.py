@@ -25,7 +25,7 @@ from ptft_dist.reporting.messages import Progress
 
 RECORDS, SIGNATURES = "records.jsonl.zst", "signatures.npy"
 EMPTIED = "no text is left"
-_CHUNK_RECORDS = 10_000
+_CHUNK_RECORDS = 2_000  # of a chunk: the size of texts inside of conversations is not counted
 
 
 @dataclass(frozen=True)
