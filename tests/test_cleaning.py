@@ -378,7 +378,7 @@ def test_the_report_counts_and_shows_what_changed(tmp_path: Path, tokenizer: Pat
     assert report.train.examples == 3
     shown = describe(report)
     assert "steps:       whitespace of 5: changed 2\n" in shown
-    assert "             exact_dedup of 5: dropped 2 (2 duplicate)\n" in shown
+    assert "             exact_dedup of 5: dropped 2 (2 x duplicate)\n" in shown
 
 
 def test_damaged_records_are_named(tmp_path: Path, tokenizer: Path) -> None:

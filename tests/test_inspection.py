@@ -72,7 +72,7 @@ def test_text_and_page_have_all_of_it_and_run_nothing(recipe: Path, tmp_path: Pa
         for part in (
             "english",
             "zh.jsonl",
-            "exact_dedup of 41: dropped 1 (1 duplicate)",
+            "exact_dedup of 41: dropped 1 (1 x duplicate)",
             ENGLISH,
             "packing efficiency",
         ):
@@ -80,7 +80,7 @@ def test_text_and_page_have_all_of_it_and_run_nothing(recipe: Path, tmp_path: Pa
     assert "exact_dedup dropped: duplicate (1)" in text
     assert "<script" not in page
     assert html.escape(EVIL[:20]) in page
-    assert not re.findall(r"(?:src|href)=|https?://", page.replace(html.escape("http"), ""))
+    assert not re.findall(r"(?:src|href)=|https?://", page)
 
 
 def test_a_directory_of_stores_is_enough(recipe: Path) -> None:

@@ -260,8 +260,8 @@ def _steps(report: Report) -> list[tuple[str, str]]:
         did = [f"changed {step.changed:,}"] * bool(step.changed)
         if step.dropped:
             reasons = sorted(step.dropped.items(), key=lambda entry: -entry[1].times)
-            text = ", ".join(f"{each.times:,} {reason}" for reason, each in reasons[:_SHOWN_REASONS])
-            more = ", ..." * (len(reasons) > _SHOWN_REASONS)
+            text = "; ".join(f"{each.times:,} x {reason}" for reason, each in reasons[:_SHOWN_REASONS])
+            more = "; ..." * (len(reasons) > _SHOWN_REASONS)
             did.append(f"dropped {sum(each.times for each in step.dropped.values()):,} ({text}{more})")
         lines.append(("" if lines else "steps", f"{step.name} of {step.read:,}: {', '.join(did) or 'no change'}"))
     return lines

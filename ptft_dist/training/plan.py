@@ -15,19 +15,19 @@ MOST_EPOCHS = 1_000_000
 """The maximum of train.epochs, so that the table of a run's updates fits into memory."""
 
 
-def plan_run(recipe: Recipe, shape: BatchShape, store: Store, of: TrainingRows) -> Plan:
+def plan_run(recipe: Recipe, shape: BatchShape, store: Store, training: TrainingRows) -> Plan:
     """The rows of all updates; for a task with rollouts, the prompts of all rollouts.
 
     Args:
-        store: the store of `of`, or one with the same rows and more columns.
-        of: how the order of rows is drawn.
+        store: that of `training`, or one with the same rows and more columns.
+        training: how the order of rows is drawn.
 
     Raises:
         DataError: the data have too few rows for one update or rollout.
         RecipeError: train.max_tokens are too many epochs.
     """
     if (prompts := recipe.settings.rollout_prompts) is not None:
-        return _plan_of_rollouts(recipe, shape, store, of.sizes, prompts)
+        return _plan_of_rollouts(recipe, shape, store, training.sizes, prompts)
     train, rows, tokens = recipe.train, len(store), store.tokens
     if (shape.global_tokens or 0) > tokens:
         raise DataError(
@@ -45,21 +45,21 @@ def plan_run(recipe: Recipe, shape: BatchShape, store: Store, of: TrainingRows) 
             "batch.global_size (or global_tokens) or data.max_length, or add data"
         )
     plan = make_plan(
-        of.sizes,
+        training.sizes,
         store.lengths,
         train.seed,
-        periods=of.periods,
+        periods=training.periods,
         global_size=shape.global_size,
         global_tokens=shape.global_tokens,
         max_steps=train.max_steps,
         epochs=train.epochs,
         max_tokens=train.max_tokens,
-        cache=store.path.parent / ("plans" if len(of.sizes) == 1 else f"plans-{store.path.name}"),
+        cache=store.path.parent / ("plans" if len(training.sizes) == 1 else f"plans-{store.path.name}"),
     )
     last = plan.positions(plan.total_steps - 1)[1]
-    if of.end is not None and last > of.end:
+    if training.end is not None and last > training.end:
         raise DataError(
-            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {of.end:,} until all are used "
+            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {training.end:,} until all are used "
             "up. Train for fewer updates, raise max_epochs, or add data"
         )
     return plan

@@ -21,7 +21,7 @@ _PIECES = {"line": re.compile(r"[^\n]*\n?"), "paragraph": re.compile(r".*?(?:\n[
 
 
 class ExactDedup:
-    """See `Deduplication`."""
+    """Keeps the first of equal documents, lines or paragraphs; a `Deduplication`."""
 
     libraries: ClassVar[tuple[str, ...]] = ("xxhash",)
 

@@ -26,7 +26,7 @@ _COMPARED_AT_ONCE = 1 << 14  # pairs of signatures
 
 
 class NearDedup:
-    """See `Deduplication`."""
+    """Keeps the first of records whose sets of n-grams are similar; a `Deduplication`."""
 
     libraries: ClassVar[tuple[str, ...]] = ("rensa", "xxhash")
     by_record = True
