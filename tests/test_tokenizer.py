@@ -53,7 +53,8 @@ def test_ids_are_those_of_transformers(tokenizer_dir: Path) -> None:
 def test_a_trained_tokenizer_is_the_same_bytes_each_time(tmp_path: Path) -> None:
     settings = TokenizerTraining(vocab_size=320)
     code = (
-        "import sys; from ptft_dist.data.tokenizer import *; from ptft_dist.config.tokenizer_section import TokenizerTraining;"
+        "import sys; from ptft_dist.data.tokenizer import *;"
+        "from ptft_dist.config.tokenizer_section import TokenizerTraining;"
         f"train_tokenizer(TokenizerTraining(vocab_size=320), {DOCUMENTS!r}).save_pretrained(sys.argv[1])"
     )
     subprocess.run(

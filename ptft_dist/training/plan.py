@@ -59,8 +59,8 @@ def plan_run(recipe: Recipe, shape: BatchShape, store: Store, training: Training
     last = plan.positions(plan.total_steps - 1)[1]
     if training.end is not None and last > training.end:
         raise DataError(
-            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {training.end:,} until all are used "
-            "up. Train for fewer updates, raise max_epochs, or add data"
+            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {training.end:,} until all are "
+            "used up. Train for fewer updates, raise max_epochs, or add data"
         )
     return plan
 
