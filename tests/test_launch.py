@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from launch_support import HEAD, STOCK, launcher_arguments, launcher_environment
 from preloaded_ranks import forked_ptft, preloaded_ptft
 from support import ROOT, environment, eval_rows, free_port, start, train_rows, write_recipe
 
+from ptft_dist.api import load_recipe
+from ptft_dist.cli.train import _launch
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
@@ -23,6 +26,7 @@ from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
 from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code
 from ptft_dist.launch.settings import LaunchSettings, check_settings, settings_of_environment
+from ptft_dist.reporting.run_files import lock_run_dir
 
 CONFIGS = sorted(path.stem for path in shipped("launch_configs").glob("*.yaml"))
 EXPECTED = {
@@ -417,6 +421,32 @@ def test_two_nodes_on_one_host(tmp_path: Path, cache: Path, alone: Path) -> None
         assert node.returncode == 0, errors
     assert backend_of(tmp_path / "run") == ("ddp", 2)
     same_curve(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize("machine", [0, 1])
+def test_a_machine_that_starts_late_does_not_take_its_own_run_for_another(
+    tmp_path: Path, documents: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, machine: int
+) -> None:
+    """Rank 0 may lock the run directory while machine 1 still prepares: only machine 0 looks for another process."""
+    write_recipe(tmp_path, documents)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    started: list[Path] = []
+    monkeypatch.setattr("ptft_dist.launch.local.launch", lambda _words, run_dir, *_rest: started.append(run_dir) or 0)
+    (tmp_path / "run").mkdir()
+    lock = lock_run_dir(tmp_path / "run")
+    try:
+        several = machines(2, machine, "127.0.0.1:1")
+        loaded = load_recipe("recipe.yaml", [], training=True)
+        attempt = partial(_launch, loaded, "multi_node_ddp", 2, several, [], by_srun=False)
+        if machine == 0:
+            with pytest.raises(RecipeError, match="another process is training in run"):
+                attempt()
+        else:
+            assert attempt() == 0
+    finally:
+        lock.release()
+    assert len(started) == machine
 
 
 def test_the_start_line_names_the_backend(tmp_path: Path, documents: Path, cache: Path) -> None:

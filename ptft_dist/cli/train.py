@@ -129,7 +129,7 @@ def _launch(
     check_sources(loaded.recipe, loaded.base)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
-    if not by_srun:  # there another task may be rank 0 already
+    if not by_srun and (several is None or several.rank == 0):  # elsewhere rank 0 of this run may have the lock already
         lock_run_dir(run_dir).release()  # only a check, to report the error before the ranks start; rank 0 locks it
     with ending_at_once(partial(end_at_signal, _BEFORE)):
         prepare(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))  # rank 0 shows the report
