@@ -166,7 +166,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
-    environment |= {"inputs": session.prepared.inputs, "updates": trainer.total_steps}
+    environment |= {"networks": session.networks, "inputs": session.prepared.inputs, "updates": trainer.total_steps}
     report = session.prepared.report.to_dict()
     report |= {key: old.report.to_dict() for key, old in session.prepared.old.items()}
     write_start(run_dir, session.loaded, report, environment)

@@ -29,10 +29,12 @@ from ptft_dist.data.sources import check_sources
 from ptft_dist.data.store import Store
 from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import local_device, peak_flops
+from ptft_dist.engine.parameters import network_sizes
 from ptft_dist.errors import DataError
+from ptft_dist.frozen_networks import FrozenNetworks
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt.rates import lr_scales
-from ptft_dist.networks.facts import read_facts
+from ptft_dist.networks.critic import CRITIC
 from ptft_dist.networks.frozen import files_identity, frozen_source
 from ptft_dist.networks.load import DTYPES, flops_per_token, local_or_hub
 from ptft_dist.old_network import OldNetwork, add_penalties
@@ -96,15 +98,17 @@ class Session:
         self.start_section = self.trained.section if start is None else local_or_hub(start, loaded.base)
         self.penalty_files: dict[str, Path] = {}
         self.column_files: list[Path] = []
-        self.frozen = {
+        roles = self._frozen_roles()
+        sources = {
             role: frozen_source(each.key, each.path, each.revision, recipe.model, loaded.base)
-            for role, each in self.roles.items()
+            for role, each in roles.items()
         }
-        self.trained.task_class.check_setup(self.trained.setup, self.frozen)
-        self.teacher_order = teacher_order(self.trained.setup, self.frozen[TEACHER]) if recipe.distillation else []
+        self.frozen = FrozenNetworks(roles, sources, recipe.train.offload_frozen)
+        self.frozen.check(self.kind, local_device(place.local_rank))
+        self.trained.task_class.check_setup(self.trained.setup, sources)
+        self.teacher_order = teacher_order(self.trained.setup, sources[TEACHER]) if recipe.distillation else []
 
-    @cached_property
-    def roles(self) -> dict[str, FrozenRole]:
+    def _frozen_roles(self) -> dict[str, FrozenRole]:
         """The frozen networks of the run: those of the task, or the teacher."""
         trained, settings = self.trained, self.recipe.distillation
         if settings is None:
@@ -119,7 +123,7 @@ class Session:
     def identity(self) -> dict[str, Any]:
         """The identity of this run, which a checkpoint must share; see `run_identity`."""
         files = {}
-        for source in self.frozen.values():
+        for source in self.frozen.sources.values():
             files[f"{source.key}'s files"] = source.identity(self._digests)
         for key, old in self.prepared.old.items():
             files[f"{key}'s contents"] = " ".join(old.parts["data.train"])
@@ -237,7 +241,9 @@ class Session:
             self._regularize()
         else:
             self.engine.prepare_reading(model)
-        self._place_frozen()
+        self.networks = network_sizes(model, apart=(CRITIC,))
+        """Sizes of the trained network and of the frozen ones, by role; see `network_sizes`."""
+        self.networks |= self.frozen.place(self.engine, self.task, self.trained, self.start_section.path)
         run_probe(self.engine, self.task)
 
     @property
@@ -294,23 +300,6 @@ class Session:
         """The task, with the divergence from the teacher if the recipe has one."""
         settings = self.recipe.distillation
         return task if settings is None else cast(Task, Distillation(task, settings, self.teacher_order))
-
-    def _place_frozen(self) -> None:
-        """Load and place the frozen networks, after the trained one, because its DeepSpeed config has the bucket
-        sizes."""
-        for role, source in self.frozen.items():
-            if self.roles[role].shared:
-                continue
-            with self.engine.building(pretrained=False):
-                model = source.load(self.roles[role].auto_class, self.engine.dtype)
-                if source.path == self.start_section.path:  # a copy of the network that training starts from
-                    self.trained.add_tokens(model)
-            self.task.prepare_frozen(role, model, source)
-            facts, count = read_facts(model), sum(p.numel() for p in model.parameters())
-            size = sum(p.numel() * p.element_size() for p in model.parameters())
-            placed = "sharded over the processes" if self.kind in ("zero3", "fsdp2") else "on each process"
-            say(f"{role}: {source.path}, {count:,} parameters, frozen, {size / 1e6:,.1f} MB {placed}")
-            self.task.adopt(role, self.engine.prepare_frozen(model), facts)
 
     # --- training ----------------------------------------------------------------------------------------------------
 

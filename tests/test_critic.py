@@ -102,6 +102,11 @@ def test_it_is_trained_exported_and_resumed(
     assert AutoTokenizer.from_pretrained(run_dir / "model/critic").get_vocab()
     names = json.dumps([str(path) for path in (run_dir / "model").iterdir()])
     assert "value_head" not in names
+    sizes = json.loads((run_dir / "environment.json").read_text())["networks"]
+    count = sum(p.numel() for p in before.parameters())
+    assert sizes["critic"] == {"parameters": count, "trained": count, "bytes": 4 * count}
+    reference = {"parameters": sizes["model"]["parameters"], "trained": 0, "bytes": sizes["model"]["bytes"]}
+    assert sizes.get("reference", reference) == reference
 
     expected = outcome(run_dir)
     shutil.rmtree(run_dir / "checkpoints/step-00000004")

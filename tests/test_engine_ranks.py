@@ -244,14 +244,14 @@ def test_foreign_files_of_deepspeed_run_no_code(tmp_path: Path) -> None:
 # --- frozen networks --------------------------------------------------------------------------------------------------
 
 
-def read_frozen(trained_first: bool) -> dict[str, Any]:
+def read_frozen(trained_first: bool, offload: bool) -> dict[str, Any]:
     """Logits of a frozen network beside a trained one, before and after an update, and how much of it is here."""
     engine = make_engine()
     if trained_first:
         engine.prepare(llama(), section())
     with engine.building(pretrained=False):
         other = llama(seed=1, tied=True)
-    frozen = engine.prepare_frozen(other)
+    frozen = engine.prepare_frozen(other, offload=offload)
     if not trained_first:
         engine.prepare(llama(), section())
     logits = [frozen.forward(read_logits, rows(7 + engine.rank))[0]]
@@ -259,10 +259,14 @@ def read_frozen(trained_first: bool) -> dict[str, Any]:
     logits.append(frozen.forward(read_logits, rows(7 + engine.rank))[0])
     local = [getattr(p, "ds_tensor", p) for p in other.parameters()]
     here = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in local)
+    home = [p.data_ptr() for p in other.parameters()]
+    away = frozen.forward(lambda network, _: [p.data_ptr() for p in network.parameters()], rows(1))
     return {
         "logits": [x.float().numpy() for x in logits],
         "elements": here,
         "training": other.training,
+        "copied": away != home,
+        "returned": [p.data_ptr() for p in other.parameters()] == home,
         "learns": any(p.requires_grad for p in other.parameters()),
         "gradient": logits[0].requires_grad,
     }
@@ -273,19 +277,32 @@ def read_logits(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tens
 
 
 @pytest.mark.parametrize(
-    ("kind", "trained_first"),
-    [("cpu", True), ("cpu_zero2", True), ("cpu_zero3", True), ("cpu_zero3", False), ("fsdp2_efficient", True)],
+    ("kind", "trained_first", "offload"),
+    [
+        ("cpu", True, False),
+        ("cpu", True, True),
+        ("cpu_zero2", True, False),
+        ("cpu_zero2", True, True),
+        ("cpu_zero3", True, False),
+        ("cpu_zero3", False, False),
+        ("fsdp2_efficient", True, False),
+    ],
 )
-def test_a_frozen_network_gives_its_logits_from_shards(tmp_path: Path, kind: str, trained_first: bool) -> None:
+def test_a_frozen_network_gives_its_logits_from_shards(
+    tmp_path: Path, kind: str, trained_first: bool, offload: bool
+) -> None:
+    """An offloaded one runs on a copy of its parameters."""
     whole = llama(seed=1, tied=True).eval()
     elements = sum(p.numel() for p in whole.parameters())
-    for rank, seen in enumerate(on_ranks(read_frozen, trained_first, folder=tmp_path, kind=kind)):
+    for rank, seen in enumerate(on_ranks(read_frozen, trained_first, offload, folder=tmp_path, kind=kind)):
         expected = whole(input_ids=rows(7 + rank)["ids"]).logits.detach()
         for logits in seen["logits"]:
             torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-5, atol=1e-5)
         assert not any(seen[what] for what in ("training", "learns", "gradient"))
         share = seen["elements"] / elements
         assert share == 1 if kind in ("cpu", "cpu_zero2") else 0.48 < share < 0.55
+        if kind in ("cpu", "cpu_zero2"):
+            assert (seen["copied"], seen["returned"]) == (offload, True)
 
 
 # --- ranks that fail --------------------------------------------------------------------------------------------------

@@ -21,11 +21,15 @@ pytestmark = [
 
 def run(tmp_path: Path, documents: Path, cache: Path, name: str, *words: str, **changes: Any) -> Path:
     recipe = write_recipe(tmp_path / f"recipe-{name}", documents, **changes)
-    command = [sys.executable, "-m", "ptft_dist", "train", str(recipe), f"run_dir={name}", *words]
-    env = {**os.environ, "PTFT_CACHE": str(cache)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
+    train(tmp_path, cache, str(recipe), f"run_dir={name}", *words)
     return tmp_path / name
+
+
+def train(folder: Path, cache: Path, *words: str) -> None:
+    command = [sys.executable, "-m", "ptft_dist", "train", *words]
+    env = {**os.environ, "PTFT_CACHE": str(cache)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -53,3 +57,26 @@ def test_zero_on_one_gpu_gives_the_losses_of_one_process(
     sharded = run(tmp_path, documents, cache, launch, "--launch", launch, "--processes", "1")
     assert json.loads((sharded / "environment.json").read_text())["kind"] == launch.removesuffix("_offload")
     assert losses(sharded) == pytest.approx(alone, rel=1e-4)
+
+
+def test_an_offloaded_reference_gives_the_same_losses(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """Of DPO, whose reference is a second network."""
+    start = str(run(tmp_path, documents, cache, "start") / "model")
+    rows = [{"prompt": f"prompt {i}", "chosen": f"yes {i}", "rejected": f"no {i} no"} for i in range(64)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    seen = {}
+    for offload in (False, True):
+        recipe = {
+            "task": "dpo",
+            "model": {"path": start},
+            "data": {"train": [{"path": "pairs.jsonl"}], "max_length": 64},
+            "dpo": {"reference": "network"},
+            "batch": {"global_size": 8, "micro_size": 4},
+            "train": {"max_steps": 4, "offload_frozen": offload},
+            "log": {"every": 1},
+            "run_dir": f"offload-{offload}",
+        }
+        (tmp_path / "dpo.yaml").write_text(json.dumps(recipe))
+        train(tmp_path, cache, "dpo.yaml")
+        seen[offload] = losses(tmp_path / f"offload-{offload}")
+    assert seen[True] == pytest.approx(seen[False], rel=1e-6)

@@ -136,12 +136,13 @@ MAY_CHANGE = {
     "tokenizer.train.byte_fallback", "tokenizer.train.special_tokens", "tokenizer.extend", "tokenizer.init_added",
     "batch.micro_size", "batch.micro_tokens", "batch.group_by_length",
     "model.attention", "model.gradient_checkpointing", "model.compile",
-    "train.deterministic",
+    "train.deterministic", "train.offload_frozen",
     "clm.head",
     "sft.head", "sft.generation",
     "dpo.head", "kto.head",
     "seq2seq.generation",
     "ppo.show", "grpo.show", "rloo.show",
+    *(f"{task}.sampling.vllm.{key}" for task in ("ppo", "grpo", "rloo") for key in ("server", "memory", "sleep")),
     "question_answering.max_answer_length", "question_answering.n_best", "question_answering.no_answer_margin",
 }  # fmt: skip
 WITH_THE_ROWS = {"clm.bos"}  # named as the reason if the prepared rows differ
@@ -187,20 +188,20 @@ OWN_MUST_STAY = {
         "clip", "clip_rewards", "critic", "entropy_coefficient", "epochs", "gamma", "kl", "kl_estimator", "kl_horizon",
         "kl_target", "lam", "length_penalty", "length_target", "missing_eos_penalty", "normalize_rewards", "prompts",
         "rewards", "sampling.max_new_tokens", "sampling.micro_size", "sampling.min_p", "sampling.temperature",
-        "sampling.top_k", "sampling.top_p", "shape", "system", "target_kl", "template", "too_long", "value_clip",
-        "value_coefficient", "whiten_advantages", "whiten_rewards",
+        "sampling.top_k", "sampling.top_p", "sampling.vllm", "shape", "system", "target_kl", "template", "too_long",
+        "value_clip", "value_coefficient", "whiten_advantages", "whiten_rewards",
     },
     "grpo": {
         "clip", "clip_high", "clip_rewards", "epochs", "group_size", "kl", "kl_estimator", "length_penalty",
         "length_target", "missing_eos_penalty", "normalization", "normalize_rewards", "prompts", "rewards",
         "sampling.max_new_tokens", "sampling.micro_size", "sampling.min_p", "sampling.temperature", "sampling.top_k",
-        "sampling.top_p", "scale_rewards", "shape", "system", "template", "too_long",
+        "sampling.top_p", "sampling.vllm", "scale_rewards", "shape", "system", "template", "too_long",
     },
     "rloo": {
         "clip", "clip_rewards", "epochs", "group_size", "kl", "kl_estimator", "length_penalty", "length_target",
         "missing_eos_penalty", "normalize_rewards", "prompts", "rewards", "sampling.max_new_tokens",
-        "sampling.micro_size", "sampling.min_p", "sampling.temperature", "sampling.top_k", "sampling.top_p", "shape",
-        "system", "template", "too_long", "whiten_advantages",
+        "sampling.micro_size", "sampling.min_p", "sampling.temperature", "sampling.top_k", "sampling.top_p",
+        "sampling.vllm", "shape", "system", "template", "too_long", "whiten_advantages",
     },
 }  # fmt: skip
 
@@ -225,7 +226,7 @@ def test_every_key_is_named_here_as_one_that_may_change_or_must_stay(tmp_path: P
     assert {key for key in WITH_THE_ROWS if key.startswith(f"{task}.")} <= saved["data"].keys()
     settings = recipe_class().model_fields[task].annotation
     assert settings is not None
-    free = {key.partition(".")[2] for key in MAY_CHANGE | WITH_THE_ROWS if key.startswith(f"{task}.")}
+    free = {key.split(".")[1] for key in MAY_CHANGE | WITH_THE_ROWS if key.startswith(f"{task}.")}
     assert set(settings.model_fields) == {key.partition(".")[0] for key in OWN_MUST_STAY[task]} | free  # type: ignore[attr-defined]
 
 

@@ -39,6 +39,7 @@ MAY_CHANGE = (
     "model.gradient_checkpointing",
     "model.compile",
     "train.deterministic",
+    "train.offload_frozen",
 )
 """Keys and sections that may change when a run is resumed: output, evaluation, and settings that do not change the
 updates. `TaskSettings.may_change` adds those of the task. All other keys must be equal."""

@@ -189,6 +189,9 @@ class TrainSection(Section):
     """`bf16`, `fp16`: mixed precision with fp32 master weights; fp16 needs a GPU."""
     deterministic: bool = False
     """Use deterministic kernels only (slower on a GPU). An operation without one is an error."""
+    offload_frozen: bool = False
+    """Keep the frozen networks (teacher, reference, reward models) in the host's memory. Each is copied to the GPU
+    whenever it runs. Not for ZeRO-3 and FSDP2, which shard them."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:

@@ -10,6 +10,30 @@ from pydantic import Field, PositiveInt, model_validator
 from ptft_dist.config.section import ModelName, Positive, Section, Text, exactly_one, only_with
 
 
+class VllmSettings(Section):
+    """Sampling with vLLM (pip install 'ptft_dist[vllm]'; needs a GPU)."""
+
+    server: Text | None = None
+    """The address of a running `vllm serve`, such as http://node7:8000. Default: vLLM runs in each process of the
+    training, on the same GPU."""
+    memory: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.3
+    """Without a server: the share of the GPU's memory for vLLM."""
+    sleep: bool = True
+    """Without a server: vLLM gives this memory back while it does not sample."""
+    max_weight: Positive = 2.0
+    """vLLM's log-probabilities are not quite those of the trained network. What a token learns is multiplied by the
+    ratio of both probabilities, at most this (truncated importance sampling, Yao et al. 2025)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.server is not None:
+            for name in {"memory", "sleep"} & self.model_fields_set:
+                raise ValueError(f"{name}: has no effect with a server, which has settings of its own")
+            if not self.server.startswith(("http://", "https://")):
+                raise ValueError(f"server: {self.server!r} is no address; write it as http://HOST:PORT")
+        return self
+
+
 class SamplingSettings(Section):
     """How responses are sampled."""
 
@@ -25,6 +49,8 @@ class SamplingSettings(Section):
     """Sample only tokens with at least this many times the probability of the most probable one."""
     micro_size: PositiveInt | None = None
     """Responses that one process samples at a time. Default: 4 x batch.micro_size."""
+    vllm: VllmSettings | None = None
+    """Sample rollouts with vLLM instead of transformers; {} for its defaults. Evaluations always use transformers."""
 
 
 class RewardSource(Section):

@@ -178,13 +178,13 @@ class Engine:
         assert self.kind in ("single", "ddp"), self.kind
         self.backend.optimizer.register_step_post_hook(lambda *_: hook())
 
-    def prepare_frozen(self, model: PreTrainedModel) -> FrozenNetwork:
+    def prepare_frozen(self, model: PreTrainedModel, *, offload: bool = False) -> FrozenNetwork:
         """Place a frozen network in evaluation mode. Its data type does not change.
 
-        It is complete on the device of each rank; sharded under ZeRO-3 and FSDP2. All ranks must call this method and
-        the network together. Call `prepare` first.
+        It is complete on the device of each rank, or with `offload` in the host's memory; sharded under ZeRO-3 and
+        FSDP2. All ranks must call this method and the network together. Call `prepare` first.
         """
-        return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config)
+        return place_frozen(model, self.kind, self.accelerator, self.deepspeed_config, offload=offload)
 
     def prepare_reading(self, model: PreTrainedModel) -> None:
         """Place the engine's network for evaluation only, without an optimizer. Enables `forward` and `evaluating`."""

@@ -32,10 +32,42 @@ class FrozenNetwork:
         return out
 
 
+class Offloaded(FrozenNetwork):
+    """A network in the host's memory. Its parameters are copied to the device for each call."""
+
+    def __init__(self, module: torch.nn.Module, device: torch.device) -> None:
+        super().__init__(module, device)
+        for parameter in module.parameters():
+            parameter.data = parameter.data.cpu()
+            if device.type == "cuda":
+                parameter.data = parameter.data.pin_memory()  # several times as fast
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                owner.register_buffer(name, buffer.to(device), name not in owner._non_persistent_buffers_set)
+
+    def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
+        host = {parameter: parameter.data for parameter in self.module.parameters()}
+        try:
+            for parameter, data in host.items():
+                parameter.data = data.to(self.device, non_blocking=True, copy=True)
+            return super().forward(call, inputs)
+        finally:
+            for parameter, data in host.items():
+                parameter.data = data
+
+
 def place_frozen(
-    model: PreTrainedModel, kind: str, accelerator: Accelerator, deepspeed_config: dict[str, Any] | None
+    model: PreTrainedModel,
+    kind: str,
+    accelerator: Accelerator,
+    deepspeed_config: dict[str, Any] | None,
+    *,
+    offload: bool = False,
 ) -> FrozenNetwork:
-    """Place a network: complete on each rank under single, ddp, zero1 and zero2; sharded under zero3 and fsdp2."""
+    """Place a network: complete on each rank under single, ddp, zero1 and zero2; sharded under zero3 and fsdp2.
+
+    offload: where it is complete, keep its parameters in the host's memory; it is on the device only while it runs.
+    """
     model.requires_grad_(False)
     ties, module = tied_groups(model), LossModule(model)
     if kind == "zero3":
@@ -43,11 +75,11 @@ def place_frozen(
         module = _sharded_by_deepspeed(module, deepspeed_config)
     elif kind == "fsdp2":
         module = fsdp2_prepare_model(accelerator, module)
-    else:
+    elif not offload:
         module.to(accelerator.device)
     require_tied(model, ties, kind)
     module.eval()
-    return FrozenNetwork(module, accelerator.device)
+    return (Offloaded if offload else FrozenNetwork)(module, accelerator.device)
 
 
 def _sharded_by_deepspeed(module: LossModule, deepspeed_config: dict[str, Any]) -> Any:

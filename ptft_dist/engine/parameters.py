@@ -22,11 +22,30 @@ def element_counts(model: torch.nn.Module) -> tuple[int, int]:
     return sum(size for size, _ in sizes), sum(size for size, trained in sizes if trained)
 
 
+def network_sizes(model: torch.nn.Module, apart: Collection[str] = ()) -> dict[str, dict[str, int]]:
+    """Parameters, trained parameters and bytes of the weights of a network, over all ranks, and apart from it those
+    of its submodules `apart`, where they exist. Tied parameters count once."""
+    whole = _sizes(model)
+    parts = {name: _sizes(part) for name, part in model.named_children() if name in apart}
+    own = {key: value - sum(part[key] for part in parts.values()) for key, value in whole.items()}
+    return {"model": own, **parts}
+
+
+def _sizes(model: torch.nn.Module) -> dict[str, int]:
+    count, trained = element_counts(model)
+    size = sum(_stored(p) * p.element_size() for p in model.parameters())
+    return {"parameters": count, "trained": trained, "bytes": size}
+
+
+def _stored(parameter: torch.nn.Parameter) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def _numel(parameter: torch.nn.Parameter) -> int:
     quantized = getattr(parameter, "quant_state", None)
     if quantized is not None:  # a 4-bit parameter holds several weights in each element
         return int(torch.Size(quantized.shape).numel())
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return _stored(parameter)
 
 
 def tied_groups(model: torch.nn.Module) -> list[list[str]]:

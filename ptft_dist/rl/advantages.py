@@ -73,6 +73,19 @@ def whiten(parts: Sequence[np.ndarray], *, shift_mean: bool = True) -> list[np.n
     return [((part - mean) * scale + kept).astype(np.float32) for part in parts]
 
 
+def importance_weights(logprobs: np.ndarray, sampled: np.ndarray, most: float) -> np.ndarray:
+    """min(policy(token) / sampler(token), most) for responses that another program sampled: [R].
+
+    The losses of policies are linear in advantages, so advantages times these weights are what the policy's own samples
+    would teach (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training"); the limit
+    keeps their variance small (Ionides 2008).
+
+    Args:
+        logprobs, sampled: log-probabilities of the sampled tokens, of the policy and of the sampler [R].
+    """
+    return np.minimum(np.exp(logprobs - sampled), np.float32(most))
+
+
 def group_advantages(
     scores: np.ndarray, group_size: int, baseline: Literal["group_mean", "leave_one_out"], *, scale: bool
 ) -> np.ndarray:

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from ptft_dist.config.rollouts import SamplingSettings
 from ptft_dist.errors import RecipeError
+from ptft_dist.rl.advantages import importance_weights
 from ptft_dist.rl.sampling import response_seed, sample, until_end
 
 
@@ -25,6 +26,10 @@ class Processes(Protocol):
     """The methods of the engine that a rollout needs. All ranks must call them together."""
 
     rank: int
+    model: Any
+    """The trained network, as transformers and peft know it."""
+    accelerator: Any
+    """Accelerate's, for libraries that want one."""
 
     def forward(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> Any:
         """call(network, inputs) of the trained network."""
@@ -97,7 +102,7 @@ class Trajectory:
     score: float = 0.0
     """The reward of the whole response that is learned from."""
     tokens: dict[str, np.ndarray] = field(default_factory=dict)
-    """fp32 [R] each: logprobs, reference, values, advantages, returns."""
+    """fp32 [R] each: sampled, logprobs, reference, values, advantages, returns."""
 
     def __len__(self) -> int:
         return len(self.prompt.ids) + len(self.response)
@@ -125,36 +130,62 @@ class Clock:
         self.laps[name], self._since = round(now - self._since, 4), now
 
 
+class Response(NamedTuple):
+    """A sampled response."""
+
+    ids: np.ndarray
+    """int64 [R], its EOS included."""
+    ended: bool
+    """Whether it has an EOS."""
+    logprobs: np.ndarray | None = None
+    """fp32 [R], according to what sampled it, if that is not the trained network itself."""
+
+
+Sampler = Callable[[Phase, Sequence[np.ndarray], Sequence[int]], list[Response]]
+"""(phase, token ids of N prompts, N seeds) -> N responses, on every rank."""
+
+
+@dataclass(frozen=True)
+class NetworkSampler:
+    """Samples with the trained network itself."""
+
+    settings: SamplingSettings
+    padded: Callable[[Sequence[np.ndarray]], dict[str, torch.Tensor]]
+    """Pads prompts on the left: input_ids and attention_mask [B, P]."""
+    pad_id: int
+    eos_ids: Sequence[int]
+
+    def __call__(self, phase: Phase, prompts: Sequence[np.ndarray], seeds: Sequence[int]) -> list[Response]:
+        lengths = np.array([len(ids) for ids in prompts])
+        mine: dict[int, Response] = {}
+        with phase.processes.generating():
+            for rows, count in phase.micro_batches(lengths, phase.split_sampling):
+
+                def call(model: Any, inputs: dict[str, torch.Tensor], rows: list[int] = rows) -> torch.Tensor:
+                    own = [seeds[i] for i in rows]
+                    return sample(model, inputs, self.settings, own, pad_id=self.pad_id, eos_ids=self.eos_ids)
+
+                ids = phase.processes.forward(call, self.padded([prompts[i] for i in rows])).cpu().numpy()
+                if count:
+                    mine |= {i: Response(*until_end(each, self.eos_ids)) for i, each in zip(rows, ids, strict=True)}
+        return phase.gathered(mine, len(prompts))
+
+
 def sample_responses(
-    phase: Phase,
-    prompts: Sequence[Prompt],
-    group_size: int,
-    settings: SamplingSettings,
-    seed: int,
-    *,
-    padded: Callable[[Sequence[np.ndarray]], dict[str, torch.Tensor]],
-    pad_id: int,
-    eos_ids: Sequence[int],
+    phase: Phase, prompts: Sequence[Prompt], group_size: int, seed: int, sampler: Sampler
 ) -> list[Trajectory]:
     """`group_size` responses to each prompt, in the order of the prompts.
 
-    padded: pads prompts on the left: input_ids and attention_mask [B, P].
+    The log-probabilities of another sampler become the tokens' `sampled`.
     """
     wanted = [(prompt, number) for prompt in prompts for number in range(group_size)]
-    lengths = np.array([len(prompt.ids) for prompt, _ in wanted])
-    mine: dict[int, tuple[np.ndarray, bool]] = {}
-    with phase.processes.generating():
-        for rows, count in phase.micro_batches(lengths, phase.split_sampling):
-            seeds = [response_seed(seed, phase.number, wanted[i][0].row, wanted[i][1]) for i in rows]
-
-            def call(model: Any, inputs: dict[str, torch.Tensor], seeds: list[int] = seeds) -> torch.Tensor:
-                return sample(model, inputs, settings, seeds, pad_id=pad_id, eos_ids=eos_ids)
-
-            ids = phase.processes.forward(call, padded([wanted[i][0].ids for i in rows])).cpu().numpy()
-            if count:
-                mine |= {i: until_end(each, eos_ids) for i, each in zip(rows, ids, strict=True)}
-    responses = phase.gathered(mine, len(wanted))
-    return [Trajectory(*wanted[i], response, ended) for i, (response, ended) in enumerate(responses)]
+    seeds = [response_seed(seed, phase.number, prompt.row, number) for prompt, number in wanted]
+    trajectories = []
+    for given, each in zip(wanted, sampler(phase, [prompt.ids for prompt, _ in wanted], seeds), strict=True):
+        trajectories.append(Trajectory(*given, each.ids, each.ended))
+        if each.logprobs is not None:
+            trajectories[-1].tokens["sampled"] = each.logprobs
+    return trajectories
 
 
 def look_up(
@@ -177,6 +208,20 @@ def look_up(
             mine[i] = {name: x[b, : len(trajectories[i].response)] for name, x in found.items()}
     for each, numbers in zip(trajectories, phase.gathered(mine, len(trajectories)), strict=True):
         each.tokens |= numbers
+
+
+def weigh(trajectories: Sequence[Trajectory], most: float) -> dict[str, float]:
+    """Multiply advantages by `importance_weights`, because another program sampled; metrics of the difference."""
+    weights = [importance_weights(each.tokens["logprobs"], each.tokens["sampled"], most) for each in trajectories]
+    for each, weight in zip(trajectories, weights, strict=True):
+        each.tokens["advantages"] = each.tokens["advantages"] * weight
+    gaps = np.concatenate([np.abs(each.tokens["logprobs"] - each.tokens["sampled"]) for each in trajectories])
+    every = np.concatenate(weights)
+    return {
+        "sampler_gap": float(gaps.mean()),  # nats
+        "sampler_weight": float(every.mean()),
+        "sampler_weight_limited": float((every == np.float32(most)).mean()),
+    }
 
 
 def judge(

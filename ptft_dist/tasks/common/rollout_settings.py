@@ -15,7 +15,7 @@ from ptft_dist.tasks.common.chat_settings import ChatSettings
 class RolloutSettings(ChatSettings):
     """Settings of reinforcement learning from rewards."""
 
-    may_change = ("show",)
+    may_change = ("show", "sampling.vllm.server", "sampling.vllm.memory", "sampling.vllm.sleep")
     writes = True
     prompts: PositiveInt = 64
     """Prompts of one rollout, over all processes. A rollout is followed by epochs x (its responses / batch.global_size)

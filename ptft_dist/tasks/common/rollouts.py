@@ -23,6 +23,7 @@ from ptft_dist.networks.adapt.switching import (
     check_start_is_base,
     shares_base,
 )
+from ptft_dist.networks.critic import CRITIC, VALUE_HEAD
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.networks.names import directory_or_hub_name
@@ -30,9 +31,21 @@ from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
 from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model, tokenizer_of
 from ptft_dist.rl.rewards import find_function, shaped
-from ptft_dist.rl.rollout import Clock, Phase, Prompt, Rollout, Trajectory, look_up, sample_responses
+from ptft_dist.rl.rollout import (
+    Clock,
+    NetworkSampler,
+    Phase,
+    Prompt,
+    Rollout,
+    Sampler,
+    Trajectory,
+    look_up,
+    sample_responses,
+    weigh,
+)
 from ptft_dist.rl.sampling import response_seed, sample, until_end
 from ptft_dist.rl.scoring import Rewards, functions_of
+from ptft_dist.rl.vllm import VllmSampler, check_vllm
 from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.network_checks import check_room
@@ -42,6 +55,8 @@ from ptft_dist.tasks.common.rollout_settings import RolloutSettings
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, FrozenRole, LossOut, TaskSetup
 
 REFERENCE = "reference"
+SCORER = "reward_"
+"""Prefix of the names of adapters that are reward models, and of their heads."""
 PROMPT = "prompt/"
 """Prefix of the batch inputs of prompts, at evaluations."""
 
@@ -79,6 +94,8 @@ class RolloutTask(BaseTask):
         """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
         roles: dict[str, FrozenRole] = {}
         check_no_dropout(section.adapt, setup.name)
+        if setup.settings.sampling.vllm is not None:
+            check_vllm(f"{setup.name}.sampling.vllm", section)
         if setup.settings.kl and not section.adapt.adds_adapter:
             if section.path is None:
                 raise RecipeError(f"{setup.name}.kl: the reference is the network of model.path, and there is none")
@@ -119,8 +136,17 @@ class RolloutTask(BaseTask):
         if not self.eos_ids:
             raise RecipeError("tokenizer: it has no EOS token, so no response would end; name one as its eos_token")
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
+        self.sampler: Sampler = self._make_sampler()
         self.reference: Any = None
         self.rewards = Rewards(self.settings.rewards, setup.name, setup.base)
+
+    def _make_sampler(self) -> Sampler:
+        sampling = self.settings.sampling
+        if sampling.vllm is not None:
+            longest = self.setup.max_length + sampling.max_new_tokens
+            return VllmSampler(sampling, self.eos_ids, longest, [f"{VALUE_HEAD}.", f"{CRITIC}.", SCORER])
+        padded = partial(left_padded, pad_id=self.pad_id, multiple=self.pad_multiple)
+        return NetworkSampler(sampling, padded, self.fill_id, self.eos_ids)
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:
@@ -143,7 +169,7 @@ class RolloutTask(BaseTask):
         """Add the adapters of reward models that share the base of the policy; switch all dropout off."""
         for number, (role, each) in enumerate(self.frozen_roles(self.setup, section).items()):
             if each.shared:
-                name = f"reward_{number}"
+                name = f"{SCORER}{number}"
                 add_frozen_scorer(model, each.path, name)
                 own = tokenizer_of(FrozenSource(each.key, ModelSection(path=each.path)))
                 scorer = RewardModel(each.key, each.path, self.tokenizer, own, shared=name)
@@ -243,16 +269,7 @@ class RolloutTask(BaseTask):
         # 1. Sample responses with the policy.
         prompts = [prompt_of(store.row(row), row) for row in rows]
         settings, policy = self.settings, phase.processes.forward
-        trajectories = sample_responses(
-            phase,
-            prompts,
-            settings.samples_per_prompt,
-            settings.sampling,
-            self.setup.seed,
-            padded=lambda ids: left_padded(ids, self.pad_id, self.pad_multiple),
-            pad_id=self.fill_id,
-            eos_ids=self.eos_ids,
-        )
+        trajectories = sample_responses(phase, prompts, settings.samples_per_prompt, self.setup.seed, self.sampler)
         clock.lap("generation_s")
         # 2. What do the policy, the critic and the reference say about the sampled tokens?
         with phase.processes.evaluating():
@@ -285,6 +302,8 @@ class RolloutTask(BaseTask):
         if settings.kl:
             metrics["kl"] = float(np.mean([self.kl_of(each).sum() for each in trajectories]))
         metrics |= self.advantages(trajectories)
+        if settings.sampling.vllm is not None:
+            metrics |= weigh(trajectories, settings.sampling.vllm.max_weight)
         return Rollout(trajectories, metrics | clock.laps, self.samples_of(trajectories[: settings.show]))
 
     def advantages(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:

@@ -1,0 +1,38 @@
+"""Offloading of frozen networks is refused where it would have no effect."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from ptft_dist.errors import RecipeError
+from ptft_dist.frozen_networks import FrozenNetworks
+from ptft_dist.tasks.protocol import FrozenRole
+
+TEACHER = FrozenRole("distillation.teacher", "runs/teacher/model", None, AutoModelForCausalLM)
+SHARED = FrozenRole("ppo.rewards.0.model", "runs/reward/model", None, AutoModelForCausalLM, True)
+GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("roles", "kind", "device", "says"),
+    [
+        ({}, "single", GPU, "this recipe has no frozen network, so it has no effect; remove it"),
+        ({"reward": SHARED}, "ddp", GPU, "this recipe has no frozen network"),
+        ({"teacher": TEACHER}, "zero3", GPU, "zero3 shards frozen networks; offload the shards in its launch config"),
+        ({"teacher": TEACHER}, "fsdp2", GPU, "fsdp2 shards frozen networks"),
+        ({"teacher": TEACHER}, "ddp", CPU, "it needs a GPU"),
+    ],
+)
+def test_where_it_has_no_effect(roles: dict[str, Any], kind: str, device: torch.device, says: str) -> None:
+    with pytest.raises(RecipeError, match=f"^train.offload_frozen: {says}"):
+        FrozenNetworks(roles, {}, offload=True).check(kind, device)
+    FrozenNetworks(roles, {}, offload=False).check(kind, device)
+
+
+@pytest.mark.parametrize("kind", ["single", "ddp", "zero1", "zero2"])
+def test_where_it_has_one(kind: str) -> None:
+    FrozenNetworks({"teacher": TEACHER, "reward": SHARED}, {}, offload=True).check(kind, GPU)
