@@ -110,3 +110,17 @@ def test_a_base_in_16_bits_under_an_adapter_in_fp32(tmp_path: Path, cache: Path,
         assert run.wait() == 0, run.stderr
         losses.append([row["loss"] for row in train_rows(tmp_path / folder / "run")])
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
+
+
+@pytest.mark.parametrize("task", ["reward", "dpo"])
+def test_preferences_with_a_quantized_base_under_fsdp2(tmp_path: Path, cache: Path, task: str) -> None:
+    """A head of one score is trained beside the adapter of a base whose quantized weights are sharded."""
+    base = write_base(tmp_path / "base", cache, "sft", layers=1)
+    seen = {}
+    for name, ranks, kind in (("one", 1, "cpu"), ("fsdp2", 2, "fsdp2")):
+        write_adapted(tmp_path / name, base, task, METHODS["qlora"], **TRAIN)
+        run = start("train", "recipe.yaml", cwd=tmp_path / name, cache=cache, ranks=ranks, kind=kind)
+        assert run.wait() == 0, run.stderr
+        seen[name] = [row["loss"] for row in train_rows(tmp_path / name / "run")]
+    assert seen["fsdp2"] == pytest.approx(seen["one"], rel=1e-5)
+    assert seen["one"][-1] != seen["one"][0]
