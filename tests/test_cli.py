@@ -166,11 +166,13 @@ def test_long_messages_are_not_wrapped(folder: Path) -> None:
 def test_how_a_verb_can_end(folder: Path, raised: str, code: int, end: str) -> None:
     """Unexpected errors keep their traceback, without local variables; expected errors have none."""
     (folder / "verb.py").write_text(
+        "import sys\n"
         "from ptft_dist import cli, errors\n"
         "def verb():\n"
         "    password = 'hun' + 'ter2'\n"
         f"    raise {raised}\n"
-        "cli.app.command('verb')(verb)\n"
+        "sys.modules['a_module'] = sys.modules['__main__']\n"
+        "cli.VERBS = (*cli.VERBS, ('verb', 'a_module', 'verb'))\n"
         "cli.main()\n"
     )
     done = python(folder, "verb.py", "verb")

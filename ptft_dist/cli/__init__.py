@@ -49,23 +49,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("requeue", "ptft_dist.cli.requeue", "requeue"),
 )
 
-# Rich markup is slow to import and wraps lines. Typer's tracebacks print local variables, which may contain secrets.
-app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings={"max_content_width": 120},
-)
 
-for _name, _module, _attribute in VERBS:
-    _verb = getattr(import_module(_module), _attribute)
-    if isinstance(_verb, typer.Typer):
-        app.add_typer(_verb, name=_name)
-    else:
-        app.command(_name)(_verb)
-
-
-@app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
@@ -80,8 +64,27 @@ def _root(
 
 
 @functools.cache
-def command() -> typer._click.core.Command:
-    """The command with all verbs and their options, built from the functions' signatures."""
+def command(verb: str | None = None) -> typer._click.core.Command:
+    """The command with all verbs and their options, built from the functions' signatures.
+
+    verb: only this one, because all of them take a tenth of a second.
+    """
+    # Rich markup is slow to import and wraps lines. Tracebacks of Typer print local variables: secrets, maybe.
+    app = typer.Typer(
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"max_content_width": 120},
+    )
+    app.callback(invoke_without_command=True)(_root)
+    for name, module, attribute in VERBS:
+        if verb not in (None, name):
+            continue
+        function = getattr(import_module(module), attribute)
+        if isinstance(function, typer.Typer):
+            app.add_typer(function, name=name)
+        else:
+            app.command(name)(function)
     return typer.main.get_command(app)
 
 
@@ -97,7 +100,9 @@ def main() -> None:
     show_messages(int(os.environ.get("RANK", "0")))  # the launch package would import the schema of recipes
     hide_in_libraries()
     try:
-        with command().make_context("ptft", sys.argv[1:]) as context:
+        words = sys.argv[1:]
+        verb = words[0] if words and words[0] in {name for name, *_ in VERBS} else None
+        with command(verb).make_context("ptft", words) as context:
             context.command.invoke(context)
         sys.stdout.flush()
     except typer.Exit as end:
