@@ -80,6 +80,7 @@ MAY_IMPORT = {
         "scoring",
         "tasks",
     },
+    "doctor": {"config", "data", "errors", "launch", "slurm"},
     "scoring": {"data", "errors", "generation", "networks", "reporting", "tasks"},
     "judging": {
         "config",

@@ -23,6 +23,7 @@ from ptft_dist.reporting.messages import show_messages
 # name, module, function (or a Typer app with subcommands)
 VERBS: tuple[tuple[str, str, str], ...] = (
     ("init", "ptft_dist.cli.init", "init"),
+    ("doctor", "ptft_dist.cli.doctor", "doctor"),
     ("train", "ptft_dist.cli.train", "train"),
     ("prepare", "ptft_dist.cli.prepare", "prepare"),
     ("data", "ptft_dist.cli.data", "app"),
