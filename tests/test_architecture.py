@@ -80,7 +80,7 @@ MAY_IMPORT = {
         "scoring",
         "tasks",
     },
-    "doctor": {"config", "data", "errors", "launch", "slurm"},
+    "doctor": {"config", "data", "engine", "errors", "launch", "slurm"},
     "scoring": {"data", "errors", "generation", "networks", "reporting", "tasks"},
     "judging": {
         "config",

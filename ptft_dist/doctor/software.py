@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import logging
 import platform
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from importlib import metadata
 from packaging.requirements import Requirement
 
 from ptft_dist.doctor.finding import Finding
+from ptft_dist.engine.operations import compilable
 
 MAIN = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "bitsandbytes", "trl")
 OPERATIONS = {"CPUAdamBuilder": "offloading of the optimizer", "AsyncIOBuilder": "offloading to NVMe"}
@@ -44,14 +43,7 @@ def package(wanted: Requirement) -> Finding:
 
 def deepspeed_operations(*, with_gpu: bool) -> Iterator[Finding]:
     """Whether DeepSpeed can compile what offloading needs; it compiles it when it is first used."""
-    logging.getLogger("DeepSpeed").setLevel(logging.CRITICAL)
-    with contextlib.redirect_stdout(io.StringIO()):
-        import deepspeed.ops.op_builder as builders
-
-        able = {}
-        for name in OPERATIONS:
-            with contextlib.redirect_stderr(io.StringIO()):
-                able[name] = bool(getattr(builders, name)().is_compatible(verbose=False))
+    able = compilable(list(OPERATIONS))
     for name, use in OPERATIONS.items():
         if able[name]:
             yield Finding("DeepSpeed", name, "ok", f"can be compiled ({use})")
