@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test slurm check wheel clean
+.PHONY: setup demo test slurm check gpu gpu-dry wheel clean
 
 setup: $(STAMP)
 
@@ -44,6 +44,14 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# All that only a GPU can show, in at most 25 minutes on one card: writes docs/gpu.md and docs/gpu.json.
+gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --out docs
+
+# The same at toy size on the CPU, which says nothing about a GPU; tests/test_gpu_dry.py runs it too.
+gpu-dry: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py --dry --out build/gpu-dry
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
