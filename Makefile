@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test slurm check wheel reference docs clean
+.PHONY: setup demo test slurm check wheel reference docs screenshots clean
 
 setup: $(STAMP)
 
@@ -52,6 +52,10 @@ reference: $(STAMP)
 docs: reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html, or serve it: python3 -m http.server -d site"
+
+# Pictures of a real run for README.md. Needs Chromium; RUN=DIR takes a finished run instead of training one.
+screenshots: $(STAMP)
+	PYTHONPATH=docs $(BIN)/python -m reference_pages.screenshots $(RUN)
 
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel

@@ -3,7 +3,7 @@
 A block begins with ```sh, ```yaml or ```python. A comment in the line before says what tests do with it:
 
     <!-- test: parsed, REASON -->   not run; verbs, options, keys and file names are checked. REASON is one of REASONS
-    <!-- test: smaller -->          run, with two updates for each `ptft train`
+    <!-- test: smaller -->          run, with two updates on few rows for each `ptft train`
     <!-- test: file NAME -->        written to NAME for the blocks that follow
     <!-- test: exit 75 -->          run; its last command ends with this code
     none                            ```sh is run as it is; other blocks are left alone
@@ -14,11 +14,13 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import typer
 from support import ROOT
+from test_recipes import smaller as overrides_of
 
 from ptft_dist.cli import command
 from ptft_dist.config.mistakes import Schema
@@ -29,7 +31,7 @@ REASONS = ("synopsis", "minutes", "GPU", "Slurm", "download", "machines")
 BLOCK = re.compile(r"(?:^<!-- test: (?P<mark>[^\n]*?) -->\n\n?)?^```(?P<kind>\w+)\n(?P<text>.*?)^```$", re.M | re.S)
 COMMENT = re.compile(r"(?:^|\s+)#.*$")
 KEY = re.compile(r"^\+?[a-z_][\w.]*=")
-PROGRAMS = set("accelerate cat cd cp export git head ls mkdir pip printf python sleep source tail touch".split())
+PROGRAMS = set(". accelerate cat cd cp export git head ls mkdir pip pre-commit printf python sleep tail touch".split())  # noqa: SIM905
 TAKES_RECIPE = ("train", "prepare", "tokenizer", "prefetch", "submit", "sweep", "folds")
 
 
@@ -80,7 +82,7 @@ def check(words: list[str]) -> None:
     elif words[0] == "ptft":
         check_ptft(words[1:])
     else:
-        assert Path(words[0]).name in PROGRAMS, f"unknown program: {words}"
+        assert words[0] in PROGRAMS, f"unknown program: {words}"
     return None
 
 
@@ -115,9 +117,18 @@ def check_key(word: str) -> None:
         assert Schema(recipe_class()).at(path) is not None, f"no such key: {word}"
 
 
-def smaller(text: str, overrides: list[str]) -> str:
-    """The commands with overrides added to each `ptft train`."""
-    return re.sub(r"^(ptft train .*?)((?:\s+#.*)?)$", rf"\1 {shlex.join(overrides)}\2", text, flags=re.MULTILINE)
+def smaller(text: str, folder: Path) -> str:
+    """The commands with overrides added to each `ptft train`, so that it makes two updates on few rows."""
+    return re.sub(
+        r"^(ptft (?:train|data inspect) (\S+).*?)((?:\s+#.*)?)$", partial(_smaller, folder), text, flags=re.MULTILINE
+    )
+
+
+def _smaller(folder: Path, match: re.Match[str]) -> str:
+    own = folder / match[2]
+    recipe = own if own.is_file() else ROOT / f"recipes/{match[2]}.yaml"
+    text = re.sub(r" +#.*", "", recipe.read_text())
+    return f"{match[1]} {shlex.join([*overrides_of(text), 'log.report=false'])}{match[3]}"
 
 
 TyperException = typer.TyperException

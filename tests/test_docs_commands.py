@@ -8,18 +8,16 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from docs_commands import REASONS, TyperException, Block, blocks, check, commands, smaller
+from docs_commands import REASONS, Block, TyperException, blocks, check, commands, smaller
 from preloaded_ranks import preloaded, preloaded_ptft
 from support import ROOT, environment
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-UPDATES = ["train.max_steps=2", "data.train.0.limit=40", "data.validation=0.2", "batch.global_size=8"]
-SMALLER = [*UPDATES, "batch.micro_size=4", "log.report=false"]
 
 
 def run_block(block: Block, folder: Path, cache: Path) -> None:
     """Run a block in `folder` with bash; `ptft` and `python` are those with everything imported."""
-    text = smaller(block.text, SMALLER) if block.mark == "smaller" else block.text
+    text = smaller(block.text, folder) if block.mark == "smaller" else block.text
     text = re.sub(r"^\$ ", "", text, flags=re.MULTILINE)
     path = f"{preloaded_ptft()}:{os.environ['PATH']}"
     env = environment({"PTFT_CACHE": str(cache), "PATH": path, **preloaded()})
@@ -60,7 +58,9 @@ def test_every_block_with_commands_is_found() -> None:
         text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
         shown = re.findall(r"^    (?:ptft|accelerate|sbatch|make) [^\n]*", text, re.MULTILINE)
         assert page.name == "commands.md" or not shown, f"{page}: put ```sh around {shown}"
-        assert len(re.findall(r"^```", page.read_text(), re.MULTILINE)) == 2 * len(blocks(page)), f"{page}: name the language of each block"
+        assert len(re.findall(r"^```", page.read_text(), re.MULTILINE)) == 2 * len(blocks(page)), (
+            f"{page}: name the language of each block"
+        )
         assert page.read_text().count("<!-- test:") == sum(bool(block.mark) for block in blocks(page)), page
 
 
