@@ -6,6 +6,7 @@ A block begins with ```sh, ```yaml or ```python. A comment in the line before sa
     <!-- test: smaller -->          run, with two updates on few rows for each `ptft train`
     <!-- test: file NAME -->        written to NAME for the blocks that follow
     <!-- test: exit 75 -->          run; its last command ends with this code
+    <!-- test: output of Python 3.11.7 -->   with this version, exactly what the block before has printed
     none                            ```sh is run as it is; other blocks are left alone
 """
 
