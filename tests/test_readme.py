@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from docs_commands import blocks, commands
+from ruamel.yaml import YAML
 from support import ROOT
 
+import ptft_dist
 from ptft_dist.tasks.registry import TASKS
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -48,3 +50,18 @@ def test_links_lead_to_files(page: Path) -> None:
         target = link.partition("#")[0]
         if target and not re.match(r"[a-z]+:", link):
             assert (page.parent / target).exists(), f"{page}: {link}"
+
+
+def test_files_for_github_can_be_read() -> None:
+    load = YAML(typ="safe").load
+    forms = [load(path) for path in sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))]
+    assert [form["name"] for form in forms if "body" in form] == ["Bug", "Page or message", "Feature"]
+    for form in forms:
+        for field in form.get("body", ()):
+            assert field["attributes"]["label"]
+            assert field["type"] in ("textarea", "input", "dropdown", "markdown", "checkboxes")
+    citation, hooks = load(ROOT / "CITATION.cff"), load(ROOT / ".pre-commit-config.yaml")
+    assert citation["version"] == ptft_dist.__version__
+    assert citation["license"] == "Apache-2.0"
+    assert {"ruff", "ruff-format", "mypy"} <= {hook["id"] for hook in hooks["repos"][0]["hooks"]}
+    assert (ROOT / "CHANGELOG.md").read_text().count(ptft_dist.__version__) == 1
