@@ -19,7 +19,8 @@ _TYPES = {str: "text", int: "whole number", float: "number", bool: "switch"}
 
 def commands_page() -> str:
     """The page: one section for each verb."""
-    verbs = {name: command().commands[name] for name, _, _ in VERBS}
+    group: Any = command()
+    verbs = {name: group.commands[name] for name, _, _ in VERBS}
     rows = [[f"[{name}](#ptft-{name})", sentence(_help(verb).partition("\n\n")[0])] for name, verb in verbs.items()]
     return "\n".join([_HEAD, table(["verb", "does"], rows), *_sections("ptft", verbs)])
 
@@ -61,7 +62,7 @@ def _names(parameter: Any) -> str:
 def _type(parameter: Any) -> str:
     annotation = parameter.type_descriptor.annotation
     inner = [each for each in get_args(annotation) if each is not type(None)]
-    word = _TYPES.get(annotation) or _TYPES.get(inner[0] if inner else None, "text")
+    word = next((_TYPES[each] for each in (annotation, *inner) if each in _TYPES), "text")
     bounds = [f"at least {parameter.min}" if parameter.min is not None else ""]
     bounds += [f"at most {parameter.max}" if parameter.max is not None else ""]
     words = ", ".join(filter(None, [word, *bounds]))
