@@ -1,11 +1,12 @@
 # Two commands matter: make demo and make test. Each installs what it needs into .venv.
+# make docs builds the pages of docs/ into site/; make reference writes those of docs/reference that follow from the code.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 STAMP := $(VENV)/.installed
 
-.PHONY: setup demo test slurm check gpu gpu-dry wheel clean
+.PHONY: setup demo test slurm check gpu gpu-dry reference docs screenshots wheel clean
 
 setup: $(STAMP)
 
@@ -53,8 +54,19 @@ gpu: $(STAMP)
 gpu-dry: $(STAMP)
 	$(BIN)/python benchmarks/gpu.py --dry --out build/gpu-dry
 
+reference: $(STAMP)
+	PYTHONPATH=docs $(BIN)/python -m reference_pages
+
+docs: reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html, or serve it: python3 -m http.server -d site"
+
+# Pictures of a real run for README.md. Needs Chromium; RUN=DIR takes a finished run instead of training one.
+screenshots: $(STAMP)
+	PYTHONPATH=docs $(BIN)/python -m reference_pages.screenshots $(RUN)
+
 wheel: $(STAMP)
 	$(BIN)/python -m build --wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
