@@ -27,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
+from reference_pages.metrics import WITH_VLLM
 from rl_support import EOS, PAD, llama, recipe, task_for
 from test_rollouts import PROMPTS, OneProcess, one_row, parts_of, store_of
 from transformers import LlamaForCausalLM
@@ -244,6 +245,7 @@ def test_what_a_token_learns_is_weighted(vllm: type[Llm], tmp_path: Path, task: 
             assert weighted.tokens["advantages"][t] == pytest.approx(each.tokens["advantages"][t] * weight, abs=1e-4)
     if task == "ppo":
         assert all((a.tokens["returns"] == b.tokens["returns"]).all() for a, b in zip(trajectories, again, strict=True))
+    assert {name for name in metrics if name.startswith("sampler")} == WITH_VLLM.keys()
     assert metrics["sampler_gap"] == pytest.approx(abs(bias), abs=1e-4)
     assert metrics["sampler_weight"] == pytest.approx(min(math.exp(-bias), 2.0), rel=1e-3)
     assert metrics["sampler_weight_limited"] == (1.0 if limited else 0.0)

@@ -34,6 +34,11 @@ OPTIONAL = {
     "hard_loss": ("nats", "`distillation`: the task's own loss, without the teacher."),
     "divergence": ("nats", "`distillation`: the divergence from the teacher."),
 }
+WITH_VLLM = {
+    "sampler_gap": ("nats", "`sampling.vllm`: mean difference of vLLM's log-probabilities from the network's."),
+    "sampler_weight": ("", "`sampling.vllm`: mean weight of what a token learns."),
+    "sampler_weight_limited": ("fraction", "`sampling.vllm`: tokens whose weight is `max_weight`."),
+}
 IN_EVALUATIONS = tuple(f"eval/{name}" for name in ("router_loss", *DistillationSettings.metric_names))
 """Those of OPTIONAL that evaluations have too."""
 _POLICY = (
@@ -185,7 +190,7 @@ def metrics_page() -> str:
             "## Every update\n",
             _table(EVERY_UPDATE),
             "Some recipes add:\n",
-            _table(OPTIONAL),
+            _table(OPTIONAL | WITH_VLLM),
             f"Evaluations have {_list(IN_EVALUATIONS)} too.\n",
             "## By task\n",
             table(["task", "in an update, besides those above", "in an evaluation (`eval/`)"], list(_by_task())),

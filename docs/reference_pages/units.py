@@ -34,13 +34,13 @@ _OF = {
     "candidates": "n_best num_beams top_k",
     "fraction": (
         "decay density dropout hard label_smoothing mask_share min_lr_ratio min_p min_score probability random_share "
-        "share short_probability threshold top_p validation"
+        "share short_probability threshold top_p validation memory"
     ),
     NONE: (
         "alpha beta center_rewards_coefficient clip clip_high clip_rewards desirable_weight entropy_coefficient eps "
         "gamma head_lr_scale kl lam layer_decay length_penalty lr lr_scale max_grad_norm missing_eos_penalty momentum "
         "neftune_alpha no_answer_margin orthogonality plus_ratio power seed strength temperature undesirable_weight "
-        "value_clip value_coefficient weight weight_decay"
+        "value_clip value_coefficient weight weight_decay max_weight"
     ),
 }
 _SPECIAL = {
