@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from preloaded_ranks import preloaded_ptft
 from support import environment, outcome, ptft, start, write_recipe
 
 from ptft_dist.launch.srun_rank import rank_variables
@@ -34,7 +34,7 @@ def test_two_tasks_train_as_two_ranks_of_zero3(tmp_path: Path, documents: Path, 
     words = ["train", name, "--launch", "cpu_zero3", "--processes", "2", "--starter", "srun"]
     ranks = [
         subprocess.Popen(
-            [preloaded_ptft() / "ptft", *words],
+            [sys.executable, "-m", "ptft_dist", *words],
             cwd=tmp_path,
             env=environment({"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1", **task(rank)}),
             stderr=subprocess.PIPE,
