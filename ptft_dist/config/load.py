@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ptft_dist.config.document import COMMAND_LINE, Document, Mistake, Written, leaves, put
-from ptft_dist.config.mistakes import Schema, explain
+from ptft_dist.config.mistakes import explain, schema_of
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.section import KeyPath, Section, dotted
 from ptft_dist.config.shipped import find_shipped
@@ -156,7 +156,7 @@ def _validate(document: Document, path: Path, schema: type[_S]) -> _S:
         values = schema.model_validate_json(text, strict=True)
     except ValidationError as error:
         # `from None`, because the cause quotes values, which may be secret.
-        raise _refusal([*document.mistakes, *explain(error, document, Schema(schema))], path) from None
+        raise _refusal([*document.mistakes, *explain(error, document, schema_of(schema))], path) from None
     if document.mistakes:
         raise _refusal(document.mistakes, path)
     return values
