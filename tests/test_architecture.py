@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "errors": set(),
     "signals": set(),
     "config": {"errors"},
+    "converting": {"config", "errors"},
     "launch": {"config", "errors", "signals"},
     "reporting": {"config", "errors", "launch"},
     "engine": {"config", "errors"},
@@ -63,6 +64,7 @@ MAY_IMPORT = {
     "api": {
         "checkpoint",
         "config",
+        "converting",
         "data",
         "errors",
         "exporting",
