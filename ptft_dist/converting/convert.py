@@ -114,7 +114,7 @@ def _complete(draft: Draft, lost: dict[str, str]) -> None:
     learned = foreign_names()["assistant_only_loss"].keys_for(draft.task, draft.tasks)
     if draft.trainer == "trl" and learned and not draft.own("assistant_only_loss") and not draft.has(learned[0]):
         draft.remarks.append(
-            f"assistant_only_loss: without it, TRL learns all tokens of a conversation; set {learned[0]}: all for the same"
+            f"assistant_only_loss: without it, TRL learns all tokens of conversations; {learned[0]}: all does the same"
         )
     if not draft.has("data.validation") and draft.values.pop("eval", None):
         lost["evaluation"] = "there are no validation data; set data.validation, and eval.every"
