@@ -80,6 +80,7 @@ MAY_IMPORT = {
         "scoring",
         "tasks",
     },
+    "starter": {"config", "data", "errors", "launch", "tasks"},
     "scoring": {"data", "errors", "generation", "networks", "reporting", "tasks"},
     "judging": {
         "config",
