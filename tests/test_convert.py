@@ -431,6 +431,26 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert lines == ["model: required, but not given", "data: required, but not given"]
 
 
+def test_what_depends_on_validation_is_not_converted_without_it(tmp_path: Path) -> None:
+    text = FACTORY.replace("val_size: 0.1\n", "load_best_model_at_end: true\nmetric_for_best_model: eval_loss\n")
+    recipe = converted(tmp_path, text)
+    assert "eval" not in recipe
+    assert recipe["save"] == {"every": 500}
+    report = reports[tmp_path]
+    assert {"eval_steps", "metric_for_best_model", "load_best_model_at_end"} <= set(report.lost) - set(report.converted)
+
+
+@pytest.mark.parametrize("line", ["warmup_ratio: often", "learning_rate: auto", "val_set_size: [1]", "lora_target: 3"])
+def test_a_value_that_makes_no_sense_is_said(tmp_path: Path, line: str) -> None:
+    """By the conversion, or by the check of the recipe."""
+    name = line.partition(":")[0]
+    (tmp_path / "theirs.yaml").write_text(
+        "\n".join(row for row in TRL.splitlines() if not row.startswith(name)) + f"\n{line}\n"
+    )
+    report, mistakes = convert(tmp_path / "theirs.yaml", tmp_path / "recipe.yaml")
+    assert mistakes or name in report.lost
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -226,6 +226,20 @@ def test_a_pretrained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     )
 
 
+@pytest.mark.parametrize("gpus", [0, 1, 3, 8])
+def test_batches_fit_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    monkeypatch.setattr("ptft_dist.starter._gpus", lambda: gpus)
+    monkeypatch.setattr("ptft_dist.starter.default_launch", lambda: "multi_gpu" if gpus else "cpu")
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", LABELLED * 10)
+    recipe = made_from(tmp_path, "rows.jsonl")
+    batch = recipe["batch"]
+    assert batch["global_size"] % (batch["micro_size"] * max(1, gpus)) == 0
+    assert 16 < batch["global_size"] <= 32
+    assert recipe["train"]["max_steps"] == 3 * 900 // batch["global_size"]
+    assert recipe["train"]["precision"] == ("bf16" if gpus else "fp32")
+
+
 def test_bad_rows_are_found_and_skipped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -76,7 +76,7 @@ def convert(
     draft.set("task", chosen)
     converted, lost = _take(draft, given)
     implied, _ = _take(draft, {name: value for name, value in draft.defaults.items() if not _given(name, given)})
-    _complete(draft, lost)
+    _complete(draft, converted, lost)
     document = Document(values=draft.values)
     for assignment in overrides:
         document.override(assignment)
@@ -95,7 +95,10 @@ def _take(draft: Draft, named: Mapping[str, Any]) -> tuple[dict[str, str], dict[
     converted, lost = {}, {}
     for name, value in named.items():
         setting = foreign_names().get(name)
-        outcome: Outcome = _UNKNOWN if setting is None else outcome_of(draft, name, value, setting)
+        try:
+            outcome: Outcome = _UNKNOWN if setting is None else outcome_of(draft, name, value, setting)
+        except (TypeError, ValueError, AttributeError, LookupError):
+            outcome = f"its value {_short(value)} is not one that ptft understands"
         if isinstance(outcome, str):
             lost[name] = outcome
             continue
@@ -109,18 +112,26 @@ def _short(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def _complete(draft: Draft, lost: dict[str, str]) -> None:
+def _move(keys: str, converted: dict[str, str], lost: dict[str, str], why: str) -> None:
+    """Say of the names that set keys with this beginning that they have no counterpart."""
+    for name in [name for name, text in converted.items() if text.startswith(keys)]:
+        del converted[name]
+        lost[name] = why
+
+
+def _complete(draft: Draft, converted: dict[str, str], lost: dict[str, str]) -> None:
     """Remove what would have no effect, and add what a recipe needs."""
     learned = foreign_names()["assistant_only_loss"].keys_for(draft.task, draft.tasks)
     if draft.trainer == "trl" and learned and not draft.own("assistant_only_loss") and not draft.has(learned[0]):
         draft.remarks.append(
             f"assistant_only_loss: without it, TRL learns all tokens of conversations; {learned[0]}: all does the same"
         )
-    if not draft.has("data.validation") and draft.values.pop("eval", None):
-        lost["evaluation"] = "there are no validation data; set data.validation, and eval.every"
+    if not draft.has("data.validation"):
+        draft.values.pop("eval", None)
+        _move("eval.", converted, lost, "there are no validation data; set data.validation")
     if not draft.has("eval.every") and draft.values.get("save", {}).pop("best", None):
         draft.values["save"].pop("export", None)
-        lost["load_best_model_at_end"] = "it needs data.validation and eval.every"
+        _move("save.best", converted, lost, "it needs data.validation and eval.every")
     if draft.has("tokenizer") and not draft.has("tokenizer.path") and draft.has("model.path"):
         draft.set("tokenizer.path", draft.values["model"]["path"])
     if draft.values.get("optim", {}).get("schedule") in ("constant", "inverse_sqrt"):
