@@ -14,6 +14,7 @@ from tiny import made, preferred, write_rows
 
 from ptft_dist.api import convert, load_recipe
 from ptft_dist.config.other_trainers import foreign_settings
+from ptft_dist.config.shipped import shipped
 from ptft_dist.converting import model_rules, training_rules  # noqa: F401
 from ptft_dist.converting.draft import trainers
 from ptft_dist.converting.rules import RULES
@@ -438,6 +439,24 @@ def test_what_depends_on_validation_is_not_converted_without_it(tmp_path: Path) 
     assert recipe["save"] == {"every": 500}
     report = reports[tmp_path]
     assert {"eval_steps", "metric_for_best_model", "load_best_model_at_end"} <= set(report.lost) - set(report.converted)
+
+
+@pytest.mark.parametrize(
+    ("value", "launch"),
+    [
+        ("ds_z3_config.json", "zero3"),
+        ("examples/deepspeed/ds_bf16_z2.json", "zero2"),
+        ("zero1_torch_compile.json", "zero1"),
+        ("ds_z3_offload_config.json", "zero3_offload"),
+        ("{zero_optimization: {stage: 2, offload_optimizer: {device: cpu}}}", "zero2"),
+        ("{zero_optimization: {stage: 3, offload_param: {device: cpu}}}", "zero3_offload"),
+        ("{zero_optimization: {stage: 0}}", "multi_gpu"),
+    ],
+)
+def test_deepspeed_names_the_launch_config(tmp_path: Path, value: str, launch: str) -> None:
+    converted(tmp_path, f"{TRL}deepspeed: {value}\n")
+    assert reports[tmp_path].launch == launch
+    assert shipped("launch_configs").joinpath(f"{launch}.yaml").is_file()
 
 
 @pytest.mark.parametrize("line", ["warmup_ratio: often", "learning_rate: auto", "val_set_size: [1]", "lora_target: 3"])

@@ -161,6 +161,25 @@ sft gradient_acumulation_steps batch.global_size
 sft train.num_train_epoch train.epochs
 sft log.evrey log.every
 sft max_length data.max_length
+sft tokenizer.name_or_path tokenizer.path
+sft tokenizer.pretrained_model_name_or_path tokenizer.path
+sft model.name model.path
+sft tokenizer.name tokenizer.path
+sft optim.type optim.name
+sft optim.optimizer optim.name
+sft optim.scheduler optim.schedule
+sft eval.batch_size eval.micro_size
+sft eval.steps eval.every
+sft save.steps save.every
+sft log.interval log.every
+sft train.steps train.max_steps
+sft train.gradient_accumulation batch.global_size
+sft data.test data.validation
+sft data.num_workers data.workers
+sft random_seed train.seed
+sft save_dir run_dir
+sft optim.grad_clip optim.max_grad_norm
+sft tokenizer.vocab_size tokenizer.train.vocab_size
 """
 CASES = [tuple(line.split()) for line in HABITS.strip().splitlines()]
 

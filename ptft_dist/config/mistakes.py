@@ -187,11 +187,7 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
     if written:
         return path, f"expected {expected}, got the text of {written.text} (the value of a reference is always text)"
     hint = _hint(value, schema.branches(node))
-    if (
-        len(path) == 1
-        and not isinstance(value, dict | list | None)
-        and (foreign := _foreign(str(path[0]), document, schema))
-    ):
+    if len(path) == 1 and not isinstance(value, dict | list | None) and (foreign := _foreign(path, document, schema)):
         hint = f"; {foreign}"
     return path, f"expected {expected}, got {_shown(value)}{hint}"
 
@@ -212,7 +208,7 @@ def _hint(value: Any, branches: list[Node]) -> str:
 
 def _unknown_key(path: KeyPath, document: Document, schema: Schema) -> str:
     section, key = path[:-1], str(path[-1])
-    if text := _foreign(key, document, schema):
+    if text := _foreign(path, document, schema):
         return f"unknown key; {text}"
     siblings = schema.keys(schema.at(section))
     near = [dotted((*section, name)) for name in get_close_matches(key, siblings, n=1)]
@@ -221,19 +217,20 @@ def _unknown_key(path: KeyPath, document: Document, schema: Schema) -> str:
     hints = list(dict.fromkeys(near + outermost))[:3]
     if hints:
         return f"unknown key; did you mean {' or '.join(hints)}?"
-    if text := _foreign(key, document, schema, typos=True):
+    if text := _foreign(path, document, schema, typos=True):
         return f"unknown key; {text}"
     return f"unknown key; the keys of {dotted(section) or 'this file'} are {', '.join(siblings)}"
 
 
-def _foreign(key: str, document: Document, schema: Schema, *, typos: bool = False) -> str:
+def _foreign(path: KeyPath, document: Document, schema: Schema, *, typos: bool = False) -> str:
     """What a name of another trainer is called in a recipe; empty if it is none, or the file is no recipe."""
     tasks = [choice for branch in schema.branches(schema.at(("task",)) or {}) for choice in _choices(branch)]
-    found = foreign_name(key, typos=typos) if tasks else None
+    found = foreign_name(str(path[-1]), typos=typos) if tasks else None
     if found is None:
         return ""
     task = document.values.get("task")
     keys = found.keys_for(task, tasks)
+    keys = tuple(key for key in keys if len(path) > 1 and key.partition(".")[0] == path[0]) or keys
     if keys:
         return f"did you mean {' or '.join(keys)}? {found.note}".rstrip()
     if found.keys:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from ptft_dist.converting.draft import Draft
 from ptft_dist.converting.rules import Entry, Outcome, rule, translated
 
 # --- batches, length, optimizer ---------------------------------------------------------------------------------------
+
+
+_STAGE = re.compile(r"(?:zero|stage|z)[_-]?([0-3])", re.IGNORECASE)
 
 
 @rule
@@ -90,9 +94,9 @@ def betas(entry: Entry) -> Outcome:
 def every(entry: Entry) -> Outcome:
     """The key is eval.every or save.every."""
     what = entry.key.partition(".")[0]
-    steps, strategy = (
-        entry.draft.own(f"{what}_steps"),
-        entry.draft.own(f"{what}_strategy") or entry.draft.own("evaluation_strategy"),
+    steps = entry.draft.own(f"{what}_steps")
+    strategy = entry.draft.own(f"{what}_strategy") or (
+        entry.draft.own("evaluation_strategy") if what == "eval" else None
     )
     if "per_epoch" in entry.name or (strategy == "epoch" and not entry.name.endswith("_steps")):
         return f"it counts epochs; set {entry.key} to the number of updates. Without it, ptft does it at the end"
@@ -132,16 +136,14 @@ def launch(entry: Entry) -> Outcome:
     """DeepSpeed: the launch config with the same ZeRO stage."""
     config = entry.value if isinstance(entry.value, dict) else _deepspeed_file(entry.draft, str(entry.value))
     zero = config.get("zero_optimization", {})
-    digits = (
-        [each for each in Path(str(entry.value)).name if each in "123"] if not zero else [str(zero.get("stage", 0))]
-    )
-    stage = digits[0] if digits else "2"
-    offload = (
-        any(key in zero for key in ("offload_optimizer", "offload_param")) or "offload" in Path(str(entry.value)).name
-    )
-    entry.draft.launch = (
-        "zero3_offload" if stage == "3" and offload else f"zero{stage}" if stage != "0" else "multi_gpu"
-    )
+    name = "" if isinstance(entry.value, dict) else Path(str(entry.value)).name
+    in_name = _STAGE.search(name)
+    stage = str(zero["stage"]) if "stage" in zero else in_name[1] if in_name else "2"
+    offload = "offload" in name or any(key in zero for key in ("offload_optimizer", "offload_param"))
+    if stage == "0":
+        entry.draft.launch = "multi_gpu"
+    else:
+        entry.draft.launch = f"zero{stage}" + "_offload" * (stage == "3" and offload)
     return f"it belongs to the launch: ptft train RECIPE --launch {entry.draft.launch}. Your own file: docs/launch.md"
 
 
