@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from adapt_support import write_base
 from ruamel.yaml import YAML
-from support import start, train_rows
+from support import environment, start, train_rows
 from tiny import made, preferred, write_rows
 
 from ptft_dist.api import convert, load_recipe
@@ -486,6 +488,11 @@ def test_a_file_that_cannot_be_converted(tmp_path: Path, text: str, says: str) -
         convert(tmp_path / "theirs.yaml", tmp_path / "recipe.yaml")
 
 
+def test_a_directory_may_look_like_a_number(tmp_path: Path) -> None:
+    recipe = converted(tmp_path, TRL.replace("output_dir: runs/trl", 'output_dir: "7"'))
+    assert (recipe["run_dir"], recipe["train"]["seed"]) == ("7", 7)
+
+
 def test_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("mine")
     with pytest.raises(RecipeError, match="already exists"):
@@ -513,3 +520,24 @@ def test_the_defaults_are_those_of_the_installed_libraries() -> None:
         assert trl.ModelConfig.__dataclass_fields__[name].default == ours["defaults"]["trl"][name]
     for name in ("num_train_epochs", "weight_decay", "seed", "save_steps", "logging_steps", "gradient_checkpointing"):
         assert trl.SFTConfig.__dataclass_fields__[name].default == ours["defaults"]["trl"][name]
+
+
+def test_the_command_reports_every_key_and_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "theirs.yaml").write_text(AXOLOTL)
+    probe = (
+        "import sys; sys.argv = ['ptft', 'convert', 'theirs.yaml', '--processes', '2', 'model.path=org/other']\n"
+        "from ptft_dist.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "assert not {'torch', 'transformers', 'accelerate', 'deepspeed', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", probe], check=True, capture_output=True, text=True, cwd=tmp_path, env=environment()
+    )
+    words = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert words[0] == ["recognized:", "axolotl, task sft, 2 processes"]
+    assert ["micro_batch_size", "batch.micro_size: 2, batch.global_size: 12"] in words
+    assert ["seed", "train.seed: 42"] in words  # a default of axolotl
+    assert ["made_up", "ptft does not know this name"] in words
+    assert ["ptft", "train recipe.yaml --launch zero3"] in words
+    assert load_recipe(tmp_path / "recipe.yaml").recipe.model.path == "org/other"

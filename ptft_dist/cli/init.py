@@ -13,7 +13,7 @@ from ptft_dist.errors import RecipeError
 
 def init(
     first: Annotated[
-        str | None, typer.Argument(metavar="[TASK]", help="With --data: the task. Default: the most likely one.")
+        str | None, typer.Argument(metavar="TASK", help="With --data: the task. Default: the most likely one.")
     ] = None,
     second: Annotated[
         str | None, typer.Argument(metavar="DIR", help="The target directory; created if missing.")

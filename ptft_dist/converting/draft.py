@@ -16,6 +16,8 @@ from ptft_dist.config.other_trainers import foreign_names
 from ptft_dist.errors import RecipeError
 
 _NUMBER = re.compile(r"[-+]?\d+(\.\d*)?([eE][-+]?\d+)?")
+_TEXTS = ("name", "revision", "dir", "path")
+"""Ends of names whose values are texts, even if they look like numbers."""
 _INCLUDED = {"trl": "transformers", "llamafactory": "transformers"}
 """Trainers that also have the names of another one."""
 
@@ -139,7 +141,7 @@ def read_given(path: Path) -> dict[str, Any]:
     if "task" in document.values and isinstance(document.values.get("model"), dict):
         raise RecipeError(f"{path}: this is a recipe already; check it with: ptft config check {path}")
     return {
-        name: _number(value)
+        name: value if name.endswith(_TEXTS) else _number(value)
         for name, value in document.values.items()
         if value is not None and value != "" and not name.startswith("_")
     }
