@@ -26,6 +26,7 @@ from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
+    from ptft_dist.converting.convert import Converted
     from ptft_dist.data.inspection import Inspection
     from ptft_dist.data.prepare import Prepared
     from ptft_dist.data.trained_tokenizer import TokenizerReport
@@ -95,6 +96,38 @@ def prepare(source: Source, overrides: Overrides = ()) -> Prepared:
     loaded = load_recipe(source, overrides)
     check_sources(loaded.recipe, loaded.base)
     return run(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
+
+
+@_hiding_secrets
+def convert(
+    file: str | Path, out: str | Path, overrides: Overrides = (), *, task: str | None = None, processes: int = 1
+) -> tuple[Converted, str]:
+    """Write a recipe that does the same as a configuration of TRL, axolotl, LLaMA-Factory or TrainingArguments.
+
+    Args:
+        task: what the file trains, if its keys do not say it.
+        processes: the number of processes of that training, which is a factor of the batch size.
+
+    Returns:
+        What became of each key, and the mistakes of the recipe, such as a missing model; empty if it is valid.
+
+    Raises:
+        RecipeError: the file is of no known trainer, or `out` exists.
+    """
+    from ptft_dist.converting.convert import convert as converted_from
+    from ptft_dist.reporting.output import write_text
+
+    target = Path(out)
+    if target.exists():
+        raise RecipeError(f"{target}: already exists, nothing was written; remove the file or name another with --out")
+    words = _words(overrides)
+    converted = converted_from(Path(file), target, recipe_class(), task=task, processes=processes, overrides=words)
+    write_text(target, converted.text)
+    try:
+        load_recipe(target)
+    except RecipeError as error:
+        return converted, str(error)
+    return converted, ""
 
 
 @_hiding_secrets

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "errors": set(),
     "signals": set(),
     "config": {"errors"},
+    "converting": {"config", "errors"},
     "launch": {"config", "errors", "signals"},
     "reporting": {"config", "errors", "launch"},
     "engine": {"config", "errors"},
@@ -65,6 +66,7 @@ MAY_IMPORT = {
     "api": {
         "checkpoint",
         "config",
+        "converting",
         "data",
         "errors",
         "exporting",
@@ -81,6 +83,7 @@ MAY_IMPORT = {
         "tasks",
     },
     "doctor": {"config", "data", "engine", "errors", "launch", "slurm"},
+    "starter": {"config", "data", "errors", "launch", "tasks"},
     "scoring": {"data", "errors", "generation", "networks", "reporting", "tasks"},
     "judging": {
         "config",

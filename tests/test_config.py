@@ -237,7 +237,8 @@ BROKEN = [
     (
         "runs/clm",
         "${home}",
-        "recipe.yaml:19: run_dir: unknown reference ${home}; use ${env:NAME}, ${env:NAME:-default} or ${run_dir}",
+        "recipe.yaml:19: run_dir: unknown reference ${home}; use ${env:NAME}, ${env:NAME:-default}, or a key of the "
+        "recipe, such as ${run_dir} or ${optim.lr}",
     ),
     (
         "runs/clm",
@@ -633,6 +634,54 @@ def test_what_a_reference_gives_is_text(tmp_path: Path, monkeypatch: pytest.Monk
     ]
 
 
+def test_references_to_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET_9", "hidden-9")
+    text = GOOD.replace(
+        "runs/clm", "runs/${task}-${optim.lr}-${train.seed}-${optim.betas.0}-${model.config.model_type}"
+    )
+    text = text.replace("texts/*.txt", "${data.cache_dir}/${batch.group_by_length}.txt").replace(
+        "  validation", "  cache_dir: ${env:SECRET_9}/$${x}/${optim.schedule}\n  validation"
+    )
+    loaded = load(tmp_path, text, "save={every: '${eval.every}'}", "eval={every: '${train.max_steps}'}", "train.seed=7")
+    recipe = loaded.recipe
+    assert recipe.run_dir == "runs/clm-0.001-7-0.9-llama"
+    assert recipe.data.train[1].path == "hidden-9/${x}/cosine/true.txt"  # two defaults, one of them of a section
+    assert (recipe.save.every, recipe.eval.every) == (300, 300)  # a reference alone keeps the type
+    resolved = YAML(typ="safe").load(dump_resolved(loaded))
+    assert resolved["run_dir"] == recipe.run_dir
+    assert resolved["save"]["every"] == 300
+    assert resolved["data"]["train"][1]["path"] == "${env:SECRET_9}/$${x}/cosine/true.txt"
+    assert "hidden-9" not in dump_resolved(loaded) + describe(loaded)
+    (tmp_path / "resolved.yaml").write_text(dump_resolved(loaded))
+    assert load_recipe(str(tmp_path / "resolved.yaml")).recipe == recipe
+    assert loaded.origins["run_dir"] == "recipe.yaml:20"
+
+
+@pytest.mark.parametrize(
+    ("run_dir", "says"),
+    [
+        ("${optim.lrr}", "unknown reference ${optim.lrr}; did you mean ${optim.lr}?"),
+        ("${optim.a b}", "unknown reference ${optim.a b}; use ${env:NAME}"),
+        ("${data.train.5.path}", "unknown reference ${data.train.5.path}"),
+        ("${model.config}", "${model.config} cannot be used here: model.config is a section, and not one value"),
+        ("${data.train}", "${data.train} cannot be used here: data.train is a list, and not one value"),
+        ("${model.revision}", "${model.revision} cannot be used here: model.revision is null, and not one value"),
+        ("${run_dir}", "${run_dir} cannot be used here: run_dir would refer to itself"),
+    ],
+)
+def test_a_reference_that_leads_nowhere(tmp_path: Path, run_dir: str, says: str) -> None:
+    (line,) = refused(tmp_path, GOOD.replace("runs/clm", run_dir))
+    assert line.startswith(f"recipe.yaml:19: run_dir: {says}")
+
+
+def test_a_cycle_of_references(tmp_path: Path) -> None:
+    text = GOOD.replace("runs/clm", "a/${data.train.1.path}").replace("texts/*.txt", "${data.cache_dir}/x")
+    assert refused(tmp_path, text, "data.cache_dir=${run_dir}/y") == [
+        "recipe.yaml:19: run_dir: ${data.train.1.path} cannot be used here: data.train.1.path would refer to itself "
+        "through data.cache_dir, run_dir"
+    ]
+
+
 def test_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_9", "a")
     text = GOOD.replace("runs/clm", "${env:A_9}/${env:B_9:-b}").replace("texts/*.txt", "${run_dir}/x")
@@ -699,6 +748,18 @@ def test_describe_is_a_table(tmp_path: Path) -> None:
     assert ["optim.lr", "0.5", "command", "line"] in [line.split() for line in lines]
     assert ["train.max_steps", "300", "recipe.yaml:18"] in [line.split() for line in lines]
     assert len({line.index(line.split()[1]) for line in lines}) == 1  # the columns stand below each other
+
+
+def test_describe_shows_other_tasks_if_asked(tmp_path: Path) -> None:
+    """The keys of the file, of the common sections and of this task; with all_tasks those of every task."""
+    loaded = load(tmp_path)
+    shown, everything = (
+        {line.split()[0].partition(".")[0] for line in describe(loaded, all_tasks=all_tasks).splitlines()[1:]}
+        for all_tasks in (False, True)
+    )
+    assert shown & set(TASKS) == {"clm"}
+    assert everything == shown | set(TASKS)
+    assert len(set(describe(loaded, all_tasks=True).splitlines()) - set(describe(loaded).splitlines())) > 100
 
 
 def test_the_schema_names_every_section_and_describes_every_key() -> None:

@@ -493,3 +493,12 @@ def test_resolved_and_shown_are_the_sections_of_the_own_task_only(tmp_path: Path
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(dump_resolved(loaded))
     assert load_recipe(str(resolved)).recipe == loaded.recipe
+
+
+def test_a_reference_to_a_key_counts_as_its_value(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_9", "secret-9")
+    written = identity(tmp_path, "model.config.name='m-${optim.lr}'", "optim.lr=0.5")
+    assert written["chosen"]["model.config.name"] == "m-0.5"
+    assert written == identity(tmp_path, "model.config.name=m-0.5", "optim.lr=0.5")
+    hidden = identity(tmp_path, "model.config.name='${model.config.other}'", "model.config.other='${env:A_9}'")
+    assert "secret-9" not in json.dumps(hidden)

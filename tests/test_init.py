@@ -21,7 +21,7 @@ def same(copy: Path, kind: str) -> bool:
 
 def test_it_copies_recipe_launch_config_and_batch_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new/project"
-    init(str(folder), "sft", "zero3")
+    init(str(folder), recipe="sft", launch="zero3")
     assert sorted(path.name for path in folder.iterdir()) == ["sft.yaml", "train.sbatch", "zero3.yaml"]
     assert same(folder / "sft.yaml", "recipes")
     assert same(folder / "zero3.yaml", "launch_configs")
@@ -42,7 +42,7 @@ def test_it_takes_the_deepspeed_json_with_it(tmp_path: Path, monkeypatch: pytest
     (mine / "conf/ds.json").write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket_size": 7}}))
     text = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: conf/ds.json}\n"
     (mine / "launch.yaml").write_text(text)
-    init(str(tmp_path / "copy"), "clm", str(mine / "launch.yaml"))
+    init(str(tmp_path / "copy"), recipe="clm", launch=str(mine / "launch.yaml"))
     monkeypatch.chdir(tmp_path / "copy")
     assert read_launch_file("launch.yaml").deepspeed_json == tmp_path / "copy/conf/ds.json"
 
@@ -50,7 +50,7 @@ def test_it_takes_the_deepspeed_json_with_it(tmp_path: Path, monkeypatch: pytest
 def test_it_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "cpu.yaml").write_text("mine")
     with pytest.raises(RecipeError, match=r"cpu\.yaml: already exists, nothing was written"):
-        init(str(tmp_path), "clm", "cpu")
+        init(str(tmp_path), recipe="clm", launch="cpu")
     assert [path.name for path in tmp_path.iterdir()] == ["cpu.yaml"]
     assert (tmp_path / "cpu.yaml").read_text() == "mine"
 
@@ -61,7 +61,7 @@ def test_a_json_outside_of_the_directory_is_refused(tmp_path: Path) -> None:
     text = "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {deepspeed_config_file: ../ds.json}\n"
     (tmp_path / "mine/launch.yaml").write_text(text)
     with pytest.raises(RecipeError, match=r"outside of .*; name the DeepSpeed JSON by its absolute path"):
-        init(str(tmp_path / "a/copy"), "clm", str(tmp_path / "mine/launch.yaml"))
+        init(str(tmp_path / "a/copy"), recipe="clm", launch=str(tmp_path / "mine/launch.yaml"))
     assert not (tmp_path / "a").exists()
 
 

@@ -30,6 +30,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("tokenizer", "ptft_dist.cli.tokenizer", "tokenizer"),
     ("prefetch", "ptft_dist.cli.prefetch", "prefetch"),
     ("config", "ptft_dist.cli.config", "app"),
+    ("convert", "ptft_dist.cli.convert", "convert"),
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
     ("generate", "ptft_dist.cli.generate", "generate"),

@@ -29,12 +29,16 @@ def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
 
 
 @app.command()
-def show(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
+def show(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    every: Annotated[bool, typer.Option("--all", help="Also the sections of other tasks.")] = False,
+) -> None:
     """Print every value with its origin: the file, the command line, the environment or a default."""
     from ptft_dist.api import load_recipe
     from ptft_dist.config.load import describe
 
-    print(describe(load_recipe(recipe, overrides or ())))
+    print(describe(load_recipe(recipe, overrides or ()), all_tasks=every))
 
 
 @app.command()

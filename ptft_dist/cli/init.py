@@ -1,4 +1,4 @@
-"""`ptft init`: copy files to start from. Does not import torch or Accelerate."""
+"""`ptft init`: files to start from: copies, or a recipe for a file of data. Does not import torch or Accelerate."""
 
 from __future__ import annotations
 
@@ -12,16 +12,89 @@ from ptft_dist.errors import RecipeError
 
 
 def init(
-    directory: Annotated[str, typer.Argument(metavar="DIR", help="The target directory; created if missing.")],
-    recipe: Annotated[str, typer.Option(help="A shipped recipe, such as clm or sft, or a file.")] = "clm",
+    first: Annotated[
+        str | None, typer.Argument(metavar="TASK", help="With --data: the task. Default: the most likely one.")
+    ] = None,
+    second: Annotated[
+        str | None, typer.Argument(metavar="DIR", help="The target directory; created if missing.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="A shipped recipe, such as clm (default) or sft, or a file.")
+    ] = None,
     launch: Annotated[
         str | None, typer.Option(help="A launch config: a shipped one such as multi_gpu or zero3, or a file.")
     ] = None,
     site: Annotated[
         bool, typer.Option("--site", help="Also write a site profile, site.yaml, from what this Slurm cluster says.")
     ] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="A file, folder or glob of data: look at it, and write a recipe for it.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --data: a pretrained network, a directory or Hub name.")
+    ] = None,
 ) -> None:
-    """Copy a recipe, a launch config with its DeepSpeed JSON, and a Slurm batch file, to start from."""
+    """Copy a recipe, a launch config and a Slurm batch file, to start from; or write a recipe for --data FILE.
+
+    ptft init DIR [--recipe sft] [--launch zero3] [--site]
+
+    ptft init [TASK] --data FILE [DIR] [--model NAME]
+    """
+    if data is not None:
+        copying = {"--recipe": recipe, "--launch": launch, "--site": site or None}
+        for option, value in copying.items():
+            if value is not None:
+                raise RecipeError(f"{option}: has no effect with --data, which writes a recipe only")
+        _write_recipe(data, *_task_and_folder(first, second), model)
+    elif model is not None:
+        raise RecipeError("--model: has no effect here: it needs --data")
+    elif first is None or second is not None:
+        raise RecipeError("expected one directory: ptft init DIR, or ptft init [TASK] --data FILE [DIR]")
+    else:
+        _copy_shipped(first, recipe or "clm", launch, site)
+
+
+def _task_and_folder(first: str | None, second: str | None) -> tuple[str | None, Path]:
+    """The words before and after --data: [TASK] [DIR]. Raises RecipeError if the first of two is no task."""
+    from difflib import get_close_matches
+
+    from ptft_dist.tasks.registry import TASKS
+
+    if first is None or first in TASKS:
+        return first, Path(second or ".").expanduser()
+    near = get_close_matches(first, TASKS, n=1, cutoff=0.7)
+    if second is not None or (near and not Path(first).exists()):
+        hint = f"; did you mean {near[0]}?" if near else f"; the tasks are {', '.join(TASKS)}"
+        raise RecipeError(f"there is no task {first}{hint}")
+    return None, Path(first).expanduser()
+
+
+def _write_recipe(data: Path, task: str | None, folder: Path, model: str | None) -> None:
+    """Write TASK.yaml for a file of data, and print what was seen. Raises DataError and RecipeError."""
+    from ptft_dist.data.survey import survey
+    from ptft_dist.reporting.output import write_text
+    from ptft_dist.starter import start_for
+    from ptft_dist.tasks.registry import recipe_class
+
+    start = start_for(survey(data), recipe_class(), folder, task=task, model=model)
+    target = folder / f"{start.task}.yaml"
+    if target.exists():
+        raise RecipeError(f"{target}: already exists, nothing was written; remove the file or use another directory")
+    write_text(target, start.text)
+    print("\n".join(start.seen))
+    proposed = "" if task else f"; other tasks that fit: {', '.join(start.others)}" if start.others else ""
+    print(f"task {start.task}{proposed}\nwrote {target}; next:")
+    steps = {f"ptft train {name}": f"makes runs/{name}/model, which the recipe names" for name in start.first}
+    steps |= {
+        f"ptft config check {target}": "lists all mistakes with their lines",
+        f"ptft data inspect {target}": "prepares the data, and shows rows as the network sees them",
+        f"ptft train {target}": "on this machine; add --launch multi_gpu for several GPUs",
+    }
+    print(_aligned(steps))
+
+
+def _copy_shipped(directory: str, recipe: str, launch: str | None, site: bool) -> None:
+    """Copy a recipe, a launch config with its DeepSpeed JSON, and a Slurm batch file."""
     from ptft_dist.config.shipped import find_shipped
     from ptft_dist.launch.launch_file import read_launch_file
     from ptft_dist.launch.local import default_launch
@@ -83,5 +156,10 @@ def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str) -> 
         f"ptft train {recipe} --launch {launch}": "on this machine; --processes N for another number",
         f"sbatch train.sbatch {recipe} --launch {launch}": "on Slurm; put --nodes and --gpus-per-node before the file",
     }
+    return "\n".join([*lines, _aligned(steps)])
+
+
+def _aligned(steps: dict[str, str]) -> str:
+    """Commands and what they do, one a line."""
     width = max(map(len, steps))
-    return "\n".join([*lines, *(f"  {step:{width}}  {hint}".rstrip() for step, hint in steps.items())])
+    return "\n".join(f"  {step:{width}}  {hint}".rstrip() for step, hint in steps.items())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,6 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-from ptft_dist.config import secrets
 from ptft_dist.config.section import KeyPath, dotted
 
 COMMAND_LINE = 0
@@ -29,8 +28,6 @@ _SCALARS = {_TAG + name for name in ("int", "float", "bool", "null")}
 _MAX_DEPTH = 50
 _MAX_VALUES = 100_000  # with aliases expanded, because a few nested aliases can expand to billions of values
 _LARGEST = 2**63 - 1
-_REFERENCE = re.compile(r"\$\$\{|\$\{(?P<body>[^{}]*)\}|\$\{")
-_ENVIRONMENT = re.compile(r"env:(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?P<default>:-.*)?", re.DOTALL)
 
 
 class Mistake(NamedTuple):
@@ -42,9 +39,10 @@ class Mistake(NamedTuple):
 
 
 class Written(NamedTuple):
-    """A text before its references were replaced, and the environment variables that it refers to."""
+    """A text whose value may be secret, or has an escape: what is shown instead, and its environment variables."""
 
     text: str
+    """The text before references to the environment and escapes were replaced. References to keys are replaced."""
     variables: tuple[str, ...]
 
 
@@ -64,7 +62,7 @@ class Document:
     values: Any = None
     lines: dict[KeyPath, int] = field(default_factory=dict)
     written: dict[KeyPath, Written] = field(default_factory=dict)
-    """The texts with references or escapes, as they were before `resolve`."""
+    """The texts with references to the environment or escapes; see `references.resolve`."""
     mistakes: list[Mistake] = field(default_factory=list)
 
     def read(self, text: str) -> None:
@@ -73,14 +71,14 @@ class Document:
             node = _compose(text)
             self.values = _Builder(self, None).build(node, ()) if node is not None else None
         except _UnreadableError as error:
-            self._mistake((), error.line, error.text)
+            self.mistake((), error.line, error.text)
 
     def override(self, assignment: str) -> None:
         """Set one value from `a.b.c=value`. The value is YAML 1.2; an empty value is null."""
         key, equals, text = assignment.partition("=")
         path: KeyPath = tuple(re.sub(r"\[(\d+)\]", r".\1", key.strip()).split("."))
         if not equals or "" in path:
-            self._mistake((), COMMAND_LINE, f"{key!r}: not an override of the form section.key=value")
+            self.mistake((), COMMAND_LINE, f"{key!r}: not an override of the form section.key=value")
             return
         try:
             node = _compose(text)
@@ -90,33 +88,22 @@ class Document:
             self.lines[path] = COMMAND_LINE
             parent[path[-1]] = _Builder(self, COMMAND_LINE).build(node, path) if node is not None else None
         except _UnreadableError as error:
-            self._mistake((), COMMAND_LINE, f"{key}: {error.text}{error.hint.format(key=key)}")
+            self.mistake((), COMMAND_LINE, f"{key}: {error.text}{error.hint.format(key=key)}")
         except LookupError as error:
-            self._mistake((), COMMAND_LINE, f"{key}: {error.args[0]}")
-
-    def resolve(self, environment: Mapping[str, str]) -> None:
-        """Replace `${env:NAME}`, `${env:NAME:-default}` and `${run_dir}` in all texts, and the escape `$${` by `${`."""
-        if not isinstance(self.values, dict):
-            return
-        run_dir = self.values.get("run_dir")
-        if isinstance(run_dir, str):
-            self.values["run_dir"] = run_dir = self._resolve(("run_dir",), run_dir, environment, None)
-        for path, value in list(leaves(self.values)):
-            if isinstance(value, str) and path != ("run_dir",):
-                put(self.values, path, self._resolve(path, value, environment, run_dir))
+            self.mistake((), COMMAND_LINE, f"{key}: {error.args[0]}")
 
     def check_leaves(self) -> None:
         """Report values that no key accepts: infinite or too large numbers, invalid Unicode, NUL characters."""
         for path, value in leaves(self.values):
             if isinstance(value, float) and not math.isfinite(value):
-                self._mistake(path, self.line(path), f"expected a finite number, got {value}")
+                self.mistake(path, self.line(path), f"expected a finite number, got {value}")
             elif isinstance(value, int) and abs(value) > _LARGEST:
-                self._mistake(path, self.line(path), f"this number is too large: at most {_LARGEST}")
+                self.mistake(path, self.line(path), f"this number is too large: at most {_LARGEST}")
             text = dotted(path) + (value if isinstance(value, str) else "")
             if any("\ud800" <= character <= "\udfff" for character in text):
-                self._mistake(path, self.line(path), "this text is not valid Unicode")
+                self.mistake(path, self.line(path), "this text is not valid Unicode")
             if "\0" in text:
-                self._mistake(path, self.line(path), "this text contains a NUL character")
+                self.mistake(path, self.line(path), "this text contains a NUL character")
 
     def line(self, path: KeyPath) -> int:
         """The line of the value at `path`; for a default, the line of the innermost enclosing section."""
@@ -124,7 +111,8 @@ class Document:
             path = path[:-1]
         return self.lines.get(path, 1)
 
-    def _mistake(self, path: KeyPath, line: int, text: str) -> None:
+    def mistake(self, path: KeyPath, line: int, text: str) -> None:
+        """Note a problem."""
         self.mistakes.append(Mistake(path, line, text))
 
     def _container(self, path: KeyPath) -> tuple[Any, KeyPath]:
@@ -144,38 +132,6 @@ class Document:
                 self.lines[walked] = COMMAND_LINE
             container = inner
         return container, (*walked, _own_key(container, path[-1], walked))
-
-    def _resolve(self, path: KeyPath, text: str, environment: Mapping[str, str], run_dir: object) -> str:
-        if "${" not in text:
-            return text
-        variables: list[str] = []
-
-        def replace(match: re.Match[str]) -> str:
-            if match[0] == "$${":
-                return "${"
-            body = match["body"]
-            if body == "run_dir" and isinstance(run_dir, str):
-                return run_dir
-            reference = body is not None and _ENVIRONMENT.fullmatch(body)
-            if not reference:
-                self._mistake(path, self.line(path), _bad_reference(match[0], path))
-                return match[0]
-            name, default = reference["name"], reference["default"]
-            variables.append(name)
-            value = environment.get(name)
-            if value:
-                secrets.remember(value, f"${{env:{name}}}")
-            if default is not None:  # as in a shell, `:-` also replaces an empty value
-                return value or default[2:]
-            if value is None:
-                text = f"the environment variable {name} is not set; set it, or write ${{env:{name}:-default}}"
-                self._mistake(path, self.line(path), text)
-                return match[0]
-            return value
-
-        resolved = _REFERENCE.sub(replace, text)
-        self.written[path] = Written(text, tuple(dict.fromkeys(variables)))
-        return resolved
 
 
 class _UnreadableError(Exception):
@@ -292,13 +248,3 @@ def _own_key(container: Any, key: str | int, path: KeyPath) -> str | int:
             f"no item {key} in the list {dotted(path)}, which has {len(container)} items (the first is 0)"
         )
     return int(key)
-
-
-def _bad_reference(reference: str, path: KeyPath) -> str:
-    if reference == "${":
-        return "a reference without its closing }, or within another reference; for a literal ${, write $${"
-    if reference == "${run_dir}":
-        return "${run_dir} cannot be used here: " + (
-            "run_dir would refer to itself" if path == ("run_dir",) else "run_dir is not a text"
-        )
-    return f"unknown reference {reference}; use ${{env:NAME}}, ${{env:NAME:-default}} or ${{run_dir}}"

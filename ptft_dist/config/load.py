@@ -14,8 +14,9 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ptft_dist.config.document import COMMAND_LINE, Document, Mistake, Written, leaves, put
-from ptft_dist.config.mistakes import Schema, explain
+from ptft_dist.config.mistakes import explain, schema_of
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.references import default_of, resolve
 from ptft_dist.config.section import KeyPath, Section, dotted
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
@@ -40,7 +41,7 @@ class Loaded:
     text: str
     """The contents of the file, unchanged; a dictionary as JSON."""
     written: Mapping[KeyPath, Written]
-    """The texts with references, before these were replaced."""
+    """What is shown of texts with references to the environment."""
 
 
 def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schema: type[Recipe]) -> Loaded:
@@ -62,7 +63,7 @@ def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schem
     document = _document(text, path, schema, "recipe")
     for assignment in overrides:
         document.override(assignment)
-    document.resolve(os.environ)
+    resolve(document, os.environ, default_of(schema, lambda: [dotted(key) for key in schema_of(schema).all_keys]))
     document.check_leaves()
     recipe = _validate(document, path, schema)
     _take_from_model(document)
@@ -156,7 +157,7 @@ def _validate(document: Document, path: Path, schema: type[_S]) -> _S:
         values = schema.model_validate_json(text, strict=True)
     except ValidationError as error:
         # `from None`, because the cause quotes values, which may be secret.
-        raise _refusal([*document.mistakes, *explain(error, document, Schema(schema))], path) from None
+        raise _refusal([*document.mistakes, *explain(error, document, schema_of(schema))], path) from None
     if document.mistakes:
         raise _refusal(document.mistakes, path)
     return values
@@ -235,10 +236,15 @@ def edited(text: str, overrides: Sequence[str]) -> str:
     return stream.getvalue()
 
 
-def describe(loaded: Loaded) -> str:
-    """A readable table: key, value and origin of each value."""
+def describe(loaded: Loaded, *, all_tasks: bool = False) -> str:
+    """A readable table: key, value and origin of each value.
+
+    all_tasks: also the sections of other tasks, which have their defaults.
+    """
+    others = loaded.recipe.model_dump(mode="json") if all_tasks else {}
     rows = [("key", "value", "from")]
-    for path, value in leaves(public_values(loaded)):
-        rows.append((dotted(path), json.dumps(value, ensure_ascii=False), loaded.origins[dotted(path)]))
+    for path, value in leaves(others | public_values(loaded)):
+        origin = loaded.origins.get(dotted(path), "default")
+        rows.append((dotted(path), json.dumps(value, ensure_ascii=False), origin))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return "\n".join(f"{key:{widths[0]}}  {value:{widths[1]}}  {origin}" for key, value, origin in rows)

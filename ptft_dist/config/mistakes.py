@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from ptft_dist.config.document import Document, Mistake
+from ptft_dist.config.other_trainers import foreign_name
 from ptft_dist.config.secrets import hide
 from ptft_dist.config.section import KeyPath, RecipeProblems, dotted
 
@@ -72,6 +73,12 @@ class Schema:
         """What a node accepts, as the object of "expected ...". Null is mentioned only if nothing else is accepted."""
         branches = [branch for branch in self.branches(node) if branch.get("type") != "null"]
         return " or ".join(dict.fromkeys(map(_expectation, branches))) or "null"
+
+
+@cache
+def schema_of(model: type[BaseModel]) -> Schema:
+    """The schema of a model. It takes a tenth of a second."""
+    return Schema(model)
 
 
 def _expectation(node: Node) -> str:
@@ -164,7 +171,7 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
     """The path to report, and the message."""
     error_type = detail["type"]
     if error_type == "extra_forbidden":
-        return path, _unknown_key(path, schema)
+        return path, _unknown_key(path, document, schema)
     if error_type == "missing" and isinstance(path[-1], str):
         return path, "required, but not given"
     if error_type == "value_error":
@@ -179,7 +186,10 @@ def _sentence(detail: Any, path: KeyPath, document: Document, schema: Schema) ->
     written = document.written.get(path)
     if written:
         return path, f"expected {expected}, got the text of {written.text} (the value of a reference is always text)"
-    return path, f"expected {expected}, got {_shown(value)}{_hint(value, schema.branches(node))}"
+    hint = _hint(value, schema.branches(node))
+    if len(path) == 1 and not isinstance(value, dict | list | None) and (foreign := _foreign(path, document, schema)):
+        hint = f"; {foreign}"
+    return path, f"expected {expected}, got {_shown(value)}{hint}"
 
 
 def _hint(value: Any, branches: list[Node]) -> str:
@@ -196,8 +206,10 @@ def _hint(value: Any, branches: list[Node]) -> str:
     return ""
 
 
-def _unknown_key(path: KeyPath, schema: Schema) -> str:
+def _unknown_key(path: KeyPath, document: Document, schema: Schema) -> str:
     section, key = path[:-1], str(path[-1])
+    if text := _foreign(path, document, schema):
+        return f"unknown key; {text}"
     siblings = schema.keys(schema.at(section))
     near = [dotted((*section, name)) for name in get_close_matches(key, siblings, n=1)]
     same_name = [other for other in schema.all_keys if other[-1] == key]
@@ -205,7 +217,25 @@ def _unknown_key(path: KeyPath, schema: Schema) -> str:
     hints = list(dict.fromkeys(near + outermost))[:3]
     if hints:
         return f"unknown key; did you mean {' or '.join(hints)}?"
+    if text := _foreign(path, document, schema, typos=True):
+        return f"unknown key; {text}"
     return f"unknown key; the keys of {dotted(section) or 'this file'} are {', '.join(siblings)}"
+
+
+def _foreign(path: KeyPath, document: Document, schema: Schema, *, typos: bool = False) -> str:
+    """What a name of another trainer is called in a recipe; empty if it is none, or the file is no recipe."""
+    tasks = [choice for branch in schema.branches(schema.at(("task",)) or {}) for choice in _choices(branch)]
+    found = foreign_name(str(path[-1]), typos=typos) if tasks else None
+    if found is None:
+        return ""
+    task = document.values.get("task")
+    keys = found.keys_for(task, tasks)
+    keys = tuple(key for key in keys if len(path) > 1 and key.partition(".")[0] == path[0]) or keys
+    if keys:
+        return f"did you mean {' or '.join(keys)}? {found.note}".rstrip()
+    if found.keys:
+        return f"task {task} has no such setting, only other tasks: {', '.join(found.keys)}"
+    return f"there is no counterpart. {found.note}"
 
 
 def _from_validator(text: str, path: KeyPath, document: Document) -> tuple[KeyPath, str]:

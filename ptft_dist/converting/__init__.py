@@ -1,0 +1,1 @@
+"""Configurations of other trainers as recipes. Imports no torch."""
