@@ -21,6 +21,7 @@ from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
+from ptft_dist.engine.trackers import make_tracker
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError
 from ptft_dist.failures import Failures
 from ptft_dist.launch.environment import (
@@ -36,7 +37,7 @@ from ptft_dist.launch.result import write_result
 from ptft_dist.networks.export import Export, export
 from ptft_dist.pages.page import write_report
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
-from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
+from ptft_dist.reporting.metrics import METRICS, JsonLines, Sink
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.reporting.run_files import (
     keep_tokenizer,
@@ -46,6 +47,9 @@ from ptft_dist.reporting.run_files import (
     save_tokenizer,
     write_start,
 )
+from ptft_dist.reporting.tensorboard import TensorBoard
+from ptft_dist.reporting.terminal import Terminal
+from ptft_dist.reporting.trackers import check_installed, open_trackers
 from ptft_dist.session import Session
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Outcome, Trainer
@@ -106,6 +110,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     recipe, run_dir, place = loaded.recipe, Path(loaded.recipe.run_dir), failures.place
     main = place.is_main
     checkpoints = Checkpoints(run_dir / "checkpoints")
+    check_installed(recipe.log)
     session = Session(loaded, place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
     loadable = partial(why_not_loadable, kind=session.kind, ranks=place.world_size)
     free = partial(may_change, recipe=recipe)
@@ -127,7 +132,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     try:
         if main:
             resume.begin(checkpoint, warn, job_id())
-            _begin(session, trainer, checkpoint)
+            _begin(session, trainer, checkpoint, new_run=resume.how != "auto")
         failures.report.begin()
         with stop.listening():
             outcome = trainer.fit()
@@ -161,8 +166,11 @@ def _learned_by(loaded: Loaded) -> dict[str, Any]:
     return {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "special": special}
 
 
-def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
-    """Write the first files of the run directory and open the writers of metrics; on rank 0 only."""
+def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None, *, new_run: bool) -> None:
+    """Write the first files of the run directory and open the writers of metrics; on rank 0 only.
+
+    new_run: for trackers: the user chose where to start, so the curves may differ from those of earlier starts.
+    """
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
@@ -175,6 +183,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     else:
         save_tokenizer(session.trained.tokenizer, run_dir, session.trained.tokenizer_origin)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
+    trainer.sinks += open_trackers(session.loaded, make_tracker, new_run=new_run)
     trainer.samples = session.samples(progress.step, progress.evaluated_step)
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
@@ -194,7 +203,7 @@ def _parameters(engine: Engine) -> str:
 def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
     """The writers of metrics; TensorBoard shows the text of resolved.yaml, which must exist."""
     run_dir = Path(loaded.recipe.run_dir)
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", first_step, last_evaluation)]
+    sinks: list[Sink] = [JsonLines(run_dir / METRICS, first_step, last_evaluation)]
     if messages_shown():
         sinks.append(Terminal(total_steps, first_step))
     if loaded.recipe.log.tensorboard:

@@ -126,6 +126,7 @@ MAY_CHANGE = {
     "save.every", "save.keep", "save.best", "save.export", "save.dtype",
     "eval.every", "eval.at_start", "eval.micro_size", "eval.max_rows", "eval.metric", "eval.goal", "eval.patience",
     "log.every", "log.tensorboard", "log.report",
+    "log.wandb", "log.mlflow", "log.trackio", "log.swanlab", "log.comet",
     "data.train", "data.validation",  # their contents are compared instead
     "data.cache_dir", "data.workers",
     "continual.ewc.data", "continual.replay.data",  # their contents are compared instead

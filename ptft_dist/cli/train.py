@@ -115,6 +115,7 @@ def _launch(
     from ptft_dist.launch.settings import check_settings
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
+    from ptft_dist.reporting.trackers import check_installed
     from ptft_dist.tasks.registry import encoder_class
     from ptft_dist.training.stopping import ending_at_once
 
@@ -127,6 +128,7 @@ def _launch(
     local = local_processes(file, processes, several)
     batch_shape(loaded.recipe, local * (several.count if several else 1))
     check_sources(loaded.recipe, loaded.base)
+    check_installed(loaded.recipe.log)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
     if not by_srun and (several is None or several.rank == 0):  # elsewhere rank 0 of this run may have the lock already
