@@ -201,14 +201,13 @@ def _parameters(engine: Engine) -> str:
 
 
 def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
-    """The writers of metrics; TensorBoard shows the text of resolved.yaml, which must exist."""
+    """The writers of metrics, without trackers."""
     run_dir = Path(loaded.recipe.run_dir)
     sinks: list[Sink] = [JsonLines(run_dir / METRICS, first_step, last_evaluation)]
     if messages_shown():
         sinks.append(Terminal(total_steps, first_step))
     if loaded.recipe.log.tensorboard:
-        resolved = (run_dir / "resolved.yaml").read_text(encoding="utf-8")
-        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, resolved))
+        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, loaded))
     return sinks
 
 

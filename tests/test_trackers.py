@@ -21,9 +21,10 @@ import pytest
 from support import last_step, start, write_recipe
 
 from ptft_dist.api import load_recipe
+from ptft_dist.config.load import flat, public_values
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting import trackers
-from ptft_dist.reporting.trackers import SERVICES, check_installed, flat_values, open_trackers
+from ptft_dist.reporting.trackers import SERVICES, check_installed, open_trackers
 
 Points = list[tuple[str, int, float]]
 """(tag, update, value), sorted."""
@@ -83,6 +84,7 @@ def points_of_swanlab(folder: Path, _run_id: str) -> Points:
     for data in leveldb_records(file):
         record = Record()
         record.ParseFromString(data)
+        assert record.WhichOneof("record_type") != "log"  # of the terminal
         if record.WhichOneof("record_type") == "scalar":
             points.append((record.scalar.key, record.scalar.step, record.scalar.value.number))
     return points
@@ -314,7 +316,7 @@ def test_the_values_that_a_tracker_gets_have_no_secrets(tmp_path: Path, monkeypa
     (tmp_path / "text.txt").write_text("a\n")
     write_recipe(tmp_path, tmp_path / "text.txt", run_dir="runs/${env:PTFT_TEST_SECRET}", log={"wandb": {}})
     loaded = load_recipe(str(tmp_path / "recipe.yaml"))
-    values = flat_values(loaded)
+    values = flat(public_values(loaded))
     assert values["run_dir"] == "runs/${env:PTFT_TEST_SECRET}"
     assert SECRET not in json.dumps(values)
     assert json.loads(values["data.train"])[0]["document"] == "line"

@@ -28,7 +28,7 @@ def tag(key: str) -> str:
     """`train/loss` of loss, `eval/loss` of eval/loss, `speed/eval_time_s` of eval/time_s."""
     if key in TIMING_KEYS:
         return f"speed/{key.replace('/', '_')}"
-    return key if "/" in key else f"train/{key}"
+    return key if key.startswith("eval/") else f"train/{key}"
 
 
 class Sink(Protocol):

@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.config.load import Loaded, public_values, to_yaml
+from ptft_dist.config.load import Loaded, given_values, to_yaml
 from ptft_dist.config.secrets import hide
 from ptft_dist.reporting.metrics import TIMING_KEYS
 
 CARD = "README.md"
 _LICENSE = "license: not set. Write it into the first lines of this file before you publish the model"
-_OF_THIS_MACHINE = {"run_dir": None, "log": None, "data": ("cache_dir", "workers")}
-"""Keys of the recipe that say nothing about the model."""
 
 
 def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, license_id: str | None = None) -> str:
@@ -50,7 +48,7 @@ def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, lice
         f"## Use\n\n{_usage(recipe, task_type, _report(run_dir))}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
-        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(_given(loaded))}```\n",
+        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(given_values(loaded))}```\n",
         f"## Versions\n\n{_table(_versions(run_dir), 'package')}",
     ]
     return hide("\n".join(sections))
@@ -142,24 +140,3 @@ def _table(values: Mapping[str, Any], name: str) -> str:
         for key, value in values.items()
     ]
     return "\n".join(lines) + "\n"
-
-
-def _given(loaded: Loaded) -> dict[str, Any]:
-    """The recipe's values that are not defaults, with references as written."""
-    changed = loaded.recipe.model_dump(mode="json", exclude_defaults=True)
-    values: dict[str, Any] = _pruned(public_values(loaded), changed)
-    for section, keys in _OF_THIS_MACHINE.items():
-        if keys is None:
-            values.pop(section, None)
-        else:
-            for key in keys:
-                values.get(section, {}).pop(key, None)
-    return values
-
-
-def _pruned(values: Any, kept: Any) -> Any:
-    if isinstance(values, Mapping) and isinstance(kept, Mapping):
-        return {key: _pruned(values[key], kept[key]) for key in values if key in kept}
-    if isinstance(values, list | tuple) and isinstance(kept, list):
-        return [_pruned(*pair) for pair in zip(values, kept, strict=True)]
-    return values

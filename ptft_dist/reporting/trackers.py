@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ptft_dist.config.load import Loaded, public_values
+from ptft_dist.config.load import Loaded, flat, public_values
 from ptft_dist.config.log_section import LogSection, TrackerSection
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import RecipeError
@@ -186,7 +186,7 @@ class Swanlab(Service):
         return {
             "id": self.run_id,
             "name": self.name,
-            "settings": swanlab.Settings(console={"proxy_type": "none"}),  # no copy of the terminal
+            "settings": swanlab.Settings(terminal={"proxy_type": "none"}),  # no copy of the terminal
             "resume": "allow",  # its server refuses points that it has
             "mode": section.mode,
             "workspace": section.workspace,
@@ -268,9 +268,9 @@ def open_trackers(loaded: Loaded, make: MakeTracker, *, new_run: bool) -> list[T
         service = SERVICES[key](section, run_dir, ids.get(key, uuid.uuid4().hex), known=known)
         tracker = Tracker(service, make)
         try:
-            tracker.start(flat_values(loaded))
+            tracker.start(flat(public_values(loaded)))
         except Exception as error:
-            text = f"log.{key}: {service.title} did not start: {type(error).__name__}: {hide(str(error))}"
+            text = f"log.{key}: {service.title} did not start: {_what(error)}"
             if not known:
                 for each in opened:
                     each.close()
@@ -283,6 +283,11 @@ def open_trackers(loaded: Loaded, make: MakeTracker, *, new_run: bool) -> list[T
     return opened
 
 
+def _what(error: Exception) -> str:
+    text = str(error).strip().rstrip(".") or f"no answer within {START_TIMEOUT_S:.0f} s"  # a TimeoutError has no text
+    return hide(f"{type(error).__name__}: {text}")
+
+
 def read_ids(run_dir: Path) -> dict[str, str]:
     """The ids of this run in its trackers, by their key; empty if it has none, or the file is damaged."""
     try:
@@ -290,22 +295,6 @@ def read_ids(run_dir: Path) -> dict[str, str]:
         return {str(key): str(value) for key, value in ids.items()}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def flat_values(loaded: Loaded) -> dict[str, Any]:
-    """The values of the recipe by dotted key, lists as JSON. Secrets are masked."""
-    flat: dict[str, Any] = {}
-
-    def add(prefix: str, values: Mapping[str, Any]) -> None:
-        for key, value in values.items():
-            if isinstance(value, Mapping) and value:
-                add(f"{prefix}{key}.", value)
-            else:
-                plain = value is None or isinstance(value, bool | int | float | str)
-                flat[prefix + key] = value if plain else json.dumps(value, ensure_ascii=False)
-
-    add("", json.loads(hide(json.dumps(public_values(loaded)))))
-    return flat
 
 
 class Tracker:
@@ -383,7 +372,7 @@ class Tracker:
             except Exception as error:
                 self.failed = True
                 warn(
-                    f"{self.service.title}: {type(error).__name__}: {error}. It gets no more metrics until the next "
+                    f"{self.service.title}: {_what(error)}. It gets no more metrics until the next "
                     f"start, which sends what it lacks; {self.service.run_dir / METRICS} has them"
                 )
 
