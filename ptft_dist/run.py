@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,10 +28,12 @@ from ptft_dist.launch.environment import (
     Place,
     describe_backend,
     end_of_job,
+    is_requeued,
     job_id,
     restarted_job,
     start_token,
     tell_launcher,
+    user_command,
 )
 from ptft_dist.launch.result import write_result
 from ptft_dist.networks.export import Export, export
@@ -47,6 +49,7 @@ from ptft_dist.reporting.run_files import (
     save_tokenizer,
     write_start,
 )
+from ptft_dist.reporting.summary import continuing, results
 from ptft_dist.reporting.tensorboard import TensorBoard
 from ptft_dist.reporting.terminal import Terminal
 from ptft_dist.reporting.trackers import check_installed, open_trackers
@@ -74,6 +77,8 @@ class Result:
     """metric, value and step of the best evaluation; None without an evaluation."""
     history: list[dict[str, Any]] = field(repr=False)
     """The rows of metrics.jsonl."""
+    summary: str = field(default="", repr=False)
+    """What `ptft train` prints: results, files and the next commands; empty on ranks other than 0."""
 
     @property
     def exit_code(self) -> int:
@@ -143,7 +148,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
             sink.close()
     result = _result(trainer, outcome, run_dir)
     if main:
-        _finish(result, trainer, failures.wall_s, generates=recipe.settings.writes)
+        result = replace(result, summary=_finish(result, trainer, failures.wall_s))
         stop.fulfilled()
     engine.barrier()
     failures.over()
@@ -205,7 +210,7 @@ def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_step
     run_dir = Path(loaded.recipe.run_dir)
     sinks: list[Sink] = [JsonLines(run_dir / METRICS, first_step, last_evaluation)]
     if messages_shown():
-        sinks.append(Terminal(total_steps, first_step))
+        sinks.append(Terminal(total_steps, first_step, loaded.recipe.eval.metric))
     if loaded.recipe.log.tensorboard:
         sinks.append(TensorBoard(run_dir / "tensorboard", first_step, loaded))
     return sinks
@@ -257,8 +262,8 @@ def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:
     )
 
 
-def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool) -> None:
-    """Write result.json and print how the run ended."""
+def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
+    """Write result.json, say how the run ended, and return its summary."""
     progress = trainer.progress
     values = {
         "status": result.status,
@@ -278,23 +283,30 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     page = _report(run_dir) if trainer.recipe.log.report else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
-        say(f"stopped by {result.reason} after update {result.steps}; {saved}; resume with the same command")
+        go_on = "the requeued job resumes" if is_requeued() else continuing(user_command(os.environ))
+        say(f"stopped by {result.reason} after update {result.steps}; {saved}; {go_on}")
     else:
         say(f"finished after update {result.steps}: {result.reason}")
-    for name, last in result.metrics.items():
-        first = progress.first_metrics.get(name)  # None for a metric that is new since a resume
-        change = "" if first is None else f"{plain(first)} -> "
-        share = f"  ({last / first - 1:+.0%})" if first and first > 0 and 0 <= last < 10 * first else ""
-        say(f"  {name:<16} {change}{plain(last)}{share}")
-    if result.model is not None:
-        hint = f"   (ptft generate {run_dir} --prompt ...)" if generates else ""
-        best = f"   (best, update {result.metrics_step})" if trainer.recipe.save.export == "best" else ""
-        say(f"  {'model':<16} {result.model}{best}{hint}")
-    if trainer.samples is not None:
-        say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
-    say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")
-    if page is not None:
-        say(f"  {'report':<16} {page}")
+    return results(
+        run_dir,
+        result.metrics,
+        progress.first_metrics,
+        trainer.recipe.eval.metric,
+        note=_about_the_best(result, exported=trainer.recipe.save.export == "best"),
+        model=result.model,
+        samples=trainer.samples is not None,
+        report=page,
+        generates=trainer.recipe.settings.writes,
+    )
+
+
+def _about_the_best(result: Result, *, exported: bool) -> str:
+    """Which evaluation the metrics are of, if that is a question."""
+    if result.best is None or result.best["step"] == result.steps:
+        return ""
+    if exported and result.model is not None:
+        return f"of update {result.metrics_step}, the best evaluation, whose weights are the model"
+    return f"the best {result.best['metric']} was {plain(result.best['value'])}, after update {result.best['step']}"
 
 
 def _report(run_dir: Path) -> Path | None:

@@ -1,50 +1,83 @@
-"""The terminal as a writer of metrics."""
+"""The terminal as a writer of metrics: a progress bar, or plain lines in a log."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any
 
-from ptft_dist.reporting.messages import clock
+from tqdm import tqdm
+
+from ptft_dist.reporting.messages import LIVE, PLAIN_EVERY_S, clock
+
+LONGEST_LINE = 100
+"""Characters of the line of an evaluation."""
+_SHORTEST_BAR = 14
+"""Characters, with the percentage."""
 
 
 class Terminal:
-    """Shows a live line on a terminal, otherwise a plain line every few seconds, so that logs stay short."""
+    """Shows a bar on a terminal, otherwise a line with the time every few seconds, so that logs stay short."""
 
-    PLAIN_EVERY_S = 10.0
-
-    def __init__(self, total_steps: int, first_step: int, stream: TextIO | None = None) -> None:
-        self.stream = stream or sys.stderr
-        self.total_steps, self.first_step = total_steps, first_step
+    def __init__(self, total_steps: int, first_step: int, metric: str) -> None:
+        """metric: `eval.metric`, which is shown beside the loss."""
+        self.total_steps, self.first_step, self.metric = total_steps, first_step, metric
         self.started, self.last_plain = time.monotonic(), 0.0
-        self.live = self.stream.isatty()
+        self.live = sys.stderr.isatty()
+        self.evaluated = ""
+        self.last: tuple[int, str] | None = None
+        """The update on the bar, and its text."""
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if any(key.startswith("eval/") for key in row):
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in row.items() if k.startswith("eval/") and k != "eval/time_s")
-            self._line(f"step {row['step']:,}  {shown}", keep=True)
+        if "loss" not in row:
+            names = [name for name in dict.fromkeys(("eval/loss", f"eval/{self.metric}")) if name in row]
+            shown = [f"{name} {row[name]:.4g}" for name in names]  # metrics.jsonl has the others
+            self.evaluated = "".join(f"  {text}" for text in shown[-1:])
+            self._line("  ".join([self._position(row["step"]), *shown]))
             return
         step, now = row["step"], time.monotonic()
-        ended = step == self.total_steps
-        if not self.live and not ended and now - self.last_plain < self.PLAIN_EVERY_S:
-            return
-        self.last_plain = now
         left_s = (now - self.started) / max(1, step - self.first_step) * (self.total_steps - step)
-        text = f"step {step:,}/{self.total_steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
-        text += f"  {row['tokens_per_s']:,.0f} tokens/s  {clock(left_s)} left"
-        self._line(text, keep=not self.live or ended)
+        text = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  {clock(left_s)} left"
+        if self.live:
+            self.last = (step, text)
+            LIVE.show(self._bar(step, text))
+        elif step == self.total_steps or now - self.last_plain >= PLAIN_EVERY_S:
+            self.last_plain = now
+            self._line(f"{self._position(step)}  {text}")
 
-    def _line(self, text: str, keep: bool) -> None:
-        start, end = ("\r\x1b[2K", "\n" if keep else "") if self.live else ("", "\n")
-        print(start + text, end=end, file=self.stream, flush=True)
+    def _position(self, step: int) -> str:
+        return f"step {step:,}/{self.total_steps:,}"
 
-    def show(self, samples: Sequence[Mapping[str, Any]]) -> None: ...
+    def _bar(self, step: int, text: str) -> str:
+        """One line of the terminal: the bar takes the room that the text leaves."""
+        columns = _columns() - 1
+        text = f"{self._position(step)}  {text}"
+        if len(text) + len(self.evaluated) + _SHORTEST_BAR <= columns:
+            text += self.evaluated
+        shape, elapsed_s = f"{{percentage:3.0f}}% {{bar}} {text}", time.monotonic() - self.started
+        return str(tqdm.format_meter(step, self.total_steps, elapsed_s, ncols=columns, bar_format=shape))
+
+    def _line(self, text: str) -> None:
+        """A line that stays, above the bar."""
+        LIVE.clear()
+        prefix = "" if self.live else time.strftime("%m-%d %H:%M:%S  ")
+        print((prefix + text)[:LONGEST_LINE], file=sys.stderr, flush=True)
+        if self.last is not None:
+            LIVE.show(self._bar(*self.last))
+
+    def show(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing: samples.jsonl has the texts."""
 
     def flush(self) -> None:
-        pass
+        """Nothing: each line is flushed."""
 
     def close(self) -> None:
-        if self.live:
-            print(file=self.stream, flush=True)
+        if bar := LIVE.clear():
+            print(bar, file=sys.stderr, flush=True)
+
+
+def _columns() -> int:
+    """The width of the terminal that shows stderr; some terminals say 0."""
+    return os.get_terminal_size(sys.stderr.fileno()).columns or 80

@@ -309,7 +309,8 @@ class Tracker:
 
     def start(self, config: Mapping[str, Any]) -> None:
         """Start the tracker, and send the rows of metrics.jsonl that it lacks. Raises what its package raises."""
-        self.thread.do(partial(self._start, config)).result(START_TIMEOUT_S)
+        with contextlib.redirect_stdout(io.StringIO()):  # advertisements; stdout is for results
+            self.thread.do(partial(self._start, config)).result(START_TIMEOUT_S)
         say(f"{self.service.title}: {hide(self.service.place(self.tracker))}")
         file = self.service.run_dir / METRICS
         size = file.stat().st_size if file.exists() else 0
@@ -317,11 +318,10 @@ class Tracker:
 
     def _start(self, config: Mapping[str, Any]) -> None:
         service, section = self.service, self.service.section
-        with contextlib.redirect_stdout(io.StringIO()):  # advertisements; stdout is for results
-            if service.known:
-                service.drop_local_copy()
-            self.tracker = self.make(service.key, section.project, service.arguments())
-            self.tracker.start()
+        if service.known:
+            service.drop_local_copy()
+        self.tracker = self.make(service.key, section.project, service.arguments())
+        self.tracker.start()
         service.started(self.tracker)
         self.has = service.received(self.tracker)
         if not service.known or service.key != "mlflow":  # whose parameters never change
@@ -348,13 +348,9 @@ class Tracker:
 
     def close(self) -> None:
         """Send the rest, and end the run of the tracker. Waits for a limited time."""
-
-        def finish() -> None:
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.tracker.finish()
-
         try:
-            self._later(finish).result(CLOSE_TIMEOUT_S)
+            with contextlib.redirect_stdout(io.StringIO()):
+                self._later(lambda: self.tracker.finish()).result(CLOSE_TIMEOUT_S)
         except TimeoutError:
             warn(
                 f"{self.service.title} did not take the last metrics within {CLOSE_TIMEOUT_S:.0f} s; "
