@@ -172,9 +172,9 @@ OWN_MUST_STAY = {
     "span_corruption": {"packing", "attention", "density", "mean_span", "sentinels"},
     "seq2seq": {"prefix", "max_target_length", "label_smoothing"},
     "sft": {"shape", "template", "system", "loss", "too_long", "packing", "neftune_alpha"},
-    "classification": {"pair", "labels", "multi_label", "class_weights", "label_smoothing", "entities"},
+    "classification": {"pair", "labels", "label_names", "multi_label", "class_weights", "label_smoothing", "entities"},
     "regression": {"pair", "loss"},
-    "token_classification": {"scheme", "labels", "pieces"},
+    "token_classification": {"label_names", "scheme", "labels", "pieces"},
     "question_answering": {"stride"},
     "reward": {
         "center_rewards_coefficient", "dropout", "shape", "system", "template", "too_long",

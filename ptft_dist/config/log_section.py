@@ -26,6 +26,7 @@ class WandbSection(TrackerSection):
     group: Text | None = None
     """A group of runs, such as the trials of a sweep."""
     tags: tuple[Text, ...] = ()
+    """Tags of the run."""
     mode: Literal["online", "offline"] = "online"
     """offline writes to run_dir/wandb; upload it with `wandb sync` after the run."""
 
