@@ -170,7 +170,7 @@ OWN_MUST_STAY = {
     },
     "plm": {"packing", "attention", "mask_share", "longest_span"},
     "span_corruption": {"packing", "attention", "density", "mean_span", "sentinels"},
-    "seq2seq": {"prefix", "max_target_length", "label_smoothing"},
+    "seq2seq": {"prefix", "source_language", "target_language", "max_target_length", "label_smoothing"},
     "sft": {"shape", "template", "system", "loss", "too_long", "packing", "neftune_alpha"},
     "classification": {"pair", "labels", "label_names", "multi_label", "class_weights", "label_smoothing", "entities"},
     "regression": {"pair", "loss"},
