@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -444,3 +445,21 @@ def test_metric_names_follow_the_settings() -> None:
 def test_generation_without_validation_is_refused() -> None:
     with pytest.raises(ValidationError, match="generation: has no effect here"):
         recipe(seq2seq={"generation": {}})
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused(tmp_path: Path) -> None:
+    """Marian's, of two sentencepiece models and a vocabulary."""
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=40, minloglevel=2
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    for side in ("source", "target"):
+        (tmp_path / f"{side}.spm").write_bytes((tmp_path / "m.model").read_bytes())
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "<pad>": len(vocabulary)}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    with pytest.raises(RecipeError, match=r"MarianTokenizer has no fast version .* such as NLLB, mBART or mT5 instead"):
+        encoded(AutoTokenizer.from_pretrained(tmp_path), ("a", "b"))

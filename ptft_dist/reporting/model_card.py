@@ -54,6 +54,45 @@ def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, lice
     return hide("\n".join(sections))
 
 
+def merged_card(adapter_card: str | None, base: str, task_type: str) -> str:
+    """The card of a model into which an adapter was merged: what the adapter's card says, with another way to load it.
+
+    Args:
+        adapter_card: README.md of the adapter; None if it has none.
+        base: the directory or Hub name of the base.
+        task_type: the transformers class that loads the merged model.
+    """
+    local = Path(base).is_absolute()
+    head = {
+        "license": None,
+        "library_name": "transformers",
+        "base_model": None if local else base,
+        "tags": ["ptft", "merged"],
+    }
+    front = to_yaml({key: value for key, value in head.items() if value is not None})
+    parts = (adapter_card or "").split("\n## ")
+    kept = [part for part in parts[1:] if not part.startswith("Use\n")]
+    note = "The metrics are those of base and adapter before the merge.\n" if kept else ""
+    sections = [
+        f"---\n# {_LICENSE}\n{front}---\n",
+        f"# A model: an adapter merged into {Path(base).name if local else base}\n\nMerged with ptft_dist. {note}",
+        f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n",
+        f"## Use\n\n{_loading(task_type)}",
+        *(f"## {part}" for part in kept),
+    ]
+    return hide("\n".join(sections))
+
+
+def _loading(auto_class: str) -> str:
+    code = [
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f'model = {auto_class}.from_pretrained("DIRECTORY")',
+        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+    ]
+    return "```python\n" + "\n".join(code) + "\n```\n"
+
+
 def metrics_at(run_dir: Path, step: int) -> dict[str, float]:
     """The metrics of the evaluation after this update, by name; empty if there was none."""
     file = run_dir / "metrics.jsonl"
