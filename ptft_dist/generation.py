@@ -105,7 +105,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str, *, chat: bool
         return cast(Tensor, tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids)
     if source:
         ids = tokenizer(prompt).input_ids
-        if ids and ids[-1] != tokenizer.eos_token_id:
+        if ids and tokenizer.eos_token_id not in ids[-2:]:  # mBART's language code comes after it
             ids = [*ids, tokenizer.eos_token_id]
     else:
         before, _ = added_around(tokenizer)

@@ -20,6 +20,7 @@ from ptft_dist.networks.load import DTYPES
 from ptft_dist.networks.names import is_adapter
 from ptft_dist.networks.preview import preview_network
 from ptft_dist.reporting.messages import say
+from ptft_dist.reporting.model_card import CARD, merged_card
 from ptft_dist.run import libraries_restored
 
 
@@ -35,6 +36,9 @@ def merge_run(run: Path, out: Path, *, dtype: str | None) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         try:
             difference, tolerance = merge(files, wanted, partial)
+            card = files.path / CARD
+            text = card.read_text(encoding="utf-8") if card.is_file() else None
+            (partial / CARD).write_text(merged_card(text, files.base, files.auto_class.__name__), encoding="utf-8")
             partial.rename(out)  # also replaces an empty directory
         finally:
             shutil.rmtree(partial, ignore_errors=True)

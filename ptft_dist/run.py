@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,25 @@ from ptft_dist.checkpoint.identity import may_change
 from ptft_dist.checkpoint.resume import Resume
 from ptft_dist.config.load import Loaded
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
+from ptft_dist.engine.trackers import make_tracker
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError
 from ptft_dist.failures import Failures
 from ptft_dist.launch.environment import (
     Place,
     describe_backend,
     end_of_job,
+    is_requeued,
     job_id,
     restarted_job,
     start_token,
     tell_launcher,
+    user_command,
 )
 from ptft_dist.launch.result import write_result
 from ptft_dist.networks.export import Export, export
 from ptft_dist.pages.page import write_report
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
-from ptft_dist.reporting.metrics import JsonLines, Sink, TensorBoard, Terminal
+from ptft_dist.reporting.metrics import METRICS, JsonLines, Sink
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.reporting.run_files import (
     keep_tokenizer,
@@ -46,6 +49,10 @@ from ptft_dist.reporting.run_files import (
     save_tokenizer,
     write_start,
 )
+from ptft_dist.reporting.summary import continuing, results
+from ptft_dist.reporting.tensorboard import TensorBoard
+from ptft_dist.reporting.terminal import Terminal
+from ptft_dist.reporting.trackers import check_installed, open_trackers
 from ptft_dist.session import Session
 from ptft_dist.training.stopping import StopRequest
 from ptft_dist.training.trainer import Outcome, Trainer
@@ -70,6 +77,8 @@ class Result:
     """metric, value and step of the best evaluation; None without an evaluation."""
     history: list[dict[str, Any]] = field(repr=False)
     """The rows of metrics.jsonl."""
+    summary: str = field(default="", repr=False)
+    """What `ptft train` prints: results, files and the next commands; empty on ranks other than 0."""
 
     @property
     def exit_code(self) -> int:
@@ -106,6 +115,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     recipe, run_dir, place = loaded.recipe, Path(loaded.recipe.run_dir), failures.place
     main = place.is_main
     checkpoints = Checkpoints(run_dir / "checkpoints")
+    check_installed(recipe.log)
     session = Session(loaded, place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
     loadable = partial(why_not_loadable, kind=session.kind, ranks=place.world_size)
     free = partial(may_change, recipe=recipe)
@@ -127,7 +137,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     try:
         if main:
             resume.begin(checkpoint, warn, job_id())
-            _begin(session, trainer, checkpoint)
+            _begin(session, trainer, checkpoint, new_run=resume.how != "auto")
         failures.report.begin()
         with stop.listening():
             outcome = trainer.fit()
@@ -138,7 +148,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
             sink.close()
     result = _result(trainer, outcome, run_dir)
     if main:
-        _finish(result, trainer, failures.wall_s, generates=recipe.settings.writes)
+        result = replace(result, summary=_finish(result, trainer, failures.wall_s))
         stop.fulfilled()
     engine.barrier()
     failures.over()
@@ -161,8 +171,11 @@ def _learned_by(loaded: Loaded) -> dict[str, Any]:
     return {"tokenizer": recipe.tokenizer.model_dump(mode="json"), "special": special}
 
 
-def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) -> None:
-    """Write the first files of the run directory and open the writers of metrics; on rank 0 only."""
+def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None, *, new_run: bool) -> None:
+    """Write the first files of the run directory and open the writers of metrics; on rank 0 only.
+
+    new_run: for trackers: the user chose where to start, so the curves may differ from those of earlier starts.
+    """
     recipe, engine, progress = session.recipe, session.engine, trainer.progress
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
@@ -175,6 +188,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None) ->
     else:
         save_tokenizer(session.trained.tokenizer, run_dir, session.trained.tokenizer_origin)
     trainer.sinks = open_sinks(session.loaded, progress.step, progress.evaluated_step, trainer.total_steps)
+    trainer.sinks += open_trackers(session.loaded, make_tracker, new_run=new_run)
     trainer.samples = session.samples(progress.step, progress.evaluated_step)
     if checkpoint is not None:
         say(f"resumed from {checkpoint.path}, update {checkpoint.step} of {trainer.total_steps}")
@@ -192,14 +206,13 @@ def _parameters(engine: Engine) -> str:
 
 
 def open_sinks(loaded: Loaded, first_step: int, last_evaluation: int, total_steps: int) -> list[Sink]:
-    """The writers of metrics; TensorBoard shows the text of resolved.yaml, which must exist."""
+    """The writers of metrics, without trackers."""
     run_dir = Path(loaded.recipe.run_dir)
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl", first_step, last_evaluation)]
+    sinks: list[Sink] = [JsonLines(run_dir / METRICS, first_step, last_evaluation)]
     if messages_shown():
-        sinks.append(Terminal(total_steps, first_step))
+        sinks.append(Terminal(total_steps, first_step, loaded.recipe.eval.metric))
     if loaded.recipe.log.tensorboard:
-        resolved = (run_dir / "resolved.yaml").read_text(encoding="utf-8")
-        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, resolved))
+        sinks.append(TensorBoard(run_dir / "tensorboard", first_step, loaded))
     return sinks
 
 
@@ -249,8 +262,8 @@ def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:
     )
 
 
-def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool) -> None:
-    """Write result.json and print how the run ended."""
+def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
+    """Write result.json, say how the run ended, and return its summary."""
     progress = trainer.progress
     values = {
         "status": result.status,
@@ -270,23 +283,30 @@ def _finish(result: Result, trainer: Trainer, wall_s: float, *, generates: bool)
     page = _report(run_dir) if trainer.recipe.log.report else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
-        say(f"stopped by {result.reason} after update {result.steps}; {saved}; resume with the same command")
+        go_on = "the requeued job resumes" if is_requeued() else continuing(user_command(os.environ))
+        say(f"stopped by {result.reason} after update {result.steps}; {saved}; {go_on}")
     else:
         say(f"finished after update {result.steps}: {result.reason}")
-    for name, last in result.metrics.items():
-        first = progress.first_metrics.get(name)  # None for a metric that is new since a resume
-        change = "" if first is None else f"{plain(first)} -> "
-        share = f"  ({last / first - 1:+.0%})" if first and first > 0 and 0 <= last < 10 * first else ""
-        say(f"  {name:<16} {change}{plain(last)}{share}")
-    if result.model is not None:
-        hint = f"   (ptft generate {run_dir} --prompt ...)" if generates else ""
-        best = f"   (best, update {result.metrics_step})" if trainer.recipe.save.export == "best" else ""
-        say(f"  {'model':<16} {result.model}{best}{hint}")
-    if trainer.samples is not None:
-        say(f"  {'samples':<16} {run_dir / 'samples.jsonl'}")
-    say(f"  {'metrics':<16} {run_dir / 'metrics.jsonl'}   (ptft tensorboard {run_dir})")
-    if page is not None:
-        say(f"  {'report':<16} {page}")
+    return results(
+        run_dir,
+        result.metrics,
+        progress.first_metrics,
+        trainer.recipe.eval.metric,
+        note=_about_the_best(result, exported=trainer.recipe.save.export == "best"),
+        model=result.model,
+        samples=trainer.samples is not None,
+        report=page,
+        generates=trainer.recipe.settings.writes,
+    )
+
+
+def _about_the_best(result: Result, *, exported: bool) -> str:
+    """Which evaluation the metrics are of, if that is a question."""
+    if result.best is None or result.best["step"] == result.steps:
+        return ""
+    if exported and result.model is not None:
+        return f"of update {result.metrics_step}, the best evaluation, whose weights are the model"
+    return f"the best {result.best['metric']} was {plain(result.best['value'])}, after update {result.best['step']}"
 
 
 def _report(run_dir: Path) -> Path | None:

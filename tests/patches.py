@@ -288,7 +288,7 @@ def record_inputs() -> None:
 
 def prompt_tensorboard() -> None:
     """Write each TensorBoard point to its file at once, so that it exists after a kill."""
-    from ptft_dist.reporting.metrics import TensorBoard
+    from ptft_dist.reporting.tensorboard import TensorBoard
 
     write = TensorBoard.write
 

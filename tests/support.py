@@ -477,8 +477,6 @@ def curves(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """The curves in TensorBoard by tag, as (step, value), without values that depend on time or machine."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ptft_dist.reporting.metrics import TIMING_KEYS
-
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.rsplit("/", 1)[-1] not in TIMING_KEYS]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("speed/")]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}

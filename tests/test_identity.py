@@ -126,6 +126,7 @@ MAY_CHANGE = {
     "save.every", "save.keep", "save.best", "save.export", "save.dtype",
     "eval.every", "eval.at_start", "eval.micro_size", "eval.max_rows", "eval.metric", "eval.goal", "eval.patience",
     "log.every", "log.tensorboard", "log.report",
+    "log.wandb", "log.mlflow", "log.trackio", "log.swanlab", "log.comet",
     "data.train", "data.validation",  # their contents are compared instead
     "data.cache_dir", "data.workers",
     "continual.ewc.data", "continual.replay.data",  # their contents are compared instead
@@ -170,11 +171,11 @@ OWN_MUST_STAY = {
     },
     "plm": {"packing", "attention", "mask_share", "longest_span"},
     "span_corruption": {"packing", "attention", "density", "mean_span", "sentinels"},
-    "seq2seq": {"prefix", "max_target_length", "label_smoothing"},
+    "seq2seq": {"prefix", "source_language", "target_language", "max_target_length", "label_smoothing"},
     "sft": {"shape", "template", "system", "loss", "too_long", "packing", "neftune_alpha"},
-    "classification": {"pair", "labels", "multi_label", "class_weights", "label_smoothing", "entities"},
+    "classification": {"pair", "labels", "label_names", "multi_label", "class_weights", "label_smoothing", "entities"},
     "regression": {"pair", "loss"},
-    "token_classification": {"scheme", "labels", "pieces"},
+    "token_classification": {"label_names", "scheme", "labels", "pieces"},
     "question_answering": {"stride"},
     "reward": {
         "center_rewards_coefficient", "dropout", "shape", "system", "template", "too_long",

@@ -37,6 +37,23 @@ def test_the_merged_weights_are_those_of_plain_peft(base: Path, tmp_path: Path, 
     assert "adapter_config.json" not in names
 
 
+def test_a_merged_model_has_a_card(base: Path, tmp_path: Path) -> None:
+    folder = export(*adapted(base, "lora"), tmp_path / "adapter")
+    kept = "## Metrics\n\n| loss | 1.5 |\n\n## Recipe\n\nx\n"
+    card = f"---\nlibrary_name: peft\n---\n# An adapter\n\n## Use\n\nPeftModel\n\n{kept}"
+    for name, given in (("with", card), ("without", None)):
+        (folder / "README.md").unlink(missing_ok=True)
+        if given is not None:
+            (folder / "README.md").write_text(given)
+        text = (api.merge(folder, tmp_path / name) / "README.md").read_text()
+        assert text.startswith("---\n# license: not set.")
+        assert "library_name: transformers\n" in text
+        assert f"# A model: an adapter merged into {base.name}\n" in text
+        assert 'AutoModelForCausalLM.from_pretrained("DIRECTORY")' in text
+        assert "PeftModel" not in text
+        assert (kept in text) == (given is not None)
+
+
 @pytest.mark.parametrize(("dtype", "eps"), [("bf16", 2**-7), ("fp16", 2**-10)])
 def test_sixteen_bits_round_once(base: Path, tmp_path: Path, capsys: Any, dtype: str, eps: float) -> None:
     folder = export(*adapted(base, "lora"), tmp_path / "adapter")

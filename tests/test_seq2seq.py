@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,10 @@ from transformers import (
     BartConfig,
     DataCollatorForSeq2Seq,
     LlamaConfig,
+    M2M100Config,
+    MBart50Tokenizer,
+    MBartConfig,
+    MBartTokenizer,
     MT5Config,
     NllbTokenizer,
     PreTrainedModel,
@@ -81,14 +86,58 @@ def encoded(tokenizer: PreTrainedTokenizerFast, *rows: tuple[str, str], **change
     return [encoder.build(record, encodings[2 * i : 2 * i + 2])[0] for i, record in enumerate(records)]
 
 
-def test_tokenizers_that_mark_the_language_are_refused() -> None:
+# --- languages --------------------------------------------------------------------------------------------------------
+
+LETTERS = "abcdefgh"
+SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]
+MARKING: dict[str, tuple[type, list[str], str, str]] = {
+    "nllb": (NllbTokenizer, ["eng_Latn", "deu_Latn"], "m2m_100", "first"),
+    "mbart": (MBartTokenizer, ["en_XX", "de_DE"], "mbart", "last"),
+    "mbart50": (MBart50Tokenizer, ["en_XX", "de_DE"], "mbart", "first"),
+}
+
+
+def marking_tokenizer(name: str) -> Any:
+    kind, languages, _, _ = MARKING[name]
+    pieces = [*SPECIAL, "\u2581", *LETTERS]
+    vocabulary = (
+        {"vocab": {piece: i for i, piece in enumerate(pieces)}, "merges": []}
+        if name == "nllb"
+        else {"vocab": [(piece, -1.0) for piece in pieces]}
+    )
+    return kind(**vocabulary, src_lang=languages[0], tgt_lang=languages[1])
+
+
+def translation(name: str, **changes: Any) -> dict[str, Any]:
+    _, (source, target), _, _ = MARKING[name]
+    return {"seq2seq": {"source_language": source, "target_language": target, **changes}}
+
+
+@pytest.mark.parametrize("name", MARKING)
+def test_texts_are_marked_as_by_their_own_tokenizer(name: str) -> None:
+    tokenizer = marking_tokenizer(name)
+    expected = marking_tokenizer(name)("abc de", text_target="fgh")
+    (example,) = encoded(tokenizer, ("abc de", "fgh"), **translation(name))
+    assert example.columns == {"input_ids": expected.input_ids, "labels": expected.labels}
+    assert tokenizer("a").input_ids == marking_tokenizer(name)("a").input_ids  # it still marks sources, for later uses
+
+
+@pytest.mark.parametrize("key", ["source_language", "target_language"])
+def test_languages_that_do_not_fit_are_refused(key: str) -> None:
+    section = translation("nllb")["seq2seq"]
+    for value, text in (
+        (None, f"seq2seq.{key}: .*set source_language and target_language"),
+        ("de", "de is no language"),
+    ):
+        with pytest.raises(RecipeError, match=text):
+            encoded(marking_tokenizer("nllb"), seq2seq=section | {key: value})
+    with pytest.raises(RecipeError, match=f"seq2seq.{key}: has no effect"):
+        encoded(tokenizer_that(), seq2seq={key: "deu_Latn"})
     for name in ("src_lang", "tgt_lang", "lang_code_to_id"):
         tokenizer = tokenizer_that()
         setattr(tokenizer, name, "en_XX")
-        with pytest.raises(RecipeError, match=r"source's language.*not supported"):
-            Seq2SeqRows(EncoderContext.of(recipe(), tokenizer))
-    with pytest.raises(RecipeError, match="not supported"):
-        Seq2SeqRows(EncoderContext.of(recipe(), NllbTokenizer()))
+        with pytest.raises(RecipeError, match="in a way that is not supported"):
+            encoded(tokenizer)
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------
@@ -238,7 +287,8 @@ def network(config: dict[str, Any], tokenizer: PreTrainedTokenizerFast, **seq2se
     """The task, and a network that it has fitted."""
     settings = recipe(model={"config": config}, seq2seq=seq2seq, data={"validation": 0.1})
     made_of = {key: value for key, value in config.items() if key != "model_type"}
-    kind = {"t5": T5Config, "mt5": MT5Config, "bart": BartConfig}[config["model_type"]]
+    kinds = {"t5": T5Config, "mt5": MT5Config, "bart": BartConfig, "mbart": MBartConfig, "m2m_100": M2M100Config}
+    kind = kinds[config["model_type"]]
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("eos", "pad", "bos")}
     fitted = kind(vocab_size=len(tokenizer), **ids, **made_of)
     Seq2Seq.fit_config(TaskSetup.of(settings, tokenizer, {}), fitted)
@@ -279,6 +329,31 @@ def test_the_loss_is_that_of_transformers(config: dict[str, Any]) -> None:
     assert loss.item() == pytest.approx(expected.loss.item() * batch.count, rel=1e-5)
     right = ((expected.logits.argmax(-1) == labels) & (labels != -100)).sum().item()
     assert [x.item() for x in metrics["accuracy"]] == [right, batch.count]
+
+
+@pytest.mark.parametrize("name", MARKING)
+def test_networks_with_languages(name: str) -> None:
+    """The loss is that of transformers' own shift, and generated texts are in the target's language."""
+    _, (_, target), model_type, place = MARKING[name]
+    tokenizer = marking_tokenizer(name)
+    language = tokenizer.convert_tokens_to_ids(target)
+    config = BART | {"model_type": model_type, "decoder_start_token_id": tokenizer.eos_token_id}
+    task, model = network(config, tokenizer, **translation(name)["seq2seq"])
+    texts = [("abc de", "fgh"), ("a", "bcde fg")]
+    features = [dict(tokenizer(source, text_target=text)) for source, text in texts]
+    rows = [
+        Row(np.array(each["input_ids"]), np.zeros(1, np.int64), {"labels": np.array(each["labels"])})
+        for each in features
+    ]
+    batch = task.collate(rows)
+    theirs = DataCollatorForSeq2Seq(tokenizer, model=model)(features)
+    with torch.no_grad():
+        loss = task.loss(model, batch.inputs).loss_sum.item()
+        expected = model(**{key: theirs[key] for key in ("input_ids", "attention_mask", "labels")}).loss.item()
+        generated = model.generate(theirs["input_ids"], attention_mask=theirs["attention_mask"], max_new_tokens=3)
+    assert loss == pytest.approx(expected * batch.count, rel=1e-5)
+    start = [tokenizer.eos_token_id, language] if place == "first" else [language]
+    assert generated[:, : len(start)].tolist() == [start, start]
 
 
 @pytest.mark.parametrize("smoothing", [0.1, 0.6])
@@ -370,3 +445,21 @@ def test_metric_names_follow_the_settings() -> None:
 def test_generation_without_validation_is_refused() -> None:
     with pytest.raises(ValidationError, match="generation: has no effect here"):
         recipe(seq2seq={"generation": {}})
+
+
+def test_a_tokenizer_without_a_fast_version_is_refused(tmp_path: Path) -> None:
+    """Marian's, of two sentencepiece models and a vocabulary."""
+    import sentencepiece
+
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "m"), vocab_size=40, minloglevel=2
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "m.model"))
+    vocabulary = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+    for side in ("source", "target"):
+        (tmp_path / f"{side}.spm").write_bytes((tmp_path / "m.model").read_bytes())
+    (tmp_path / "vocab.json").write_text(json.dumps({**vocabulary, "<pad>": len(vocabulary)}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "MarianTokenizer"}))
+    with pytest.raises(RecipeError, match=r"MarianTokenizer has no fast version .* such as NLLB, mBART or mT5 instead"):
+        encoded(AutoTokenizer.from_pretrained(tmp_path), ("a", "b"))

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.data.sources import HashMemo, check_sources, fingerprint_source, read_documents
+from ptft_dist.data.sources import HashMemo, check_sources, fingerprint_source, read_documents, read_records
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.registry import recipe_class
 
@@ -204,6 +204,75 @@ def test_broken_json(tmp_path: Path, case: str) -> None:
     (tmp_path / "x.json").write_text(text)
     message = refused(tmp_path, "x.json")
     assert [part for part in expected if part not in message] == []
+
+
+ANSWER = {"text": "cat", "answer_start": 4}
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Cats",
+            "paragraphs": [
+                {
+                    "context": "the cat sat",
+                    "qas": [
+                        {"id": "a", "question": "who?", "answers": [ANSWER, ANSWER], "is_impossible": False},
+                        {"id": "b", "question": "why?", "answers": [], "plausible_answers": [ANSWER]},
+                    ],
+                }
+            ],
+        }
+    ],
+}
+
+
+def test_nested_squad(tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text(json.dumps(SQUAD, indent=2))
+    first, second = read_records(Source(path="dev.json"), tmp_path, ("question", "context", "answers"))
+    assert first.values["answers"] == {"text": ["cat", "cat"], "answer_start": [4, 4]}
+    assert second.values == {
+        "id": "b",
+        "question": "why?",
+        "context": "the cat sat",
+        "answers": {"text": [], "answer_start": []},
+    }
+    assert second.where == f"{tmp_path}/dev.json: data[0].paragraphs[0].qas[1]"
+
+
+def test_broken_nested_squad(tmp_path: Path) -> None:
+    broken = json.loads(json.dumps(SQUAD))
+    del broken["data"][0]["paragraphs"][0]["qas"][0]["answers"][1]["answer_start"]
+    (tmp_path / "dev.json").write_text(json.dumps(broken))
+    with pytest.raises(DataError, match=r"data\[0\]\.paragraphs\[0\]\.qas\[0\]\.answers: there is no 'answer_start'"):
+        list(read_records(Source(path="dev.json"), tmp_path, ("question",)))
+
+
+def test_rows_within_an_object(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"version": 1, "data": [{"text": text} for text in TEXTS]}))
+    assert read(tmp_path, "x.json") == [(text, f"x.json: data[{i}]") for i, text in enumerate(TEXTS)]
+    (tmp_path / "lines.json").write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert "name the file .jsonl" in refused(tmp_path, "lines.json")
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_directory_of_save_to_disk(tmp_path: Path, shards: int) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": TEXTS, "n": list(range(len(TEXTS)))})
+    rows.save_to_disk(str(tmp_path / "saved"), num_shards=shards)
+    names = [f"saved/data-{i:05d}-of-{shards:05d}.arrow" for i in range(shards)]
+    found = read(tmp_path, "saved")
+    assert [text for text, _ in found] == TEXTS
+    assert sorted({where.split("#")[0] for _, where in found}) == names
+    assert read(tmp_path, "saved", limit=1) == [(TEXTS[0], f"{names[0]}#0")]
+    assert "'body'; the fields are: 'text', 'n'" in refused(tmp_path, "saved", field="body")
+
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(str(tmp_path / "splits"))
+    assert "wrote the splits test, train here. Name one:" in refused(tmp_path, "splits")
+    assert [text for text, _ in read(tmp_path, "splits/train")] == TEXTS
+
+    (tmp_path / names[0]).write_bytes(b"ARROW1 and then something else")
+    assert "not an Arrow stream of `datasets.save_to_disk`, or damaged" in refused(tmp_path, names[0])
 
 
 BROKEN_TABLES = {

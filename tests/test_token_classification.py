@@ -127,6 +127,12 @@ def test_a_score_by_hand() -> None:
     assert set(entity_scores([["O"]], [["O"]]).values()) == {0.0, 1.0}  # nothing is there, nothing is found
 
 
+@pytest.mark.parametrize(("inner", "last", "single"), ["IES", "MES", "ILU"])
+def test_entities_of_every_scheme_by_hand(inner: str, last: str, single: str) -> None:
+    tags = f"B-A {inner}-A {last}-A O {single}-B B-A {last}-A {single}-A {last}-B".split()
+    assert entities(tags) == {("A", 0, 2), ("B", 4, 4), ("A", 5, 6), ("A", 7, 7), ("B", 8, 8)}  # the last is a mistake
+
+
 # --- schemes ----------------------------------------------------------------------------------------------------------
 
 MISPLACED = [
@@ -151,6 +157,14 @@ MISPLACED = [
     ("bioes", "O E-A", 1),
     ("bioes", "S-A I-A E-A", 1),
     ("bioes", "B-A B-A E-A", 0),
+    ("bmes", "S-A B-A M-A M-A E-A B-A E-A S-B O", None),
+    ("bmes", "B M E S", None),
+    ("bmes", "B-A I-A E-A", 1),
+    ("bmes", "M-A E-A", 0),
+    ("bmes", "B-A M-A O", 1),
+    ("bilou", "U-A B-A I-A L-A B-A L-A U-B O", None),
+    ("bilou", "B-A I-A U-A", 1),
+    ("bilou", "L-A", 0),
     ("plain", "I-A whatever B-", None),
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -88,7 +90,10 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
 
         failures = Failures(Path(loaded.recipe.run_dir), here)
         try:
-            code = run(loaded, here, resume=resume, accept=accept, failures=failures).exit_code
+            result = run(loaded, here, resume=resume, accept=accept, failures=failures)
+            code = result.exit_code
+            if here.is_main:
+                print(result.summary, flush=True)
         except Exception:
             code = failures.exit_code
     if here.world_size > 1:
@@ -109,12 +114,14 @@ def _launch(
     from ptft_dist.config.resolve import batch_shape
     from ptft_dist.data.prepare import prepare
     from ptft_dist.data.sources import check_sources
+    from ptft_dist.launch.environment import COMMAND
     from ptft_dist.launch.launch_file import read_launch_file
     from ptft_dist.launch.local import become_rank, command, default_launch, local_processes
     from ptft_dist.launch.local import launch as start
     from ptft_dist.launch.settings import check_settings
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.reporting.run_files import lock_run_dir, make_run_dir
+    from ptft_dist.reporting.trackers import check_installed
     from ptft_dist.tasks.registry import encoder_class
     from ptft_dist.training.stopping import ending_at_once
 
@@ -124,9 +131,11 @@ def _launch(
     file = read_launch_file(launch or default_launch())
     check_settings(file.settings, loaded.recipe)
     words = command(file, processes, several, arguments)
+    os.environ.setdefault(COMMAND, json.dumps(sys.argv))
     local = local_processes(file, processes, several)
     batch_shape(loaded.recipe, local * (several.count if several else 1))
     check_sources(loaded.recipe, loaded.base)
+    check_installed(loaded.recipe.log)
     run_dir = Path(loaded.recipe.run_dir)
     make_run_dir(run_dir)
     if not by_srun and (several is None or several.rank == 0):  # elsewhere rank 0 of this run may have the lock already

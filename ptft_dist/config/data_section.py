@@ -19,7 +19,8 @@ class Source(Section):
     """`python-stdlib`: the source code of Python's standard library, one document per module. `python-functions`: its
     documented functions, one row each, with columns for every task (listed in `ptft_dist/data/builtin.py`)."""
     path: Text | None = None
-    """A file or a glob (`**` matches subfolders): .txt, .jsonl, .json, .csv, .tsv, .parquet, .conll, also .gz and .zst.
+    """A file or a glob (`**` matches subfolders): .txt, .jsonl, .json, .csv, .tsv, .conll, also .gz and .zst; .parquet,
+    .arrow; or a directory of `datasets.save_to_disk`.
     A relative path starts at the recipe's directory."""
     hub: Text | None = None
     """The name of a Hub dataset, as for `datasets.load_dataset`."""

@@ -17,6 +17,7 @@ from ptft_dist.config.document import COMMAND_LINE, Document, Mistake, Written, 
 from ptft_dist.config.mistakes import explain, schema_of
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.references import default_of, resolve
+from ptft_dist.config.secrets import hide
 from ptft_dist.config.section import KeyPath, Section, dotted
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
@@ -25,6 +26,8 @@ DICTIONARY = Path("recipe")
 """The path shown for a recipe that was given as a dictionary."""
 _STARTS_AT = "Its relative data paths start at "
 _S = TypeVar("_S", bound=Section)
+_OF_THIS_MACHINE = {"run_dir": None, "log": None, "data": ("cache_dir", "workers")}
+"""Keys of the recipe that say nothing about the model."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,40 @@ def public_values(loaded: Loaded) -> dict[str, Any]:
     for path, written in loaded.written.items():
         put(values, path, written.text)
     return values
+
+
+def given_values(loaded: Loaded) -> dict[str, Any]:
+    """The values that are not defaults, with references as written, without keys of this machine such as run_dir."""
+    changed = loaded.recipe.model_dump(mode="json", exclude_defaults=True)
+    values: dict[str, Any] = _pruned(public_values(loaded), changed)
+    for section, keys in _OF_THIS_MACHINE.items():
+        if keys is None:
+            values.pop(section, None)
+        else:
+            for key in keys:
+                values.get(section, {}).pop(key, None)
+    return values
+
+
+def _pruned(values: Any, kept: Any) -> Any:
+    if isinstance(values, Mapping) and isinstance(kept, Mapping):
+        return {key: _pruned(values[key], kept[key]) for key in values if key in kept}
+    if isinstance(values, list | tuple) and isinstance(kept, list):
+        return [_pruned(*pair) for pair in zip(values, kept, strict=True)]
+    return values
+
+
+def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str | None]:
+    """Nested values by dotted key; a list is JSON. Secrets are masked."""
+    found: dict[str, bool | int | float | str | None] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{inner}": each for inner, each in flat(value).items()}
+        elif value is None or isinstance(value, bool | int | float):
+            found[key] = value
+        else:
+            found[key] = hide(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+    return found
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from ptft_dist.config.consistency import problems
 from ptft_dist.config.continual import ContinualSection
 from ptft_dist.config.data_section import Augmentation, DataSection, Source
 from ptft_dist.config.distillation import DistillationSettings
+from ptft_dist.config.log_section import LogSection
 from ptft_dist.config.section import (
     BelowOne,
     Fraction,
@@ -248,17 +249,6 @@ class SaveSection(Section):
         if self.export == "best" and not self.best:
             raise ValueError("export: best needs best: true")
         return self
-
-
-class LogSection(Section):
-    """Logging. metrics.jsonl is always written."""
-
-    every: PositiveInt = 1
-    """Log to metrics.jsonl and TensorBoard every this many updates."""
-    tensorboard: bool = True
-    """Write TensorBoard events to run_dir/tensorboard."""
-    report: bool = True
-    """Write run_dir/report.html at the end, a page with plots (5 MB). `ptft report` writes it at any time."""
 
 
 def _model_tokenizer(model: ModelSection) -> TokenizerSection:

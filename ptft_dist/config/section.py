@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -33,6 +33,9 @@ class NamesModel:
 
 ModelName = Annotated[Text, NamesModel()]
 TokenizerName = Annotated[Text, NamesModel(weights=False)]
+
+Number = Annotated[Text, BeforeValidator(lambda value: str(value) if isinstance(value, int) else value)]
+"""A key of a mapping that users write as a number, such as 0; it becomes the text `0`."""
 
 KeyPath = tuple[str | int, ...]
 """The keys and list indices from the top of a recipe to a value."""

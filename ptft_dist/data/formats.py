@@ -16,12 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
+from ptft_dist.data.class_labels import of_parquet, with_names
 from ptft_dist.data.json_values import DECODER, unusable
+from ptft_dist.data.nested_json import nested_rows
 from ptft_dist.errors import DataError
 
-FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".conll")
+FORMATS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".conll")
+_BINARY = (".parquet", ".arrow")
 COMPRESSIONS = (".gz", ".zst")
-KNOWN = ", ".join(FORMATS) + ", and all but .parquet also as .gz or .zst"
+KNOWN = ", ".join(FORMATS) + ", and all but .parquet and .arrow also as .gz or .zst"
+
+_SPACE = " \t\n\r"
 
 DocumentUnit = Literal["file", "paragraph", "line"]
 
@@ -47,7 +52,7 @@ def file_format(path: Path) -> tuple[str, str] | None:
     name = path.name.lower()
     compression = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), "")
     suffix = next((suffix for suffix in FORMATS if name.removesuffix(compression).endswith(suffix)), None)
-    if suffix is None or (suffix == ".parquet" and compression):
+    if suffix is None or (suffix in _BINARY and compression):
         return None
     return suffix, compression
 
@@ -67,7 +72,10 @@ def read_file(path: Path, *, columns: Sequence[str], unit: DocumentUnit, only: b
     kind = file_format(path)
     if kind is None:
         raise DataError(f"{path}: unknown file type. Supported are: {KNOWN}")
-    records = _read_parquet(path, columns, only) if kind[0] == ".parquet" else _read_text(path, *kind, columns, unit)
+    if kind[0] in _BINARY:
+        records = _read_arrow(path, columns, only, parquet=kind[0] == ".parquet")
+    else:
+        records = _read_text(path, *kind, columns, unit)
     empty = True
     for record in records:
         empty = False
@@ -128,7 +136,10 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
 
 
 def _read_json(text: str, path: Path) -> Iterator[Record]:
-    """Parses the objects of an array one by one, so that each error can name its line."""
+    """Parses the objects of an array one by one, so that each error can name its line; or the rows in an object."""
+    if text.lstrip(_SPACE).startswith("{"):
+        yield from _read_object(text, path)
+        return
     line, counted = 1, 0
 
     def refuse(position: int, problem: str) -> DataError:
@@ -138,7 +149,7 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
         )
 
     def skip(position: int) -> int:
-        while text[position : position + 1] in (" ", "\t", "\n", "\r"):
+        while text[position : position + 1] in tuple(_SPACE):
             position += 1
         return position
 
@@ -167,6 +178,18 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
     position = skip(position + 1)
     if position < len(text):
         raise refuse(position, "there is text after the end of the array")
+
+
+def _read_object(text: str, path: Path) -> Iterator[Record]:
+    try:
+        value = DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        several = " If each line is an object, name the file .jsonl." if error.msg == "Extra data" else ""
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}, column {error.colno}).{several}") from None
+    except (RecursionError, ValueError) as error:
+        raise DataError(f"{path}: {unusable(error)}") from None
+    for row, where in nested_rows(value, str(path)):
+        yield as_record(row, where)
 
 
 def _read_table(lines: Iterator[str], path: Path, columns: Sequence[str], *, tabs: bool) -> Iterator[Record]:
@@ -239,23 +262,28 @@ def _read_conll(lines: Iterator[str], path: Path) -> Iterator[Record]:
         tags.append(fields[-1].strip())
 
 
-def _read_parquet(path: Path, columns: Sequence[str], only: bool) -> Iterator[Record]:
+def _read_arrow(path: Path, columns: Sequence[str], only: bool, *, parquet: bool) -> Iterator[Record]:
+    """Reads a Parquet file, or an Arrow stream, as `datasets.save_to_disk` writes it."""
     import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.ipc  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
+        with pq.ParquetFile(path) if parquet else pyarrow.ipc.open_stream(pa.memory_map(str(path))) as file:
+            schema = file.schema_arrow if parquet else file.schema
             for column in columns:
-                if column not in names:
-                    raise DataError(f"{path}: {no_column(column, names)}")
-            number = 0
-            for batch in file.iter_batches(batch_size=1000, columns=list(columns) if only else None):
-                for row in batch.to_pylist():
-                    yield Record(row, f"{path}#{number}")
+                if column not in schema.names:
+                    raise DataError(f"{path}: {no_column(column, schema.names)}")
+            chosen = list(columns) if only else None
+            batches = file.iter_batches(batch_size=1000, columns=chosen) if parquet else file
+            classes, number = of_parquet(schema.metadata), 0
+            for batch in batches:
+                for row in (batch.select(chosen) if only else batch).to_pylist():
+                    yield Record(with_names(row, classes), f"{path}#{number}")
                     number += 1
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not a Parquet file, or damaged ({error}). Create or download it again.") from error
+        what = "a Parquet file" if parquet else "an Arrow stream of `datasets.save_to_disk`"
+        raise DataError(f"{path}: not {what}, or damaged ({error}). Create or download it again.") from error
 
 
 _A_ROW = 'Each line must be one object, such as {"text": "..."}.'

@@ -43,7 +43,11 @@ class RowEncoder(Encoder):
         super().__init__(context)
         tokenizer = context.tokenizer
         if not tokenizer.is_fast:
-            raise RecipeError(f"tokenizer: task {context.task} needs a fast tokenizer (one with a tokenizer.json).")
+            raise RecipeError(
+                f"tokenizer: {type(tokenizer).__name__} has no fast version (with a tokenizer.json), and task "
+                f"{context.task} needs one. Use a model that has one, such as NLLB, mBART or mT5 instead of Marian or "
+                "M2M100; or train a tokenizer with tokenizer.train"
+            )
         self.backend = text_only_backend(tokenizer)
         self.backend.encode_special_tokens = self.text_only
         token = token_dtype(max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))

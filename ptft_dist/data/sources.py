@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import glob
+import json
 import os
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ from typing import Any
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.builtin import read_builtin, stdlib_files
 from ptft_dist.data.cache import HashMemo, fingerprint
+from ptft_dist.data.class_labels import of_features, with_names
 from ptft_dist.data.formats import KNOWN, Document, Record, as_document, file_format, no_column, read_file
 from ptft_dist.errors import DataError
 
@@ -150,7 +152,7 @@ def source_files(source: Source, base: Path) -> list[Path]:
         matches = [base / pattern]
     else:
         names = glob.glob(str(pattern), root_dir=base, recursive=True)  # noqa: PTH207  # Path.glob refuses absolute ones
-        matches = [base / name for name in sorted(names)]
+        matches = [file for name in sorted(names) for file in _saved_files(base / name)]
     stats = {file: _stat(file) for file in matches}
     files = [file for file, stat in stats.items() if stat is None or not S_ISDIR(stat.st_mode)]
     if not files:
@@ -166,7 +168,19 @@ def source_files(source: Source, base: Path) -> list[Path]:
     return files
 
 
+def _saved_files(path: Path) -> list[Path]:
+    """The Arrow files of a directory of `datasets.save_to_disk`, in their order; any other path as it is."""
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        return [path / file["filename"] for file in state["_data_files"]] if path.is_dir() else [path]
+    except (OSError, ValueError, KeyError, TypeError):
+        return [path]
+
+
 def _why_nothing(matches: list[Path], base: Path) -> str:
+    for path in matches:
+        if splits := sorted(each.parent.name for each in path.glob("*/state.json")):
+            return f"datasets.save_to_disk wrote the splits {', '.join(splits)} here. Name one: {path / splits[0]}"
     if matches:
         return "this is a directory. Name files, or all files below it with a glob such as /**/*.jsonl."
     return f"no such file. A relative path starts at the recipe's directory, {base.absolute()}."
@@ -210,8 +224,9 @@ def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Re
     for column in columns:
         if column not in names:
             raise DataError(f"{name}: {no_column(column, names)}")
+    classes = of_features(dataset.features)
     for number, row in enumerate(dataset.select_columns(list(columns)) if only else dataset):
-        yield Record(row, f"{name}#{number}")
+        yield Record(with_names(row, classes), f"{name}#{number}")
 
 
 def hub_dataset(source: Source) -> Any:

@@ -20,8 +20,8 @@ from ptft_dist.judging.target import Target, find_target, source_of
 from ptft_dist.launch.environment import Place
 from ptft_dist.launch.result import RESULT, read_json
 from ptft_dist.reporting.messages import say
-from ptft_dist.reporting.metrics import add_evaluation
 from ptft_dist.reporting.output import check_writable, json_line, write_file, write_text
+from ptft_dist.reporting.tensorboard import add_evaluation
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import Session
 from ptft_dist.tasks.common.generation import generated_text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -100,6 +102,15 @@ def restarted_job() -> str | None:
 def is_requeued() -> bool:
     """Whether the job is requeued after exit code 75."""
     return "SLURM_JOB_ID" in os.environ
+
+
+COMMAND = "PTFT_COMMAND"
+"""The environment variable in which `ptft train --launch` names its own command line to the ranks, as JSON."""
+
+
+def user_command(environ: Mapping[str, str]) -> list[str]:
+    """The command line that a user has started: that of `ptft train --launch`, or of this process."""
+    return list(json.loads(environ[COMMAND])) if COMMAND in environ else sys.argv
 
 
 START_TOKEN = "PTFT_START_TOKEN"

@@ -20,6 +20,28 @@ PLAIN_EVERY_S = 10.0
 """Seconds between progress lines without a terminal, so that logs stay short."""
 
 
+class _LiveLine:
+    """The last line of the terminal, which is replaced again and again. Messages are printed above it."""
+
+    def __init__(self) -> None:
+        self.text = ""
+
+    def show(self, text: str) -> None:
+        """Replace the line. An empty text shows none."""
+        if text or self.text:
+            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+        self.text = text
+
+    def clear(self) -> str:
+        """Remove the line; returns its text."""
+        text = self.text
+        self.show("")
+        return text
+
+
+LIVE = _LiveLine()
+
+
 class _Format(logging.Formatter):
     """Plain lines for information, `warning: ...` for warnings, with the rank if it is not 0."""
 
@@ -42,7 +64,9 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         self.stream = sys.stderr
+        line = LIVE.clear()
         super().emit(record)
+        LIVE.show(line)
 
 
 def show_messages(rank: int = 0, *, quiet: bool = False) -> None:
@@ -108,7 +132,7 @@ class Progress:
         self.done = 0
         self.started = self.shown = time.monotonic()
         self.live = sys.stderr.isatty()
-        self._line_is_open = False
+        self._before: str | None = None
 
     def advance(self, count: int = 1) -> None:
         self.done += count
@@ -117,15 +141,16 @@ class Progress:
             return
         self.shown = now
         if self.live:
-            print(f"\r\x1b[2K{self._text(now)}", end="", file=sys.stderr, flush=True)
-            self._line_is_open = True
+            if self._before is None:
+                self._before = LIVE.text
+            LIVE.show(self._text(now))
         else:
             say(self._text(now))
 
     def close(self) -> None:
-        if self._line_is_open:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
-            self._line_is_open = False
+        if self._before is not None:
+            LIVE.show(self._before)
+            self._before = None
 
     def _text(self, now: float) -> str:
         share = f" of {self._amount(self.total)} ({self.done / self.total:.0%})" if self.total else ""

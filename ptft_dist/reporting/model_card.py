@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.config.load import Loaded, public_values, to_yaml
+from ptft_dist.config.load import Loaded, given_values, to_yaml
 from ptft_dist.config.secrets import hide
 from ptft_dist.reporting.metrics import TIMING_KEYS
 
 CARD = "README.md"
 _LICENSE = "license: not set. Write it into the first lines of this file before you publish the model"
-_OF_THIS_MACHINE = {"run_dir": None, "log": None, "data": ("cache_dir", "workers")}
-"""Keys of the recipe that say nothing about the model."""
 
 
 def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, license_id: str | None = None) -> str:
@@ -50,10 +48,49 @@ def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, lice
         f"## Use\n\n{_usage(recipe, task_type, _report(run_dir))}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
-        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(_given(loaded))}```\n",
+        f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(given_values(loaded))}```\n",
         f"## Versions\n\n{_table(_versions(run_dir), 'package')}",
     ]
     return hide("\n".join(sections))
+
+
+def merged_card(adapter_card: str | None, base: str, task_type: str) -> str:
+    """The card of a model into which an adapter was merged: what the adapter's card says, with another way to load it.
+
+    Args:
+        adapter_card: README.md of the adapter; None if it has none.
+        base: the directory or Hub name of the base.
+        task_type: the transformers class that loads the merged model.
+    """
+    local = Path(base).is_absolute()
+    head = {
+        "license": None,
+        "library_name": "transformers",
+        "base_model": None if local else base,
+        "tags": ["ptft", "merged"],
+    }
+    front = to_yaml({key: value for key, value in head.items() if value is not None})
+    parts = (adapter_card or "").split("\n## ")
+    kept = [part for part in parts[1:] if not part.startswith("Use\n")]
+    note = "The metrics are those of base and adapter before the merge.\n" if kept else ""
+    sections = [
+        f"---\n# {_LICENSE}\n{front}---\n",
+        f"# A model: an adapter merged into {Path(base).name if local else base}\n\nMerged with ptft_dist. {note}",
+        f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n",
+        f"## Use\n\n{_loading(task_type)}",
+        *(f"## {part}" for part in kept),
+    ]
+    return hide("\n".join(sections))
+
+
+def _loading(auto_class: str) -> str:
+    code = [
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f'model = {auto_class}.from_pretrained("DIRECTORY")',
+        'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")',
+    ]
+    return "```python\n" + "\n".join(code) + "\n```\n"
 
 
 def metrics_at(run_dir: Path, step: int) -> dict[str, float]:
@@ -142,24 +179,3 @@ def _table(values: Mapping[str, Any], name: str) -> str:
         for key, value in values.items()
     ]
     return "\n".join(lines) + "\n"
-
-
-def _given(loaded: Loaded) -> dict[str, Any]:
-    """The recipe's values that are not defaults, with references as written."""
-    changed = loaded.recipe.model_dump(mode="json", exclude_defaults=True)
-    values: dict[str, Any] = _pruned(public_values(loaded), changed)
-    for section, keys in _OF_THIS_MACHINE.items():
-        if keys is None:
-            values.pop(section, None)
-        else:
-            for key in keys:
-                values.get(section, {}).pop(key, None)
-    return values
-
-
-def _pruned(values: Any, kept: Any) -> Any:
-    if isinstance(values, Mapping) and isinstance(kept, Mapping):
-        return {key: _pruned(values[key], kept[key]) for key in values if key in kept}
-    if isinstance(values, list | tuple) and isinstance(kept, list):
-        return [_pruned(*pair) for pair in zip(values, kept, strict=True)]
-    return values

@@ -46,7 +46,7 @@ class Trainer:
     manifest: dict[str, Any]
     """Entries of every checkpoint's manifest that do not change during the run."""
     stop: StopRequest
-    sinks: Sequence[Sink] = ()
+    sinks: list[Sink] = field(default_factory=list)
     """Writers of metrics; empty on all ranks except rank 0."""
     samples: JsonLines | None = None
     """Writer of generated texts; None if the task generates none."""

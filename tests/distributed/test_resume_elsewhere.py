@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import last_step, start, train_rows, write_recipe
+from support import last_step, outcome, start, train_rows, write_recipe
 
 STEPS = 12
 
@@ -160,3 +160,19 @@ def test_what_only_decides_the_speed_may_change(tmp_path: Path, documents: Path,
     run = start("train", "recipe.yaml", *free, cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr
     assert "resumed from run/checkpoints/step-00000002" in run.stderr
+
+
+def test_a_finished_run_trains_longer(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """With a schedule that does not depend on the number of updates, as if it had this many from the start."""
+    longer = ["train.max_steps=6", "--accept", "train.max_steps"]
+    for name in ("parts", "whole"):
+        changes = {"optim": {"schedule": "constant"}, "train": {"max_steps": 3 if name == "parts" else 6}}
+        prepare_folder(tmp_path / name, documents, **changes, save={"every": 3}, eval={"every": 3})
+        run = start("train", "recipe.yaml", cwd=tmp_path / name, cache=cache)
+        assert run.wait() == 0, run.stderr
+    refused = start("train", "recipe.yaml", longer[0], cwd=tmp_path / "parts", cache=cache)
+    assert refused.wait() == 4
+    assert "accept the changes: --accept train.max_steps" in refused.stderr
+    run = start("train", "recipe.yaml", *longer, cwd=tmp_path / "parts", cache=cache)
+    assert run.wait() == 0, run.stderr
+    assert outcome(tmp_path / "parts/run") == outcome(tmp_path / "whole/run")

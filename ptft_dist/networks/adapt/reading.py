@@ -29,13 +29,15 @@ from ptft_dist.networks.adapt.peft_configs import TASK_TYPES
 TASK_CONFIG = "task_config.json"
 _LABELS = ("id2label", "label2id", "problem_type")
 _OTHER_KEYS = ("task_specific_params", "pad_token_id", "decoder_start_token_id")
+_OF_GENERATION = ("eos_token_id", "forced_bos_token_id")
 
 
 def task_keys(model: PreTrainedModel) -> dict[str, Any]:
     """The contents of TASK_CONFIG for an adapter on `model`."""
     values: dict[str, Any] = {key: getattr(model.config, key, None) for key in (*_LABELS, *_OTHER_KEYS)}
     values["architectures"] = [type(model).__name__]
-    values["eos_token_id"] = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    for key in _OF_GENERATION:
+        values[key] = getattr(getattr(model, "generation_config", None), key, None)
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -140,8 +142,9 @@ class AdapterFiles:
     def set_task_keys(self, model: PreTrainedModel) -> None:
         """Set the ids and other keys of the task in the config of a base that has embeddings for all tokens."""
         model.config.update({key: self.keys[key] for key in _OTHER_KEYS if key in self.keys})
-        if "eos_token_id" in self.keys and model.generation_config is not None:
-            model.generation_config.eos_token_id = self.keys["eos_token_id"]
+        for key in (*_OF_GENERATION, "decoder_start_token_id"):
+            if key in self.keys and model.generation_config is not None:
+                setattr(model.generation_config, key, self.keys[key])
 
     def _no_base(self, reason: str) -> str:
         if Path(self.base).is_absolute() and not Path(self.base).is_dir():

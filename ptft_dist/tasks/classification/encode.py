@@ -11,13 +11,13 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import require, require_list, require_text
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.classification.settings import ENTITY_MARKERS, ClassificationSettings
-from ptft_dist.tasks.common.label_names import LabelNames, check_known, label_name
+from ptft_dist.tasks.common.label_names import LabelNames, check_known, class_name, in_order, label_name
 from ptft_dist.tasks.common.labelled_text_rows import LabelledTextRows
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-LABELS = "classification.labels"
+LABELS, LABEL_NAMES = "classification.labels", "classification.label_names"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?", re.ASCII)
 
 
@@ -60,10 +60,12 @@ class ClassificationRows(LabelledTextRows):
         """
         seen = LabelNames("label", LABELS)
         for record in records:
-            seen.add(label_names(settings, record), record.where)
+            value = record.values["label"]
+            seen.add(label_names(settings, record), record.where, value if isinstance(value, list) else [value])
         if not settings.labels:
             seen.check_distinct()
-        labels = list(settings.labels or sorted(seen.first, key=_numbers_first))
+        in_data = in_order(seen.first, settings.label_names, seen.ids)
+        labels = list(settings.labels or in_data or sorted(seen.first, key=_numbers_first))
         if len(labels) < 2:
             raise DataError(
                 f"data: the training rows have the labels {', '.join(labels) or '(none)'}; a classifier needs two or "
@@ -83,7 +85,7 @@ class ClassificationRows(LabelledTextRows):
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
         columns, notes = self.text_columns(encodings[0])
         names = label_names(self.settings, record)
-        check_known(names, self.ids, LABELS)
+        check_known(names, self.ids, LABEL_NAMES if self.settings.label_names else LABELS)
         if self.settings.entities and not set(self.markers) <= set(columns["input_ids"]):
             raise LeftOut("with an entity beyond data.max_length")
         labels = [self.ids[name] for name in names]
@@ -96,17 +98,21 @@ class ClassificationRows(LabelledTextRows):
 
 
 def label_names(settings: ClassificationSettings, record: Record) -> list[str]:
-    """The names of a row's labels. Numbers and booleans are converted to text, such as `3` or `true`.
+    """The names of a row's labels. Numbers without a name and booleans are converted to text, such as `3` or `true`.
 
     Raises:
         RowError: the label is missing, invalid or listed twice.
     """
     if not settings.multi_label:
-        return [label_name(require(record.values, "label"))]
-    names = [label_name(label) for label in require_list(record.values, "label")]
+        return [_name(settings, require(record.values, "label"))]
+    names = [_name(settings, label) for label in require_list(record.values, "label")]
     if len(set(names)) != len(names):
         raise RowError(f"a label is listed twice: {names}. Remove one.")
     return names
+
+
+def _name(settings: ClassificationSettings, label: Any) -> str:
+    return label_name(class_name(label, settings.label_names))
 
 
 def _numbers_first(label: str) -> tuple[int, float, str]:

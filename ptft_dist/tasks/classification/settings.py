@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from ptft_dist.config.section import BelowOne, Positive, Text, only_with
+from ptft_dist.config.section import BelowOne, Number, Positive, Text, only_with
 from ptft_dist.tasks.common.labelled_text_settings import LabelledText
 
 ENTITY_MARKERS = ("[E1]", "[/E1]", "[E2]", "[/E2]")
@@ -21,6 +21,9 @@ class ClassificationSettings(LabelledText):
 
     labels: Annotated[tuple[Text, ...], Field(min_length=2)] | None = None
     """The labels in the order of their ids. Default: the labels of the training rows, sorted."""
+    label_names: dict[Number, Text] = {}
+    """The names of labels that the data have as numbers, such as {0: negative, 1: positive}, in the order of their ids.
+    Default: the names in the features of the data set (ClassLabel), if it has any."""
     multi_label: bool = False
     """Multi-label classification: a row has a list of any number of labels."""
     class_weights: Literal["balanced"] | dict[Text, Positive] | None = None
@@ -38,6 +41,8 @@ class ClassificationSettings(LabelledText):
         only_with(self, ("label_smoothing",), not self.multi_label, "rows with one label each")
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
             raise ValueError("labels: a label is listed twice")
+        if self.labels is not None and (unlisted := [n for n in self.label_names.values() if n not in self.labels]):
+            raise ValueError(f"label_names: {unlisted[0]!r} is not in labels")
         if isinstance(self.class_weights, dict) and self.labels is not None:
             different = sorted(set(self.class_weights) ^ set(self.labels))
             if different:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptft_dist.data.class_labels import ClassId
 from ptft_dist.data.encoder import RowError
 from ptft_dist.data.formats import json_type, text_problem
 from ptft_dist.errors import DataError
@@ -30,6 +31,28 @@ def label_name(label: Any) -> str:
     )
 
 
+def class_name(value: Any, names: Mapping[str, str]) -> Any:
+    """The name of a class that the data have as a number; other values unchanged.
+
+    names: `label_names` of the task's settings, which come before the names of the data set's ClassLabel feature.
+    """
+    number = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    if number in names:
+        return names[number]
+    return value.name if isinstance(value, ClassId) and not names else value
+
+
+def in_order(names: Iterable[str], label_names: Mapping[str, str], ids: Mapping[str, int]) -> list[str] | None:
+    """The labels in the order of label_names, or of the ids of a ClassLabel feature; None if neither has them all.
+
+    ids: name -> number, of the labels that were read as ClassIds.
+    """
+    if label_names:
+        return list(dict.fromkeys(label_names.values()))
+    names = list(names)
+    return sorted(names, key=lambda name: ids[name]) if ids.keys() >= set(names) else None
+
+
 def check_known(names: Sequence[str], labels: Collection[str], setting: str) -> None:
     """Raises RowError if a name is none of the labels. setting: the recipe's key that lists them, for the message."""
     if unknown := [name for name in names if name not in labels]:
@@ -48,10 +71,14 @@ class LabelNames:
     """The recipe's key that can list the names."""
     first: dict[str, str] = field(default_factory=dict)
     """Name -> where it first occurs in the data."""
+    ids: dict[str, int] = field(default_factory=dict)
+    """Name -> number, of names that the data have as ClassIds."""
 
-    def add(self, names: Iterable[str], where: str) -> None:
+    def add(self, names: Iterable[str], where: str, values: Iterable[Any] = ()) -> None:
+        """values: what the data have; some may be ClassIds."""
         for name in names:
             self.first.setdefault(name, where)
+        self.ids |= {value.name: int(value) for value in values if isinstance(value, ClassId)}
 
     def check_distinct(self) -> None:
         """Check that no two names look equal.

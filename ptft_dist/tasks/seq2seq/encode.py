@@ -10,6 +10,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder, require_text
 from ptft_dist.data.tokenizer import text_only_backend
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.seq2seq.languages import check_languages, speak
 from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 
 if TYPE_CHECKING:
@@ -35,20 +36,17 @@ class Seq2SeqRows(RowEncoder):
     def __init__(self, context: EncoderContext) -> None:
         super().__init__(context)
         tokenizer, settings = self.tokenizer, self.settings
-        if any(hasattr(tokenizer, name) for name in ("src_lang", "tgt_lang", "lang_code_to_id")):
-            raise RecipeError(
-                f"tokenizer: {tokenizer.name_or_path} adds a language code to every text (as those of NLLB and mBART "
-                "do), and would mark targets with the source's language. Such tokenizers are not supported. Use "
-                "another tokenizer."
-            )
+        check_languages(tokenizer, settings)
         for role, use in (("eos", "every source and target ends with it"), ("pad", "batches are padded with it")):
             if getattr(tokenizer, f"{role}_token_id") is None:
                 raise RecipeError(
                     f"tokenizer: {tokenizer.name_or_path} has no {role.upper()} token, and {use}. Name one as "
                     f"{role}_token in its tokenizer_config.json, or use another tokenizer."
                 )
-        self.source = Side(tokenizer, self.max_length, "data.max_length", settings.prefix)
+        speak(tokenizer, settings.target_language)
         self.target = Side(tokenizer, settings.max_target_length, "seq2seq.max_target_length")
+        speak(tokenizer, settings.source_language)
+        self.source = Side(tokenizer, self.max_length, "data.max_length", settings.prefix)
 
     @classmethod
     def check(cls, settings: Seq2SeqSettings, record: Record) -> None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from ptft_dist.config.section import BelowOne
+from ptft_dist.config.section import BelowOne, Text
 from ptft_dist.config.task_settings import TaskSettings
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 
@@ -22,6 +22,11 @@ class Seq2SeqSettings(TaskSettings):
 
     prefix: str = ""
     """Text before every source, such as "translate English to German: "."""
+    source_language: Text | None = None
+    """The language of the sources, for tokenizers that mark texts with it: a token such as eng_Latn (NLLB) or en_XX
+    (mBART)."""
+    target_language: Text | None = None
+    """The language of the targets, for such tokenizers."""
     max_target_length: Annotated[int, Field(ge=2)] = 128
     """Maximum tokens of a target, EOS included; data.max_length is that of a source. Longer texts are truncated."""
     label_smoothing: BelowOne = 0.0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers import AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
@@ -17,6 +17,7 @@ from ptft_dist.tasks.common.generation import generate, generated_text, generati
 from ptft_dist.tasks.common.losses import network_inputs, perplexity, row_losses
 from ptft_dist.tasks.common.padding import pad, pad_multiple
 from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, Judged, LossOut, TaskSetup
+from ptft_dist.tasks.seq2seq.languages import mark_of_targets
 
 
 class Seq2Seq(BaseTask):
@@ -34,6 +35,17 @@ class Seq2Seq(BaseTask):
                 "decoder needs one. Set it in its config.json."
             )
         self.start_id = network.decoder_start_id
+        self.mark = mark_of_targets(self.tokenizer, self.settings)
+
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        """Texts that the network generates are in the target's language."""
+        super().prepare_network(model)
+        if self.mark is None or model.generation_config is None:
+            return
+        if self.mark.first:
+            model.generation_config.forced_bos_token_id = self.mark.token_id
+        else:
+            model.generation_config.decoder_start_token_id = self.mark.token_id
 
     @classmethod
     def fit_config(cls, setup: TaskSetup, config: PretrainedConfig) -> None:
@@ -56,6 +68,9 @@ class Seq2Seq(BaseTask):
             for key in ("forced_bos_token_id", "forced_eos_token_id"):
                 if key not in given and hasattr(config, key):
                     setattr(config, key, None)
+        mark = mark_of_targets(setup.tokenizer, setup.settings)
+        if mark is not None and not mark.first:  # mBART decodes from the language, which is the last token of a target
+            config.decoder_start_token_id = mark.token_id
         source = {"prefix": setup.settings.prefix, "source_eos": True}
         config.task_specific_params = {**(getattr(config, "task_specific_params", None) or {}), "ptft": source}
         lengths = {"seq2seq.max_target_length": setup.settings.max_target_length}

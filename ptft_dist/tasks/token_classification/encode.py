@@ -11,7 +11,7 @@ from ptft_dist.data.formats import Record, json_type, text_problem
 from ptft_dist.data.row_encoder import RowEncoder, require_list
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.common.frame import Frame
-from ptft_dist.tasks.common.label_names import LabelNames
+from ptft_dist.tasks.common.label_names import LabelNames, class_name, in_order
 from ptft_dist.tasks.token_classification.settings import TAG_LETTERS, TokenClassificationSettings, inner_tag
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TaggedRows(RowEncoder):
     @classmethod
     def check(cls, settings: TokenClassificationSettings, record: Record) -> None:
         super().check(settings, record)
-        tokens, tags = require_list(record.values, "tokens"), require_list(record.values, "tags")
+        tokens, tags = require_list(record.values, "tokens"), tag_names(settings, record)
         if len(tokens) != len(tags):
             raise RowError(f"there are {len(tokens)} tokens and {len(tags)} tags. Each word needs one tag.")
         for i, (token, tag) in enumerate(zip(tokens, tags, strict=True), 1):
@@ -77,8 +77,8 @@ class TaggedRows(RowEncoder):
             if not isinstance(tag, str) or not tag:
                 got = "empty" if tag == "" else json_type(tag)
                 raise RowError(
-                    f"the tag of word {i} ({token!r}) is {got}; a tag is a name such as O or B-PER. Replace tag ids by "
-                    "their names."
+                    f"the tag of word {i} ({token!r}) is {got}; a tag is a name such as O or B-PER. For tag "
+                    "ids, set token_classification.label_names: {0: O, 1: B-PER, ...}."
                 )
             if problem := text_problem("tags", tag):
                 raise RowError(f"the tag of word {i} ({token!r}): {problem}")
@@ -101,13 +101,13 @@ class TaggedRows(RowEncoder):
         """The tags in the order of their ids, as `labels`."""
         names = LabelNames("tag", "token_classification.labels")
         for record in records:
-            names.add(record.values["tags"], record.where)
+            names.add(tag_names(settings, record), record.where, record.values["tags"])
         if not settings.labels:
             names.check_distinct()
         seen = set(names.first)
         if settings.pieces == "all":
             seen |= {inner_tag(settings.scheme, tag) for tag in seen}
-        labels = list(settings.labels or sorted(seen))
+        labels = list(settings.labels or in_order(seen, settings.label_names, names.ids) or sorted(seen))
         if len(labels) < 2:
             raise DataError(
                 f"data: the training rows have the tags {', '.join(labels) or '(none)'}; two or more are needed. "
@@ -129,7 +129,7 @@ class TaggedRows(RowEncoder):
         return [record.values["tokens"]]
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
-        tokens, tags = record.values["tokens"], record.values["tags"]
+        tokens, tags = record.values["tokens"], tag_names(self.settings, record)
         for i, tag in enumerate(tags):
             if tag not in self.ids:
                 raise RowError(
@@ -181,11 +181,17 @@ class TaggedRows(RowEncoder):
         return Example(columns, {"tags": tags, "at": at}, notes)
 
 
+def tag_names(settings: TokenClassificationSettings, record: Record) -> list[Any]:
+    """The tags of a row, with names for those that the data have as numbers. Raises RowError if there is no list."""
+    return [class_name(tag, settings.label_names) for tag in require_list(record.values, "tags")]
+
+
 def misplaced(scheme: str, tags: Sequence[str]) -> tuple[int, str] | None:
     """The first word whose tag violates the scheme, and why; None if all tags are valid."""
     if scheme == "plain":
         return None
     prefixes = TAG_LETTERS[scheme]
+    begin, inner, *ends = prefixes
     previous_prefix, previous_type = "O", ""
     for i, tag in enumerate([*tags, "O"]):
         prefix, dash, entity_type = tag.partition("-")
@@ -195,9 +201,9 @@ def misplaced(scheme: str, tags: Sequence[str]) -> tuple[int, str] | None:
                 i,
                 f"the tag {tag!r} is none of {valid} and O. Correct it, or token_classification.scheme ({scheme}).",
             )
-        inside = previous_prefix in ("B", "I") and entity_type == previous_type  # continues an entity of this type
+        inside = previous_prefix in (begin, inner) and entity_type == previous_type  # continues an entity of this type
         hint = f"In {scheme} {{}}. Correct the tags, or token_classification.scheme."
-        no_start = f"{tag} without a B-{entity_type} or I-{entity_type} before it. " + hint.format(
+        no_start = f"{tag} without a B-{entity_type} or {inner}-{entity_type} before it. " + hint.format(
             "entities begin with B-"
         )
         if scheme == "iob2" and prefix == "I" and not inside:
@@ -205,12 +211,13 @@ def misplaced(scheme: str, tags: Sequence[str]) -> tuple[int, str] | None:
         if scheme == "iob1" and prefix == "B" and not inside:
             why = "B- is used only directly after an entity of the same type"
             return i, f"{tag} without an entity of the same type before it. " + hint.format(why)
-        if scheme == "bioes":
-            if previous_prefix in ("B", "I") and not (inside and prefix in ("I", "E")):
-                expected = f"I-{previous_type} or E-{previous_type}"
-                why = "entities end with E-, and entities of one word are S-"
+        if ends:
+            end, single = ends
+            if previous_prefix in (begin, inner) and not (inside and prefix in (inner, end)):
+                expected = f"{inner}-{previous_type} or {end}-{previous_type}"
+                why = f"entities end with {end}-, and entities of one word are {single}-"
                 return i - 1, f"{tags[i - 1]} is not followed by {expected}. " + hint.format(why)
-            if prefix in ("I", "E") and not inside:
+            if prefix in (inner, end) and not inside:
                 return i, no_start
         previous_prefix, previous_type = prefix, entity_type
     return None

@@ -12,14 +12,15 @@ AVERAGES = ("micro", "macro", "weighted")
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """Extract the entities of a sentence as (type, first word, last word).
 
-    Predicted tags may violate their scheme, so one lenient rule reads IOB1, IOB2 and BIOES: I- or E- continues the
-    previous entity if the previous tag is B- or I- of the same type. Every other tag except O begins an entity.
+    Predicted tags may violate their scheme, so one lenient rule reads IOB1, IOB2, BIOES, BMES and BILOU: I-, M-, E- or
+    L- continues the previous entity if the previous tag is B-, I- or M- of the same type. Every other tag except O
+    begins an entity.
     """
     spans: list[tuple[str, int, int]] = []
     previous_prefix, previous_type = "O", ""
     for i, tag in enumerate(tags):
         prefix, _, entity_type = tag.partition("-")
-        if prefix in ("I", "E") and previous_prefix in ("B", "I") and entity_type == previous_type:
+        if prefix in ("I", "M", "E", "L") and previous_prefix in ("B", "I", "M") and entity_type == previous_type:
             spans[-1] = (entity_type, spans[-1][1], i)
         elif prefix != "O":
             spans.append((entity_type, i, i))
