@@ -475,7 +475,7 @@ def generate(
     temperature: float = 0.8,
     top_p: float = 0.95,
     seed: int = 0,
-    raw: bool = False,
+    raw: bool | None = None,
     adapters: Mapping[str, str | Path] | None = None,
     use: str | None = None,
 ) -> str:
@@ -486,7 +486,8 @@ def generate(
         temperature: 0 decodes greedily.
         top_p: nucleus sampling (Holtzman et al. 2020).
         seed: the same seed gives the same text.
-        raw: continue the prompt itself, without the chat template or the prefix of a seq2seq model.
+        raw: continue the prompt itself, without the chat template or the prefix of a seq2seq model. None: as the run
+            was trained, with the template if the tokenizer has one, unless all rows were joined without it.
         adapters: name -> adapter directory, or run with one. All have the same base: that of the adapter in model_dir,
             which is called `default`, or model_dir itself.
         use: the name of the adapter that is active. Default: the last one.
@@ -499,6 +500,10 @@ def generate(
         raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
     model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
 
+    if raw is None and (raw := _joined_without_template(model)):
+        from ptft_dist.reporting.messages import say
+
+        say("this run was trained on texts without the chat template, so the prompt is continued as it is")
     _quiet_imports()
     from ptft_dist.generation import generate as run
 
@@ -513,6 +518,17 @@ def generate(
         adapters=named,
         use=use,
     )
+
+
+def _joined_without_template(model: Path) -> bool:
+    """Whether all rows of the run with this model were prompts and completions without the chat template."""
+    from ptft_dist.launch.result import read_json
+    from ptft_dist.tasks.common.chat import UNTEMPLATED
+
+    report = read_json(model.parent / "data_report.json")
+    count, *_ = report.get("notes", {}).get(UNTEMPLATED, (0,))
+    sides = (report.get("train"), report.get("validation"))
+    return bool(count) and count >= sum(side["examples"] for side in sides if side)
 
 
 @_hiding_secrets

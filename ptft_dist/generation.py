@@ -30,7 +30,7 @@ def generate(
     temperature: float,
     top_p: float,
     seed: int,
-    raw: bool,
+    raw: bool | None,
     adapters: Mapping[str, Path] | None = None,
     use: str | None = None,
 ) -> str:

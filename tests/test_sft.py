@@ -17,6 +17,7 @@ from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import ptft_dist
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
@@ -25,7 +26,7 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.networks.load import build_config, build_model
-from ptft_dist.tasks.common.chat import Conversation, Plain
+from ptft_dist.tasks.common.chat import UNTEMPLATED, Conversation, Plain
 from ptft_dist.tasks.common.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
 from ptft_dist.tasks.registry import recipe_class
 from ptft_dist.tasks.sft.chat import read_row, shape_of
@@ -170,6 +171,15 @@ def test_a_row_becomes_a_conversation(name: str) -> None:
     assert isinstance(said, Conversation)
     assert said.messages == messages
     assert bool(said.tools) == ("tools" in values)
+
+
+def test_a_single_turn_is_a_question_and_an_answer() -> None:
+    """It must be named, because texts of these columns are plain otherwise."""
+    values = {"prompt": "a red cat", "completion": "it sleeps", "system": "be short"}
+    assert shape_of(values) == "prompt_completion"
+    said = read_row(values, "single_turn", None)
+    assert isinstance(said, Conversation)
+    assert said.messages == [{"role": "system", "content": "be short"}, USER, ASSISTANT]
 
 
 def test_plain_shapes() -> None:
@@ -786,3 +796,44 @@ def test_the_model_s_tokenizer_has_the_template_and_packing_leaves_nothing_out(t
     assert sum(len(row.document_starts) for row in rows) == store.examples
     assert len(rows) < store.examples
     assert all(len(row.input_ids) <= 64 for row in rows)
+
+
+# --- texts that are joined without the template -----------------------------------------------------------------------
+
+PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(8)]
+
+
+def trained_on(folder: Path, cache: Path, **settings: Any) -> tuple[int, str]:
+    """Exit code and messages of a run of 2 updates on PAIRS."""
+    folder.mkdir()
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    data = {"train": [{"path": "pairs.jsonl"}], "validation": None, "max_length": 64}
+    short = {"train": {"max_steps": 2}, "eval": {"every": None}, "save": {"every": None}}
+    write_tiny(folder, "sft", data=data, sft=settings, **short)
+    run = start("train", "recipe.yaml", cwd=folder, cache=cache)
+    return run.wait(), run.stderr
+
+
+def test_what_is_trained_without_the_template_is_generated_without_it(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its rows are counted in the data report, which says how to train with the template."""
+    plain, turns = tmp_path / "plain", tmp_path / "turns"
+    assert trained_on(plain, cache)[0] == 0
+    assert trained_on(turns, cache, shape="single_turn")[0] == 0
+    notes = [json.loads((folder / "run/data_report.json").read_text())["notes"] for folder in (plain, turns)]
+    assert [len(note) for note in notes] == [1, 0]
+    assert notes[0][UNTEMPLATED][0] == len(PAIRS)
+    options: dict[str, Any] = {"max_new_tokens": 4, "temperature": 0.0}
+    for folder, raw in ((plain, True), (turns, False)):
+        told = ptft_dist.generate(folder / "run", "question 1", **options)
+        assert told == ptft_dist.generate(folder / "run", "question 1", raw=raw, **options)
+        assert ("trained on texts without the chat template" in capsys.readouterr().err) == raw
+        assert told.startswith("question 1") == raw
+
+
+@pytest.mark.parametrize("key", ["template", "system"])
+def test_a_template_that_no_row_uses_is_refused(tmp_path: Path, cache: Path, key: str) -> None:
+    code, said = trained_on(tmp_path / "new", cache, shape="prompt_completion", **{key: "chatml"})
+    assert code == 3
+    assert f"sft.{key} has no effect. Set sft.shape: single_turn" in said

@@ -15,7 +15,10 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
-    raw: Annotated[bool, typer.Option(help="Continue the prompt itself: no chat template, no seq2seq prefix.")] = False,
+    raw: Annotated[
+        bool | None,
+        typer.Option("--raw/--chat", help="Continue the prompt itself, or answer it. Default: as the run was trained."),
+    ] = None,
     adapter: Annotated[
         list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter on the same base (repeatable).")
     ] = None,

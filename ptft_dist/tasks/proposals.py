@@ -158,9 +158,9 @@ def _conversation(columns: Columns) -> Fit | None:
     question, answer = _first(columns, _QUESTIONS), _first(columns, _ANSWERS)
     if question is None or answer is None:
         return None
-    if (question, answer) == ("prompt", "completion"):
-        return Fit({"prompt": question, "completion": answer}, {"shape": "prompt_completion"}, (question, answer))
     more = _first(columns, ("input", "context"))
+    if more is None:
+        return Fit({"prompt": question, "completion": answer}, {"shape": "single_turn"}, (question, answer))
     fields = {"instruction": question, **({"input": more} if more else {}), "output": answer}
     return Fit(fields, {"shape": "alpaca"}, tuple(fields.values()))
 

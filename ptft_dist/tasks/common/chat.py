@@ -28,6 +28,9 @@ SHAREGPT = {
     "tool": "tool",
 }
 
+UNTEMPLATED = "with a prompt and a completion joined without the chat template (sft.shape: single_turn uses it)"
+"""The note of a row in the data report; `ptft generate` reads it."""
+
 
 @dataclass(frozen=True)
 class Conversation:

@@ -16,6 +16,9 @@ SHAPES = {
     "prompt_completion": ("prompt", "completion"),
     "text": ("text",),
 }
+"""Shape -> its required columns, for those that are recognized by their columns."""
+SINGLE_TURN = "single_turn"
+REQUIRED = {**SHAPES, SINGLE_TURN: ("prompt", "completion")}
 """Shape -> its required columns."""
 
 
@@ -55,6 +58,11 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
         messages = [from_sharegpt(m, i) for i, m in enumerate(require_list(values, "conversations"))]
     elif shape == "alpaca":
         messages = _from_alpaca(values)
+    elif shape == SINGLE_TURN:
+        messages = [
+            {"role": "user", "content": require_text(values, "prompt")},
+            {"role": "assistant", "content": require_text(values, "completion")},
+        ]
     else:
         before = [as_message(m, i) for i, m in enumerate(require_list(values, "prompt"))]
         messages = before + [as_message(m, i) for i, m in enumerate(require_list(values, "completion"), len(before))]

@@ -15,7 +15,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder
 from ptft_dist.data.tokenizer import adds_bos
 from ptft_dist.errors import RecipeError
-from ptft_dist.tasks.common.chat import Conversation, FileShapes, Plain
+from ptft_dist.tasks.common.chat import UNTEMPLATED, Conversation, FileShapes, Plain
 from ptft_dist.tasks.common.chat_template import (
     ChatTemplate,
     Span,
@@ -25,7 +25,7 @@ from ptft_dist.tasks.common.chat_template import (
     saved_template,
 )
 from ptft_dist.tasks.common.control_tokens import ControlTokens
-from ptft_dist.tasks.sft.chat import SHAPES, read_row, shape_of, with_answer
+from ptft_dist.tasks.sft.chat import REQUIRED, read_row, shape_of, with_answer
 from ptft_dist.tasks.sft.settings import SftSettings
 
 TRUNCATED = "truncated to data.max_length"
@@ -114,7 +114,7 @@ class ConversationRows(RowEncoder):
 
     @classmethod
     def required(cls, settings: SftSettings) -> tuple[str, ...]:
-        return SHAPES.get(settings.shape, ())
+        return REQUIRED.get(settings.shape, ())
 
     @classmethod
     def tokenizer_template(cls, settings: SftSettings, base: Path, *, learned: bool) -> str | None:
@@ -124,6 +124,13 @@ class ConversationRows(RowEncoder):
     def check(cls, settings: SftSettings, record: Record) -> None:
         super().check(settings, record)
         parsed = _read(settings, record)
+        if settings.shape == "prompt_completion" and isinstance(parsed, Plain):
+            for key in ("template", "system"):
+                if getattr(settings, key) is not None:
+                    raise RowError(
+                        f"prompt and completion are texts, for which sft.{key} has no effect. Set sft.shape: "
+                        f"single_turn for a question of the user and an answer, or remove sft.{key}."
+                    )
         if isinstance(parsed, Plain) and settings.loss == "last" and not parsed.prompt:
             raise RowError("plain text has no turns, and sft.loss: last needs a last turn. Set sft.loss: all.")
 
@@ -204,6 +211,8 @@ class ConversationRows(RowEncoder):
         self.control.check_encoded(row.parsed, encoding.ids, self._ids_of, cut=in_part)
         if isinstance(row.parsed, Conversation) and row.parsed.unanswered:
             notes.append(UNANSWERED)
+        if isinstance(row.parsed, Plain) and row.parsed.prompt and self.tokenizer.chat_template:
+            notes.append(UNTEMPLATED)
         if len(encoding.ids) > self.max_length:
             if self.settings.too_long == "drop":
                 raise LeftOut(TOO_LONG)

@@ -20,10 +20,11 @@ class SftSettings(ChatSettings):
     writes = True
     after_prepare = ("neftune_alpha", "head", "generation")
 
-    shape: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    shape: Literal["auto", "messages", "sharegpt", "alpaca", "single_turn", "prompt_completion", "text"] = "auto"
     """The format of the rows. `messages`: role and content; `sharegpt`: conversations of from and value; `alpaca`:
-    instruction, input, output; `prompt_completion`: two texts, or two lists of messages; `text`: plain text. `auto`:
-    from the columns of each file's first row, which all its rows must share."""
+    instruction, input, output; `single_turn`: two texts, prompt of the user and completion of the assistant;
+    `prompt_completion`: two lists of messages, or two texts that are joined without the chat template; `text`: plain
+    text. `auto`: from the columns of each file's first row, which all its rows must share; never `single_turn`."""
     loss: Literal["assistant", "last", "all"] = "assistant"
     """Which tokens are trained on: all assistant turns, the last one only, or all tokens. A turn includes its end."""
     too_long: Literal["cut", "drop"] = "cut"
