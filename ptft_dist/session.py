@@ -125,6 +125,8 @@ class Session:
         files = {}
         for source in self.frozen.sources.values():
             files[f"{source.key}'s files"] = source.identity(self._digests)
+        for key, path in self.trained.task_class.named_files(self.trained.setup).items():
+            files[f"{key}.file"] = self._digests([path])[0][:16]
         for key, old in self.prepared.old.items():
             files[f"{key}'s contents"] = " ".join(old.parts["data.train"])
         if self._penalized or (self.start_column and self.start_section.path):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
-from support import merge
+from support import merge, start
 from tiny import WORDS, write_rows, write_tiny
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -34,7 +34,7 @@ from ptft_dist.config.rollouts import RewardSource
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.engine import reset_accelerate
-from ptft_dist.errors import DataError, RecipeError
+from ptft_dist.errors import CheckpointError, DataError, RecipeError
 from ptft_dist.launch.environment import place
 from ptft_dist.reporting.messages import hide_messages
 from ptft_dist.rl.rewards import RunningMoments, call_function, final_number, load_function, mixed, shaped
@@ -341,7 +341,9 @@ def test_a_function_that_fails_in_the_third_rollout(tmp_path: Path, capsys: pyte
     kept = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert [sample["phase"] for sample in kept] == [0, 0, 0, 1, 1, 1]
     (tmp_path / "counting.py").write_text(COUNTING.replace("> 2", "> 20"))
-    assert ptft_dist.train(path).steps == 4
+    with pytest.raises(CheckpointError, match=r"(?s)ppo\.rewards\.0\.function\.file: .* --accept ppo\.rewards"):
+        ptft_dist.train(path)
+    assert ptft_dist.train(path, accept=["ppo.rewards.0.function.file"]).steps == 4
     again = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     assert again[:6] == kept
     assert [sample["phase"] for sample in again] == [phase for phase in range(4) for _ in range(3)]
@@ -490,7 +492,7 @@ def test_an_adapter_that_scores_leaves_the_policy_as_it_is(
     folder = write_adapter(tmp_path / "adapter", home, **options)
     adapt = {"adapt": {"lora": {"r": 2}}}
     made = session("ppo", {"rewards": [{"model": str(folder)}], "kl": 0.1}, start=True, model=adapt)
-    assert made.roles["adapter"].shared == shared
+    assert made.frozen.roles["adapter"].shared == shared
     plain = AutoModelForCausalLM.from_pretrained(home / "policy").eval()
     base = AutoModelForSequenceClassification.from_pretrained(home / "policy", num_labels=1)
     theirs = PeftModel.from_pretrained(base, str(folder)).eval()
@@ -755,3 +757,21 @@ def test_weights_may_be_zero_or_negative_and_a_source_be_used_twice(session: Mak
         assert each.rewards == dict.fromkeys("abc", len(each.text) / 10)
         assert each.score == pytest.approx(-2 * len(each.text) / 10)
     assert rollout.metrics["reward/c"] == rollout.metrics["reward/a"] == pytest.approx(rollout.metrics["reward"] / -2)
+
+
+# --- functions that change --------------------------------------------------------------------------------------------
+
+
+def test_a_changed_reward_function_is_not_resumed_in_silence(tmp_path: Path, cache: Path) -> None:
+    """Its file belongs to the identity of the run; a module that is installed does not."""
+    write_tiny(tmp_path, "grpo", train={"max_steps": 4}, save={"every": 2}, eval={"every": None})
+    first = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    file = tmp_path / "rewarding.py"
+    file.write_text(file.read_text() + "# another version\n")
+    words = ["train", "recipe.yaml", "train.max_steps=8", "--accept", "train.max_steps"]
+    again = start(*words, cwd=tmp_path, cache=cache)
+    assert again.wait() == 4
+    assert "grpo.rewards.0.function.file: " in again.stderr
+    accepted = start(*words, "--accept", "grpo.rewards.0.function.file", cwd=tmp_path, cache=cache)
+    assert accepted.wait() == 0, accepted.stderr

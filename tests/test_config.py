@@ -72,7 +72,7 @@ BROKEN = [
         "max_steps: 300",
         "max_steps: 300\n  zzz: 1",
         "recipe.yaml:19: train.zzz: unknown key; the keys of train are max_steps, epochs, max_tokens, seed, precision, "
-        "deterministic",
+        "deterministic, offload_frozen",
     ),
     ("run_dir: runs/clm", "run_dir: a\nrundir: b", "recipe.yaml:20: rundir: unknown key; did you mean run_dir?"),
     (

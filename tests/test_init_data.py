@@ -126,8 +126,8 @@ def test_rows_of_every_task_are_recognized(tmp_path: Path, monkeypatch: pytest.M
         (
             {"question": "q", "answer": "a b"},
             "sft",
-            {"instruction": "question", "output": "answer"},
-            {"shape": "alpaca"},
+            {"prompt": "question", "completion": "answer"},
+            {"shape": "single_turn"},
         ),
         (
             {"instruction": "q", "context": "c", "response": "a"},

@@ -352,7 +352,7 @@ def test_a_run_writes_its_report(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", log={"report": True}, train={"max_steps": 2}, eval={"every": 1})
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert run.wait() == 0, run.stderr
-    assert "report           run/report.html\n" in run.stderr
+    assert "report           run/report.html\n" in run.stdout
     page = (tmp_path / "run/report.html").read_text()
     assert "finished after update 2" in Elements(page).text
     assert "classification" in Elements(page).text

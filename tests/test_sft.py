@@ -800,7 +800,7 @@ def test_the_model_s_tokenizer_has_the_template_and_packing_leaves_nothing_out(t
 
 # --- texts that are joined without the template -----------------------------------------------------------------------
 
-PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(8)]
+PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(24)]
 
 
 def trained_on(folder: Path, cache: Path, **settings: Any) -> tuple[int, str]:
@@ -809,14 +809,12 @@ def trained_on(folder: Path, cache: Path, **settings: Any) -> tuple[int, str]:
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
     data = {"train": [{"path": "pairs.jsonl"}], "validation": None, "max_length": 64}
     short = {"train": {"max_steps": 2}, "eval": {"every": None}, "save": {"every": None}}
-    write_tiny(folder, "sft", data=data, sft=settings, **short)
+    write_tiny(folder, "sft", data=data, sft={"generation": None, **settings}, **short)
     run = start("train", "recipe.yaml", cwd=folder, cache=cache)
     return run.wait(), run.stderr
 
 
-def test_what_is_trained_without_the_template_is_generated_without_it(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_trained_without_the_template_is_generated_without_it(tmp_path: Path, cache: Path) -> None:
     """Its rows are counted in the data report, which says how to train with the template."""
     plain, turns = tmp_path / "plain", tmp_path / "turns"
     assert trained_on(plain, cache)[0] == 0
@@ -828,7 +826,6 @@ def test_what_is_trained_without_the_template_is_generated_without_it(
     for folder, raw in ((plain, True), (turns, False)):
         told = ptft_dist.generate(folder / "run", "question 1", **options)
         assert told == ptft_dist.generate(folder / "run", "question 1", raw=raw, **options)
-        assert ("trained on texts without the chat template" in capsys.readouterr().err) == raw
         assert told.startswith("question 1") == raw
 
 

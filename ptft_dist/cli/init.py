@@ -116,7 +116,8 @@ def _copy_shipped(directory: str, recipe: str, launch: str | None, site: bool) -
     _copy(folder, copies)
     if profile is not None:
         (folder / "site.yaml").write_text(profile)
-    print(_next_steps(folder, list(copies), source.name, file.path.name))
+    written = [*copies, *([folder / "site.yaml"] if site else [])]
+    print(_next_steps(folder, written, source.name, file.path.name))
 
 
 def _site_profile(target: Path) -> str:
@@ -154,8 +155,15 @@ def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str) -> 
         f"edit {recipe}": "data.train: the data; run_dir: the output directory",
         f"ptft config check {recipe}": "lists all mistakes with their lines",
         f"ptft train {recipe} --launch {launch}": "on this machine; --processes N for another number",
-        f"sbatch train.sbatch {recipe} --launch {launch}": "on Slurm; put --nodes and --gpus-per-node before the file",
     }
+    if folder / "site.yaml" in written:
+        words = f"ptft submit {recipe} --site site.yaml --launch {launch}"
+        steps[words] = "on Slurm; --nodes N --gpus-per-node G --time 24:00:00"
+    else:
+        words = f"sbatch train.sbatch {recipe} --launch {launch}"
+        steps[words] = "on Slurm; put --nodes and --gpus-per-node before the file"
+    if str(folder) == ".":
+        del steps["cd ."]
     return "\n".join([*lines, _aligned(steps)])
 
 

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shlex
 import urllib.parse
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,7 @@ from ptft_dist.reporting.output import write_text
 
 REPORT = "report.html"
 _FOLDER = Path(__file__).parent
+_OVERRIDE = re.compile(r"[a-z]\w*(\.\w+)*=")
 _FILES = (METRICS, SAMPLES, "recipe.yaml", "resolved.yaml", "data_report.json", ENVIRONMENT, "result.json", "model")
 
 
@@ -64,10 +66,16 @@ def write_report(run_dir: Path, html: Path | None = None, *, evaluation: bool = 
     table = _evaluation_table(run)
     sections: list[Table | Text] = [_metrics_table(run), *([table] if table else [])]
     sections += [_samples_table(run)] if run.samples else []
-    sections += [Text("Data", _data_text(run.data_report)), _environment_table(run), Text("Recipe", run.recipe)]
+    sections += [Text("Data", _data_text(run.data_report)), _environment_table(run), Text("Recipe", _recipe(run))]
     links = [(name, _link(run_dir / name, target.parent)) for name in _FILES if (run_dir / name).exists()]
     write_text(target, _render(run.name, _verdict(run), [run], sections, links))
     return target
+
+
+def _recipe(run: RunFiles) -> str:
+    """recipe.yaml, and before it what the command line has replaced."""
+    words = [word for word in run.environment.get("command", []) if _OVERRIDE.match(word)]
+    return "".join(f"# on the command line: {word}\n" for word in words) + run.recipe
 
 
 def write_comparison(comparison: Comparison, html: Path) -> None:

@@ -39,7 +39,8 @@ class Terminal:
             return
         step, now = row["step"], time.monotonic()
         left_s = (now - self.started) / max(1, step - self.first_step) * (self.total_steps - step)
-        text = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  {clock(left_s)} left"
+        more = "".join(f"  {name} {row[name]:.4g}" for name in ("reward", "kl") if name in row)  # of rollouts
+        text = f"loss {row['loss']:.4f}{more}  {row['tokens_per_s']:,.0f} tokens/s  {clock(left_s)} left"
         if self.live:
             self.last = (step, text)
             LIVE.show(self._bar(step, text))

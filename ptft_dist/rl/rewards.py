@@ -42,7 +42,7 @@ def find_function(source: RewardSource, key: str, base: Path) -> Callable[..., A
     module_name, _, name = source.function.replace(":", ".").rpartition(".")
     if not module_name or not name:
         raise RecipeError(f"{key}: {source.function!r} names no function of a module; write it as module:function")
-    file = base.absolute() / (module_name.replace(".", "/") + ".py")
+    file = module_file(source, base)
     try:
         known = file.is_file()
         module = _import_file(module_name, file, file.stat().st_mtime_ns) if known else import_module(module_name)
@@ -57,6 +57,13 @@ def find_function(source: RewardSource, key: str, base: Path) -> Callable[..., A
     if inspect.iscoroutinefunction(function):
         raise RecipeError(f"{key}: {name} is not an ordinary function. Write `def` instead of `async def`")
     return function
+
+
+def module_file(source: RewardSource, base: Path) -> Path:
+    """Where the module of a function would lie beside the recipe. base: the recipe's directory."""
+    assert source.function is not None
+    module_name, *_ = source.function.replace(":", ".").rpartition(".")
+    return base.absolute() / (module_name.replace(".", "/") + ".py")
 
 
 def load_function(source: RewardSource, key: str, base: Path) -> RewardFunction:
@@ -127,7 +134,10 @@ def call_function(
         raise
     except (Exception, SystemExit) as error:
         arguments = ", ".join(["completions", "prompts", "completion_ids", *columns])
-        raise RecipeError(f"{name} failed: {_described(error)}. Correct it; its arguments are {arguments}") from error
+        shape = "" if isinstance(completions[0], str) else ". A completion is a list of messages: each[-1]['content']"
+        raise RecipeError(
+            f"{name} failed: {_described(error)}. Correct it; its arguments are {arguments}{shape}"
+        ) from error
     needs = "A reward function must return a list with one number, or None, for each completion"
     if rewards is None or isinstance(returned, str | bytes | Mapping):
         raise RecipeError(f"{name} returned {reprlib.repr(returned)}. {needs}")

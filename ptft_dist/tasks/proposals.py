@@ -159,7 +159,7 @@ def _conversation(columns: Columns) -> Fit | None:
     if question is None or answer is None:
         return None
     more = _first(columns, ("input", "context"))
-    if more is None:
+    if more is None and question != "instruction":
         return Fit({"prompt": question, "completion": answer}, {"shape": "single_turn"}, (question, answer))
     fields = {"instruction": question, **({"input": more} if more else {}), "output": answer}
     return Fit(fields, {"shape": "alpaca"}, tuple(fields.values()))

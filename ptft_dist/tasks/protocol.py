@@ -201,6 +201,11 @@ class Task(Protocol):
         RecipeError."""
 
     @classmethod
+    def named_files(cls, setup: TaskSetup) -> dict[str, Path]:
+        """Files that the recipe names by other means than a path, by key, such as modules of reward functions. A run
+        resumes only with the same contents."""
+
+    @classmethod
     def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:
         """The column that `start_values` computes for all rows, before training and once for all runs; None: no column.
 
@@ -314,6 +319,10 @@ class BaseTask:
 
     @classmethod
     def check_setup(cls, setup: TaskSetup, frozen: Mapping[str, FrozenSource]) -> None: ...
+
+    @classmethod
+    def named_files(cls, setup: TaskSetup) -> dict[str, Path]:  # noqa: ARG003
+        return {}
 
     @classmethod
     def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:  # noqa: ARG003

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from ptft_dist.networks.names import directory_or_hub_name
 from ptft_dist.rl.advantages import kl_per_token
 from ptft_dist.rl.losses import token_logprobs
 from ptft_dist.rl.reward_model import Ask, RewardModel, check_reward_model, tokenizer_of
-from ptft_dist.rl.rewards import find_function, shaped
+from ptft_dist.rl.rewards import find_function, module_file, shaped
 from ptft_dist.rl.rollout import (
     Clock,
     NetworkSampler,
@@ -122,6 +123,13 @@ class RolloutTask(BaseTask):
             if role != REFERENCE:
                 check_reward_model(source.key, source.path, source.config(), longest)
                 tokenizer_of(source)
+
+    @classmethod
+    def named_files(cls, setup: TaskSetup) -> dict[str, Path]:
+        """The modules of reward functions that lie beside the recipe."""
+        named = functions_of(setup.settings.rewards, setup.name)
+        files = {key: module_file(source, setup.base) for key, source in named}
+        return {key: file for key, file in files.items() if file.is_file()}
 
     # --- the networks ------------------------------------------------------------------------------------------------
 
