@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ptft_dist.slurm.render import Job
 
 FOLDER, _JOB = "slurm", "job.json"
+_CANCELLED = "cancelled"
+"""The file with the id of the job that `ptft cancel` has ended."""
 _LOOK_EVERY_S = 0.5
 _RECENT = 200
 """So many rows of metrics.jsonl tell how long an update takes."""
@@ -119,12 +121,13 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
         return [(name, _part_state(run_dir / name, output)) for name, output in names.items()]
     job = require_job(run_dir)
     facts = _facts(job)
-    lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts))]
+    lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts, run_dir))]
     if facts is not None and facts.get("NodeList", "(null)") != "(null)":
         lines.append(("nodes", facts["NodeList"]))
     if facts is not None and "TimeLimit" in facts:
         lines.append(("time", f"{facts.get('RunTime', '?')} of {facts['TimeLimit']}"))
-    lines += [("update", text) for text in _progress(run_dir)]
+    ended = facts is not None and facts["JobState"] in ENDED
+    lines += [("update", text) for text in _progress(run_dir, ended=ended)]
     update = newest_update(run_dir)
     lines.append(("checkpoint", f"update {update}" if update else "none"))
     for number, start in enumerate(history(run_dir), 1):
@@ -146,6 +149,7 @@ def cancel(run_dir: Path) -> str:
     facts = job_facts(job)
     if facts is None or facts["JobState"] in ENDED:
         return f"job {job} has already ended"
+    (run_dir / FOLDER / _CANCELLED).write_text(job)
     if facts["JobState"] != "RUNNING":
         ask("scancel", job)
         return f"job {job} was {facts['JobState'].lower()}, and is cancelled"
@@ -198,7 +202,7 @@ def _part_state(folder: Path, output: Path | None) -> str:
     """The job of a stage or a fold and its state, what its last start has ended with, and its update."""
     job, ended = job_of(folder), history(folder)
     facts = None if job is None else _facts(job)
-    words = [] if facts is None else [f"job {job} {_state(facts)}"]
+    words = [] if facts is None else [f"job {job} {_state(facts, folder)}"]
     words += ["done"] if output is not None and output.exists() else []
     words += [f"last start: {ended[-1]['cause']}"] if ended else []
     words += [f"update {text}" for text in _progress(folder)]
@@ -209,16 +213,21 @@ def _facts(job: str) -> Mapping[str, str] | None:
     try:
         return job_facts(job)
     except SlurmError as error:
-        return {"JobState": "UNKNOWN", "Reason": str(error).splitlines()[0]}
+        return {"JobId": job, "JobState": "UNKNOWN", "Reason": str(error).splitlines()[0]}
 
 
-def _state(facts: Mapping[str, str]) -> str:
+def _state(facts: Mapping[str, str], run_dir: Path) -> str:
+    """The state of a job; `cancelled` if `ptft cancel` has ended it, which Slurm knows as a failure."""
     state, reason = facts["JobState"].lower(), facts.get("Reason", "None")
+    file = run_dir / FOLDER / _CANCELLED
+    if state in ("failed", "cancelled") and file.exists() and file.read_text() == facts["JobId"]:
+        return "cancelled by ptft cancel"
     return state if reason == "None" else f"{state} ({reason})"
 
 
-def _progress(run_dir: Path) -> list[str]:
-    """The last update in metrics.jsonl, whose last line may be incomplete, and the time that the others will take."""
+def _progress(run_dir: Path, *, ended: bool = False) -> list[str]:
+    """The last update in metrics.jsonl, whose last line may be incomplete, and the time that the others will take
+    unless the job has `ended`."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     rows = [row for line in lines[-_RECENT:] if "loss" in (row := json.loads(line))]
@@ -229,7 +238,7 @@ def _progress(run_dir: Path) -> list[str]:
         total = json.loads((run_dir / "environment.json").read_text(encoding="utf-8")).get("updates")
     text = f"{last['step']}" + (f" of {total}" if total else "")
     text += f", loss {last['loss']:.4f}, {last.get('tokens_per_s', 0):,.0f} tokens/s"
-    if total and last["step"] < total:
+    if total and last["step"] < total and not ended:
         left = (total - last["step"]) * statistics.median(row["time_s"] for row in rows)
         text += f", {timedelta(seconds=round(left))} left without evaluations and saves"
     return [text]

@@ -61,6 +61,9 @@ def test_a_run_is_submitted_watched_cancelled_and_resumed(
     (row,) = [json.loads(line) for line in (run_dir / "slurm.jsonl").read_text().splitlines()]
     assert (row["exit_code"], row["requeued"]) == (75, False)
     assert "not requeued, because the job was cancelled" in row["cause"]
+    status = ptft(cluster, cache, tmp_path, "status", ODD).stdout
+    assert "state cancelled by ptft cancel" in " ".join(status.split())
+    assert "left without evaluations" not in status
     assert "has already ended" in ptft(cluster, cache, tmp_path, "cancel", ODD).stdout
 
     done = ptft(cluster, cache, tmp_path, *words, "--launch", "multi_node_ddp")
