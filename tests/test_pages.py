@@ -80,7 +80,7 @@ def test_a_page_has_every_part(tmp_path: Path) -> None:
     for part in (
         "finished after update 4: all updates done · 40 tokens · 1:01 since the last start · 100 tokens/s",
         "best loss 2 (update 2)",
-        "1 rows x: f:3",
+        "1 row x: f:3",
         "ptft train 'a b'",
         "optim: {lr: 0.1}  # the rate",
         "new",

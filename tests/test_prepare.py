@@ -106,7 +106,7 @@ def test_the_report_counts_right(base: Path, tokenizer_dir: Path) -> None:
     assert prepared.report.vocabulary == len(load_tokenizer(tokenizer_dir))
     assert prepared.report.unknown_tokens == 0
     lines = describe(prepared.report)
-    assert "1 one-token rows: nothing to predict" in lines
+    assert "1 one-token row: nothing to predict" in lines
     assert "3 documents" in lines
 
 

@@ -59,7 +59,7 @@ def test_every_line_for_people() -> None:
         "             a:3: no label",
         "             and 1 more",
         "note:        5 rows augmented (swap): a:1, a:2, ...",
-        "note:        1 rows truncated to data.max_length: a:5",
+        "note:        1 row truncated to data.max_length: a:5",
         "prepared in: 1.2 s, loaded from the cache",
     ]
 
@@ -153,5 +153,5 @@ def test_a_run_shows_the_report_of_cached_data(tmp_path: Path, caplog: pytest.Lo
     caplog.set_level("INFO", logger="ptft")
     Session(loaded, place())
     (report,) = [message for message in caplog.messages if message.startswith("train:")]
-    assert "1 rows truncated to data.max_length" in report
+    assert "1 row truncated to data.max_length" in report
     assert "loaded from the cache" in report

@@ -46,6 +46,7 @@ def submit(
     """Submit training as a Slurm job that requeues itself and resumes."""
     from ptft_dist.api import load_recipe
     from ptft_dist.errors import RecipeError
+    from ptft_dist.reporting.messages import counted
     from ptft_dist.slurm.render import render
     from ptft_dist.slurm.requests import Resources, check, submit_all, training
     from ptft_dist.slurm.site import read_site
@@ -76,7 +77,8 @@ def submit(
     numbers = submit_all(requests)
     for request in requests:
         job = request.job
-        what = f"{job.processes} processes on {job.nodes} nodes" if job.trains else job.commands[0][0]
+        size = f"{job.processes} process{'es' * (job.processes != 1)} on {counted(job.nodes, 'node')}"
+        what = size if job.trains else job.commands[0][0]
         print(f"job {numbers[request.name]}: {what}, script {job.script}")
     for verb in ("status", "logs -f", "cancel"):
         part = "/fold-0" if array else "/worker-0" if sweep is not None and verb == "logs -f" else ""

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, NamedTuple, Self
 
+from ptft_dist.reporting.messages import counted
+
 _SHOWN_PLACES = 5
 _SHOWN_BAD_ROWS = 10
 _SHOWN_LABELS = 20
@@ -227,12 +229,12 @@ def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
 def describe(report: Report, *, from_cache: bool = False) -> str:
     """The report as a few lines of text."""
     sides = report.sides
-    unit = "documents" if report.reads == "document" else "examples"
+    unit = "document" if report.reads == "document" else "example"
     lines = [
-        (name, f"{side.examples:,} {unit}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")
+        (name, f"{counted(side.examples, unit)}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")
         for name, side in sides.items()
     ]
-    layout = "packed" if report.packing else f"each of one {unit[:-1]}"
+    layout = "packed" if report.packing else f"each of one {unit}"
     counts = " + ".join(f"{side.rows:,}" for side in sides.values())
     lines.append(("rows", f"{counts} of up to {report.max_length:,} tokens, {layout}"))
     lines.append(("vocabulary", f"{report.vocabulary:,} tokens"))
@@ -243,7 +245,9 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     lines += _losses(report, sum(side.dropped_tokens for side in sides.values()))
     notes = [entry for step in report.steps if not step.read for entry in step.notes.items()]
     notes += list(report.notes.items())
-    lines += [("note", f"{count:,} {report.reads}s {reason}: {_places(count, at)}") for reason, (count, at) in notes]
+    lines += [
+        ("note", f"{counted(count, report.reads)} {reason}: {_places(count, at)}") for reason, (count, at) in notes
+    ]
     lines += [("warning", text) for text in report.warnings]
     if report.unknown_tokens:
         lines.append(("warning", f"{report.unknown_tokens:,} unknown tokens: the tokenizer cannot encode this text"))
@@ -272,14 +276,14 @@ def _losses(report: Report, one_token_rows: int) -> list[tuple[str, str]]:
     lines = []
     for reason, (count, places) in report.dropped.items():
         many = count > _MANY * report.read
-        of = f" of {report.read:,}" if many else ""
-        text = f"{count:,}{of} {report.reads}s {reason}: {_places(count, places)}"
+        of = f"{count:,} of {counted(report.read, report.reads)}" if many else counted(count, report.reads)
+        text = f"{of} {reason}: {_places(count, places)}"
         lines.append(("warning" if many else "dropped", f"dropped {text}" if many else text))
     if one_token_rows:
-        lines.append(("dropped", f"{one_token_rows:,} one-token rows: nothing to predict"))
+        lines.append(("dropped", f"{counted(one_token_rows, 'one-token row')}: nothing to predict"))
     bad = report.bad_rows
     if bad.count:
-        lines.append(("dropped", f"{bad.count:,} bad rows (data.bad_rows: skip):"))
+        lines.append(("dropped", f"{counted(bad.count, 'bad row')} (data.bad_rows: skip):"))
         lines += [("", place) for place in bad.first]
         if bad.count > len(bad.first):
             lines.append(("", f"and {bad.count - len(bad.first):,} more"))

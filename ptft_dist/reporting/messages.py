@@ -20,6 +20,11 @@ PLAIN_EVERY_S = 10.0
 """Seconds between progress lines without a terminal, so that logs stay short."""
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 row`, `1,234 rows`."""
+    return f"{count:,} {noun}" + "s" * (count != 1)
+
+
 class _LiveLine:
     """The last line of the terminal, which is replaced again and again. Messages are printed above it."""
 
