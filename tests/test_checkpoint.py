@@ -150,6 +150,13 @@ def test_when_none_is_good_nothing_begins_from_zero(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
+def test_a_run_is_no_checkpoint(tmp_path: Path) -> None:
+    """The message names its newest one."""
+    committed(tmp_path / "run/checkpoints", 2, 10)
+    with pytest.raises(CheckpointError, match=r"run is a run, not a checkpoint; its newest one is .*/step-00000010$"):
+        read_checkpoint(tmp_path / "run")
+
+
 def test_another_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FORMAT", 2)
     committed(tmp_path, 1)

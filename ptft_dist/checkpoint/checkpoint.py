@@ -82,6 +82,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
         _check_version(path, manifest)
         claimed = manifest.pop("sha256")
     except FileNotFoundError:
+        inside = [each.parent for each in sorted(path.glob(f"checkpoints/step-*/{MANIFEST}"))]
+        if inside:
+            raise CheckpointError(f"{path} is a run, not a checkpoint; its newest one is {inside[-1]}") from None
         what = f"has no {MANIFEST}: it is not a checkpoint, or was damaged" if path.is_dir() else "does not exist"
         raise CheckpointError(f"{path} {what}") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
