@@ -17,7 +17,7 @@ from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import records_of
 from ptft_dist.data.report import BadRows
-from ptft_dist.data.row_encoder import RowEncoder, require
+from ptft_dist.data.row_encoder import RowEncoder, require_all
 from ptft_dist.data.sources import check_sources, read_records
 from ptft_dist.data.store import Row
 from ptft_dist.data.stream import take_survey
@@ -148,8 +148,7 @@ class Predictor:
                     f"{record.where}: the row has a field {ANSWER!r} already, which the answer would replace. Rename it"
                 )
             try:
-                for role in self._roles():
-                    require(record.values, role)
+                require_all(record.values, self._roles())
                 self.kind.check(self.recipe.settings, self._unanswered(record))
             except RowError as problem:
                 bad.add(record.where, problem)
@@ -167,7 +166,7 @@ class Predictor:
         roles = self.kind.answer_roles
         values = source_of(file, self.recipe)
         values["fields"] = {role: name for role, name in values.get("fields", {}).items() if role not in roles}
-        return read_records(Source.model_validate(values), self.base, self._roles())
+        return read_records(Source.model_validate(values).named("data.train.0"), self.base, self._roles())
 
     def _roles(self) -> list[str]:
         """The columns that every row needs."""
