@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from ptft_dist.config.recipe import Source
+from ptft_dist.data.encoder import RowError
+from ptft_dist.data.report import RowTally
 from ptft_dist.data.sources import read_documents, read_records
 from ptft_dist.errors import DataError
+from ptft_dist.tasks.sft.chat import shape_of
 
 ROLES = ("text", "label")
 
@@ -77,3 +80,54 @@ def test_documents_without_their_column(tmp_path: Path, columns: tuple[str, ...]
     (tmp_path / "rows.jsonl").write_text(json.dumps(dict.fromkeys(columns, "x")))
     with pytest.raises(DataError, match=rf"with the text with field: {guess} \(data\.train\.0\.field={guess}\)\.$"):
         list(read_documents(Source(path="rows.jsonl").named("data.train.0"), tmp_path))
+
+
+MAPPING = r"Map them, such as with fields: \{instruction: %s, output: %s\}\.$"
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (("question", "answer"), MAPPING % ("question", "answer")),
+        (("a", "b"), MAPPING % ("YOUR_COLUMN", "YOUR_COLUMN")),
+        (
+            ("question", "context", "answer"),
+            r"fields: \{instruction: question, output: answer, input: context\}\.$",
+        ),
+        (("prompt", "n"), r"\(prompt_completion also needs completion\)\. Map it with fields: \{completion: n\}\.$"),
+        (("output", "ask", "n"), r"\(alpaca also needs instruction\)\. Map it with fields: \{instruction: YOUR_COLUMN"),
+    ],
+)
+def test_columns_that_fit_no_shape(columns: tuple[str, ...], says: str) -> None:
+    with pytest.raises(RowError, match=says):
+        shape_of(dict.fromkeys(columns, "x"))
+
+
+@pytest.mark.parametrize(("key", "role"), [("role", "messages"), ("from", "conversations")])
+def test_a_conversation_in_a_column_of_another_name(key: str, role: str) -> None:
+    with pytest.raises(RowError, match=rf"Map it with fields: \{{{role}: chat\}}\.$"):
+        shape_of({"id": 3, "chat": [{key: "user"}]})
+
+
+def test_a_file_whose_rows_are_all_bad_is_one_message() -> None:
+    bad = RowTally()
+    for line in range(1, 31):
+        bad.add(f"a.jsonl:{line}", "no column.")
+    assert bad.message(skippable=True) == "a.jsonl: every row: no column."
+    for line in range(1, 4):
+        bad.add(f"b.jsonl:{line}", "empty.")
+    bad.good("b.jsonl:4")
+    assert bad.message(skippable=True) == (
+        "a.jsonl: every row: no column.\n"
+        "and 3 more rows\n"
+        "Correct these 3 rows, or skip bad rows with data.bad_rows: skip."
+    )
+
+
+def test_rows_that_are_bad_for_several_reasons_are_listed() -> None:
+    bad = RowTally()
+    bad.add("a.jsonl:1", "empty.")
+    bad.add("a.jsonl:2", "null.")
+    assert bad.message(skippable=True) == (
+        "a.jsonl:1: empty.\na.jsonl:2: null.\nCorrect these 2 rows, or skip bad rows with data.bad_rows: skip."
+    )

@@ -16,7 +16,7 @@ from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import records_of
-from ptft_dist.data.report import BadRows
+from ptft_dist.data.report import RowTally
 from ptft_dist.data.row_encoder import RowEncoder, require_all
 from ptft_dist.data.sources import check_sources, read_records
 from ptft_dist.data.store import Row
@@ -140,7 +140,7 @@ class Predictor:
 
     def check(self, file: Path) -> int:
         """The number of rows of a file. Raises DataError, with all of the first bad rows."""
-        bad, count = BadRows(), 0
+        bad, count = RowTally(), 0
         for record in self._records(file):
             count += 1
             if ANSWER in record.values:
@@ -153,12 +153,12 @@ class Predictor:
             except RowError as problem:
                 bad.add(record.where, problem)
             else:
+                bad.good(record.where)
                 if count == 1:
                     self.encoder.outcomes([self._unanswered(record)])
                     self.survey |= self.encoder.discovered
         if bad.count:
-            more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
-            raise DataError("\n".join(bad.first) + f"{more}\nCorrect or remove these rows.")
+            raise DataError(bad.message(skippable=False))
         return count
 
     def _records(self, file: Path) -> Iterator[Record]:
