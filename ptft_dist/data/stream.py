@@ -293,7 +293,8 @@ def check_sides(recipe: Recipe, report: Report) -> None:
     elif isinstance(recipe.data.validation, float):
         remedy = (
             f"A fraction (data.validation: {recipe.data.validation}) is chosen by a hash of whole documents or rows. "
-            "Use a larger fraction, smaller documents (document: paragraph), more data, or separate validation sources."
+            "Use a larger fraction, smaller documents (data.train[0].document: paragraph), more data, or separate "
+            "validation sources."
         )
     else:
         remedy = "Check the sources."
