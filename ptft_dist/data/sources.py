@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import glob
 import json
+import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -32,6 +34,7 @@ from ptft_dist.errors import DataError
 __all__ = ["Document", "HashMemo", "check_sources", "fingerprint_source", "read_documents", "recipe_sources"]
 
 _SHOWN_FILES = 5
+_MOST_FILES = 10_000  # of a folder that are looked at to say what it contains
 
 
 def read_documents(source: Source, base: Path) -> Iterator[Document]:
@@ -184,8 +187,13 @@ def source_files(source: Source, base: Path) -> list[Path]:
     stats = {file: _stat(file) for file in matches}
     files = [file for file, stat in stats.items() if stat is None or not S_ISDIR(stat.st_mode)]
     if not files:
-        raise DataError(f"path: {source.path}: {_why_nothing(matches, base)}")
+        raise DataError(f"path: {source.path}: {_why_nothing(source.path, matches, base)}")
 
+    empty = [file for file in files if _is_empty(stats[file])]
+    if len(empty) < len(files):  # the files that are left are the source
+        files = [file for file in files if not _is_empty(stats[file])]
+        if empty:
+            _warn_once(f"path: {source.path}: {_skipped(empty)}")
     problems = [f"path: {file}: {problem}" for file in files if (problem := _file_problem(file, stats[file]))]
     if not problems:
         problems = _settings_without_effect(source, files)
@@ -205,13 +213,41 @@ def _saved_files(path: Path) -> list[Path]:
         return [path]
 
 
-def _why_nothing(matches: list[Path], base: Path) -> str:
+def _why_nothing(pattern: str, matches: list[Path], base: Path) -> str:
     for path in matches:
         if splits := sorted(each.parent.name for each in path.glob("*/state.json")):
             return f"datasets.save_to_disk wrote the splits {', '.join(splits)} here. Name one: {path / splits[0]}"
     if matches:
-        return "this is a directory. Name files, or all files below it with a glob such as /**/*.jsonl."
+        folder = matches[0]
+        named = pattern if (base / Path(pattern).expanduser()).is_dir() else str(folder)
+        endings = _endings(folder)
+        if not endings:
+            return f"this is a directory without a file that can be read. Supported are: {KNOWN}."
+        globs = " or ".join(f"{named.rstrip('/')}/**/*{ending}" for ending in endings)
+        return f"this is a directory. Name the files in it: {globs}"
     return f"no such file. A relative path starts at the recipe's directory, {base.absolute()}."
+
+
+def _endings(folder: Path) -> list[str]:
+    """The endings of the files below a folder that can be read, such as .jsonl.gz, the most frequent first."""
+    files = (Path(name) for _, _, names in os.walk(folder) for name in names)
+    known = Counter("".join(kind) for file in islice(files, _MOST_FILES) if (kind := file_format(file)))
+    return [ending for ending, _ in known.most_common()]
+
+
+def _is_empty(stat: os.stat_result | None) -> bool:
+    return stat is not None and S_ISREG(stat.st_mode) and not stat.st_size
+
+
+def _skipped(empty: Sequence[Path]) -> str:
+    names = ", ".join(map(str, empty[:_SHOWN_FILES])) + ", ..." * (len(empty) > _SHOWN_FILES)
+    return f"skipped {len(empty):,} empty file{'s' * (len(empty) > 1)}: {names}"
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Several parts of a command look for the files of a source."""
+    logging.getLogger("ptft").warning(text)
 
 
 def _stat(file: Path) -> os.stat_result | None:
