@@ -581,7 +581,10 @@ BAD_OVERRIDES = [
     ("optim.lr=x", "command line: optim.lr: expected a number above 0, got 'x'"),
     ("optim.lr=", "command line: optim.lr: expected a number above 0, got null"),
     ("run_dir.x=3", "command line: run_dir.x: run_dir is neither a section nor a list"),
-    ("document=line", "command line: document: unknown key; did you mean data.train.0.document?"),
+    (
+        "document=line",
+        "command line: document: unknown key; did you mean data.train.0.document or data.validation.0.document?",
+    ),
     (
         "data.train.2.path=x",
         "command line: data.train.2.path: no item 2 in the list data.train, which has 2 items (the first is 0)",
