@@ -230,7 +230,7 @@ def _why_nothing(pattern: str, matches: list[Path], base: Path) -> str:
 
 def _endings(folder: Path) -> list[str]:
     """The endings of the files below a folder that can be read, such as .jsonl.gz, the most frequent first."""
-    files = (Path(name) for _, _, names in os.walk(folder) for name in names)
+    files = map(Path, glob.iglob("**", root_dir=folder, recursive=True))  # noqa: PTH207
     known = Counter("".join(kind) for file in islice(files, _MOST_FILES) if (kind := file_format(file)))
     return [ending for ending, _ in known.most_common()]
 
