@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from ptft_dist.data.encoder import RowError
 from ptft_dist.data.report import RowTally
 from ptft_dist.data.sources import read_documents, read_records
 from ptft_dist.errors import DataError
-from ptft_dist.tasks.sft.chat import shape_of
+from ptft_dist.tasks.sft.chat import check_shape, shape_of
 
 ROLES = ("text", "label")
 
@@ -131,3 +132,21 @@ def test_rows_that_are_bad_for_several_reasons_are_listed() -> None:
     assert bad.message(skippable=True) == (
         "a.jsonl:1: empty.\na.jsonl:2: null.\nCorrect these 2 rows, or skip bad rows with data.bad_rows: skip."
     )
+
+
+@pytest.mark.parametrize(
+    ("row", "shape", "says"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            "messages",
+            r"do not fit sft\.shape: messages \(messages\)\. Map them, such as with "
+            r"fields: \{instruction: question, output: answer\}, and set sft\.shape: alpaca\.$",
+        ),
+        ({"prompt": "a", "completion": "b"}, "messages", r"\. Set sft\.shape: prompt_completion\.$"),
+        ({"chat": [{"role": "user"}]}, "messages", r"\. Map it with fields: \{messages: chat\}\.$"),
+    ],
+)
+def test_columns_that_do_not_fit_the_shape_of_the_recipe(row: dict[str, Any], shape: str, says: str) -> None:
+    with pytest.raises(RowError, match=says):
+        check_shape(row, shape)
