@@ -398,10 +398,13 @@ def predict(
         source: the recipe. Default: that of the run, else one that follows from the architecture.
 
     Raises:
-        RecipeError: the model does not fit the recipe, or its task gives no answers.
+        RecipeError: the model does not fit the recipe, its task gives no answers, or `out` does not end with .jsonl.
         CheckpointError: there is no model.
         DataError: the file cannot be read, or rows are invalid.
     """
+    from ptft_dist.reporting.output import check_json_lines
+
+    check_json_lines(Path(out))
     _quiet_imports()
     from ptft_dist.judging.prediction import predict as run
     from ptft_dist.launch.environment import place

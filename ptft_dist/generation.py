@@ -21,6 +21,8 @@ from ptft_dist.networks.names import is_adapter
 _CAUSAL, _SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditionalGeneration": _SEQ2SEQ}
 
+_ANSWERING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
 
 def generate(
     model_dir: Path,
@@ -129,9 +131,11 @@ def _check_generates(architecture: str, model_type: str, path: Path) -> str:
     name = next((auto for ending, auto in classes.items() if architecture.endswith(ending)), None)
     # XLNet's LMHeadModel is trained on permuted texts.
     if name is None or architecture.startswith("XLNet") or model_type == "xlnet":
+        run = path.parent if path.name == "model" else path
+        answers = f" Its answers to rows: ptft predict {run} --file rows.jsonl --out answers.jsonl"
         raise CheckpointError(
             f"{path}: {architecture or 'a network of unknown architecture'} cannot generate text. Give a causal "
-            "or sequence-to-sequence model."
+            f"or sequence-to-sequence model.{answers if architecture.endswith(_ANSWERING) else ''}"
         )
     return name
 

@@ -219,7 +219,13 @@ RECIPES: dict[str, Case] = {
 DATA: dict[str, Case] = {
     "a missing file": Case(3, ["data.train[0].path: nowhere.txt: no such file"], source("nowhere.txt"), verb=CHECK),
     "an empty file": Case(3, ["empty.txt: the file is empty"], source("empty.txt"), edit=lines("empty.txt", "")),
-    "a folder": Case(3, ["this is a directory", "/**/*.jsonl"], source("."), verb=CHECK),
+    "a folder": Case(
+        3,
+        ["this is a directory", "Name the files in it: ./**/*.txt"],
+        source("."),
+        edit=lines("poem.txt", "x"),
+        verb=CHECK,
+    ),
     "an unknown type": Case(3, ["unknown file type"], source("x.doc"), edit=lines("x.doc", "x"), verb=CHECK),
     "invalid UTF-8": Case(
         3,

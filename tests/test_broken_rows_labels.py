@@ -34,7 +34,7 @@ TEXT = "red cat runs"
 SEVERAL = {"multi_label": True, "class_weights": None}
 
 CASES: dict[str, Case] = {
-    "no label": Case({"text": TEXT}, ["there is no field 'label'", "fields: {label: ...}"]),
+    "no label": Case({"text": TEXT}, ["there is no field 'label'", "fields: {label: YOUR_COLUMN}"]),
     "a null label": Case({"text": TEXT, "label": None}, ["'label' is null", "remove the row"]),
     "an empty label": Case({"text": TEXT, "label": " "}, ["the label is an empty string"]),
     "a fraction as a label": Case({"text": TEXT, "label": 0.5}, ["a label is a text or a whole number"]),
@@ -51,7 +51,7 @@ CASES: dict[str, Case] = {
         ["'plant' is none of animal, thing", "classification.labels"],
         section={"labels": ["animal", "thing"]},
     ),
-    "no text": Case({"label": "animal"}, ["there is no field 'text'", "fields: {text: ...}"]),
+    "no text": Case({"label": "animal"}, ["there is no field 'text'", "fields: {text: YOUR_COLUMN}"]),
     "an empty text": Case({"text": " \n", "label": "animal"}, ["'text' is empty", "remove the row"]),
     "a number as a text": Case({"text": 7, "label": "animal"}, ["'text' is a number and not text"]),
     "half a surrogate pair": Case('{"text": "\\ud83d", "label": "animal"}', ["half of a surrogate pair"]),

@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from ptft_dist import __version__
-from ptft_dist.cli import VERBS
+from ptft_dist.cli import VERBS, _hint, command
 from ptft_dist.tasks.registry import TASKS
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +147,23 @@ def test_a_failure_is_one_message_and_an_exit_code(
     assert done.stdout == ""
     assert done.stderr.startswith(message)
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--learning_rate", "1e-4"], "KEY=VALUE: optim.lr=1e-4\n"),
+        (["--learning-rate=2e-4"], "KEY=VALUE: optim.lr=2e-4\n"),
+        (["--max_steps", "5"], "KEY=VALUE: train.max_steps=5\n"),
+        (["--optim.lr"], "KEY=VALUE: optim.lr=VALUE\n"),
+        (["--lunch", "cpu"], "No such option: --lunch (Possible options: --launch)\n"),
+    ],
+)
+def test_an_option_that_is_a_key_of_the_recipe(words: list[str], says: str) -> None:
+    line = ["train", "recipe.yaml", *words]
+    with pytest.raises(typer.TyperException) as refused:
+        command("train").invoke(command("train").make_context("ptft", line))
+    assert f"{refused.value.format_message()}{_hint(refused.value, line)}\n".endswith(says)
 
 
 def test_long_messages_are_not_wrapped(folder: Path) -> None:

@@ -582,12 +582,16 @@ BAD_OVERRIDES = [
     ("optim.lr=", "command line: optim.lr: expected a number above 0, got null"),
     ("run_dir.x=3", "command line: run_dir.x: run_dir is neither a section nor a list"),
     (
+        "document=line",
+        "command line: document: unknown key; did you mean data.train.0.document or data.validation.0.document?",
+    ),
+    (
         "data.train.2.path=x",
         "command line: data.train.2.path: no item 2 in the list data.train, which has 2 items (the first is 0)",
     ),
     (
         "data.train.path=x",
-        "command line: data.train.path: no item path in the list data.train, which has 2 items (the first is 0)",
+        "command line: data.train.path: data.train is a list: name an item by its number, as in data.train.0.path",
     ),
     (
         "data.train=[{source: python-stdlb}]",

@@ -394,7 +394,7 @@ def test_accept_lets_a_named_change_through(tmp_path: Path) -> None:
         resume(tmp_path, now, "optim.lr").check(checkpoint(tmp_path, saved))
     assert "train.seed: 0 in the checkpoint, 1 now" in str(error.value)
     assert "optim.lr:" not in str(error.value)
-    assert "--accept train.seed" in str(error.value)
+    assert "start over with --resume never, or accept the changes: --accept train.seed" in str(error.value)
     resume(tmp_path, now, "optim.lr", "train.seed").check(checkpoint(tmp_path, saved))
 
 

@@ -13,6 +13,9 @@ from ptft_dist.cli.init import init
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.launch_file import read_launch_file
+from ptft_dist.launch.local import default_launch
+
+DEFAULT = default_launch()
 
 
 def same(copy: Path, kind: str) -> bool:
@@ -34,6 +37,15 @@ def test_it_copies_recipe_launch_config_and_batch_file(tmp_path: Path, capsys: p
         "sbatch train",
     ):
         assert step in said
+
+
+@pytest.mark.parametrize(("recipe", "first"), [("sft_lora", ["clm"]), ("ppo", ["sft", "reward"]), ("clm", [])])
+def test_it_names_the_runs_that_must_come_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], recipe: str, first: list[str]
+) -> None:
+    init(str(tmp_path), recipe=recipe)
+    steps = [line.split("  ")[1] for line in capsys.readouterr().out.splitlines() if line.startswith("  ptft train")]
+    assert steps == [*(f"ptft train {name}" for name in first), f"ptft train {recipe}.yaml --launch {DEFAULT}.yaml"]
 
 
 def test_it_takes_the_deepspeed_json_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -458,6 +458,8 @@ def test_what_cannot_be_predicted_is_said(run_of: Any, language_model: Path, tmp
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
         api.predict(run, "nothing.jsonl", "out.jsonl")
+    with pytest.raises(RecipeError, match=r"out\.csv: the answers are written as JSON lines\. .*: out\.jsonl$"):
+        api.predict(run, "in.jsonl", "out.csv")
     with pytest.raises(RecipeError, match="this is the file with the rows"):
         api.predict(run, "in.jsonl", "in.jsonl")
     with pytest.raises(RecipeError, match="this is a directory"):

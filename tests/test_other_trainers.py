@@ -122,8 +122,8 @@ sft datasets data.train
 sft dataset_name data.train
 sft val_set_size data.validation
 sft data.val_size data.validation
-sft max_samples data.train.limit
-sft data.dataset_text_field data.train.fields
+sft max_samples data.train.0.limit
+sft data.dataset_text_field data.train.0.fields
 dpo beta dpo.beta
 dpo pref_beta dpo.beta
 dpo loss_type dpo.loss

@@ -331,6 +331,10 @@ def test_generate_from_python(tmp_path: Path, documents: Path, cache: Path) -> N
     [
         (None, r"there is no model. A finished run writes it to .*model"),
         ('{"architectures": ["BertForMaskedLM"]}', "BertForMaskedLM cannot generate text"),
+        (
+            '{"architectures": ["BertForSequenceClassification"]}',
+            r"cannot generate text.* Its answers to rows: ptft predict \S*test_generate\S+ --file rows\.jsonl",
+        ),
         ('{"architectures": ["XLNetLMHeadModel"]}', "XLNetLMHeadModel cannot generate text"),
         ("{}", "a network of unknown architecture cannot generate text"),
         ('{"archi', r"config\.json cannot be read"),

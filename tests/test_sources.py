@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -443,3 +444,30 @@ def test_hub_data_set_from_a_local_directory(tmp_path: Path, monkeypatch: pytest
 def test_sources_import_nothing_heavy() -> None:
     code = "import sys, ptft_dist.data.sources; print({'torch', 'transformers', 'datasets'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (("a/1.txt", "a/2.txt", "3.jsonl.gz"), "Name the files in it: poems/**/*.txt or poems/**/*.jsonl.gz$"),
+        (("a.doc",), "this is a directory without a file that can be read"),
+    ],
+)
+def test_a_directory_is_answered_with_what_lies_in_it(tmp_path: Path, files: tuple[str, ...], says: str) -> None:
+    for name in files:
+        (tmp_path / "poems" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "poems" / name).write_text("x")
+    with pytest.raises(DataError, match=re.escape(says).replace(r"\$", "$")):
+        check_sources(recipe([{"path": "poems"}]), tmp_path)
+
+
+def test_empty_files_among_others_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, text in {"a.txt": "one", "b.txt": "", "c.txt": "two", "d.txt": ""}.items():
+        (tmp_path / name).write_text(text)
+    assert [document.text for document in read_documents(Source(path="*.txt"), tmp_path)] == ["one", "two"]
+    check_sources(recipe([{"path": "*.txt"}]), tmp_path)
+    assert [record.getMessage().replace(f"{tmp_path}/", "") for record in caplog.records] == [
+        "path: *.txt: skipped 2 empty files: b.txt, d.txt"
+    ]
+    with pytest.raises(DataError, match="the file is empty"):
+        check_sources(recipe([{"path": "[bd].txt"}]), tmp_path)

@@ -133,7 +133,8 @@ class Resume:
             options = " ".join(f"--accept {shlex.quote(key)}" for key in refused)
             raise CheckpointError(
                 f"{checkpoint.path} was made with another recipe or other data:{lines}\n"
-                f"Restore the old values, choose another run_dir, or accept the changes: {options}"
+                "Restore the old values, choose another run_dir, start over with --resume never, or accept the "
+                f"changes: {options}"
             )
         reason = self.why_not_loadable(checkpoint.entry("kind", str), checkpoint.entry("world_size", int))
         if reason is not None:

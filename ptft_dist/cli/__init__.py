@@ -114,7 +114,10 @@ def main() -> None:
         print(hide(f"error: {error}"), file=sys.stderr)
         sys.exit(exit_code_of(error))
     except typer.TyperException as error:
-        print(f"error: {error.format_message()}\nSee `ptft --help` and `ptft VERB --help`.", file=sys.stderr)
+        print(
+            hide(f"error: {error.format_message()}{_hint(error, words)}\nSee `ptft --help` and `ptft VERB --help`."),
+            file=sys.stderr,
+        )
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -123,6 +126,17 @@ def main() -> None:
             sys.exit(_EXIT_READER_GONE)
         print(hide(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(exit_code_of(error))
+
+
+def _hint(error: Exception, words: list[str]) -> str:
+    """For an unknown option of a verb that takes keys of a recipe: the key."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    takes_keys = context is not None and any(each.name in ("overrides", "words") for each in context.command.params)
+    if not takes_keys or type(error).__name__ != "NoSuchOption":
+        return ""
+    from ptft_dist.cli.unknown_option import hint
+
+    return hint(str(option), words)
 
 
 def _reader_is_gone() -> bool:

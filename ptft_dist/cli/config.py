@@ -19,12 +19,15 @@ app = typer.Typer(help="Check a recipe, show all its values, or print the schema
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
-    """Report all mistakes in a recipe, and missing data files."""
+    """Report all mistakes in a recipe, missing data files, and files whose first row lacks columns of the task."""
     from ptft_dist.api import load_recipe
+    from ptft_dist.data.first_rows import check_first_rows
     from ptft_dist.data.sources import check_sources
+    from ptft_dist.tasks.registry import encoder_class
 
     loaded = load_recipe(recipe, overrides or ())
     check_sources(loaded.recipe, loaded.base)
+    check_first_rows(loaded.recipe, loaded.base, encoder_class(loaded.recipe.task))
     print(f"{loaded.path}: valid ({_summary(loaded.recipe)})")
 
 

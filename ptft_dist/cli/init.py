@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +10,9 @@ from typing import Annotated
 import typer
 
 from ptft_dist.errors import RecipeError
+
+_FIRST_RUN = re.compile(r"^# First run: ptft train (\w+)$", re.MULTILINE)
+"""The comment of a shipped recipe that continues from the network of another one."""
 
 
 def init(
@@ -84,8 +88,7 @@ def _write_recipe(data: Path, task: str | None, folder: Path, model: str | None)
     print("\n".join(start.seen))
     proposed = "" if task else f"; other tasks that fit: {', '.join(start.others)}" if start.others else ""
     print(f"task {start.task}{proposed}\nwrote {target}; next:")
-    steps = {f"ptft train {name}": f"makes runs/{name}/model, which the recipe names" for name in start.first}
-    steps |= {
+    steps = _first_runs(start.first) | {
         f"ptft config check {target}": "lists all mistakes with their lines",
         f"ptft data inspect {target}": "prepares the data, and shows rows as the network sees them",
         f"ptft train {target}": "on this machine; add --launch multi_gpu for several GPUs",
@@ -116,8 +119,12 @@ def _copy_shipped(directory: str, recipe: str, launch: str | None, site: bool) -
     _copy(folder, copies)
     if profile is not None:
         (folder / "site.yaml").write_text(profile)
+<<<<<<< HEAD
     written = [*copies, *([folder / "site.yaml"] if site else [])]
     print(_next_steps(folder, written, source.name, file.path.name))
+=======
+    print(_next_steps(folder, list(copies), source.name, file.path.name, _FIRST_RUN.findall(source.read_text("utf-8"))))
+>>>>>>> messages
 
 
 def _site_profile(target: Path) -> str:
@@ -148,10 +155,11 @@ def _copy(folder: Path, copies: dict[Path, Path]) -> None:
         raise RecipeError(f"{folder} cannot be written: {error.strerror}") from None
 
 
-def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str) -> str:
+def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str, first: list[str]) -> str:
     lines = [f"wrote {', '.join(str(path.relative_to(folder)) for path in written)} to {folder}", "next:"]
     steps = {
         f"cd {folder}": "",
+        **_first_runs(first),
         f"edit {recipe}": "data.train: the data; run_dir: the output directory",
         f"ptft config check {recipe}": "lists all mistakes with their lines",
         f"ptft train {recipe} --launch {launch}": "on this machine; --processes N for another number",
@@ -165,6 +173,11 @@ def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str) -> 
     if str(folder) == ".":
         del steps["cd ."]
     return "\n".join([*lines, _aligned(steps)])
+
+
+def _first_runs(names: list[str]) -> dict[str, str]:
+    """The shipped recipes that make the networks that a recipe names -> what for."""
+    return {f"ptft train {name}": f"first: makes runs/{name}/model, which the recipe names" for name in names}
 
 
 def _aligned(steps: dict[str, str]) -> str:

@@ -44,12 +44,23 @@ class Source(Section):
     limit: PositiveInt | None = None
     """Use the first this many documents only."""
     _files: tuple[Path, ...] | None = PrivateAttr(None)
+    _key: str | None = PrivateAttr(None)
 
     def part(self, files: Sequence[Path]) -> Self:
         """This source with only these of its files."""
         copy = self.model_copy()
         copy._files = tuple(files)
         return copy
+
+    def named(self, key: str) -> Self:
+        """Keep the key of this source, such as data.train.0, for messages."""
+        self._key = key
+        return self
+
+    @property
+    def key(self) -> str | None:
+        """The key in the recipe, such as data.train.0; None if it is not known."""
+        return self._key
 
     @property
     def only_files(self) -> tuple[Path, ...] | None:
@@ -174,6 +185,9 @@ class DataSection(Section):
     @model_validator(mode="after")
     def _check(self) -> DataSection:
         only_with(self, ("fold",), self.folds is not None, "data.folds")
+        for side, sources in (("train", self.train), ("validation", self.validation)):
+            for index, source in enumerate(sources if isinstance(sources, list) else ()):
+                source.named(f"data.{side}.{index}")
         if self.mixing is not None:
             self._check_mixing(self.mixing)
         if self.folds is not None and self.validation is not None:

@@ -125,13 +125,13 @@ class Document:
             self.values = {}
         container, walked = self.values, path[:0]
         for key in path[:-1]:
-            walked = (*walked, _own_key(container, key, walked))
+            walked = (*walked, _own_key(container, key, walked, path))
             inner = container.get(key) if isinstance(container, dict) else container[walked[-1]]
             if inner is None:
                 inner = container[walked[-1]] = {}
                 self.lines[walked] = COMMAND_LINE
             container = inner
-        return container, (*walked, _own_key(container, path[-1], walked))
+        return container, (*walked, _own_key(container, path[-1], walked, path))
 
 
 class _UnreadableError(Exception):
@@ -233,8 +233,8 @@ def put(values: Any, path: KeyPath, value: Any) -> None:
     values[path[-1]] = value
 
 
-def _own_key(container: Any, key: str | int, path: KeyPath) -> str | int:
-    """A key of a section, or the index of a list item as a number.
+def _own_key(container: Any, key: str | int, path: KeyPath, whole: KeyPath) -> str | int:
+    """A key of a section, or the index of a list item as a number. whole: the path that begins with `path` and `key`.
 
     Raises:
         LookupError: the container is neither a list nor a section, or the list has no such item.
@@ -243,7 +243,11 @@ def _own_key(container: Any, key: str | int, path: KeyPath) -> str | int:
         return key
     if not isinstance(container, list):
         raise LookupError(f"{dotted(path)} is neither a section nor a list")
-    if not str(key).isdecimal() or int(key) >= len(container):
+    if not str(key).isdecimal():
+        raise LookupError(
+            f"{dotted(path)} is a list: name an item by its number, as in {dotted((*path, 0, *whole[len(path) :]))}"
+        )
+    if int(key) >= len(container):
         raise LookupError(
             f"no item {key} in the list {dotted(path)}, which has {len(container)} items (the first is 0)"
         )

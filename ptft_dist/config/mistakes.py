@@ -61,6 +61,16 @@ class Schema:
         """The paths of all keys of all sections. List indices are not part of these paths."""
         return list(self._below(self.root, ()))
 
+    def in_first_item(self, path: KeyPath) -> KeyPath:
+        """A path of `all_keys` with the index 0 of each list that it leads through, as in data.train.0.path."""
+        node: Node | None = self.root
+        walked: KeyPath = ()
+        for key in path:
+            if key not in self.keys(node):
+                walked, node = (*walked, 0), self.child(node, 0) if node is not None else None
+            walked, node = (*walked, key), self.child(node, key) if node is not None else None
+        return walked
+
     def _below(self, node: Node, path: KeyPath) -> Iterator[KeyPath]:
         for branch in self.branches(node):
             if "items" in branch:
@@ -213,7 +223,7 @@ def _unknown_key(path: KeyPath, document: Document, schema: Schema) -> str:
     siblings = schema.keys(schema.at(section))
     near = [dotted((*section, name)) for name in get_close_matches(key, siblings, n=1)]
     same_name = [other for other in schema.all_keys if other[-1] == key]
-    outermost = [dotted(other) for other in same_name if len(other) == min(map(len, same_name))]
+    outermost = [dotted(schema.in_first_item(other)) for other in same_name if len(other) == min(map(len, same_name))]
     hints = list(dict.fromkeys(near + outermost))[:3]
     if hints:
         return f"unknown key; did you mean {' or '.join(hints)}?"
@@ -232,6 +242,7 @@ def _foreign(path: KeyPath, document: Document, schema: Schema, *, typos: bool =
     keys = found.keys_for(task, tasks)
     keys = tuple(key for key in keys if len(path) > 1 and key.partition(".")[0] == path[0]) or keys
     if keys:
+        keys = tuple(dotted(schema.in_first_item(tuple(key.split(".")))) for key in keys)
         return f"did you mean {' or '.join(keys)}? {found.note}".rstrip()
     if found.keys:
         return f"task {task} has no such setting, only other tasks: {', '.join(found.keys)}"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
 
 from ptft_dist.data.class_labels import of_parquet, with_names
+from ptft_dist.data.columns import missing_columns, missing_text
 from ptft_dist.data.json_values import DECODER, unusable
 from ptft_dist.data.nested_json import nested_rows
 from ptft_dist.errors import DataError
@@ -37,6 +38,20 @@ class Record:
 
     values: dict[str, Any]
     where: str
+
+
+class MissingColumns(DataError):
+    """A table lacks required columns. The message does not know their roles: the reader of the source does."""
+
+    def __init__(self, where: str, missing: Sequence[str], has: Sequence[str]) -> None:
+        super().__init__(f"{where}: {missing_columns({column: column for column in missing}, has)}")
+        self.where, self.has = where, has
+
+
+def check_columns(columns: Sequence[str], has: Sequence[str], where: str) -> None:
+    """Raises MissingColumns if a table lacks one of the columns."""
+    if missing := [column for column in columns if column not in has]:
+        raise MissingColumns(where, missing, has)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +236,7 @@ def _read_table(lines: Iterator[str], path: Path, columns: Sequence[str], *, tab
 
 
 def _check_header(header: list[str], columns: Sequence[str], where: str) -> None:
-    for column in columns:
-        if column not in header:
-            raise DataError(f"{where}: {no_column(column, header)}")
+    check_columns(columns, header, where)
     for column in header:
         if header.count(column) > 1 and (column in columns or not columns):
             raise DataError(
@@ -271,9 +284,7 @@ def _read_arrow(path: Path, columns: Sequence[str], only: bool, *, parquet: bool
     try:
         with pq.ParquetFile(path) if parquet else pyarrow.ipc.open_stream(pa.memory_map(str(path))) as file:
             schema = file.schema_arrow if parquet else file.schema
-            for column in columns:
-                if column not in schema.names:
-                    raise DataError(f"{path}: {no_column(column, schema.names)}")
+            check_columns(columns, schema.names, str(path))
             chosen = list(columns) if only else None
             batches = file.iter_batches(batch_size=1000, columns=chosen) if parquet else file
             classes, number = of_parquet(schema.metadata), 0
@@ -300,14 +311,14 @@ def as_record(row: Any, where: str) -> Record:
     return Record(row, where)
 
 
-def as_document(record: Record, field: str) -> Document:
-    """The text in column `field` of a record.
+def as_document(record: Record, field: str, key: str | None = None) -> Document:
+    """The text in column `field` of a record. key: that of its source, for messages.
 
     Raises:
         DataError: the column is missing or not a text.
     """
     if field not in record.values:
-        raise DataError(f"{record.where}: {no_column(field, list(record.values))}")
+        raise DataError(f"{record.where}: {missing_text(field, list(record.values), key)}")
     text = record.values[field]
     if problem := text_problem(field, text):
         raise DataError(f"{record.where}: {problem} Correct or remove the row.")
@@ -326,13 +337,6 @@ def text_problem(name: str, text: Any) -> str | None:
             "which is not valid Unicode."
         )
     return None
-
-
-def no_column(column: str, available: Sequence[str]) -> str:
-    """The message for a missing column."""
-    has = ", ".join(map(repr, available)) if available else "none"
-    setting = "field: or fields:" if column == "text" else f"fields: {{{column}: ...}}"
-    return f"there is no field {column!r}; the fields are: {has}. Map one of them with `{setting}`."
 
 
 def json_type(value: Any) -> str:

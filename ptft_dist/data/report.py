@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, astuple, dataclass, field
 from typing import Any, NamedTuple, Self
@@ -55,6 +56,47 @@ class BadRows:
     def merge(self, other: BadRows) -> None:
         self.count += other.count
         self.first = [*self.first, *other.first][:_SHOWN_BAD_ROWS]
+
+
+class RowTally(BadRows):
+    """Bad rows, and the files in which every row is bad for the same reason."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._files: dict[str, str | None] = {}
+        """File -> the one reason of all its rows so far; None: there are several, or good rows."""
+        self._counts: dict[str, int] = {}
+
+    def add(self, where: str, reason: object) -> None:
+        super().add(where, reason)
+        file, text = file_of(where), str(reason)
+        self._counts[file] = self._counts.get(file, 0) + 1
+        if self._files.setdefault(file, text) != text:
+            self._files[file] = None
+
+    def good(self, where: str) -> None:
+        """Count a valid row."""
+        self._files[file_of(where)] = None
+
+    def message(self, *, skippable: bool) -> str:
+        """The error: files without a good row once, other rows one by one, and the remedy for those."""
+        whole = {file: reason for file, reason in self._files.items() if reason is not None and self._counts[file] > 1}
+        lines = [f"{file}: every row: {reason}" for file, reason in list(whole.items())[:_SHOWN_BAD_ROWS]]
+        rows = [line for line in self.first if not any(line.startswith((f"{file}:", f"{file}#")) for file in whole)]
+        left = self.count - sum(self._counts[file] for file in whole)
+        if len(whole) > len(lines):
+            lines.append(f"and {len(whole) - len(lines):,} more files")
+        if left:
+            lines += rows + [f"and {left - len(rows):,} more rows"] * (left > len(rows))
+            these = "this row" if left == 1 else f"these {left:,} rows"
+            skip = f"Correct {these}, or skip bad rows with data.bad_rows: skip."
+            lines.append(skip if skippable else "Correct or remove these rows.")
+        return "\n".join(lines)
+
+
+def file_of(where: str) -> str:
+    """The file of a place such as rows.jsonl:3."""
+    return re.sub(r"[:#]\d+$", "", where)
 
 
 @dataclass(frozen=True)

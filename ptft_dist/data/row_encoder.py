@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ptft_dist.config.recipe import Source
+from ptft_dist.data.columns import missing_columns
 from ptft_dist.data.encoder import Encoder, EncoderContext, Example, LeftOut, Outcome, RowError, Side
 from ptft_dist.data.example_store import META, ExampleStore, ExampleWriter, as_column, meta_bytes, token_dtype
 from ptft_dist.data.formats import Record, json_type, text_problem
@@ -73,8 +74,7 @@ class RowEncoder(Encoder):
 
     @classmethod
     def check(cls, settings: Any, record: Record) -> None:
-        for role in cls.required(settings):
-            require(record.values, role)
+        require_all(record.values, cls.required(settings))
 
     # --- with the tokenizer ------------------------------------------------------------------------------------------
 
@@ -172,14 +172,21 @@ def require(values: Mapping[str, Any], role: str) -> Any:
     Raises:
         RowError: the column is missing or null.
     """
-    if role not in values:
-        has = ", ".join(map(repr, values)) or "none"
-        raise RowError(
-            f"there is no field {role!r}; the fields are: {has}. Map one of them with fields: {{{role}: ...}}."
-        )
-    if values[role] is None:
-        raise RowError(f"the field {role!r} is null. Fill it in, or remove the row.")
+    require_all(values, (role,))
     return values[role]
+
+
+def require_all(values: Mapping[str, Any], roles: Sequence[str]) -> None:
+    """Check that a row has a column for each role. The message names all that are missing.
+
+    Raises:
+        RowError: a column is missing or null.
+    """
+    if missing := {role: role for role in roles if role not in values}:
+        raise RowError(missing_columns(missing, list(values), present=roles))
+    for role in roles:
+        if values[role] is None:
+            raise RowError(f"the field {role!r} is null. Fill it in, or remove the row.")
 
 
 def require_text(values: Mapping[str, Any], role: str, *, empty: bool = False) -> str:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import glob
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from stat import S_ISDIR, S_ISREG
@@ -16,12 +18,23 @@ from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.builtin import read_builtin, stdlib_files
 from ptft_dist.data.cache import HashMemo, fingerprint
 from ptft_dist.data.class_labels import of_features, with_names
-from ptft_dist.data.formats import KNOWN, Document, Record, as_document, file_format, no_column, read_file
+from ptft_dist.data.columns import as_fields, missing_columns, missing_text, proposed
+from ptft_dist.data.formats import (
+    KNOWN,
+    Document,
+    MissingColumns,
+    Record,
+    as_document,
+    check_columns,
+    file_format,
+    read_file,
+)
 from ptft_dist.errors import DataError
 
 __all__ = ["Document", "HashMemo", "check_sources", "fingerprint_source", "read_documents", "recipe_sources"]
 
 _SHOWN_FILES = 5
+_MOST_FILES = 10_000  # of a folder that are looked at to say what it contains
 
 
 def read_documents(source: Source, base: Path) -> Iterator[Document]:
@@ -34,7 +47,7 @@ def read_documents(source: Source, base: Path) -> Iterator[Document]:
         DataError: a file is missing, unreadable, empty or malformed, or a data set cannot be loaded.
     """
     field = source.field or "text"
-    return (as_document(record, field) for record in _read(source, base, (field,), only=True))
+    return (as_document(record, field, source.key) for record in _read(source, base, {"text": field}, only=True))
 
 
 def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[Record]:
@@ -46,9 +59,11 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
     Raises:
         DataError: see `read_documents`; or no row has a column that source.fields names.
     """
-    columns = [source.fields.get(role, role) for role in roles]
+    wanted = {role: source.fields.get(role, role) for role in roles}
     unseen = dict(source.fields)
-    for record in _read(source, base, columns):
+    has: dict[str, Any] = {}
+    for record in _read(source, base, wanted):
+        has = has or record.values
         values = dict(record.values)
         for role, column in source.fields.items():
             if column in record.values:
@@ -61,17 +76,24 @@ def read_records(source: Source, base: Path, roles: Sequence[str]) -> Iterator[R
         yield Record(values, record.where)
     if source.only_files is None:  # other files of the source may have the column
         for role in unseen:
-            raise unseen_column(source, role)
+            raise unseen_column(source, role, list(has))
 
 
-def unseen_column(source: Source, role: str) -> DataError:
-    """The error for a mapped column that no row has."""
+def unseen_column(source: Source, role: str, has: Sequence[str] = ()) -> DataError:
+    """The error for a mapped column that no row has. has: the columns of the first row."""
     column = source.fields[role]
-    return DataError(f"fields: {{{role}: {column}}}: no row of this source has a column {column!r}. Correct it.")
+    others = [each for other, each in source.fields.items() if other != role]
+    right = as_fields(proposed([role], [each for each in has if each not in others]), source.key)
+    fields = f"; the fields are: {', '.join(map(repr, has))}" if has else ""
+    return DataError(
+        f"fields: {{{role}: {column}}}: no row of this source has a column {column!r}{fields}. Correct it: {right}."
+    )
 
 
-def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = False) -> Iterator[Record]:
+def _read(source: Source, base: Path, wanted: Mapping[str, str], *, only: bool = False) -> Iterator[Record]:
+    """The records. wanted: role -> column; only: of documents, whose one role is `text`."""
     name: str
+    columns = list(wanted.values())
     if source.source is not None:
         name, records = source.source, read_builtin(source.source)
     elif source.hub is not None:
@@ -80,6 +102,15 @@ def _read(source: Source, base: Path, columns: Sequence[str], *, only: bool = Fa
         name, records = f"path: {source.path}", _read_files(source, base, columns, only)
     try:
         yield from islice(records, source.limit)
+    except MissingColumns as table:
+        missing = {role: column for role, column in wanted.items() if column not in table.has}
+        present = [column for column in columns if column in table.has]
+        text = (
+            missing_text(columns[0], table.has, source.key)
+            if only
+            else missing_columns(missing, table.has, present=present, key=source.key)
+        )
+        raise DataError(f"{table.where}: {text}") from None
     except OSError as error:  # of the network or a disk; formats.py converts errors of files that it opens
         raise DataError(
             f"{name}: the source cannot be read ({error}). Check the network or the disk, and start again."
@@ -156,8 +187,13 @@ def source_files(source: Source, base: Path) -> list[Path]:
     stats = {file: _stat(file) for file in matches}
     files = [file for file, stat in stats.items() if stat is None or not S_ISDIR(stat.st_mode)]
     if not files:
-        raise DataError(f"path: {source.path}: {_why_nothing(matches, base)}")
+        raise DataError(f"path: {source.path}: {_why_nothing(source.path, matches, base)}")
 
+    empty = [file for file in files if _is_empty(stats[file])]
+    if len(empty) < len(files):  # the files that are left are the source
+        files = [file for file in files if not _is_empty(stats[file])]
+        if empty:
+            _warn_once(f"path: {source.path}: {_skipped(empty)}")
     problems = [f"path: {file}: {problem}" for file in files if (problem := _file_problem(file, stats[file]))]
     if not problems:
         problems = _settings_without_effect(source, files)
@@ -177,13 +213,41 @@ def _saved_files(path: Path) -> list[Path]:
         return [path]
 
 
-def _why_nothing(matches: list[Path], base: Path) -> str:
+def _why_nothing(pattern: str, matches: list[Path], base: Path) -> str:
     for path in matches:
         if splits := sorted(each.parent.name for each in path.glob("*/state.json")):
             return f"datasets.save_to_disk wrote the splits {', '.join(splits)} here. Name one: {path / splits[0]}"
     if matches:
-        return "this is a directory. Name files, or all files below it with a glob such as /**/*.jsonl."
+        folder = matches[0]
+        named = pattern if (base / Path(pattern).expanduser()).is_dir() else str(folder)
+        endings = _endings(folder)
+        if not endings:
+            return f"this is a directory without a file that can be read. Supported are: {KNOWN}."
+        globs = " or ".join(f"{named.rstrip('/')}/**/*{ending}" for ending in endings)
+        return f"this is a directory. Name the files in it: {globs}"
     return f"no such file. A relative path starts at the recipe's directory, {base.absolute()}."
+
+
+def _endings(folder: Path) -> list[str]:
+    """The endings of the files below a folder that can be read, such as .jsonl.gz, the most frequent first."""
+    files = map(Path, glob.iglob("**", root_dir=folder, recursive=True))  # noqa: PTH207
+    known = Counter("".join(kind) for file in islice(files, _MOST_FILES) if (kind := file_format(file)))
+    return [ending for ending, _ in known.most_common()]
+
+
+def _is_empty(stat: os.stat_result | None) -> bool:
+    return stat is not None and S_ISREG(stat.st_mode) and not stat.st_size
+
+
+def _skipped(empty: Sequence[Path]) -> str:
+    names = ", ".join(map(str, empty[:_SHOWN_FILES])) + ", ..." * (len(empty) > _SHOWN_FILES)
+    return f"skipped {len(empty):,} empty file{'s' * (len(empty) > 1)}: {names}"
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Several parts of a command look for the files of a source."""
+    logging.getLogger("ptft").warning(text)
 
 
 def _stat(file: Path) -> os.stat_result | None:
@@ -221,9 +285,7 @@ def _read_hub(source: Source, columns: Sequence[str], only: bool) -> Iterator[Re
     dataset = hub_dataset(source)
     name = f"hub:{source.hub}[{source.split or 'train'}]"
     names = dataset.column_names or list(next(iter(dataset), {}))  # of a stream, they may be unknown
-    for column in columns:
-        if column not in names:
-            raise DataError(f"{name}: {no_column(column, names)}")
+    check_columns(columns, names, name)
     classes = of_features(dataset.features)
     for number, row in enumerate(dataset.select_columns(list(columns)) if only else dataset):
         yield Record(with_names(row, classes), f"{name}#{number}")

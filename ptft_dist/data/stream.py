@@ -22,7 +22,7 @@ from ptft_dist.data.encoder import Encoder, Example, Outcome, Place, RowError, W
 from ptft_dist.data.formats import Record
 from ptft_dist.data.layout import VALIDATION, Layout
 from ptft_dist.data.records import Records
-from ptft_dist.data.report import BadRows, Notes, Report, SideReport, SourceReport, StepReport, sum_of_sides
+from ptft_dist.data.report import BadRows, Notes, Report, RowTally, SideReport, SourceReport, StepReport, sum_of_sides
 from ptft_dist.data.sides import of_train
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
@@ -47,7 +47,7 @@ class Step(Protocol):
 # --- without a tokenizer ---------------------------------------------------------------------------------------------
 
 
-def training_records(recipe: Recipe, source: Records, encoder: type[Encoder], bad: BadRows) -> Iterator[Record]:
+def training_records(recipe: Recipe, source: Records, encoder: type[Encoder], bad: RowTally) -> Iterator[Record]:
     """The valid records of the training side, without the copies that steps add. `bad` counts invalid ones."""
     for record in of_train(recipe.data, source, encoder.key):
         try:
@@ -55,6 +55,7 @@ def training_records(recipe: Recipe, source: Records, encoder: type[Encoder], ba
         except RowError as problem:
             bad.add(record.where, problem)
         else:
+            bad.good(record.where)
             yield record
 
 
@@ -64,7 +65,7 @@ def training_texts(recipe: Recipe, source: Records, encoder: type[Encoder]) -> I
     Raises:
         DataError: see `Encoder.read`; or there are bad rows, and the recipe does not skip them.
     """
-    bad = BadRows()
+    bad = RowTally()
     for record in training_records(recipe, source, encoder, bad):
         for text in encoder.texts(recipe.settings, record):
             yield from learnable(text, record.where)
@@ -79,22 +80,20 @@ def take_survey(recipe: Recipe, source: Records, encoder: type[Encoder]) -> dict
     """
     if not encoder.surveys:
         return {}
-    bad = BadRows()
+    bad = RowTally()
     survey = encoder.survey_of(recipe.settings, training_records(recipe, source, encoder, bad), recipe.train.seed)
     stop_if_any(recipe, bad)
     return survey
 
 
-def stop_if_any(recipe: Recipe, bad: BadRows) -> None:
+def stop_if_any(recipe: Recipe, bad: RowTally) -> None:
     """Stop at bad rows unless the recipe skips them.
 
     Raises:
         DataError: there are bad rows, and the recipe does not skip them.
     """
     if bad.count and recipe.data.bad_rows == "stop":
-        more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
-        rows = "this row" if bad.count == 1 else f"these {bad.count:,} rows"
-        raise DataError("\n".join(bad.first) + f"{more}\nCorrect {rows}, or skip bad rows with data.bad_rows: skip.")
+        raise DataError(bad.message(skippable=True))
 
 
 # --- with the tokenizer ----------------------------------------------------------------------------------------------
@@ -141,7 +140,7 @@ def write(
         validation=validation,
         sources=written.sources,
         steps=[StepReport(step.name, name, step.notes.entries) for step, name in steps],
-        bad_rows=written.bad,
+        bad_rows=BadRows(written.bad.count, written.bad.first),
         dropped=written.dropped.entries,
         notes=written.notes.entries,
         survey=encoder.survey,
@@ -217,7 +216,7 @@ class _Written:
         self._encoder, self._layout, self._writers, self._directory = encoder, layout, writers, directory
         self._text_bytes: Counter[str] = Counter()
         self.sources: dict[str, SourceReport] = {}
-        self.bad, self.dropped, self.notes = BadRows(), Notes(), Notes()
+        self.bad, self.dropped, self.notes = RowTally(), Notes(), Notes()
         self.unknown_tokens = 0
         self._number = 0
 
@@ -227,6 +226,7 @@ class _Written:
         if outcome.problem is not None:
             self.bad.add(record.where, outcome.problem)
             return 0
+        self.bad.good(record.where)
         if outcome.dropped is not None:
             self.dropped.add(outcome.dropped, record.where)
             return 0
@@ -293,7 +293,8 @@ def check_sides(recipe: Recipe, report: Report) -> None:
     elif isinstance(recipe.data.validation, float):
         remedy = (
             f"A fraction (data.validation: {recipe.data.validation}) is chosen by a hash of whole documents or rows. "
-            "Use a larger fraction, smaller documents (document: paragraph), more data, or separate validation sources."
+            "Use a larger fraction, smaller documents (data.train[0].document: paragraph), more data, or separate "
+            "validation sources."
         )
     else:
         remedy = "Check the sources."

@@ -16,8 +16,8 @@ from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import records_of
-from ptft_dist.data.report import BadRows
-from ptft_dist.data.row_encoder import RowEncoder, require
+from ptft_dist.data.report import RowTally
+from ptft_dist.data.row_encoder import RowEncoder, require_all
 from ptft_dist.data.sources import check_sources, read_records
 from ptft_dist.data.store import Row
 from ptft_dist.data.stream import take_survey
@@ -140,7 +140,7 @@ class Predictor:
 
     def check(self, file: Path) -> int:
         """The number of rows of a file. Raises DataError, with all of the first bad rows."""
-        bad, count = BadRows(), 0
+        bad, count = RowTally(), 0
         for record in self._records(file):
             count += 1
             if ANSWER in record.values:
@@ -148,18 +148,17 @@ class Predictor:
                     f"{record.where}: the row has a field {ANSWER!r} already, which the answer would replace. Rename it"
                 )
             try:
-                for role in self._roles():
-                    require(record.values, role)
+                require_all(record.values, self._roles())
                 self.kind.check(self.recipe.settings, self._unanswered(record))
             except RowError as problem:
                 bad.add(record.where, problem)
             else:
+                bad.good(record.where)
                 if count == 1:
                     self.encoder.outcomes([self._unanswered(record)])
                     self.survey |= self.encoder.discovered
         if bad.count:
-            more = f"\nand {bad.count - len(bad.first):,} more rows" if bad.count > len(bad.first) else ""
-            raise DataError("\n".join(bad.first) + f"{more}\nCorrect or remove these rows.")
+            raise DataError(bad.message(skippable=False))
         return count
 
     def _records(self, file: Path) -> Iterator[Record]:
@@ -167,7 +166,7 @@ class Predictor:
         roles = self.kind.answer_roles
         values = source_of(file, self.recipe)
         values["fields"] = {role: name for role, name in values.get("fields", {}).items() if role not in roles}
-        return read_records(Source.model_validate(values), self.base, self._roles())
+        return read_records(Source.model_validate(values).named("data.train.0"), self.base, self._roles())
 
     def _roles(self) -> list[str]:
         """The columns that every row needs."""

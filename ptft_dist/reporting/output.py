@@ -22,6 +22,14 @@ def check_writable(out: Path) -> None:
         raise RecipeError(f"{out}: this is a directory. Name a file, such as {out / 'result.json'}")
 
 
+def check_json_lines(out: Path) -> None:
+    """Raises RecipeError if the file of answers, which are JSON lines, has another ending than .jsonl."""
+    if out.suffix != ".jsonl" and not out.is_dir():
+        raise RecipeError(
+            f"{out}: the answers are written as JSON lines. Name a .jsonl file: {out.with_suffix('.jsonl')}"
+        )
+
+
 def write_file(out: Path, parts: Iterable[bytes]) -> None:
     """Write a file atomically, with its directory. Raises PtftError."""
     unfinished = out.with_name(f".{out.name}.partial-{os.getpid()}")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptft_dist.data.columns import ANSWERS, LABELS, QUESTIONS, TEXTS
 from ptft_dist.data.survey import Column, Survey
 from ptft_dist.tasks.common.preference_pairs import is_transcript
 from ptft_dist.tasks.token_classification.encode import misplaced
@@ -24,11 +25,6 @@ NEEDS = {
 }
 """Tasks -> the columns that they need."""
 
-_LABELS = (
-    *("label", "labels", "gold", "class", "category", "sentiment", "intent", "topic", "relation"),
-    *("score", "similarity_score", "rating", "stars", "target", "y"),
-)
-_TEXTS = ("text", "sentence", "review", "content", "document", "body", "comment", "tweet", "title", "question", "query")
 _PAIRS = (
     ("text", "text_pair"),
     ("sentence1", "sentence2"),
@@ -47,8 +43,6 @@ _SIDES = (
     ("article", "summary"),
     ("input", "target"),
 )
-_QUESTIONS = ("instruction", "prompt", "question", "query")
-_ANSWERS = ("output", "completion", "response", "answer")
 _FEW = 60  # different labels of a classification
 _MOST_COLUMNS = 3  # of a file whose two longest texts are taken for source and target
 _SCALAR = ("text", "number", "boolean")
@@ -124,7 +118,7 @@ def _judged(columns: Columns) -> Fit | None:
         return None
     if talk := _first(columns, ("messages",), ("messages",)):
         return Fit({"messages": talk, "label": label}, {"shape": "messages"}, (talk,), label)
-    prompt, answer = _first(columns, ("prompt",), ("text", "messages")), _first(columns, _ANSWERS, ("text", "messages"))
+    prompt, answer = _first(columns, ("prompt",), ("text", "messages")), _first(columns, ANSWERS, ("text", "messages"))
     if prompt is None or answer is None:
         return None
     fields = {"prompt": prompt, "completion": answer, "label": label}
@@ -155,7 +149,7 @@ def _conversation(columns: Columns) -> Fit | None:
     if _first(columns, ("prompt",), ("messages",)) and _first(columns, ("completion",), ("messages",)):
         fields = {"prompt": "prompt", "completion": "completion"}
         return Fit(fields, {"shape": "prompt_completion"}, ("prompt", "completion"))
-    question, answer = _first(columns, _QUESTIONS), _first(columns, _ANSWERS)
+    question, answer = _first(columns, QUESTIONS), _first(columns, ANSWERS)
     if question is None or answer is None:
         return None
     more = _first(columns, ("input", "context"))
@@ -175,7 +169,7 @@ def _prompts(columns: Columns) -> Fit | None:
 
 def _label(columns: Columns) -> str | None:
     """The column with a label: by its name, or the one of two columns with a few different values."""
-    named = _first(columns, _LABELS, (*_SCALAR, "texts"))
+    named = _first(columns, LABELS, (*_SCALAR, "texts"))
     if named is not None or len(columns) != 2:
         return named
     few = [name for name, each in columns.items() if each.kind in _SCALAR and _few_values(each)]
@@ -195,7 +189,7 @@ def _labelled(columns: Columns) -> tuple[str, dict[str, str], dict[str, Any]] | 
     if pair := _pair(columns, _PAIRS):
         return label, {"text": pair[0], "text_pair": pair[1], "label": label}, {"pair": True}
     others = {name: each for name, each in columns.items() if name != label}
-    text = _first(others, _TEXTS) or _longest(others)
+    text = _first(others, TEXTS) or _longest(others)
     return None if text is None else (label, {"text": text, "label": label}, {})
 
 

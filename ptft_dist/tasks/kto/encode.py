@@ -10,7 +10,7 @@ import numpy as np
 from ptft_dist.data.encoder import Example, LeftOut, RowError
 from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.formats import Record, json_type, text_problem
-from ptft_dist.data.row_encoder import require, require_list, require_text
+from ptft_dist.data.row_encoder import require, require_all, require_list, require_text
 from ptft_dist.data.store import Row
 from ptft_dist.tasks.common import preference_pairs
 from ptft_dist.tasks.common.chat import Conversation, Message, Plain, as_message, tools_of
@@ -79,8 +79,7 @@ class LabelledAnswerRows(PreferenceRows):
 
     @classmethod
     def check(cls, settings: KtoSettings, record: Record) -> None:  # type: ignore[override]
-        for role in cls.required(settings):
-            require(record.values, role)
+        require_all(record.values, cls.required(settings))
         _read(settings, record)
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, RowError
 from ptft_dist.data.formats import Record
-from ptft_dist.data.row_encoder import RowEncoder, require_text
+from ptft_dist.data.row_encoder import RowEncoder, require_all, require_text
 from ptft_dist.data.tokenizer import text_only_backend
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.seq2seq.languages import check_languages, speak
@@ -50,6 +50,7 @@ class Seq2SeqRows(RowEncoder):
 
     @classmethod
     def check(cls, settings: Seq2SeqSettings, record: Record) -> None:
+        require_all(record.values, cls.required(settings))
         for role in cls.required(settings):
             require_text(record.values, role)
 

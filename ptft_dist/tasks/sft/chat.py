@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ptft_dist.data.columns import as_fields, proposed
 from ptft_dist.data.formats import text_problem
 from ptft_dist.data.row_encoder import RowError, require, require_list, require_text
 from ptft_dist.tasks.common.chat import Conversation, Message, Plain, as_message, from_sharegpt, tools_of
@@ -34,8 +35,41 @@ def shape_of(values: Mapping[str, Any]) -> str:
     has = ", ".join(map(repr, values)) or "none"
     if fitting:
         raise RowError(f"the columns ({has}) fit several shapes: {', '.join(fitting)}. Choose one with sft.shape.")
+    _, why, remedy = _nearest_shape(values)
+    raise RowError(f"the columns ({has}) fit no known shape ({why}). {remedy}.")
+
+
+def check_shape(values: Mapping[str, Any], shape: str) -> None:
+    """Raises RowError, with a shape that fits better, if a row has none of the columns of sft.shape."""
+    if any(column in values for column in SHAPES[shape]):
+        return
+    better = [other for other, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
+    nearest, _, remedy = _nearest_shape(values)
+    has = ", ".join(map(repr, values)) or "none"
+    what = f"Set sft.shape: {better[0]}" if better else remedy + f", and set sft.shape: {nearest}" * (nearest != shape)
+    raise RowError(f"the columns ({has}) do not fit sft.shape: {shape} ({', '.join(SHAPES[shape])}). {what}.")
+
+
+def _nearest_shape(values: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The shape that needs the fewest columns more, why a row does not have it, and the remedy: a mapping."""
+    for shape, columns in SHAPES.items():
+        absent = [column for column in columns if values.get(column) is None]
+        if len(absent) == len(columns):
+            continue
+        if null := [column for column in absent if column in values]:
+            return shape, f"{shape}: {' and '.join(null)} is null", "Fill it in, or remove the row"
+        free = [column for column in values if column not in columns]
+        return shape, f"{shape} also needs {', '.join(absent)}", f"Map it with {as_fields(proposed(absent, free))}"
+    for column, value in values.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict) and value[0].keys() & {"role", "from"}:
+            role = "messages" if "role" in value[0] else "conversations"
+            shape = "messages" if role == "messages" else "sharegpt"
+            return shape, f"{role} is named otherwise", f"Map it with {as_fields({role: column})}"
+    mapping = proposed(SHAPES["alpaca"], list(values))
+    if "context" in values and "input" not in values:
+        mapping |= {"input": "context"}
     shapes = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
-    raise RowError(f"the columns ({has}) fit no known shape ({shapes}). Map them with fields.")
+    return "alpaca", shapes, f"Map them, such as with {as_fields(mapping)}"
 
 
 def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conversation | Plain:

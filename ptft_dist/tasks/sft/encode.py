@@ -25,7 +25,11 @@ from ptft_dist.tasks.common.chat_template import (
     saved_template,
 )
 from ptft_dist.tasks.common.control_tokens import ControlTokens
+<<<<<<< HEAD
 from ptft_dist.tasks.sft.chat import REQUIRED, read_row, shape_of, with_answer
+=======
+from ptft_dist.tasks.sft.chat import SHAPES, check_shape, read_row, shape_of, with_answer
+>>>>>>> messages
 from ptft_dist.tasks.sft.settings import SftSettings
 
 TRUNCATED = "truncated to data.max_length"
@@ -122,6 +126,8 @@ class ConversationRows(RowEncoder):
 
     @classmethod
     def check(cls, settings: SftSettings, record: Record) -> None:
+        if settings.shape != "auto":
+            check_shape(record.values, settings.shape)
         super().check(settings, record)
         parsed = _read(settings, record)
         if settings.shape == "prompt_completion" and isinstance(parsed, Plain):
