@@ -119,12 +119,9 @@ def _copy_shipped(directory: str, recipe: str, launch: str | None, site: bool) -
     _copy(folder, copies)
     if profile is not None:
         (folder / "site.yaml").write_text(profile)
-<<<<<<< HEAD
     written = [*copies, *([folder / "site.yaml"] if site else [])]
-    print(_next_steps(folder, written, source.name, file.path.name))
-=======
-    print(_next_steps(folder, list(copies), source.name, file.path.name, _FIRST_RUN.findall(source.read_text("utf-8"))))
->>>>>>> messages
+    before = _FIRST_RUN.findall(source.read_text("utf-8"))
+    print(_next_steps(folder, written, source.name, file.path.name, before))
 
 
 def _site_profile(target: Path) -> str:

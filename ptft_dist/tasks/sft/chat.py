@@ -41,13 +41,13 @@ def shape_of(values: Mapping[str, Any]) -> str:
 
 def check_shape(values: Mapping[str, Any], shape: str) -> None:
     """Raises RowError, with a shape that fits better, if a row has none of the columns of sft.shape."""
-    if any(column in values for column in SHAPES[shape]):
+    if any(column in values for column in REQUIRED[shape]):
         return
     better = [other for other, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
     nearest, _, remedy = _nearest_shape(values)
     has = ", ".join(map(repr, values)) or "none"
     what = f"Set sft.shape: {better[0]}" if better else remedy + f", and set sft.shape: {nearest}" * (nearest != shape)
-    raise RowError(f"the columns ({has}) do not fit sft.shape: {shape} ({', '.join(SHAPES[shape])}). {what}.")
+    raise RowError(f"the columns ({has}) do not fit sft.shape: {shape} ({', '.join(REQUIRED[shape])}). {what}.")
 
 
 def _nearest_shape(values: Mapping[str, Any]) -> tuple[str, str, str]:

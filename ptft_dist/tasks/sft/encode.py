@@ -25,11 +25,7 @@ from ptft_dist.tasks.common.chat_template import (
     saved_template,
 )
 from ptft_dist.tasks.common.control_tokens import ControlTokens
-<<<<<<< HEAD
-from ptft_dist.tasks.sft.chat import REQUIRED, read_row, shape_of, with_answer
-=======
-from ptft_dist.tasks.sft.chat import SHAPES, check_shape, read_row, shape_of, with_answer
->>>>>>> messages
+from ptft_dist.tasks.sft.chat import REQUIRED, check_shape, read_row, shape_of, with_answer
 from ptft_dist.tasks.sft.settings import SftSettings
 
 TRUNCATED = "truncated to data.max_length"
