@@ -139,7 +139,7 @@ def test_a_broken_row_stops_or_is_counted(tmp_path: Path, name: str) -> None:
     assert report.validation is not None
     assert report.train.examples + report.validation.examples == 30
     assert report.bad_rows.first[0].startswith(f"{tmp_path}/rows.jsonl:31: ")
-    assert "1 bad rows" in describe(report)
+    assert "1 bad row " in describe(report)
     assert "rows.jsonl:31" in describe(report)
 
 

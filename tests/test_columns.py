@@ -83,13 +83,13 @@ def test_documents_without_their_column(tmp_path: Path, columns: tuple[str, ...]
         list(read_documents(Source(path="rows.jsonl").named("data.train.0"), tmp_path))
 
 
-MAPPING = r"Map them, such as with fields: \{instruction: %s, output: %s\}\.$"
+MAPPING = r"Map them.*with fields: \{instruction: %s, output: %s\}\.$"
 
 
 @pytest.mark.parametrize(
     ("columns", "says"),
     [
-        (("question", "answer"), MAPPING % ("question", "answer")),
+        (("question", "answer"), r"\(the nearest is alpaca: .*\)\. " + MAPPING % ("question", "answer")),
         (("a", "b"), MAPPING % ("YOUR_COLUMN", "YOUR_COLUMN")),
         (
             ("question", "context", "answer"),
@@ -140,10 +140,11 @@ def test_rows_that_are_bad_for_several_reasons_are_listed() -> None:
         (
             {"question": "a", "answer": "b"},
             "messages",
-            r"do not fit sft\.shape: messages \(messages\)\. Map them, such as with "
+            r"do not fit sft\.shape: messages \(messages\)\. Map them with "
             r"fields: \{instruction: question, output: answer\}, and set sft\.shape: alpaca\.$",
         ),
         ({"prompt": "a", "completion": "b"}, "messages", r"\. Set sft\.shape: prompt_completion\.$"),
+        ({"text": "a"}, "single_turn", r"sft\.shape: single_turn \(prompt, completion\)\. Set sft\.shape: text\.$"),
         ({"chat": [{"role": "user"}]}, "messages", r"\. Map it with fields: \{messages: chat\}\.$"),
     ],
 )

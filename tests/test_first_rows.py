@@ -109,5 +109,5 @@ def test_the_verb_imports_no_torch(tmp_path: Path) -> None:
         env={"PYTHONPATH": str(ROOT)},
     )
     message, imported = done.stdout.splitlines()
-    assert message.endswith("Map them, such as with fields: {instruction: question, output: answer}.")
+    assert message.endswith("Map them with fields: {instruction: question, output: answer}.")
     assert imported == "[]"

@@ -24,7 +24,7 @@ _NAMES: dict[str, Sequence[str]] = {
     "tags": ("ner_tags", "pos_tags", "labels", "ner"),
 }
 """Role -> names that columns with it often have, the most likely one first."""
-_PLACEHOLDER = "YOUR_COLUMN"
+PLACEHOLDER = "YOUR_COLUMN"
 
 
 def missing_columns(
@@ -61,12 +61,12 @@ def as_fields(mapping: Mapping[str, str], key: str | None = None) -> str:
 def proposed(roles: Iterable[str], free: Sequence[str]) -> dict[str, str]:
     """Role -> a column of a similar name, or the only one that is left for the only role; else a placeholder."""
     left = list(free)
-    found = dict.fromkeys(roles, _PLACEHOLDER)
+    found = dict.fromkeys(roles, PLACEHOLDER)
     for role in found:
         if column := _similar(role, left):
             found[role] = column
             left.remove(column)
-    open_roles = [role for role, column in found.items() if column == _PLACEHOLDER]
+    open_roles = [role for role, column in found.items() if column == PLACEHOLDER]
     if len(open_roles) == len(left) == 1:
         found[open_roles[0]] = left[0]
     return found

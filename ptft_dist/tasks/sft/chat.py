@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptft_dist.data.columns import as_fields, proposed
+from ptft_dist.data.columns import PLACEHOLDER, as_fields, proposed
 from ptft_dist.data.formats import text_problem
 from ptft_dist.data.row_encoder import RowError, require, require_list, require_text
 from ptft_dist.tasks.common.chat import Conversation, Message, Plain, as_message, from_sharegpt, tools_of
@@ -41,7 +41,7 @@ def shape_of(values: Mapping[str, Any]) -> str:
 
 def check_shape(values: Mapping[str, Any], shape: str) -> None:
     """Raises RowError, with a shape that fits better, if a row has none of the columns of sft.shape."""
-    if any(column in values for column in REQUIRED[shape]):
+    if shape not in REQUIRED or any(column in values for column in REQUIRED[shape]):
         return
     better = [other for other, columns in SHAPES.items() if all(values.get(column) is not None for column in columns)]
     nearest, _, remedy = _nearest_shape(values)
@@ -68,6 +68,8 @@ def _nearest_shape(values: Mapping[str, Any]) -> tuple[str, str, str]:
     mapping = proposed(SHAPES["alpaca"], list(values))
     if "context" in values and "input" not in values:
         mapping |= {"input": "context"}
+    if PLACEHOLDER not in mapping.values():
+        return "alpaca", "the nearest is alpaca: instruction, output", f"Map them with {as_fields(mapping)}"
     shapes = "; ".join(f"{shape}: {', '.join(columns)}" for shape, columns in SHAPES.items())
     return "alpaca", shapes, f"Map them, such as with {as_fields(mapping)}"
 

@@ -122,8 +122,7 @@ class ConversationRows(RowEncoder):
 
     @classmethod
     def check(cls, settings: SftSettings, record: Record) -> None:
-        if settings.shape != "auto":
-            check_shape(record.values, settings.shape)
+        check_shape(record.values, settings.shape)
         super().check(settings, record)
         parsed = _read(settings, record)
         if settings.shape == "prompt_completion" and isinstance(parsed, Plain):
