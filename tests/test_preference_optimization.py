@@ -561,7 +561,7 @@ def test_an_adapter_whose_base_is_not_the_start_is_refused(
 
 def test_a_loss_without_a_reference_takes_any_adapter(session: Callable[..., Session]) -> None:
     made_here = session({"loss": "simpo"}, {"adapt": {"lora": {"init": "pissa", "r": 4}}})
-    assert (made_here.start_column, made_here.frozen) == (None, {})
+    assert (made_here.start_column, made_here.frozen.roles) == (None, {})
 
 
 def test_a_reference_network_needs_a_path(tmp_path: Path, cache: Path) -> None:

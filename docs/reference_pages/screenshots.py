@@ -40,7 +40,7 @@ def main(run: Path | None) -> None:
         board = subprocess.Popen([*PTFT, "tensorboard", str(run), "--port", str(port)], stderr=subprocess.DEVNULL)
         try:
             wait_for(port)
-            board_url = f"http://localhost:{port}/?darkMode=false#scalars&_smoothingWeight=0"
+            board_url = f"http://localhost:{port}/?darkMode=false#custom_scalars"
             take(chromium, board_url, PICTURES / "tensorboard.png", height=1150)
         finally:
             board.terminate()
