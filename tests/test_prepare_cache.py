@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from prepare_support import all_ids, prepare, recipe, save_tokenizer, write_text
 
 from ptft_dist.data import cache, sources, stream, tokenizer_provider
@@ -160,7 +161,7 @@ def test_what_a_killed_build_of_something_else_left_is_removed(base: Path, token
     (dead / "train").mkdir(parents=True)
     alive = base / "cache/stores/4567.building-99998@host"
     alive.mkdir()
-    with cache.FileLock(base / "cache/stores/4567.lock"):
+    with FileLock(base / "cache/stores/4567.lock"):
         prepare(recipe(tokenizer_dir), base)
         assert not dead.exists()
         assert alive.exists()

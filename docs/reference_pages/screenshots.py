@@ -40,8 +40,8 @@ def main(run: Path | None) -> None:
         board = subprocess.Popen([*PTFT, "tensorboard", str(run), "--port", str(port)], stderr=subprocess.DEVNULL)
         try:
             wait_for(port)
-            board_url = f"http://localhost:{port}/?darkMode=false#custom_scalars"
-            take(chromium, board_url, PICTURES / "tensorboard.png", height=1150)
+            board_url = f"http://localhost:{port}/?darkMode=false#custom_scalars&_smoothingWeight=0"
+            take(chromium, board_url, PICTURES / "tensorboard.png", height=480)
         finally:
             board.terminate()
             board.wait()

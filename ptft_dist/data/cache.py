@@ -19,8 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
-
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.reporting.messages import Progress, progress, say
 
@@ -144,6 +142,8 @@ def _lock_path(directory: Path) -> Path:
 
 @contextmanager
 def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+    from filelock import FileLock, Timeout  # not needed by `ptft submit`, which must be fast
+
     lock = FileLock(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,6 +170,8 @@ def _builder(directory: Path) -> str:
 def _remove_dead_builds(directory: Path) -> None:
     """Remove temporary directories of killed builds. A build is dead if its lock is free. The caller holds the lock of
     `directory`."""
+    from filelock import FileLock, Timeout
+
     for leftover in directory.parent.glob("*.building-*"):
         name = leftover.name.partition(".building-")[0]
         if name == directory.name:
