@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from ptft_dist.data.encoder import RowError
 from ptft_dist.data.survey import MOST_ROWS, Column, Survey, counted, quantile
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.local import default_launch
+from ptft_dist.tasks.common.chat_settings import ChatSettings
 from ptft_dist.tasks.proposals import NEEDS, Fit, fitting_tasks
 from ptft_dist.tasks.registry import encoder_class
 
@@ -27,6 +29,7 @@ _HELD_OUT = ("dev", "valid", "validation", "val", "eval", "test")
 """Names of files beside the data that are taken for validation, the first one found."""
 _LONGEST = 1024
 _SPECIAL = 16  # tokens of a chat template, or around a text
+_SYSTEM = 48  # more, for the system message that a chat model's template may begin with
 _COVERED = 0.98
 """The share of the rows that data.max_length does not truncate."""
 _TOKENS = {"cpu": 4096, "multi_gpu": 32768}  # of one forward pass
@@ -177,7 +180,8 @@ class _Draft:
         if isinstance(self.settings, DocumentSettings):
             wanted = 2 * sum(self._column(name).at_quantile(0.5) for name in self.fit.texts)
             return min(512, max(128, _rounded(wanted)))
-        length = min(self._positions(base), _rounded(quantile(self._totals(), _COVERED) + _SPECIAL))
+        special = _SPECIAL + (_SYSTEM if self.model and isinstance(self.settings, ChatSettings) else 0)
+        length = min(self._positions(base), _rounded(quantile(self._totals(), _COVERED) + special))
         while list(self.settings.length_problems(length)):
             length += 16
         return length
@@ -257,9 +261,11 @@ class _Draft:
         return sum(total <= length or not self._drops for total in self._totals())
 
     def _batch(self, base: Mapping[str, Any], length: int) -> dict[str, int]:
-        """Sizes for this machine. A rollout keeps the sizes of the shipped recipe, which fit each other."""
+        """Sizes for this machine. A rollout keeps those of the shipped recipe as far as there are prompts for them."""
         if self.settings.rollout_prompts is not None:
-            return {**base["batch"], "micro_size": min(8, base["batch"]["global_size"])}
+            own: Any = type(self.settings).model_validate({**self._of_rollouts(base), **self.fit.settings})
+            size = math.gcd(base["batch"]["global_size"], own.responses)
+            return {**base["batch"], "global_size": size, "micro_size": min(8, size)}
         room = _TOKENS[default_launch()] // (length * self.settings.texts_per_row)
         wanted = min(_MOST_AT_ONCE, _power_of_two(self._rows(length) // _FEWEST_UPDATES))
         processes = max(1, _gpus())
@@ -268,10 +274,10 @@ class _Draft:
 
     def _steps(self, base: Mapping[str, Any], length: int) -> int:
         """Updates of a few passes over the rows."""
-        if (prompts := self.settings.rollout_prompts) is not None:
-            own = type(self.settings).model_validate({**self._of_rollouts(base), **self.fit.settings})
+        if self.settings.rollout_prompts is not None:
+            own: Any = type(self.settings).model_validate({**self._of_rollouts(base), **self.fit.settings})
             updates = own.updates_of_rollout(self._batch(base, length)["global_size"])
-            return max(1, self.survey.rows // prompts) * updates
+            return max(1, self.survey.rows // own.prompts) * updates
         return max(1, _EPOCHS * self._rows(length) // self._batch(base, length)["global_size"])
 
     def _about_train(self) -> str:
@@ -285,7 +291,9 @@ class _Draft:
         if self.settings.rollout_prompts is None:
             return {}
         own = base.get(self.task, {}) or base.get(base["task"], {})
-        return {key: value for key, value in own.items() if key in type(self.settings).model_fields and key != "shape"}
+        found = {key: value for key, value in own.items() if key in type(self.settings).model_fields and key != "shape"}
+        learned = self.survey.rows if self._validation() is None else self.survey.rows * 9 // 10
+        return found | {"prompts": min(found.get("prompts", self.settings.rollout_prompts), _power_of_two(learned))}
 
 
 def _taken(base: Mapping[str, Any], section: str) -> dict[str, Any]:

@@ -263,6 +263,20 @@ def test_what_to_train_first(
     assert "ptft train sft " not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("task", ["ppo", "grpo", "rloo"])
+@pytest.mark.parametrize("count", [3, 12, 60, 500])
+def test_few_prompts_are_enough_for_a_rollout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, count: int
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", [{"prompt": f"tell me {i}"} for i in range(count)])
+    recipe = made_from(tmp_path, "rows.jsonl", task, model="org/name")
+    assert count / 3 < recipe[task]["prompts"] <= count or recipe[task]["prompts"] >= 16
+    responses = recipe[task]["prompts"] * recipe[task].get("group_size", 1)
+    assert responses % recipe["batch"]["global_size"] == 0
+    assert recipe["data"]["max_length"] >= 64  # a chat model's template may add a system message
+
+
 def test_few_rows_have_no_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", LABELLED[:20])
