@@ -414,6 +414,16 @@ def test_accept_without_a_checkpoint_is_checked_too(tmp_path: Path) -> None:
         resume(tmp_path, identity(tmp_path), "optim.lrr").precheck()
 
 
+def test_a_key_that_only_the_checkpoint_has_can_be_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, now = identity(tmp_path), identity(tmp_path)
+    saved["chosen"]["model.adapt.lora.r"] = 8
+    monkeypatch.setattr("ptft_dist.checkpoint.resume.read_checkpoint", lambda _path: checkpoint(tmp_path, saved))
+    monkeypatch.setattr(Checkpoints, "paths", lambda _self: [tmp_path])
+    with pytest.raises(CheckpointError, match=r"changes: --accept model\.adapt\.lora\.r$"):
+        resume(tmp_path, now).precheck()
+    resume(tmp_path, now, "model.adapt.lora.r").precheck()
+
+
 def test_accept_of_a_change_that_was_accepted_before_is_no_error(tmp_path: Path) -> None:
     """A requeued job has the same command line, and its checkpoints already have the new value."""
     now = identity(tmp_path, "optim.lr=0.5")

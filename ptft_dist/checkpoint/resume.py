@@ -62,8 +62,8 @@ class Resume:
         Raises:
             CheckpointError, RecipeError: see `check`.
         """
-        self._check_accept({})
         if self.how == "never":
+            self._check_accept({})
             return
         if self.how != "auto":
             self.check(read_checkpoint(Path(self.how)))
@@ -79,6 +79,8 @@ class Resume:
             return
         if self.first not in ("auto", "never"):
             self.check(read_checkpoint(Path(self.first)))
+        else:
+            self._check_accept({})
 
     def choose(self, ranks: Ranks, tell: Callable[[str], None]) -> Checkpoint | None:
         """The checkpoint to resume from, every byte verified; None to start from zero. The same on every rank.
