@@ -268,3 +268,11 @@ def test_files_follow_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()} == {0o640}
+
+
+def test_the_value_head_can_be_read_by_others(tmp_path: Path, cache: Path) -> None:
+    recipe = write_tiny(tmp_path, "ppo", train={"max_steps": 1}, eval={"every": None})
+    run = start("train", str(recipe), cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "run/model").iterdir()}
+    assert modes["value_head.safetensors"] == modes["config.json"]

@@ -83,6 +83,7 @@ def export(engine: Writer, content: Export, target: Path) -> None:
             write_model(content, state, partial)
         if head:
             save_file({name: x.contiguous().cpu() for name, x in head.items()}, partial / f"{VALUE_HEAD}.safetensors")
+            _give_usual_modes(partial)
         if critic:
             own = {name.removeprefix(f"{CRITIC}."): x for name, x in critic.items()}
             write_model(replace(content, model=content.model.critic), own, partial / CRITIC)
@@ -121,12 +122,18 @@ def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path
 
 
 def _write_tokenizer(content: Export, folder: Path) -> None:
-    """Write the tokenizer, and give all files the mode that follows from the umask."""
+    """Write the tokenizer, and give all files their usual modes."""
     content.tokenizer.save_pretrained(folder)
     _edit(folder / "tokenizer_config.json", lambda config: portable_tokenizer(config, content.network.max_positions))
+    _give_usual_modes(folder)
+
+
+def _give_usual_modes(folder: Path) -> None:
+    """Give all files the mode that follows from the umask; safetensors writes 0600."""
     mode = (folder / "tokenizer_config.json").stat().st_mode
     for file in folder.iterdir():
-        file.chmod(mode)  # safetensors writes 0600
+        if file.is_file():
+            file.chmod(mode)
 
 
 def export_dtype(wanted: str, section: ModelSection, config: PretrainedConfig) -> torch.dtype:
