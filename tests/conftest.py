@@ -14,6 +14,7 @@ import pytest
 from support import kill_leftovers, write_documents
 
 from ptft_dist.config import secrets
+from ptft_dist.reporting.messages import hide_messages
 from ptft_dist.signals import STOP
 
 # Begun first, so that no process is left with them alone: those that wait for Slurm, and those of minutes.
@@ -65,6 +66,13 @@ def _signals_restored() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def _messages_hidden() -> Iterator[None]:
+    """A command that a test calls in this process shows messages until the process ends."""
+    yield
+    hide_messages()
 
 
 @pytest.fixture(autouse=True)
