@@ -21,7 +21,7 @@ from ptft_dist.cli.train import _launch
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
-from ptft_dist.launch.environment import check_launch, describe_backend, job_id, restarted_job
+from ptft_dist.launch.environment import COMMAND, check_launch, describe_backend, job_id, restarted_job
 from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
 from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code
@@ -431,6 +431,7 @@ def test_a_machine_that_starts_late_does_not_take_its_own_run_for_another(
     write_recipe(tmp_path, documents)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PTFT_CACHE", str(cache))
+    monkeypatch.setenv(COMMAND, "[]")  # which a launch sets for its ranks
     started: list[Path] = []
     monkeypatch.setattr("ptft_dist.launch.local.launch", lambda _words, run_dir, *_rest: started.append(run_dir) or 0)
     (tmp_path / "run").mkdir()
