@@ -11,6 +11,8 @@ from ruamel.yaml import YAML
 from support import ROOT
 
 import ptft_dist
+from ptft_dist.api import load_recipe
+from ptft_dist.config.resolve import batch_shape
 from ptft_dist.tasks.registry import TASKS
 
 ENGLISH, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
@@ -65,3 +67,27 @@ def test_files_for_github_can_be_read() -> None:
     assert citation["license"] == "Apache-2.0"
     assert {"ruff", "ruff-format", "mypy"} <= {hook["id"] for hook in hooks["repos"][0]["hooks"]}
     assert (ROOT / "CHANGELOG.md").read_text().count(ptft_dist.__version__) == 1
+
+
+def test_batches_of_several_processes_can_be_divided() -> None:
+    """Commands with --processes or --nodes, of shipped recipes or copies of them."""
+    checked = []
+    for page in PAGES:
+        for block in blocks(page):
+            for words in commands(block.text) if block.kind == "sh" else ():
+                if words[0] != "ptft" or words[1] not in ("train", "submit") or not (ROOT / recipe_of(words)).is_file():
+                    continue
+                given = {name: int(words[words.index(name) + 1]) for name in SIZES if name in words}
+                total = given.get("--processes", given.get("--nodes", 1) * given.get("--gpus-per-node", 1))
+                overrides = [word for word in words[3:] if re.match(r"[a-z_.]+=", word)]
+                loaded = load_recipe(str(ROOT / recipe_of(words)), overrides, training=True)
+                batch_shape(loaded.recipe, total)  # raises RecipeError
+                checked.append(total)
+    assert sum(total > 1 for total in checked) >= 6
+
+
+SIZES = ("--processes", "--nodes", "--gpus-per-node")
+
+
+def recipe_of(words: list[str]) -> str:
+    return f"recipes/{Path(words[2]).stem}.yaml" if len(words) > 2 else ""

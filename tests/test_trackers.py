@@ -24,7 +24,8 @@ from ptft_dist.api import load_recipe
 from ptft_dist.config.load import flat, public_values
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting import trackers
-from ptft_dist.reporting.trackers import SERVICES, check_installed, open_trackers
+from ptft_dist.reporting.tracker_services import SERVICES
+from ptft_dist.reporting.trackers import check_installed, open_trackers
 
 Points = list[tuple[str, int, float]]
 """(tag, update, value), sorted."""
