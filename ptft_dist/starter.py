@@ -148,7 +148,9 @@ class _Draft:
         if self._validation() is not None:
             sections.append(("In updates.", {"eval": {"every": every}}))
         sections += [("", {"save": {"every": every, "keep": 2}}), ("", {"run_dir": f"runs/{self.task}"})]
-        command = f"ptft init {self.task} --data {self.survey.pattern}"
+        command = f"ptft init {self.task} --data {self.survey.pattern}" + (
+            f" --model {self.model}" if self.model else ""
+        )
         blocks = [f"# Written by: {command}\n# All keys: ptft config show {self.task}.yaml; docs/tasks.md\n"]
         for comment, values in sections:
             if values:

@@ -48,7 +48,14 @@ def test_two_processes_meet() -> None:
 
 
 def test_two_processes_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MASTER_PORT", "x")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
+    (found,) = shake_hands(0)
+    assert found.level == "error"
+    assert found.text.startswith("they failed: ")
+    assert "Error" in found.text
+
+
+def test_two_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handshake, "LIMIT_S", 0.01)
     (found,) = shake_hands(0)
     assert (found.level, found.text) == ("error", "they did not meet within 0 s")

@@ -274,6 +274,10 @@ def test_few_prompts_are_enough_for_a_rollout(
     assert count / 3 < recipe[task]["prompts"] <= count or recipe[task]["prompts"] >= 16
     responses = recipe[task]["prompts"] * recipe[task].get("group_size", 1)
     assert responses % recipe["batch"]["global_size"] == 0
+    assert (
+        f"# Written by: ptft init {task} --data rows.jsonl --model org/name\n"
+        in (tmp_path / f"{task}.yaml").read_text()
+    )
     assert recipe["data"]["max_length"] >= 64  # a chat model's template may add a system message
 
 

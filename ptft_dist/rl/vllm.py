@@ -23,6 +23,8 @@ from ptft_dist.rl.sampling import until_end
 
 REQUESTS = 64
 """Requests to a server at a time."""
+_OF_A_LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables that TRL sets for vLLM's start. Later they would mean that a launcher has started this process."""
 
 
 def check_vllm(key: str, section: ModelSection) -> None:
@@ -140,9 +142,12 @@ class VllmSampler:
             "max_model_length": self.longest,
         }
         tokenizer: Any = None  # prompts are token ids
-        before = dict(os.environ)
+        before = {name: os.environ.get(name) for name in _OF_A_LAUNCHER}
         try:
             return Bridge(model, accelerator, tokenizer, **(here if options.server is None else server))
-        finally:  # TRL sets RANK and its like, which mean that a launcher started this process
-            os.environ.clear()
-            os.environ.update(before)
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
