@@ -18,8 +18,9 @@ class RolloutSettings(ChatSettings):
     may_change = ("show", "sampling.vllm.server", "sampling.vllm.memory", "sampling.vllm.sleep")
     writes = True
     prompts: PositiveInt = 64
-    """Prompts of one rollout, over all processes. A rollout is followed by epochs x (its responses / batch.global_size)
-    updates; checkpoints, evaluations and stops happen between rollouts."""
+    """Prompts of one rollout, over all processes. Each has one response (ppo) or group_size of them (grpo, rloo). The
+    responses are learned from in updates of batch.global_size responses, `epochs` times. Runs are saved, evaluated and
+    stopped between rollouts only."""
     epochs: PositiveInt = 1
     """Passes over the responses of a rollout."""
     sampling: SamplingSettings = SamplingSettings()
