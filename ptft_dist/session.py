@@ -263,7 +263,7 @@ class Session:
 
         model: Any = self.trained.model
         self.engine.regularize_with(Orthogonality(model), "model.adapt.adalora")
-        self.engine.after_each_step(model.rank_state.after_step)
+        self.engine.change_after_each_step(model.rank_state)
 
     def agree_on_data(self) -> None:
         """Raises DataError, with the ranks, unless all ranks have the same tokenizer, rows and plan."""

@@ -263,7 +263,12 @@ def test_adalora_allocates_as_a_plain_loop_with_peft() -> None:
             optimizer.step()
             if model is mine:
                 mine.rank_state.load_state_dict({k: v.clone() for k, v in mine.rank_state.state_dict().items()})
-                mine.rank_state.after_step()
+                own = {name: p for name, p in mine.named_parameters() if name in mine.rank_state.names}
+                new = mine.rank_state.after_step(
+                    {name: p.detach() for name, p in own.items()}, {name: p.grad for name, p in own.items()}
+                )
+                for name, value in new.items():
+                    own[name].data.copy_(value)
             else:
                 theirs.base_model.update_and_allocate(step)
             model.zero_grad()

@@ -31,11 +31,17 @@ OLD = [{"path": "old.jsonl"}]
 EWC = {"strength": 50.0, "data": OLD, "rows": 20}
 REPLAY = {"data": OLD, "weight": 0.25}
 ALL = {"ewc": EWC, "l2_sp": {"strength": 0.1}, "replay": REPLAY}
-FOUR: dict[str, Any] = {"train": {"max_steps": 4}, "eval": {"every": 2}, "save": {"every": 2}}  # updates
+FOUR: dict[str, Any] = {  # updates
+    "train": {"max_steps": 4},
+    "eval": {"every": 2},
+    "save": {"every": 2},
+    "batch": {"global_size": 12, "micro_size": 2},
+}
 SPLITS = {
     "ddp": (2, "cpu"),
     "zero2": (2, "cpu_zero2"),
     "zero3": (2, "cpu_zero3"),
+    "zero3_padded": (3, "cpu_zero3"),
     "fsdp2": (2, "fsdp2"),
     "fsdp2_efficient": (2, "fsdp2_efficient"),
 }

@@ -116,6 +116,61 @@ def test_max_grad_norm_null_does_not_clip_under_zero(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(moved[name]), 0.01 * p.grad, rtol=1e-3, atol=1e-6)
 
 
+class HalveNorm:
+    """A rule that halves one parameter of 16 elements, and records what it is given."""
+
+    names = ("model.norm.weight", "model.layers.0.mlp.up_proj.weight")
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def after_step(
+        self, weights: dict[str, torch.Tensor], gradients: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        numbers = [{name: tensor.numpy().copy() for name, tensor in each.items()} for each in (weights, gradients)]
+        self.seen.append(numbers)
+        return {self.names[0]: weights[self.names[0]] / 2}
+
+
+def change_by_rule() -> Any:
+    """What the rule was given in two updates that clip, and the network afterwards (on rank 0)."""
+    engine, rule = make_engine(limit=0.1), HalveNorm()
+    engine.prepare(llama(), section(name="sgd", weight_decay=0.0, max_grad_norm=0.1))
+    engine.change_after_each_step(rule)
+    for step in range(2):
+        update(engine, step, scale=10 * (step + 1))
+    after = engine.full_state_dict()
+    return rule.seen, {name: after[name].numpy() for name in rule.names} if engine.is_main else {}
+
+
+@pytest.mark.parametrize(("kind", "ranks"), [*((kind, 2) for kind in KINDS.values()), ("cpu_zero3", 3), ("fsdp2", 3)])
+def test_a_rule_reads_and_changes_whole_weights_after_each_step(tmp_path: Path, kind: str, ranks: int) -> None:
+    """As a plain loop in one process, also where the parts of the last rank are padded."""
+    results = on_ranks(change_by_rule, folder=tmp_path, kind=kind, ranks=ranks)
+    plain, expected = llama(), []
+    parameters = {name: plain.get_parameter(name) for name in HalveNorm.names}
+    for step in range(2):
+        plain.zero_grad()
+        for rank in range(ranks):
+            (10 * (step + 1) * cross_entropy(plain, rows(100 * step + 10 * rank))[0] / ranks).backward()
+        norm = torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        assert norm > 0.2, "nothing is clipped"
+        with torch.no_grad():
+            for parameter in plain.parameters():
+                parameter -= 0.01 * parameter.grad  # type: ignore[operator]
+        weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        expected.append([weights, {name: parameter.grad.clone() for name, parameter in parameters.items()}])  # type: ignore[union-attr]
+        parameters[HalveNorm.names[0]].data /= 2
+    for seen, _ in results:
+        for given, wanted in zip(seen, expected, strict=True):
+            for tensors, theirs in zip(given, wanted, strict=True):
+                assert tensors.keys() == theirs.keys()
+                for name, tensor in tensors.items():
+                    torch.testing.assert_close(torch.from_numpy(tensor), theirs[name], rtol=1e-4, atol=1e-7)
+    for name, tensor in results[0][1].items():
+        torch.testing.assert_close(torch.from_numpy(tensor), parameters[name].detach(), rtol=1e-5, atol=1e-7)
+
+
 # --- trained and frozen parameters ------------------------------------------------------------------------------------
 
 

@@ -41,9 +41,10 @@ from ptft_dist.engine.processes import (
     reset_accelerate,
     set_collective_timeout,
 )
-from ptft_dist.engine.regularizer import Regularizer
+from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.saved import SavedState
 from ptft_dist.engine.state import Files
+from ptft_dist.engine.weight_rule import WeightRule
 from ptft_dist.errors import RecipeError
 
 __all__ = [
@@ -85,6 +86,7 @@ class Engine:
         self.is_main, self._first_update = self.rank == 0, True
         self._reader: FrozenNetwork | None = None
         self.regularizers: list[Regularizer] = []
+        self.rule: WeightRule | None = None
         if self.world_size != expected:
             raise RuntimeError(f"the launcher started {expected} processes, but this one sees {self.world_size}")
 
@@ -173,10 +175,10 @@ class Engine:
             raise RecipeError(f"{key}: its gradient is not scaled as fp16 needs; use train.precision: bf16 or fp32")
         self.regularizers.append(regularizer)
 
-    def after_each_step(self, hook: Callable[[], None]) -> None:
-        """Call `hook` after each update of the weights, while the gradients still exist. Not for sharded state."""
-        assert self.kind in ("single", "ddp"), self.kind
-        self.backend.optimizer.register_step_post_hook(lambda *_: hook())
+    def change_after_each_step(self, rule: WeightRule) -> None:
+        """Let `rule` change trained parameters after each update. Not in fp16, whose updates can be left out."""
+        assert self.precision != "fp16"
+        self.rule = rule
 
     def prepare_frozen(self, model: PreTrainedModel, *, offload: bool = False) -> FrozenNetwork:
         """Place a frozen network in evaluation mode. Its data type does not change.
@@ -224,7 +226,17 @@ class Engine:
 
     def regularize(self) -> torch.Tensor | None:
         """Add the gradients of the regularizers, after the last backward pass; return the penalty, fp32, or None."""
-        return self.backend.regularize(self.regularizers) if self.regularizers else None
+        if not self.regularizers:
+            return None
+        total = torch.zeros((), device=self.device)
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            whole = self.backend.whole_weight(parameter)
+            if (found := penalty_and_gradient(self.regularizers, name, whole)) is not None:
+                total += found[0]
+                self.backend.add_gradient(parameter, found[1])
+        return total
 
     def clip_gradients(self) -> torch.Tensor | None:
         """Clip the gradients and return their global 2-norm before clipping; None under DeepSpeed, see `step`."""
@@ -234,7 +246,19 @@ class Engine:
     def step(self, lr: float) -> float | None:
         """Update the weights with learning rate `lr` and clear the gradients. DeepSpeed also clips; return its norm."""
         set_lr(self.backend.optimizer, lr)
-        return self.backend.step()
+        return self.backend.step() if self.rule is None else self._step_and_change(self.rule)
+
+    def _step_and_change(self, rule: WeightRule) -> float | None:
+        parameters = {name: each for name, each in self.model.named_parameters() if name in rule.names}
+        gradients = {name: self.backend.whole_gradient(each) for name, each in parameters.items()}
+        norm, limit = self.backend.step(), self.optim.max_grad_norm
+        if norm is not None and limit is not None:  # DeepSpeed clipped during the step
+            factor = min(1.0, limit / (norm + 1e-6))
+            gradients = {name: gradient * factor for name, gradient in gradients.items()}
+        weights = {name: self.backend.whole_weight(each) for name, each in parameters.items()}
+        for name, value in rule.after_step(weights, gradients).items():
+            self.backend.set_weight(parameters[name], value)
+        return norm
 
     def warm_up(self, call: Callable[..., Any], inputs: dict[str, torch.Tensor]) -> None:
         """Run one forward and backward pass without an update.

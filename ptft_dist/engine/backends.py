@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ptft_dist.engine.regularizer import Regularizer
 from ptft_dist.engine.state import Files
 
 
@@ -36,8 +35,17 @@ class Backend(Protocol):
 
     def backward(self, loss: torch.Tensor) -> None: ...
 
-    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
-        """Add the gradients of penalties to those of the loss, after the last backward pass; return their sum."""
+    def whole_weight(self, parameter: Any) -> torch.Tensor:
+        """A trained parameter, complete and in fp32. All ranks must call this, as the three methods below."""
+
+    def whole_gradient(self, parameter: Any) -> torch.Tensor:
+        """Its gradient between the last backward pass and `step`, complete and in fp32; zeros if there is none."""
+
+    def add_gradient(self, parameter: Any, gradient: torch.Tensor) -> None:
+        """Add a complete gradient, equal on all ranks, to that of the loss, after the last backward pass."""
+
+    def set_weight(self, parameter: Any, value: torch.Tensor) -> None:
+        """Replace a trained parameter by a complete one, equal on all ranks, after `step`."""
 
     def clip(self, limit: float) -> torch.Tensor | None:
         """Clip the gradients and return their global 2-norm before clipping; None if `step` does this."""

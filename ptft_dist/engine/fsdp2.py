@@ -18,12 +18,11 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
-from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
 
 
@@ -45,17 +44,22 @@ class Fsdp2:
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
 
-    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
-        total = torch.zeros((), device=self.accelerator.device)
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            shard: Any = parameter
-            if (found := penalty_and_gradient(regularizers, name, shard.full_tensor())) is not None:
-                total += found[0]
-                gradient = distribute_tensor(found[1], shard.device_mesh, shard.placements)
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        return total
+    def whole_weight(self, parameter: Any) -> torch.Tensor:
+        weight: torch.Tensor = parameter.detach().full_tensor()
+        return weight.float()
+
+    def whole_gradient(self, parameter: Any) -> torch.Tensor:
+        if parameter.grad is None:
+            return torch.zeros(parameter.shape, device=self.accelerator.device)
+        gradient: torch.Tensor = parameter.grad.full_tensor()
+        return gradient.float()
+
+    def add_gradient(self, parameter: Any, gradient: torch.Tensor) -> None:
+        shard = _shard(gradient, parameter)
+        parameter.grad = shard if parameter.grad is None else parameter.grad.add_(shard)
+
+    def set_weight(self, parameter: Any, value: torch.Tensor) -> None:
+        parameter.data.copy_(_shard(value, parameter))
 
     def clip(self, limit: float) -> torch.Tensor | None:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit)
@@ -122,3 +126,8 @@ class Fsdp2:
         if not self.accelerator.is_main_process:
             return {}
         return {name: weights[name] for name in stored_tensors(self.model)}  # a tied parameter has two names here
+
+
+def _shard(whole: torch.Tensor, like: Any) -> DTensor:
+    """A tensor that every rank has, sharded like `like`, without communication."""
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)

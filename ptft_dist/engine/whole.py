@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
-from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
 
 
@@ -39,15 +38,19 @@ class Whole:
     def backward(self, loss: torch.Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
-        total = torch.zeros((), device=self.accelerator.device)
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if (found := penalty_and_gradient(regularizers, name, parameter)) is not None:
-                total += found[0]
-                parameter.grad = found[1] if parameter.grad is None else parameter.grad.add_(found[1])
-        return total
+    def whole_weight(self, parameter: Any) -> torch.Tensor:
+        weight: torch.Tensor = parameter.detach()
+        return weight.float()
+
+    def whole_gradient(self, parameter: Any) -> torch.Tensor:
+        gradient: torch.Tensor = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return gradient.float()
+
+    def add_gradient(self, parameter: Any, gradient: torch.Tensor) -> None:
+        parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def set_weight(self, parameter: Any, value: torch.Tensor) -> None:
+        parameter.data.copy_(value)
 
     def clip(self, limit: float) -> torch.Tensor | None:
         if self.scaler is not None:

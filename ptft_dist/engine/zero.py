@@ -12,12 +12,19 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad, safe_set_full_grad
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_local_grad,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_local_fp32_param,
+    safe_set_local_grad,
+)
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
-from ptft_dist.engine.regularizer import Regularizer, penalty_and_gradient
 from ptft_dist.engine.state import Files
 from ptft_dist.engine.zero_files import PREFIX, load_safely
 from ptft_dist.errors import CheckpointError, ShardWriteError
@@ -94,16 +101,42 @@ class Zero:
     def backward(self, loss: torch.Tensor) -> None:
         self.module.backward(loss, scale_wrt_gas=False)
 
-    def regularize(self, regularizers: list[Regularizer]) -> torch.Tensor:
-        total = torch.zeros((), device=self.accelerator.device)
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if (found := penalty_and_gradient(regularizers, name, safe_get_full_fp32_param(parameter))) is not None:
-                total += found[0]
-                gradient = safe_get_full_grad(parameter)
-                safe_set_full_grad(parameter, found[1].to(gradient.dtype) + gradient)
-        return total
+    def whole_weight(self, parameter: Any) -> torch.Tensor:
+        weight: torch.Tensor = safe_get_full_fp32_param(parameter)
+        return weight
+
+    def whole_gradient(self, parameter: Any) -> torch.Tensor:
+        gradient: torch.Tensor = safe_get_full_grad(parameter)
+        return gradient.float()
+
+    def add_gradient(self, parameter: Any, gradient: torch.Tensor) -> None:
+        if self.module.zero_optimization_partition_weights():
+            present = safe_get_local_grad(parameter)
+            safe_set_local_grad(parameter, present + self._own_part(parameter, gradient).to(present.dtype))
+            return
+        present = safe_get_full_grad(parameter)
+        safe_set_full_grad(parameter, present + gradient.to(present.dtype))
+
+    def set_weight(self, parameter: Any, value: torch.Tensor) -> None:
+        if not self.module.zero_optimization_partition_weights():
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+            return
+        own = self._own_part(parameter, value)
+        safe_set_local_fp32_param(parameter, own)
+        parameter.ds_tensor.data.copy_(own)
+        if parameter.shape == value.shape:  # small parameters stay complete on each rank
+            parameter.data.copy_(value)
+
+    def _own_part(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a tensor like a parameter under ZeRO-3, flat, and padded with zeros at the end.
+
+        DeepSpeed's functions that set complete tensors fail where a part is padded.
+        """
+        size = parameter.ds_tensor.numel()
+        padding = size * self.accelerator.num_processes - whole.numel()
+        padded = torch.nn.functional.pad(whole.flatten(), (0, padding))
+        return padded.narrow(0, size * self.accelerator.process_index, size)
 
     def clip(self, limit: float) -> torch.Tensor | None:  # noqa: ARG002
         return None  # the step clips, to the limit in DeepSpeed's config

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapt_support import METHODS, write_adapted, write_base
+from safetensors.torch import load_file
 from support import eval_rows, outcome, start, train_rows
 
 RUNS = {"ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3"), "fsdp2": (2, "fsdp2")}
 PROMISED = ("lora", "qlora", "bitfit", "prompt_tuning", "bottleneck", "adalora")
-CASES = [(method, name) for method in PROMISED for name in RUNS if method != "adalora" or name == "ddp"]
+CASES = [(method, name) for method in PROMISED for name in RUNS]
 CASES += [(method, "zero3") for method in ("dora", "pissa", "ia3", "last_layers")]
 CASES += [("eva", "ddp")]
 TRAIN: dict[str, Any] = {"train": {"max_steps": 4}, "save": {"every": 2}, "eval": {"every": 2}}
@@ -78,14 +81,38 @@ def test_any_split_has_the_same_losses_and_a_killed_run_goes_on_exactly(
     assert outcome(run_dir) == expected_outcome
 
 
-@pytest.mark.parametrize(("ranks", "kind"), [RUNS["zero2"], RUNS["fsdp2"]], ids=["zero2", "fsdp2"])
-def test_adalora_is_refused_where_matrices_are_sharded(
-    tmp_path: Path, cache: Path, base: Path, ranks: int, kind: str
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "zero3"), ("fp32", "fsdp2"), ("bf16", "zero2")])
+def test_adalora_keeps_the_same_ranks_however_matrices_are_sharded(
+    tmp_path: Path, cache: Path, base_of: Callable[[str], Path], precision: str, name: str
 ) -> None:
-    write_adapted(tmp_path, base, "classification", METHODS["adalora"])
-    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=ranks, kind=kind)
-    assert run.wait() == 2
-    assert "adalora reads and changes whole matrices" in run.stderr
+    """The exported ranks and singular values; in bf16 the averages of importance stay in fp32."""
+    patterns, values = [], []
+    for folder, (ranks, kind) in (("one", (1, "cpu")), ("two", (3, RUNS[name][1]))):
+        changes: dict[str, Any] = {
+            "train": {"max_steps": 6, "precision": precision},
+            "save": {"every": 6},
+            "optim": {"max_grad_norm": 0.05},
+            "batch": {"global_size": 12, "micro_size": 2},
+        }
+        place = tmp_path / folder
+        place.mkdir()
+        write_adapted(place, base_of("adalora"), "classification", METHODS["adalora"], **changes)
+        run = start("train", "recipe.yaml", cwd=place, cache=cache, ranks=ranks, kind=kind)
+        assert run.wait() == 0, run.stderr
+        patterns.append(json.loads((place / "run/model/adapter_config.json").read_text())["rank_pattern"])
+        state = load_file(place / "run/model/adapter_model.safetensors")
+        values.append({key: tensor for key, tensor in state.items() if "lora_E" in key})
+    assert 0 < sum(map(sum, patterns[0].values())) < sum(map(len, patterns[0].values()))
+    assert patterns[1] == patterns[0] or precision == "bf16"
+    if precision == "fp32":
+        for key, value in values[0].items():
+            torch.testing.assert_close(values[1][key], value, rtol=1e-3, atol=1e-6)
+    else:
+        (file,) = (tmp_path / "two/run").glob("checkpoints/*/deepspeed/mp_rank_00_model_states.pt")
+        module = torch.load(file, weights_only=False)["module"]
+        buffers = {key: tensor for key, tensor in module.items() if key.endswith(("_importance", "_uncertainty"))}
+        assert {tensor.dtype for tensor in buffers.values()} == {torch.float32}
+        assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in buffers.values())
 
 
 @pytest.mark.parametrize("quantize", [{"type": "nf4"}, {"type": "int8"}, {"type": "nf4", "storage_dtype": "bf16"}])

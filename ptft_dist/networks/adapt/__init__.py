@@ -75,11 +75,6 @@ def adapt_network(
 
 def check_backend(section: ModelSection, kind: str) -> None:
     """Check that a backend can run the method. kind: single, ddp, zero1, zero2, zero3 or fsdp2. Raises RecipeError."""
-    if section.adapt.adalora is not None and kind not in ("single", "ddp"):
-        raise RecipeError(
-            f"model.adapt: adalora reads and changes whole matrices after every update, and {kind} shards their state. "
-            "Use DDP (--launch ddp), or lora"
-        )
     if section.adapt.lora is not None and section.adapt.lora.init == "eva" and kind == "zero3":
         raise RecipeError(
             "model.adapt.lora.init: eva runs the base before training, and zero3 has sharded it by then. Use ZeRO-2, "
