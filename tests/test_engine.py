@@ -264,3 +264,20 @@ def test_state_that_cannot_be_loaded(case: tuple[str, int, str, int]) -> None:
     assert reason is not None
     assert f"contains the state of {saved_ranks} processes under {saved_kind}" in reason
     assert f"this run has {ranks} under {kind}" in reason
+
+
+def test_weights_of_a_mapped_file_are_aligned(engine: Engine, tmp_path: Path) -> None:
+    """A network that is read again computes the bits of the one that was trained."""
+    trained = llama().eval()
+    trained.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = file.read_bytes()
+    size = int.from_bytes(raw[:8], "little")
+    padding = -(8 + size) % 64 + 8  # the tensors begin 8 bytes after a multiple of 64
+    file.write_bytes((size + padding).to_bytes(8, "little") + raw[8 : 8 + size] + b" " * padding + raw[8 + size :])
+    again = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert {parameter.data_ptr() % 64 for parameter in again.parameters()} == {8}
+    engine.prepare_reading(again)
+    assert {parameter.data_ptr() % 64 for parameter in again.parameters()} == {0}
+    with torch.no_grad():
+        assert cross_entropy(again, rows(0))[0].equal(cross_entropy(trained, rows(0))[0])

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ptft_dist.engine.deepspeed_settings import frozen_deepspeed_config
 from ptft_dist.engine.loss_module import LossModule
-from ptft_dist.engine.parameters import require_tied, tied_groups
+from ptft_dist.engine.parameters import place, require_tied, tied_groups
 
 
 class FrozenNetwork:
@@ -76,7 +76,7 @@ def place_frozen(
     elif kind == "fsdp2":
         module = fsdp2_prepare_model(accelerator, module)
     elif not offload:
-        module.to(accelerator.device)
+        place(module, accelerator.device)
     require_tied(model, ties, kind)
     module.eval()
     return (Offloaded if offload else FrozenNetwork)(module, accelerator.device)

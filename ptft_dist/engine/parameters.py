@@ -9,6 +9,8 @@ import torch
 
 from ptft_dist.errors import CheckpointError, RecipeError
 
+_ALIGNMENT = 64  # bytes, that of PyTorch's own tensors on a CPU
+
 
 def trainable_names(model: torch.nn.Module) -> list[str]:
     """Names of the parameters that require gradients. A tied parameter is listed under its first name only."""
@@ -46,6 +48,19 @@ def _numel(parameter: torch.nn.Parameter) -> int:
     if quantized is not None:  # a 4-bit parameter holds several weights in each element
         return int(torch.Size(quantized.shape).numel())
     return _stored(parameter)
+
+
+def place(module: torch.nn.Module, device: torch.device) -> None:
+    """Move a network to a device.
+
+    On a CPU, copy the tensors that do not begin at a multiple of 64 bytes, as weights in a mapped file can: kernels may
+    add their elements in another order, so a reloaded network would compute other last digits than the trained one.
+    """
+    module.to(device)
+    if device.type == "cpu":
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.data_ptr() % _ALIGNMENT:
+                tensor.data = tensor.data.clone()
 
 
 def tied_groups(model: torch.nn.Module) -> list[list[str]]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.parameters import first_names, place, require_stored, stored_tensors
 from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
 
 
@@ -22,7 +22,7 @@ class Whole:
     """Every process has the complete network and optimizer. Rank 0 writes them to checkpoints."""
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
-        module.to(accelerator.device)
+        place(module, accelerator.device)
         self.accelerator, self.model, self.scaler = accelerator, model, accelerator.scaler
         self.module, prepared = accelerator.prepare(module, optimizer)
         self.optimizer: Optimizer = prepared.optimizer
