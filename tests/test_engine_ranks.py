@@ -171,6 +171,27 @@ def test_a_rule_reads_and_changes_whole_weights_after_each_step(tmp_path: Path, 
         torch.testing.assert_close(torch.from_numpy(tensor), parameters[name].detach(), rtol=1e-5, atol=1e-7)
 
 
+def buffers_of_each_rank() -> list[Any]:
+    """The values of a buffer that differs between ranks before, in a trained and in a frozen network; whether it is
+    still saved."""
+    engine, seen = make_engine(), []
+    trained, frozen = llama(), llama()
+    for network in (trained, frozen):
+        network.model.register_buffer("bias", torch.full((3,), 5.0 + engine.rank))
+    engine.prepare(trained, section())
+    placed = engine.prepare_frozen(frozen)
+    update(engine, 0)
+    placed.forward(cross_entropy, rows(0))
+    for network in (trained, frozen):
+        seen += [network.get_buffer("model.bias").tolist(), "model.bias" in network.state_dict()]
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2_efficient"])
+def test_buffers_are_those_of_rank_0_under_fsdp2(tmp_path: Path, kind: str) -> None:
+    assert on_ranks(buffers_of_each_rank, folder=tmp_path, kind=kind) == [[[5.0] * 3, True] * 2] * 2
+
+
 # --- trained and frozen parameters ------------------------------------------------------------------------------------
 
 

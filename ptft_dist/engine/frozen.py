@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.deepspeed_settings import frozen_deepspeed_config
+from ptft_dist.engine.fsdp2 import whole_buffers
 from ptft_dist.engine.loss_module import LossModule
 from ptft_dist.engine.parameters import place, require_tied, tied_groups
 
@@ -74,7 +75,8 @@ def place_frozen(
         assert deepspeed_config is not None
         module = _sharded_by_deepspeed(module, deepspeed_config)
     elif kind == "fsdp2":
-        module = fsdp2_prepare_model(accelerator, module)
+        with whole_buffers(module):
+            module = fsdp2_prepare_model(accelerator, module)
     elif not offload:
         place(module, accelerator.device)
     require_tied(model, ties, kind)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
+from ptft_dist.engine.parameters import first_names, persistent_buffers, require_stored, stored_tensors
 from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
 
 
@@ -31,7 +32,8 @@ class Fsdp2:
 
     def __init__(self, accelerator: Accelerator, model: PreTrainedModel, module: torch.nn.Module, optimizer: Any):
         self.accelerator, self.model = accelerator, model
-        self.module, prepared = accelerator.prepare(module, optimizer)
+        with whole_buffers(module):
+            self.module, prepared = accelerator.prepare(module, optimizer)
         self.optimizer: Optimizer = prepared.optimizer
         if "FSDP" not in type(self.module).__name__:
             raise RuntimeError(f"FSDP2 was requested, but the network became a {type(self.module).__name__}")
@@ -131,3 +133,22 @@ class Fsdp2:
 def _shard(whole: torch.Tensor, like: Any) -> DTensor:
     """A tensor that every rank has, sharded like `like`, without communication."""
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def whole_buffers(module: torch.nn.Module) -> Iterator[None]:
+    """A context in which Accelerate shards the parameters of a network, but not its buffers, which become rank 0's.
+
+    Accelerate shards every entry of the state dict of a network that only rank 0 has read, and fails at buffers. It
+    keeps the buffers that are not in the state dict.
+    """
+    owners = {name: module.get_submodule(name.rpartition(".")[0]) for name in persistent_buffers(module)}
+    for name, owner in owners.items():
+        owner._non_persistent_buffers_set.add(name.rpartition(".")[2])
+    try:
+        yield
+    finally:
+        for name, owner in owners.items():
+            owner._non_persistent_buffers_set.discard(name.rpartition(".")[2])
+    for buffer in persistent_buffers(module).values():
+        dist.broadcast(buffer, src=0)
