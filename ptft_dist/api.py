@@ -386,7 +386,7 @@ def predict(
     source: Source | None = None,
     overrides: Overrides = (),
 ) -> Predictions:
-    """Answer each row of a file with a trained model, and write rows and answers as JSON lines, in the same order.
+    """Answer each row of a file with a trained model, and write rows and answers in the same order.
 
     A row gets the field `prediction`: label and probabilities, a tag for each word, a number, a span of the context, or
     a text. An interrupted prediction goes on where it was. On several processes each answers a share of the rows.
@@ -394,17 +394,17 @@ def predict(
     Args:
         model: the directory of a finished run, a model directory, an adapter directory, or a Hub name.
         file: in any format that recipes read, with the columns of the training rows; answers are not needed.
-        out: the JSON lines, written atomically by rank 0.
+        out: JSON lines (.jsonl) or a table (.csv, .tsv), written atomically by rank 0.
         source: the recipe. Default: that of the run, else one that follows from the architecture.
 
     Raises:
-        RecipeError: the model does not fit the recipe, its task gives no answers, or `out` does not end with .jsonl.
+        RecipeError: the model does not fit the recipe, its task gives no answers, or `out` has another ending.
         CheckpointError: there is no model.
         DataError: the file cannot be read, or rows are invalid.
     """
-    from ptft_dist.reporting.output import check_json_lines
+    from ptft_dist.reporting.output import check_answers_file
 
-    check_json_lines(Path(out))
+    check_answers_file(Path(out))
     _quiet_imports()
     from ptft_dist.judging.prediction import predict as run
     from ptft_dist.launch.environment import place

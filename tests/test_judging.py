@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import sacrebleu
 import sklearn.metrics
@@ -323,6 +324,27 @@ def test_predictions_have_the_scores_of_the_evaluation(run_of: Any, tmp_path: Pa
     assert [row["prediction"] for row in lines(tmp_path / "bare_out.jsonl")] == answers
 
 
+@pytest.mark.parametrize(("task", "ending"), [("classification", "csv"), ("question_answering", "tsv"), ("sft", "csv")])
+def test_predictions_as_a_table(run_of: Any, tmp_path: Path, task: str, ending: str) -> None:
+    """pandas reads what it makes of the JSON lines itself; a text with quotes, separators and line breaks is whole."""
+    run = run_of(task)
+    _, rows = validation_rows(run, task, count=6)
+    if task == "classification":
+        rows[0]["text"], rows[1]["note"] = 'a "quoted", text\twith\na line break', None
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    api.predict(run, "rows.jsonl", "out.jsonl")
+    api.predict(run, "rows.jsonl", f"out.{ending}")
+    expected = pandas.json_normalize(lines(tmp_path / "out.jsonl"))
+    separator = {"csv": ",", "tsv": "\t"}[ending]
+    found = pandas.read_csv(tmp_path / f"out.{ending}", sep=separator, dtype=str, keep_default_na=False)
+    assert set(found.columns) == set(expected.columns)
+    for name in expected.columns:
+        for cell, value in zip(found[name], expected[name], strict=True):
+            missing = value is None or (isinstance(value, float) and math.isnan(value))
+            written = "" if missing else cell if isinstance(value, str) else json.loads(cell)
+            assert written == ("" if missing else value)
+
+
 def scored(task: str, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Metrics of predictions by other libraries."""
     if task == "classification":
@@ -458,8 +480,8 @@ def test_what_cannot_be_predicted_is_said(run_of: Any, language_model: Path, tmp
     (tmp_path / "in.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(DataError, match=r"nothing\.jsonl does not exist"):
         api.predict(run, "nothing.jsonl", "out.jsonl")
-    with pytest.raises(RecipeError, match=r"out\.csv: the answers are written as JSON lines\. .*: out\.jsonl$"):
-        api.predict(run, "in.jsonl", "out.csv")
+    with pytest.raises(RecipeError, match=r"out\.txt: the answers are written as JSON lines or .*: out\.jsonl$"):
+        api.predict(run, "in.jsonl", "out.txt")
     with pytest.raises(RecipeError, match="this is the file with the rows"):
         api.predict(run, "in.jsonl", "in.jsonl")
     with pytest.raises(RecipeError, match="this is a directory"):

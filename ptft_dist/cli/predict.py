@@ -20,7 +20,7 @@ def predict(
         str, typer.Argument(metavar="RUN|MODEL", help="A run directory, a model or adapter directory, or a Hub name.")
     ],
     file: Annotated[Path, typer.Option(help="Rows with the columns of the training rows; answers are not needed.")],
-    out: Annotated[Path, typer.Option(help="The rows with their answers, as JSON lines: a .jsonl file.")],
+    out: Annotated[Path, typer.Option(help="The rows with their answers: a .jsonl file, or a table (.csv or .tsv).")],
     words: Annotated[
         list[str] | None,
         typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="The recipe; default: that of the run. Values to set."),
@@ -34,9 +34,9 @@ def predict(
     the rows. The same command goes on with an interrupted prediction.
     """
     from ptft_dist import api
-    from ptft_dist.reporting.output import check_json_lines
+    from ptft_dist.reporting.output import check_answers_file
 
-    check_json_lines(out)
+    check_answers_file(out)
     arguments = ["predict", model, *(words or []), "--file", str(file), "--out", str(out)]
     if (code := launched(launch, processes, arguments)) is not None:
         raise typer.Exit(code)

@@ -31,6 +31,7 @@ from ptft_dist.networks.facts import labels_of
 from ptft_dist.networks.load import local_or_hub, read_config
 from ptft_dist.reporting.messages import progress, say, warn
 from ptft_dist.reporting.output import check_writable, write_file
+from ptft_dist.reporting.tables import SEPARATORS, table
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import run_probe
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH
@@ -94,7 +95,8 @@ def predict(
         unanswered = 0
         if journal is not None:
             unanswered = sum(list(row[ANSWER]) == ["problem"] for row in journal.values())
-            write_file(out, journal.lines())
+            separator = SEPARATORS.get(out.suffix)
+            write_file(out, journal.lines() if separator is None else table(journal.values, separator))
             journal.remove()
             if unanswered:
                 warn(f"{unanswered:,} of {count:,} rows have no answer; their {ANSWER} says why")

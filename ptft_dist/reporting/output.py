@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.errors import PtftError, RecipeError
+from ptft_dist.reporting.tables import SEPARATORS
 
 
 def check_writable(out: Path) -> None:
@@ -22,11 +23,12 @@ def check_writable(out: Path) -> None:
         raise RecipeError(f"{out}: this is a directory. Name a file, such as {out / 'result.json'}")
 
 
-def check_json_lines(out: Path) -> None:
-    """Raises RecipeError if the file of answers, which are JSON lines, has another ending than .jsonl."""
-    if out.suffix != ".jsonl" and not out.is_dir():
+def check_answers_file(out: Path) -> None:
+    """Raises RecipeError unless the file of answers ends with .jsonl (JSON lines), .csv or .tsv (a table)."""
+    if out.suffix not in (".jsonl", *SEPARATORS) and not out.is_dir():
         raise RecipeError(
-            f"{out}: the answers are written as JSON lines. Name a .jsonl file: {out.with_suffix('.jsonl')}"
+            f"{out}: the answers are written as JSON lines or as a table. Name a .jsonl, .csv or .tsv file: "
+            f"{out.with_suffix('.jsonl')}"
         )
 
 
