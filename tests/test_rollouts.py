@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -40,7 +40,8 @@ from ptft_dist.tasks.common.preference_rows import PreferenceRows, halves
 from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import task_class
 from ptft_dist.tasks.reward.settings import RewardSettings
-from ptft_dist.training.batches import mask_all
+from ptft_dist.training.batches import Shape, mask_all
+from ptft_dist.training.rollouts import RolloutBatches
 
 POLICIES = {
     "llama": {"model_type": "llama", "attention_dropout": 0.5, "num_key_value_heads": 2},
@@ -706,3 +707,25 @@ def test_a_dummy_batch_does_not_count_in_an_evaluation() -> None:
     assert counted[0] != 0
     assert counted[1] == 1
     assert (float(dummy[0]), int(dummy[1])) == (0.0, 0)
+
+
+# --- responses that never end -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shares", "warnings"), [([0.9, 1.0, 1.0], 1), ([0.9, 0.0], 0)])
+def test_a_policy_that_never_ends_a_response_is_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, shares: list[float], warnings: int
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("ptft_dist.training.rollouts.warn", told.append)
+    left = iter(shares)
+    task: Any = SimpleNamespace(
+        settings=SimpleNamespace(epochs=1, sampling=SimpleNamespace(micro_size=1, max_new_tokens=7)),
+        rollout=lambda *_: Rollout([], {"without_eos": next(left)}, []),
+    )
+    plan: Any = SimpleNamespace(rows_of=lambda _number: np.arange(2))
+    batches = RolloutBatches(task, cast(Any, None), plan, Shape(0, 1, 1, None, False), seed=0, global_size=2)
+    for _ in shares:
+        assert list(batches.next_phase(cast(Any, SimpleNamespace(engine=None)))) == []
+    assert len(told) == warnings
+    assert all("none of the 0 responses ended within sampling.max_new_tokens: 7" in text for text in told)

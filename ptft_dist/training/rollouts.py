@@ -11,6 +11,7 @@ import numpy as np
 from ptft_dist.data.order import Plan
 from ptft_dist.data.store import Row, Store
 from ptft_dist.engine import Engine
+from ptft_dist.reporting.messages import warn
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
 from ptft_dist.tasks.protocol import Batch, Task
 from ptft_dist.training.batches import PhaseContext, Shape, mask_all
@@ -38,7 +39,7 @@ class RolloutBatches:
         """plan: the prompts of each phase. global_size: responses of one update, over all ranks."""
         self.task, self.store, self.plan, self.shape = task, store, plan, shape
         self.seed, self.global_size = seed, global_size
-        self.phase, self.over = 0, False
+        self.phase, self.over, self.warned = 0, False, False
         self.metrics: dict[str, float] = {}
         self.samples: list[dict[str, Any]] = []
         settings = task.settings
@@ -49,6 +50,7 @@ class RolloutBatches:
         number, epochs = self.phase, self.task.settings.epochs
         self.phase, self.over = number + 1, False
         rollout = self.roll_out(context.engine, number)
+        self._warn_of_endless(rollout)
         rows = [self.task.as_row(each) for each in rollout.trajectories]
         self.metrics, self.samples = rollout.metrics, [{"phase": number, **each} for each in rollout.samples]
         for epoch in range(epochs):
@@ -61,6 +63,17 @@ class RolloutBatches:
     def roll_out(self, engine: Engine, number: int) -> Rollout:
         phase = Phase(number, engine, self.shape.split, self.sampling_shape.split)
         return self.task.rollout(phase, self.store, self.plan.rows_of(number).tolist())
+
+    def _warn_of_endless(self, rollout: Rollout) -> None:
+        """Warn once of a policy that never ends a response: rewards then judge cut texts."""
+        if self.warned or rollout.metrics.get("without_eos") != 1.0:
+            return
+        self.warned = True
+        warn(
+            f"none of the {len(rollout.trajectories)} responses ended within sampling.max_new_tokens: "
+            f"{self.task.settings.sampling.max_new_tokens}. Raise it, or begin with a model that has learned to end "
+            "its answers, for example by sft"
+        )
 
     def group(self, rows: Sequence[Row]) -> list[Batch]:
         """This rank's micro-batches of one update."""
