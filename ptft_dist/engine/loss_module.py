@@ -23,6 +23,7 @@ class LossModule(torch.nn.Module):
         self.model = model
         self.config = model.config  # DeepSpeed's "auto" bucket sizes read it
         self._no_split_modules = _wrapped_classes(model)  # FSDP's wrapping reads it
+        self._tied_elsewhere = _tied_elsewhere(model)
 
     def forward(self, inputs: dict[str, torch.Tensor], call: Callable[..., Any]) -> Any:
         """Return call(network, inputs). A named tuple becomes a plain tuple."""
@@ -37,11 +38,12 @@ class LossModule(torch.nn.Module):
     def tie_weights(self) -> None:
         self.model.tie_weights()
 
-    def get_input_embeddings(self) -> torch.nn.Module:
-        return self.model.get_input_embeddings()
+    def get_input_embeddings(self) -> torch.nn.Module | None:
+        """None also if Accelerate, which shards embedding and head apart from the rest, would untie them from it."""
+        return None if self._tied_elsewhere else self.model.get_input_embeddings()
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
-        head: torch.nn.Module | None = self.model.get_output_embeddings()
+        head: torch.nn.Module | None = None if self._tied_elsewhere else self.model.get_output_embeddings()
         return head
 
     @property
@@ -61,3 +63,16 @@ def _wrapped_classes(model: PreTrainedModel) -> list[str] | None:
         return list(names)
     around = {type(part).__name__ for part in model.modules() if any(inner is embedding for inner in part.modules())}
     return [name for name in names if name not in around]
+
+
+def _tied_elsewhere(model: PreTrainedModel) -> bool:
+    """Whether a parameter of the token embedding or the output head is also one of another module: in T5, encoder and
+    decoder have the embedding too, and in BERT the head's bias has two owners."""
+    try:
+        ends = [part for part in (model.get_input_embeddings(), model.get_output_embeddings()) if part is not None]
+    except NotImplementedError:  # a network without token embeddings
+        return False
+    own = {id(parameter) for part in ends for parameter in part.parameters()}
+    inside = {id(part) for end in ends for part in end.modules()}
+    others = [part for part in model.modules() if id(part) not in inside]
+    return any(id(parameter) in own for part in others for parameter in part.parameters(recurse=False))
