@@ -412,6 +412,23 @@ def test_every_task_trains_an_adapter_and_evaluates_the_exported_one(
     assert metrics["eval/loss"] == pytest.approx(last["eval/loss"], rel=1e-5)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ".*(q|up)_proj", ["q_proj", "up_proj"]], ids=str)
+def test_lora_in_some_blocks_only(targets: Any) -> None:
+    names = trained(adapted(llama(), {"lora": {"r": 2, "layers": [1], "targets": targets}}))
+    assert names
+    assert all(".layers.1." in name for name in names)
+    assert any(".q_proj." in name for name in names)
+    assert any(".up_proj." in name for name in names)
+    assert any(".o_proj." in name for name in names) == (targets == "all-linear")
+
+
+def test_the_whole_table_of_an_encoder_decoder_is_refused() -> None:
+    """peft would train a copy that neither encoder nor decoder reads."""
+    model = network({**T5, "vocab_size": 64, "decoder_start_token_id": 0}, AutoModelForSeq2SeqLM)
+    with pytest.raises(RecipeError, match="embeddings: all has no effect in this network, whose encoder and decoder"):
+        adapted(model, {"lora": {"r": 2}, "embeddings": "all"}, task_type="SEQ_2_SEQ_LM")
+
+
 # --- requests that cannot work ----------------------------------------------------------------------------------------
 
 
@@ -448,7 +465,15 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"lora": {}, "embeddings": "new"}}, {}, "embeddings: new has no effect: no tokens are added"),
     ("llama", {"adapt": {"prompt_tuning": {}}}, {"sft": {"packing": True}}, "packing"),
     ("llama", {"adapt": {"prompt_tuning": {"tokens": 60}}}, {}, "60 virtual tokens leave 4 positions"),
+    (
+        "bert",
+        {"adapt": {"lora": {"layers": [1], "targets": ".*layer.0.*query"}}},
+        {},
+        "names no layer in the blocks of",
+    ),
     ("bert", {"quantize": "nf4"}, {}, "quantized weights cannot be trained"),
+    ("bert", {"quantize": "nf4", "adapt": {"lora": {"init": "pissa"}}}, {}, "pissa cannot decompose quantized weights"),
+    ("bert", {"quantize": "int8", "adapt": {"lora": {"dora": True}}}, {}, "cannot give back int8 weights"),
     ("bert", {"quantize": "nf4", "adapt": {"last_layers": 1}}, {}, "last_layers would train quantized weights"),
     ("bert", {"quantize": {"type": "int8", "double": True}, "adapt": "lora"}, {}, "double: has no effect here"),
     ("bert", {"quantize": "nf5", "adapt": "lora"}, {}, "there is no type 'nf5'; the types are nf4 and int8"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -147,6 +148,16 @@ def test_any_split_has_the_same_losses_and_penalties(whole: Path, cache: Path, n
         assert row["penalty"] == pytest.approx(expected["penalty"], rel=1e-3, abs=1e-9), row
 
 
+def test_old_conversations_of_a_recipe_that_generates(tmp_path: Path, cache: Path) -> None:
+    """Prompts to generate from are kept for validation rows only."""
+    base = write_base(tmp_path / "base", cache, "sft", layers=1)
+    ewc = {"strength": 5.0, "data": [{"path": "rows.jsonl"}], "rows": 6}
+    write_adapted(tmp_path, base, "sft", {}, continual={"ewc": ewc}, **FOUR)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    assert train_rows(tmp_path / "run")[-1]["penalty"] > 0
+
+
 def test_killed_and_resumed_is_never_killed(tmp_path: Path, base: Path, cache: Path) -> None:
     """On two ranks; the last checkpoint is lost. The second start finds the Fisher information in the cache."""
     write(tmp_path, base, {"ewc": {**EWC, "rows": 21}, "replay": REPLAY}, **FOUR)
@@ -271,6 +282,16 @@ def test_what_has_no_effect_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=text):
         load_recipe(str(write(tmp_path, tmp_path, continual, model)), more)
+
+
+@pytest.mark.parametrize(("settings", "refused"), [({}, True), ({"loss": "simpo"}, False)], ids=["dpo", "simpo"])
+def test_a_loss_with_a_reference_says_nothing_about_the_old_network(
+    tmp_path: Path, settings: dict[str, Any], refused: bool
+) -> None:
+    path = write_adapted(tmp_path, tmp_path, "dpo", {}, continual={"ewc": EWC}, dpo=settings)
+    text = r"continual\.ewc: the loss of task dpo compares with a reference.* Use l2_sp or replay"
+    with pytest.raises(RecipeError, match=text) if refused else contextlib.nullcontext():
+        load_recipe(str(path))
 
 
 def test_a_network_with_random_weights_has_nothing_to_forget(tmp_path: Path) -> None:

@@ -118,6 +118,9 @@ def _continual(recipe: Recipe) -> Iterator[Problem]:
         if recipe.train.precision == "fp16":
             text = "its gradient is not scaled as fp16 needs; use train.precision: bf16 or fp32"
             yield Problem(path, text)
+    if continual.ewc is not None and getattr(recipe.settings, "has_reference", False):
+        text = f"the loss of task {recipe.task} compares with a reference, and says nothing about the old network alone"
+        yield Problem(("continual", "ewc"), f"{text}. Use l2_sp or replay")
     if continual.ewc is not None and model.new_head:
         text = "model.new_head: the new head cannot do the old task, so its Fisher information says nothing. Use the "
         yield Problem(("continual", "ewc"), text + "labels of model.path and its head, or l2_sp")

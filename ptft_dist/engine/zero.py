@@ -12,6 +12,7 @@ import deepspeed
 import torch
 from accelerate import Accelerator
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -196,6 +197,10 @@ class Zero:
         stored = stored_tensors(self.model)
         if not self.module.zero_optimization_partition_weights():
             return stored
+        parameters: list[Any] = list(self.model.parameters())
+        if any(parameter.ds_status == ZeroParamStatus.INFLIGHT for parameter in parameters):
+            # A parameter that the last forward pass fetched in advance, and did not use.
+            self.module.optimizer.parameter_offload.partition_all_parameters()
         whole: dict[str, Any] = {}
         for name, tensor in stored.items():  # one after the other, so that at most one is whole on the device
             with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):

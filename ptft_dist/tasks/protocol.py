@@ -54,6 +54,8 @@ BASELINE = "baseline"
 """Name of the batch input with the mean of Task.baseline over the rows of the update: a scalar."""
 EVALUATION_EPOCH = 2**32 - 1
 """The epoch of validation rows, so that random masks are the same at every evaluation."""
+FISHER_EPOCH = 2**32 - 2
+"""The epoch of old training rows, for their Fisher information."""
 
 
 @dataclass(frozen=True)

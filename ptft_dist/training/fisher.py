@@ -9,7 +9,7 @@ import torch
 from ptft_dist.data.order import rows_at
 from ptft_dist.data.store import Store
 from ptft_dist.reporting.messages import progress
-from ptft_dist.tasks.protocol import EVALUATION_EPOCH, Task
+from ptft_dist.tasks.protocol import FISHER_EPOCH, Task
 
 FISHER_VERSION = 1
 """Part of the cache key. Increase it when the same input gives another estimate than before."""
@@ -44,7 +44,7 @@ def _gradient(
     model: torch.nn.Module, task: Task, store: Store, row: int, named: dict[str, Any], device: torch.device
 ) -> dict[str, torch.Tensor]:
     """The gradient of one row's loss. Parameters that the row does not use are missing."""
-    batch = task.collate([store.row(row)], [(EVALUATION_EPOCH, row)])
+    batch = task.collate([store.row(row)], [(FISHER_EPOCH, row)])
     with torch.enable_grad():
         loss, *_ = task.loss(model, {name: tensor.to(device) for name, tensor in batch.inputs.items()})
         gradients = torch.autograd.grad(loss.sum(), list(named.values()), allow_unused=True)

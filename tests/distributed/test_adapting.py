@@ -117,6 +117,25 @@ def test_adalora_keeps_the_same_ranks_however_matrices_are_sharded(
         assert any(not tensor.equal(tensor.bfloat16().float()) for tensor in buffers.values())
 
 
+BESIDE: list[dict[str, Any]] = [{"lora": {"r": 4}, "embeddings": "all"}, {"peft": {"type": "vera", "r": 4}}]
+
+
+@pytest.mark.parametrize("model", BESIDE, ids=str)
+def test_what_is_trained_beside_the_adapters_is_exported(tmp_path: Path, cache: Path, model: dict[str, Any]) -> None:
+    """The whole table of embeddings with the head, and matrices that all layers share, under ZeRO-3."""
+    base = write_base(tmp_path / "base", cache, "clm", layers=1)
+    states = []
+    for name, ranks, kind in (("one", 1, "cpu"), ("zero3", 2, "cpu_zero3")):
+        write_adapted(tmp_path / name, base, "clm", {"adapt": model}, **TRAIN)
+        run = start("train", "recipe.yaml", cwd=tmp_path / name, cache=cache, ranks=ranks, kind=kind)
+        assert run.wait() == 0, run.stderr
+        states.append(load_file(tmp_path / name / "run/model/adapter_model.safetensors"))
+    assert states[0].keys() == states[1].keys()
+    assert any("embed_tokens" in name or "vera_A" in name for name in states[0])
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("quantize", [{"type": "nf4"}, {"type": "int8"}, {"type": "nf4", "storage_dtype": "bf16"}])
 def test_what_fsdp2_cannot_shard_is_refused(tmp_path: Path, cache: Path, base: Path, quantize: dict[str, Any]) -> None:
     write_adapted(tmp_path, base, "classification", {"adapt": "lora", "quantize": quantize})
@@ -124,6 +143,14 @@ def test_what_fsdp2_cannot_shard_is_refused(tmp_path: Path, cache: Path, base: P
     assert run.wait() == 2
     assert "FSDP2 cannot shard" in run.stderr
     assert "storage_dtype: fp32" in run.stderr
+
+
+def test_a_quantized_base_that_fsdp2_cannot_export_is_refused(tmp_path: Path, cache: Path, base: Path) -> None:
+    model = {"adapt": "bitfit", "quantize": {"type": "nf4", "storage_dtype": "fp32"}}
+    write_adapted(tmp_path, base, "classification", model)
+    run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2, kind="fsdp2")
+    assert run.wait() == 2
+    assert "model.quantize: with model.adapt: bitfit the quantized weights are exported too" in run.stderr
 
 
 @pytest.mark.parametrize("name", ["ddp", "zero3", "fsdp2"])

@@ -75,6 +75,11 @@ def adapt_network(
 
 def check_backend(section: ModelSection, kind: str) -> None:
     """Check that a backend can run the method. kind: single, ddp, zero1, zero2, zero3 or fsdp2. Raises RecipeError."""
+    if section.quantize is not None and not section.adapt.adds_adapter and kind == "fsdp2":
+        raise RecipeError(
+            f"model.quantize: with model.adapt: {section.adapt.method} the quantized weights are exported too, and "
+            "fsdp2 cannot gather them. Use an adapter such as lora, or ZeRO-3"
+        )
     if section.adapt.lora is not None and section.adapt.lora.init == "eva" and kind == "zero3":
         raise RecipeError(
             "model.adapt.lora.init: eva runs the base before training, and zero3 has sharded it by then. Use ZeRO-2, "

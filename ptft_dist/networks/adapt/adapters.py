@@ -164,10 +164,10 @@ def _prompt(model: PeftModel, config: Any, own: Mapping[str, torch.Tensor]) -> t
 
 
 def _with_tied_names(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under all names of tied parameters: peft asks for each name, and they are listed under one."""
-    named = list(model.named_parameters(remove_duplicate=False))
-    by_parameter = {id(parameter): trained[name] for name, parameter in named if name in trained}
-    return {**trained, **{name: by_parameter[id(p)] for name, p in named if id(p) in by_parameter}}
+    """The tensors under all names of tied parameters and buffers: peft asks for each, and they are listed under one."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    by_tensor = {id(tensor): trained[name] for name, tensor in named if name in trained}
+    return {**trained, **{name: by_tensor[id(tensor)] for name, tensor in named if id(tensor) in by_tensor}}
 
 
 def _prompt_encoder(model: PeftModel, config: Any) -> torch.nn.Module:

@@ -129,6 +129,24 @@ def _targets(model: torch.nn.Module, targets: str | Sequence[str], key: str) -> 
     return list(targets)
 
 
+def _in_layers(model: torch.nn.Module, lora: Any, key: str) -> list[str] | str:
+    """The targets of LoRA, in the blocks `lora.layers` only. Raises RecipeError if there are none.
+
+    peft restricts a list of targets itself, but no regular expression and not all-linear.
+    """
+    targets = _targets(model, lora.targets, key)
+    if not lora.layers or not isinstance(targets, str):
+        return targets
+    names = linear_layers(model)
+    if targets != "all-linear":
+        names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    blocks = {name: re.search(r"\.(\d+)\.", name) for name in names}
+    kept = [name for name, block in blocks.items() if block is not None and int(block[1]) in lora.layers]
+    if not kept:
+        raise RecipeError(f"{key}: {targets} names no layer in the blocks of model.adapt.lora.layers: {lora.layers}")
+    return kept
+
+
 def _no_layer(model: torch.nn.Module, key: str, target: str) -> str:
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model)))
     near = difflib.get_close_matches(target, endings, 1)
@@ -157,9 +175,9 @@ def _lora(model: torch.nn.Module, lora: Any, setup: AdapterSetup) -> PeftConfig:
         r=lora.r,
         lora_alpha=lora.alpha or 2 * lora.r,
         lora_dropout=lora.dropout,
-        target_modules=[] if only_parameters else _targets(model, lora.targets, f"{key}.targets"),
+        target_modules=[] if only_parameters else _in_layers(model, lora, f"{key}.targets"),
         exclude_modules=list(lora.exclude) or None,
-        layers_to_transform=list(lora.layers) or None,
+        layers_to_transform=None if isinstance(lora.targets, str) else (list(lora.layers) or None),
         rank_pattern=dict(lora.rank_pattern),
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.rslora,
@@ -286,6 +304,12 @@ def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: Adapte
             chosen[names[id(head)].rpartition(".")[2]] = list(setup.new_tokens)
         config.trainable_token_indices, config.ensure_weight_tying = chosen, tied
         return
+    owners = [part for part in model.modules() if isinstance(part, torch.nn.Embedding) and part.weight is table.weight]
+    if wanted == "all" and len(owners) > 1:
+        raise RecipeError(
+            f"{key}: all has no effect in this network, whose encoder and decoder read the table through modules of "
+            "their own. Use model.adapt: {match: ...} or full to train the whole table"
+        )
     if not hasattr(config, "modules_to_save"):
         raise RecipeError(
             f"model.adapt.{adapt.method}: it cannot train the embeddings of the added tokens. Use lora, or a model "
