@@ -73,7 +73,7 @@ class TrainedNetwork:
         self.export_dtype = export_dtype(recipe.save.dtype, self.section, self.config)
         check_weights(self.section)
         check_placement(self.section.quantize, kind, recipe.train.precision)
-        check_backend(self.section, kind)
+        check_backend(self.section, kind, recipe.train.precision)
         self._preview()
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection, OptimSection
 from ptft_dist.engine.optim import parameter_groups
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import adapt_network
+from ptft_dist.networks.adapt import adapt_network, check_backend
 from ptft_dist.networks.adapt.adalora import Orthogonality
 from ptft_dist.networks.adapt.adapters import adapter_state, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
@@ -422,6 +423,29 @@ def test_lora_in_some_blocks_only(targets: Any) -> None:
     assert any(".o_proj." in name for name in names) == (targets == "all-linear")
 
 
+BACKENDS: list[tuple[dict[str, Any], str, str, str | None]] = [
+    ({"adapt": {"peft": {"type": "LoHa"}}}, "zero3", "fp32", "loha does not work under zero3"),
+    ({"adapt": {"peft": {"type": "loha"}}}, "zero2", "fp32", None),
+    ({"adapt": {"peft": {"type": "vblora"}}}, "fsdp2", "fp32", "vblora does not work under fsdp2"),
+    ({"adapt": {"peft": {"type": "vera"}}}, "fsdp2", "bf16", "vera has fp32 matrices of its own, and fsdp2"),
+    ({"adapt": {"peft": {"type": "vera"}}}, "fsdp2", "fp32", None),
+    ({"adapt": {"peft": {"type": "vera"}}}, "ddp", "bf16", None),
+    ({"adapt": "ia3", "quantize": "nf4"}, "zero2", "bf16", "ia3 scales the results of quantized layers in fp32"),
+    ({"adapt": "ia3", "quantize": "nf4"}, "ddp", "bf16", None),
+    ({"adapt": "ia3"}, "zero2", "bf16", None),
+    ({"adapt": "bitfit", "quantize": "nf4"}, "fsdp2", "fp32", "with model.adapt: bitfit the quantized weights are"),
+    ({"adapt": {"lora": {"init": "eva"}}}, "zero3", "fp32", "eva runs the base before training"),
+    ({"adapt": {"adalora": {}}}, "zero3", "bf16", None),
+]
+
+
+@pytest.mark.parametrize(("model", "kind", "precision", "said"), BACKENDS, ids=str)
+def test_methods_that_a_backend_cannot_run(model: dict[str, Any], kind: str, precision: str, said: str | None) -> None:
+    section = ModelSection.model_validate({"path": "there", **model})
+    with pytest.raises(RecipeError, match=said) if said else contextlib.nullcontext():
+        check_backend(section, kind, precision)
+
+
 def test_the_whole_table_of_an_encoder_decoder_is_refused() -> None:
     """peft would train a copy that neither encoder nor decoder reads."""
     model = network({**T5, "vocab_size": 64, "decoder_start_token_id": 0}, AutoModelForSeq2SeqLM)
@@ -460,6 +484,7 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"adalora": {"start": 0.6, "end": 0.5}}}, {}, "leave no update in which ranks change"),
     ("bert", {"adapt": {"peft": {"type": "verra"}}}, {}, "peft has no method 'verra'; did you mean vera"),
     ("bert", {"adapt": {"peft": {"type": "vera", "rank": 4}}}, {}, "VeraConfig has no such key"),
+    ("bert", {"adapt": {"peft": {"type": "poly", "r": 4}}}, {}, "poly needs a task number for each row"),
     ("bert", {"adapt": {"bottleneck": {"targets": ["outputs"]}}}, {}, "no layer of this network is called 'outputs'"),
     ("bert", {"adapt": {"adapter": "no/such/adapter"}}, {}, "no/such/adapter"),
     ("bert", {"adapt": {"lora": {}, "embeddings": "new"}}, {}, "embeddings: new has no effect: no tokens are added"),

@@ -73,8 +73,28 @@ def adapt_network(
     return add_adapter(model, adapt, setup, sorted(fresh), preview=preview)
 
 
-def check_backend(section: ModelSection, kind: str) -> None:
+NOT_SHARDED = {"loha": "zero3", "ln_tuning": "zero3", "vblora": "fsdp2"}
+"""Methods of peft -> the backend under which peft or PyTorch fail in them."""
+
+
+def check_backend(section: ModelSection, kind: str, precision: str) -> None:
     """Check that a backend can run the method. kind: single, ddp, zero1, zero2, zero3 or fsdp2. Raises RecipeError."""
+    method = section.adapt.method if section.adapt.peft is None else str(section.adapt.peft["type"]).lower()
+    if NOT_SHARDED.get(method) == kind:
+        raise RecipeError(
+            f"model.adapt.peft: {method} cannot be trained under {kind}. Use another launch config, or lora"
+        )
+    with_autocast = kind in ("single", "ddp")
+    if precision != "fp32" and method == "vera" and not with_autocast:
+        raise RecipeError(
+            f"model.adapt.peft: vera has fp32 matrices of its own, and {kind} computes in {precision}. Use "
+            "train.precision: fp32, DDP, or lora"
+        )
+    if precision != "fp32" and method == "ia3" and section.quantize is not None and kind.startswith("zero"):
+        raise RecipeError(
+            f"model.adapt: ia3 scales the results of quantized layers in fp32, and {kind} computes in {precision}. Use "
+            "DDP, or lora"
+        )
     if section.quantize is not None and not section.adapt.adds_adapter and kind == "fsdp2":
         raise RecipeError(
             f"model.quantize: with model.adapt: {section.adapt.method} the quantized weights are exported too, and "

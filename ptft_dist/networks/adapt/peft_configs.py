@@ -274,6 +274,8 @@ def _any(model: torch.nn.Module, given: dict[str, Any], setup: AdapterSetup) -> 
         near = difflib.get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f": {', '.join(sorted(known))}"
         raise RecipeError(f"model.adapt.peft.type: peft has no method {given['type']!r}{hint}")
+    if name in ("multitask_prompt_tuning", "poly"):
+        raise RecipeError(f"model.adapt.peft.type: {name} needs a task number for each row, which rows do not have")
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
     arguments = {key: value for key, value in given.items() if key != "type"}
     fields = {each.name for each in dataclasses.fields(config_class)} - set(SET_BY_US)
