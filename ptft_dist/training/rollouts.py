@@ -72,7 +72,7 @@ class RolloutBatches:
         warn(
             f"none of the {len(rollout.trajectories)} responses ended within sampling.max_new_tokens: "
             f"{self.task.settings.sampling.max_new_tokens}. Raise it, or begin with a model that has learned to end "
-            "its answers, for example by sft"
+            "its answers, for example by fine-tuning on conversations"
         )
 
     def group(self, rows: Sequence[Row]) -> list[Batch]:
