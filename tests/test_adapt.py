@@ -446,11 +446,22 @@ def test_methods_that_a_backend_cannot_run(model: dict[str, Any], kind: str, pre
         check_backend(section, kind, precision)
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_dora_on_int8_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, gpu: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    section = ModelSection.model_validate({"path": "there", "adapt": {"lora": {"dora": True}}, "quantize": "int8"})
+    with contextlib.nullcontext() if gpu else pytest.raises(RecipeError, match="on a CPU, peft loses the scales"):
+        check_backend(section, "single", "fp32")
+
+
 def test_the_whole_table_of_an_encoder_decoder_is_refused() -> None:
     """peft would train a copy that neither encoder nor decoder reads."""
     model = network({**T5, "vocab_size": 64, "decoder_start_token_id": 0}, AutoModelForSeq2SeqLM)
-    with pytest.raises(RecipeError, match="embeddings: all has no effect in this network, whose encoder and decoder"):
+    text = "embeddings: training the whole table has no effect in this network"
+    with pytest.raises(RecipeError, match=text):
         adapted(model, {"lora": {"r": 2}, "embeddings": "all"}, task_type="SEQ_2_SEQ_LM")
+    with pytest.raises(RecipeError, match=text):  # peft has no new tokens alone for this method
+        adapted(model, {"ia3": {}}, task_type="SEQ_2_SEQ_LM", new_tokens=(60, 61))
 
 
 # --- requests that cannot work ----------------------------------------------------------------------------------------
@@ -498,7 +509,6 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("bert", {"quantize": "nf4"}, {}, "quantized weights cannot be trained"),
     ("bert", {"quantize": "nf4", "adapt": {"lora": {"init": "pissa"}}}, {}, "pissa cannot decompose quantized weights"),
-    ("bert", {"quantize": "int8", "adapt": {"lora": {"dora": True}}}, {}, "cannot give back int8 weights"),
     ("bert", {"quantize": "nf4", "adapt": {"last_layers": 1}}, {}, "last_layers would train quantized weights"),
     ("bert", {"quantize": {"type": "int8", "double": True}, "adapt": "lora"}, {}, "double: has no effect here"),
     ("bert", {"quantize": "nf5", "adapt": "lora"}, {}, "there is no type 'nf5'; the types are nf4 and int8"),

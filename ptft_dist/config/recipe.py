@@ -76,11 +76,8 @@ class ModelSection(Section):
             raise ValueError(f"dtype: {frozen_only}. Trained weights are fp32; train.precision: bf16 saves memory")
         if self.quantize is not None and not self.adapt.adds_adapter and self.adapt.last_layers is not None:
             raise ValueError("quantize: last_layers would train quantized weights. Use an adapter, such as adapt: lora")
-        if self.quantize is not None and self.adapt.lora is not None:
-            if self.adapt.lora.init.startswith("pissa"):
-                raise ValueError("adapt.lora.init: pissa cannot decompose quantized weights. Use olora, or default")
-            if self.quantize.type == "int8" and self.adapt.lora.dora:
-                raise ValueError("adapt.lora.dora: bitsandbytes cannot give back int8 weights. Use quantize: nf4")
+        if self.quantize is not None and self.adapt.lora is not None and self.adapt.lora.init.startswith("pissa"):
+            raise ValueError("adapt.lora.init: pissa cannot decompose quantized weights. Use olora, or default")
         if self.quantize is not None and self.dtype != "auto":
             raise ValueError("dtype: has no effect on quantized weights; quantize.compute_dtype sets their products")
         return self

@@ -111,8 +111,8 @@ def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, m
     if text_config.vocab_size < len(tokenizer) and not grown:
         raise RecipeError(
             f"model: it has {text_config.vocab_size} token embeddings, but the tokenizer has {len(tokenizer)} tokens: "
-            "remove model.config.vocab_size, or use the model's own tokenizer. Tokens that were added to it stand in "
-            "tokenizer.add"
+            "remove model.config.vocab_size, or use the model's own tokenizer. List tokens that were added to it "
+            "in tokenizer.add"
         )
     positions = getattr(text_config, "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < max_length:

@@ -11,7 +11,7 @@ from ptft_dist.data.store import Store
 from ptft_dist.reporting.messages import progress
 from ptft_dist.tasks.protocol import FISHER_EPOCH, Task
 
-FISHER_VERSION = 1
+FISHER_VERSION = 2
 """Part of the cache key. Increase it when the same input gives another estimate than before."""
 
 

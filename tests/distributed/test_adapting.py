@@ -105,8 +105,8 @@ def test_adalora_keeps_the_same_ranks_however_matrices_are_sharded(
         state = load_file(place / "run/model/adapter_model.safetensors")
         values.append({key: tensor for key, tensor in state.items() if "lora_E" in key})
     assert 0 < sum(map(sum, patterns[0].values())) < sum(map(len, patterns[0].values()))
-    assert patterns[1] == patterns[0] or precision == "bf16"
     if precision == "fp32":
+        assert patterns[1] == patterns[0]
         for key, value in values[0].items():
             torch.testing.assert_close(values[1][key], value, rtol=1e-3, atol=1e-6)
     else:
@@ -132,6 +132,8 @@ def test_what_is_trained_beside_the_adapters_is_exported(tmp_path: Path, cache: 
         states.append(load_file(tmp_path / name / "run/model/adapter_model.safetensors"))
     assert states[0].keys() == states[1].keys()
     assert any("embed_tokens" in name or "vera_A" in name for name in states[0])
+    start_table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    assert not any("embed_tokens" in name and tensor.equal(start_table) for name, tensor in states[0].items())
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, rtol=1e-3, atol=1e-5)
 

@@ -84,8 +84,7 @@ def check_backend(section: ModelSection, kind: str, precision: str) -> None:
         raise RecipeError(
             f"model.adapt.peft: {method} cannot be trained under {kind}. Use another launch config, or lora"
         )
-    with_autocast = kind in ("single", "ddp")
-    if precision != "fp32" and method == "vera" and not with_autocast:
+    if precision != "fp32" and method == "vera" and kind not in ("single", "ddp"):
         raise RecipeError(
             f"model.adapt.peft: vera has fp32 matrices of its own, and {kind} computes in {precision}. Use "
             "train.precision: fp32, DDP, or lora"
@@ -100,7 +99,19 @@ def check_backend(section: ModelSection, kind: str, precision: str) -> None:
             f"model.quantize: with model.adapt: {section.adapt.method} the quantized weights are exported too, and "
             "fsdp2 cannot gather them. Use an adapter such as lora, or ZeRO-3"
         )
-    if section.adapt.lora is not None and section.adapt.lora.init == "eva" and kind == "zero3":
+    lora, quantize = section.adapt.lora, section.quantize
+    if (
+        lora is not None
+        and lora.dora
+        and quantize is not None
+        and quantize.type == "int8"
+        and not torch.cuda.is_available()
+    ):
+        raise RecipeError(
+            "model.adapt.lora.dora: on a CPU, peft loses the scales of int8 weights when it dequantizes them. Use "
+            "model.quantize: nf4, or a GPU"
+        )
+    if lora is not None and lora.init == "eva" and kind == "zero3":
         raise RecipeError(
             "model.adapt.lora.init: eva runs the base before training, and zero3 has sharded it by then. Use ZeRO-2, "
             "DDP or FSDP2, or init: pissa"

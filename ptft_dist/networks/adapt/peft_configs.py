@@ -307,10 +307,10 @@ def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: Adapte
         config.trainable_token_indices, config.ensure_weight_tying = chosen, tied
         return
     owners = [part for part in model.modules() if isinstance(part, torch.nn.Embedding) and part.weight is table.weight]
-    if wanted == "all" and len(owners) > 1:
+    if len(owners) > 1:
         raise RecipeError(
-            f"{key}: all has no effect in this network, whose encoder and decoder read the table through modules of "
-            "their own. Use model.adapt: {match: ...} or full to train the whole table"
+            f"{key}: training the whole table has no effect in this network, whose encoder and decoder read it through "
+            "modules of their own. Use lora for the embeddings of new tokens only, or model.adapt: full or match"
         )
     if not hasattr(config, "modules_to_save"):
         raise RecipeError(
