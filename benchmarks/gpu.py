@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Bench:
     ended: float
     """When the budget is used up, by time.monotonic."""
     python: str = sys.executable
-    """What runs `ptft`."""
+    """What runs `ptft` and its peers."""
 
     def start(self, words: list[str], name: str) -> str | None:
         """Run a command; None, or why it failed."""
@@ -241,7 +242,7 @@ def speed(bench: Bench) -> Iterator[dict[str, Any]]:
             yield {"what": what, **described(run)}
         for peer in PEERS:
             out = bench.folder / f"{label}-{peer}.json".replace(" ", "-")
-            words = [sys.executable, str(Path(__file__).absolute()), "--contender", peer, "--out", str(out)]
+            words = [bench.python, str(Path(__file__).absolute()), "--contender", peer, "--out", str(out)]
             failed = bench.start([*words, "--size", label], out.stem)
             yield {
                 "what": f"{label}, {peer}",
@@ -382,16 +383,11 @@ def by_library(peer: str, model: Any, ids: Any, size: Size, gpu: bool, folder: P
 
 
 def machine() -> str:
-    import accelerate
-    import deepspeed
     import torch
-    import transformers
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return (
-        f"{device}, torch {torch.__version__}, transformers {transformers.__version__}, accelerate "
-        f"{accelerate.__version__}, deepspeed {deepspeed.__version__}"
-    )
+    packages = ("torch", "transformers", "accelerate", "deepspeed")
+    return ", ".join([device, *(f"{name} {version(name)}" for name in packages)])
 
 
 def page(report: dict[str, Any]) -> str:
@@ -409,7 +405,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry", action="store_true")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--python", default=sys.executable, help="the interpreter that runs ptft")
+    parser.add_argument("--python", default=sys.executable, help="the interpreter that runs ptft and its peers")
     parser.add_argument("--contender", choices=PEERS, help=argparse.SUPPRESS)
     parser.add_argument("--size", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -5,6 +5,7 @@ Under pytest-xdist each worker has its own cache, documents and fork server. Por
 
 from __future__ import annotations
 
+import gc
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from ptft_dist.config import secrets
 from ptft_dist.reporting.messages import hide_messages
 from ptft_dist.signals import STOP
 
+gc.disable()  # until all tests are collected: nothing of what their modules import is garbage
+
 # Begun first, so that no process is left with them alone: those that wait for Slurm, and those of minutes.
 LONG = ("tests/slurm/", "tests/distributed/", "tests/test_real_models.py", "tests/test_launch.py", "tests/immunity/")
 
@@ -28,6 +31,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         group = xdist_group(item) if isinstance(item, pytest.Function) else None
         if group is not None:
             item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def xdist_group(item: pytest.Function) -> str | None:

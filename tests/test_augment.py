@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from prepare_support import prepare
-from support import ptft
+from preloaded_ranks import forked_ptft
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ptft_dist.api import load_recipe
@@ -184,7 +184,7 @@ def test_broken_settings_end_with_their_exit_codes(folder: Path) -> None:
     raw["batch"] = {"global_size": 1, "micro_size": 1}
     raw["train"] = {"max_steps": 1}
     (folder / "recipe.yaml").write_text(json.dumps(raw))
-    ended = ptft("prepare", "recipe.yaml", cwd=folder)
+    ended = forked_ptft("prepare", "recipe.yaml", cwd=folder)
     assert ended.returncode == 3
     assert "nowhere.txt" in ended.stderr
     assert "recipe's directory" in ended.stderr

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from prepare_support import prepare
-from support import ptft, start
+from preloaded_ranks import forked_ptft
+from support import start
 from tiny import WORDS, write_tiny
 
 from ptft_dist.api import load_recipe
@@ -155,7 +156,7 @@ def test_the_command_ends_with_3(tmp_path: Path, cache: Path, name: str) -> None
 
 def test_the_command_line_itself(tmp_path: Path) -> None:
     broken(tmp_path, CASES["a null label"])
-    ended = ptft("prepare", "recipe.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(tmp_path / "cache")})
+    ended = forked_ptft("prepare", "recipe.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(tmp_path / "cache")})
     assert ended.returncode == 3
     assert "rows.jsonl:31: the field 'label' is null" in ended.stderr
     assert "Traceback" not in ended.stderr

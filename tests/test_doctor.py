@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from preloaded_ranks import forked_ptft, preloaded
 
 from ptft_dist.doctor import Gpu, handshake
 from ptft_dist.doctor.finding import Finding
@@ -32,8 +32,7 @@ def by_name(findings: list[Finding]) -> dict[str, tuple[str, str, str]]:
 
 def test_this_machine(tmp_path: Path) -> None:
     """Everything but the meeting of two processes, as JSON."""
-    words = [sys.executable, "-m", "ptft_dist", "doctor", "--no-handshake", "--json", "--folder", str(tmp_path)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    done = forked_ptft("doctor", "--no-handshake", "--json", "--folder", str(tmp_path))
     found = {each["name"]: each for each in json.loads(done.stdout)}
     assert done.returncode == (1 if any(each["level"] == "error" for each in found.values()) else 0)
     assert {"python", "torch", "deepspeed", "CPU", "runs", "cache", "host name", "sbatch", "NF4", "cpu"} <= set(found)
@@ -41,13 +40,15 @@ def test_this_machine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_processes_meet() -> None:
+def test_two_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHON_EXEC", preloaded()["PYTHON_EXEC"])
     (found,) = shake_hands(0)
     assert (found.name, found.level) == ("gloo", "ok")
     assert "GB/s" in found.text
 
 
 def test_two_processes_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", preloaded()["PYTHON_EXEC"])
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0")
     (found,) = shake_hands(0)
     assert found.level == "error"

@@ -6,13 +6,15 @@ import errno
 import json
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
-from support import start, write_recipe
+from support import free_port, start, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import SaveError
 from ptft_dist.data.cache import writing
@@ -28,7 +30,9 @@ from ptft_dist.errors import (
     exit_code_of,
     is_hardware_fault,
 )
-from ptft_dist.reporting.run_files import make_run_dir
+from ptft_dist.launch.environment import Place
+from ptft_dist.reporting.messages import messages
+from ptft_dist.reporting.run_files import FailureReport, make_run_dir
 
 IN_NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}"
 REMOTE = IN_NCCL.format(
@@ -193,3 +197,30 @@ def test_a_run_that_fails(tmp_path: Path, documents: Path, cache: Path, patch: s
     assert result["error"].startswith("rank 1 failed first: ")
     assert said in result["error"]
     assert result.get("lost_hosts") == ([socket.gethostname()] if code == 76 else None)
+
+
+# --- told once --------------------------------------------------------------------------------------------------------
+
+
+def test_each_start_tells_its_failure_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Ranks that a shell starts have their parent and port in common with those that it started before, and ranks that
+    a launcher starts again with those that failed."""
+    variables = {"MASTER_PORT": str(free_port())}
+
+    def told(rank: int, age_s: float = 0.0) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            report = FailureReport(tmp_path, Place(rank=rank, local_rank=rank, world_size=2, launched=True))
+            if age_s:
+                os.utime(report.claim, (time.time() - age_s,) * 2)
+            report.write(RecipeError("a wrong key"), 2, 0.0)
+        return capfd.readouterr().err.count("error: ")
+
+    with messages():
+        assert [told(0), told(1)] == [1, 0]
+        began = time.time() - psutil.Process().create_time()  # the tests have run for so long
+        assert told(0, began + 30) == 0
+        assert [told(0, began + 120), told(1)] == [1, 0]
+        variables["TORCHELASTIC_RESTART_COUNT"] = "1"
+        assert [told(0), told(1)] == [1, 0]

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
-from support import COMMAND, environment, start, wait_until
+from preloaded_ranks import preloaded_ptft
+from support import environment, start, wait_until
 from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
@@ -158,7 +159,7 @@ def test_all_folds_run_and_finished_ones_are_not_run_again(tmp_path: Path, cache
 
 def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS | {"folds": 2}, train={"max_steps": 20_000})
-    words = [*COMMAND, "train", "recipe.yaml", "eval.every=null", "save.every=null"]
+    words = [str(preloaded_ptft() / "ptft"), "train", "recipe.yaml", "eval.every=null", "save.every=null"]
     command = subprocess.Popen(
         words, cwd=tmp_path, env=environment({"PTFT_CACHE": str(cache)}), stderr=subprocess.PIPE, text=True
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded_ranks import forked_ptft
 from support import ptft, write_recipe
 from tiny import write_tiny
 
@@ -108,7 +109,7 @@ def test_rows_of_examples(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyP
 
 
 def test_the_command(recipe: Path, tmp_path: Path) -> None:
-    done = ptft("data", "inspect", str(recipe), "--html", "page.html", "--samples", "1", cwd=tmp_path)
+    done = forked_ptft("data", "inspect", str(recipe), "--html", "page.html", "--samples", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "page: page.html" in done.stdout
     assert (tmp_path / "page.html").is_file()

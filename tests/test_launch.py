@@ -344,11 +344,12 @@ def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.Monk
 
 
 def accelerate(
-    config: Path, *words: str, cwd: Path, cache: Path, python: str = sys.executable
+    config: Path, *words: str, cwd: Path, cache: Path, python: str = sys.executable, of_ranks: Path | None = None
 ) -> subprocess.Popen[str]:
-    """Stock `accelerate launch` with a config. python: with which it and its ranks are started."""
+    """Stock `accelerate launch` with a config. python: with which it and, unless given, its ranks are started."""
     launch = ["accelerate.commands.launch", "--config_file", str(config), *words]
     env = environment({"PTFT_CACHE": str(cache), "PYTHONPATH": str(ROOT)})
+    env |= {"PYTHON_EXEC": str(of_ranks)} if of_ranks else {}
     pipe = subprocess.PIPE
     return subprocess.Popen([python, "-m", *launch], cwd=cwd, env=env, stdout=pipe, stderr=pipe, text=True)
 
@@ -377,10 +378,15 @@ def alone(tmp_path: Path, documents: Path, cache: Path) -> Path:
 def test_a_shipped_deepspeed_config_under_stock_accelerate_from_anywhere(
     tmp_path: Path, cache: Path, alone: Path
 ) -> None:
+    """Launcher and rank 0 start as those of a user, with all their imports."""
     config = shipped("launch_configs") / "cpu_zero2.yaml"
-    node = accelerate(
-        config, "--main_process_port", "0", "-m", "ptft_dist", "train", "recipe.yaml", cwd=tmp_path, cache=cache
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\n[ "$RANK" = 0 ] && exec {sys.executable} "$@"\nexec {preloaded_ptft()}/python "$@"\n'
     )
+    python.chmod(0o755)
+    words = ("--main_process_port", "0", "-m", "ptft_dist", "train", "recipe.yaml")
+    node = accelerate(config, *words, cwd=tmp_path, cache=cache, of_ranks=python)
     _, errors = node.communicate(timeout=180)
     assert node.returncode == 0, errors
     assert backend_of(tmp_path / "run") == ("zero2", 2)

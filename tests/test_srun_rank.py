@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from support import environment, outcome, ptft, start, write_recipe
+from preloaded_ranks import preloaded_ptft
+from support import COMMAND, environment, outcome, ptft, start, write_recipe
 
 from ptft_dist.launch.srun_rank import rank_variables
 
@@ -27,20 +27,21 @@ def test_the_variables_of_torchrun() -> None:
 
 
 def test_two_tasks_train_as_two_ranks_of_zero3(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """The launch config has the same effect as with a launcher; so have special characters in the recipe's name."""
+    """The launch config has the same effect as with a launcher; so have special characters in the recipe's name. One
+    of the two is a start as a user's, with all its imports."""
     name = "it's $$ mine.yaml"
     write_recipe(tmp_path, documents, train={"max_steps": 4}, save={"every": 2}, eval={"every": 2})
     (tmp_path / "recipe.yaml").rename(tmp_path / name)
     words = ["train", name, "--launch", "cpu_zero3", "--processes", "2", "--starter", "srun"]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "ptft_dist", *words],
+            [*command, *words],
             cwd=tmp_path,
             env=environment({"PTFT_CACHE": str(cache), "OMP_NUM_THREADS": "1", **task(rank)}),
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in (0, 1)
+        for rank, command in enumerate((COMMAND, [str(preloaded_ptft() / "ptft")]))
     ]
     errors = [rank.communicate()[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors

@@ -27,7 +27,7 @@ from ptft_dist.runs.local import LocalExecutor
 from ptft_dist.runs.search import read_search
 from ptft_dist.runs.sweep import Sweep, finish, open_sweep, run_sweep
 
-CHILD = (sys.executable, str(Path(sweep_support.__file__)))
+CHILD = (sys.executable, "-SsE", str(Path(sweep_support.__file__)))
 SEARCH = "method: random\ntrials: 12\nsearch: {optim.lr: {log: [1e-4, 1e-1]}}\n"
 PRUNE = "prune: {after: 2, startup: 3}\n"
 RECIPE = """\

@@ -11,7 +11,8 @@ import in_process
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import eval_rows, file_digest, merge, outcome, ptft, start, train_rows, write_recipe
+from preloaded_ranks import forked_ptft
+from support import eval_rows, file_digest, merge, outcome, start, train_rows, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.training.progress import Judge, RunProgress
@@ -62,7 +63,7 @@ def test_the_files_of_a_run(tmp_path: Path, documents: Path, cache: Path) -> Non
     assert checked.wait() == 0, checked.stderr
 
     generate = ("generate", str(run_dir), "--prompt", "abc", "--max-new-tokens", "4")
-    text = ptft(*generate)
+    text = forked_ptft(*generate)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("abc")
     again = start(*generate, cwd=tmp_path, cache=cache)
@@ -80,12 +81,15 @@ def test_gradient_checkpointing_and_workers_change_no_loss(tmp_path: Path, docum
 
 
 def test_a_compiled_network_has_the_same_losses_and_names(tmp_path: Path, documents: Path, cache: Path) -> None:
-    """One layer: each kernel costs seconds of a C++ compiler."""
+    """The smallest network, because each kernel costs seconds of a C++ compiler."""
     short: dict[str, Any] = {"train": {"max_steps": 2}, "data": {"validation": None}, "eval": {"every": None}}
-    small = {"config": {"num_hidden_layers": 1}}
-    plain = run(tmp_path, documents, cache, "plain", **short, model=small)
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, **dropout}
+    short["model"] = {"config": config}
+    plain = run(tmp_path, documents, cache, "plain", **short)
     in_process = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # instead of processes that import torch first
-    compiled = run(tmp_path, documents, cache, "compiled", **short, model=small | {"compile": True}, env=in_process)
+    short["model"]["compile"] = True
+    compiled = run(tmp_path, documents, cache, "compiled", **short, env=in_process)
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
     names = set(load_file(compiled / "model/model.safetensors"))
     assert names == set(load_file(tmp_path / "plain/model/model.safetensors"))

@@ -41,6 +41,8 @@ from ptft_dist.reporting.messages import fail, say
 
 TOKENIZER, _LEARNED_BY = "tokenizer", ".tokenizer.json"
 _DAY_S = 86_400.0
+_RANKS_BEGIN_WITHIN_S = 60.0
+"""The ranks of a start begin within this time. What failed earlier belongs to an earlier start."""
 LOCK_WAIT_S = 300.0
 """Slurm marks a host as down after 300 s by default, and then kills what ran there."""
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "tokenizers", "datasets", "peft", "trl")
@@ -217,8 +219,11 @@ class FailureReport:
         return not may_be_of_this_start(now) and now.get("start") not in (None, self._at_begin)
 
     def _is_first(self) -> bool:
-        """Whether no other rank of this machine has failed before."""
+        """Whether no other rank of this machine has failed before in this start."""
         with _reporting(self.claim):
+            with contextlib.suppress(FileNotFoundError):
+                if self.claim.stat().st_mtime < psutil.Process().create_time() - _RANKS_BEGIN_WITHIN_S:
+                    self.claim.unlink(missing_ok=True)
             try:
                 self.claim.touch(exist_ok=self.place.world_size == 1)
             except FileExistsError:
@@ -264,12 +269,14 @@ def _reporting(path: Path) -> Iterator[None]:
 
 
 def _this_start() -> str:
-    """A name that is common to the ranks of this start on this machine, and unique to this start.
+    """A name that is common to the ranks of this start on this machine.
 
-    It contains the start time of their parent, the launcher, because process ids are reused.
+    It contains the start time of their parent, the launcher, because process ids are reused. A launcher that starts its
+    ranks again counts that. One that is a shell may start others later, with the same port.
     """
     launcher = os.getppid()
     began = 0.0
     with contextlib.suppress(psutil.Error):  # the parent is process 0 if this is the first process of a container
         began = psutil.Process(launcher).create_time()
-    return f"{launcher}-{began:.2f}-{os.environ.get('MASTER_PORT', '')}"
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return f"{launcher}-{began:.2f}-{os.environ.get('MASTER_PORT', '')}-{again}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+from preloaded_ranks import preloaded
 from support import (
     COMMAND,
     Start,
@@ -122,7 +123,7 @@ def test_everything_of_a_launched_run_is_killed(tmp_path: Path, documents: Path,
     """The command and its launcher are killed together with the ranks; the second start has no launcher."""
     prepare_folder(tmp_path, documents, 2, train={"max_steps": 2000}, save={"every": 2, "keep": 2}, eval={"every": 900})
     words = [*COMMAND, "train", "recipe.yaml", "--launch", "cpu", "--processes", "2"]
-    command = psutil.Popen(words, cwd=tmp_path, env=environment({"PTFT_CACHE": str(cache)}))
+    command = psutil.Popen(words, cwd=tmp_path, env=environment({"PTFT_CACHE": str(cache), **preloaded()}))
     wait_until(lambda: last_step(tmp_path / "run") >= 3, "update 3", timeout_s=120)
     family = [command, *command.children(recursive=True)]
     assert len(family) >= 4  # ptft, accelerate launch and two ranks

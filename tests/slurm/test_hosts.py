@@ -13,7 +13,7 @@ import pytest
 from hosts import Hosts
 from support import last_step, outcome, start, write_recipe
 
-STEPS = 200
+STEPS = 60
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def three() -> Iterator[Hosts]:
 
 
 def write(folder: Path, documents: Path) -> None:
-    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 25}, eval={"every": 100})
+    write_recipe(folder, documents, train={"max_steps": STEPS}, save={"every": 20}, eval={"every": 30})
 
 
 @pytest.fixture(scope="module")

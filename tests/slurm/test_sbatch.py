@@ -13,7 +13,7 @@ from cluster import SLOW_PATH, Cluster, Job, programs
 from preloaded_ranks import preloaded_ptft
 from support import eval_rows, last_step, outcome, start, train_rows, write_recipe
 
-STEPS = 200
+STEPS = 120
 MULTI = ("--launch", "multi_node_ddp")
 NASTY = """it's "my" $(touch pwned) $$ run"""
 
@@ -52,8 +52,9 @@ def test_a_job_survives_all_that_a_cluster_does_to_it(
     slow = {"PYTHONPATH": SLOW_PATH, "PTFT_SLOW_STARTS": "4", "OMP_NUM_THREADS": "1"}
     slow["PATH"] = f"{some_starts_of_a_user(folder)}:{cluster.variables['PATH']}"
     words = (recipe, f"run_dir={json.dumps(NASTY)}", "data.workers=1", *MULTI)
+    # Slurm sends the signal up to half a minute earlier.
     job = cluster.submit(
-        *words, cwd=folder, options=("--time=60", "--signal=TERM@1"), env={"PTFT_CACHE": str(cache)} | slow
+        *words, cwd=folder, options=("--time=60", "--signal=TERM@25"), env={"PTFT_CACHE": str(cache)} | slow
     )
 
     def kill_rank() -> None:
