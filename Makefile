@@ -22,11 +22,11 @@ demo: $(STAMP)
 	$(BIN)/ptft pipeline demo --out $(DEMO_DIR) --launch cpu --processes 2
 	$(BIN)/ptft generate $(DEMO_DIR)/ppo --prompt "What does os.path.join do?" --max-new-tokens 24
 
-# Two processes of one thread, since tests of two ranks fill two cores by themselves. Tests that share a module's fixture stay together
-# (tests/conftest.py, which also says which begin). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without the start of
-# further processes.
+# Three processes of one thread fill two cores, because tests of Slurm mostly wait. Tests that share a module's fixture
+# stay together (tests/conftest.py, which also says which begin). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without
+# the start of further processes.
 test: $(STAMP) slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 # tests/slurm start a private cluster, and are skipped where its programs cannot be had. Installed are Debian's
 # packages; they start no cluster by themselves.

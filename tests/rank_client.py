@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
@@ -21,7 +22,7 @@ def main() -> None:
     server.connect(sys.argv[1])
     signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # the request comes first
     for number in PASSED_ON:
-        signal.signal(number, lambda received, _frame: server.send(bytes([received])))
+        signal.signal(number, lambda received, _frame: pass_on(server, received))
     cwd = os.getcwd()  # noqa: PTH109  # pathlib is slow to import
     request = {"words": words, "env": dict(os.environ), "cwd": cwd, "pid": os.getpid(), "parent": os.getppid()}
     with os.fdopen(os.memfd_create("request"), "w") as file:  # an environment may be larger than a packet
@@ -35,6 +36,11 @@ def main() -> None:
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def pass_on(server: socket.socket, number: int) -> None:
+    with suppress(BrokenPipeError):  # the rank has just ended
+        server.send(bytes([number]))
 
 
 if __name__ == "__main__":

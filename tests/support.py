@@ -113,12 +113,12 @@ def write_documents(path: Path, count: int = 160, seed: int = 0) -> Path:
 
 
 def make_recipe(documents: Path, **changes: Any) -> dict[str, Any]:
-    """A tiny fp32 Llama on rows of different lengths; `changes` are merged into its sections."""
+    """A tiny fp32 Llama of one layer on rows of different lengths; `changes` are merged into its sections."""
     llama = {
         "model_type": "llama",
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,

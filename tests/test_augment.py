@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepare_support import prepare
 from preloaded_ranks import forked_ptft
+from prepare_support import prepare
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ptft_dist.api import load_recipe

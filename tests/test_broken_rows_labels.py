@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prepare_support import prepare
 from preloaded_ranks import forked_ptft
+from prepare_support import prepare
 from support import start
 from tiny import WORDS, write_tiny
 

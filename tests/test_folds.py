@@ -12,9 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from preloaded_ranks import preloaded_ptft
 from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
-from preloaded_ranks import preloaded_ptft
 from support import environment, start, wait_until
 from tiny import write_tiny
 

@@ -10,9 +10,9 @@ from typing import Any
 import in_process
 import pytest
 import torch
-from safetensors.torch import load_file
 from preloaded_ranks import forked_ptft
-from support import eval_rows, file_digest, merge, outcome, start, train_rows, write_recipe
+from safetensors.torch import load_file
+from support import eval_rows, file_digest, make_recipe, merge, outcome, start, train_rows, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.training.progress import Judge, RunProgress
@@ -85,14 +85,15 @@ def test_a_compiled_network_has_the_same_losses_and_names(tmp_path: Path, docume
     short: dict[str, Any] = {"train": {"max_steps": 2}, "data": {"validation": None}, "eval": {"every": None}}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     config = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64, **dropout}
-    short["model"] = {"config": config}
-    plain = run(tmp_path, documents, cache, "plain", **short)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(make_recipe(documents, **short) | {"model": {"config": config}}))
     in_process = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # instead of processes that import torch first
-    short["model"]["compile"] = True
-    compiled = run(tmp_path, documents, cache, "compiled", **short, env=in_process)
-    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-5)
-    names = set(load_file(compiled / "model/model.safetensors"))
-    assert names == set(load_file(tmp_path / "plain/model/model.safetensors"))
+    for name in ("plain", "compiled"):
+        words = (f"run_dir={name}", f"model.compile={str(name == 'compiled').lower()}")
+        done = start("train", "recipe.yaml", *words, cwd=tmp_path, cache=cache, env=in_process)
+        assert done.wait() == 0, done.stderr
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    plain, compiled = (load_file(tmp_path / name / "model/model.safetensors") for name in ("plain", "compiled"))
+    assert compiled.keys() == plain.keys()
 
 
 def test_bf16_is_near_fp32_and_keeps_fp32_weights(tmp_path: Path, documents: Path, cache: Path) -> None:

@@ -188,7 +188,7 @@ ROLLING = ("ppo", "grpo", "rloo")
 LAYERS = {"bert": "num_hidden_layers", "llama": "num_hidden_layers", "t5": "num_layers", "xlnet": "n_layer"}
 
 
-def write_tiny(folder: Path, task: str, dropout: float = 0.0, layers: int = 2, **changes: Any) -> Path:
+def write_tiny(folder: Path, task: str, dropout: float = 0.0, layers: int = 1, **changes: Any) -> Path:
     """recipe.yaml and rows.jsonl in `folder`: 160 ragged rows, 8 updates of 12 rows, evaluation and save every 4."""
     special, row = ALL[task]
     write_rows(folder / "rows.jsonl", made(160, row))

@@ -103,7 +103,7 @@ def test_three_kills_change_no_bit(
 
 def test_three_processes_and_several_buckets(tmp_path: Path, documents: Path, cache: Path) -> None:
     """With three or more ranks, DDP's order of summation depends on its buckets, rebuilt at its first step."""
-    wide = {"hidden_size": 160, "intermediate_size": 480, "attention_dropout": 0.1}
+    wide = {"num_hidden_layers": 2, "hidden_size": 160, "intermediate_size": 480, "attention_dropout": 0.1}
     prepare_folder(tmp_path, documents, 3, model={"config": wide}, batch={"micro_size": 1})
     place: dict[str, Any] = {"cwd": tmp_path, "cache": cache, "ranks": 3}
     whole = start("train", "recipe.yaml", "run_dir=whole", **place)

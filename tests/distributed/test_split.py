@@ -99,7 +99,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text("\n".join(short) + "\n")
     changes: dict[str, Any] = {
         "data": {"validation": [{"path": "text.txt", "document": "line"}], "max_length": 128},
-        "model": {"config": {"max_position_embeddings": 128}},
+        "model": {"config": {"num_hidden_layers": 2, "max_position_embeddings": 128}},
         "train": {"max_steps": None, "epochs": EPOCHS},
         "eval": {"micro_size": None},
         "save": {"every": None},
