@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 
+from deepspeed.utils import nvtx
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ptft_dist.cli import command
@@ -16,5 +17,6 @@ command()
 for package in PACKAGES:
     importlib.metadata.version(package)  # kept by versions_once.py
 get_checkpoint_conversion_mapping("llama")  # compiles hundreds of regular expressions, needed by every export
+nvtx.enable_nvtx = False  # marks for a profiler of GPUs
 gc.freeze()
 gc.enable()  # disabled by versions_once.py

@@ -17,8 +17,6 @@ import numpy as np
 import pytest
 import torch
 from rl_support import EOS, PAD, batch_of, llama, look, some_trajectories, task_for
-from trl import GRPOTrainer, RLOOTrainer
-from trl.trainer.utils import add_fused_lm_head
 
 from ptft_dist.engine import reset_accelerate
 from ptft_dist.rl.rollout import Trajectory
@@ -33,9 +31,12 @@ def _no_accelerate() -> Iterator[None]:
     reset_accelerate()
 
 
-def trl_trainer(kind: Any, model: Any, reference: Any, trajectories: Sequence[Trajectory], **changes: Any) -> Any:
+def trl_trainer(kind: str, model: Any, reference: Any, trajectories: Sequence[Trajectory], **changes: Any) -> Any:
     """A TRL trainer of one process, which gets these responses and scores."""
-    trainer: Any = object.__new__(kind)
+    import trl
+    from trl.trainer.utils import add_fused_lm_head
+
+    trainer: Any = object.__new__(getattr(trl, kind))
     temperature = changes.pop("temperature", 1.0)
     networks = [copy.deepcopy(each) for each in (model, reference)]
     for each in networks:
@@ -102,7 +103,7 @@ def trl_trainer(kind: Any, model: Any, reference: Any, trajectories: Sequence[Tr
     prompts, responses = [t.prompt.ids.tolist() for t in trajectories], [t.response.tolist() for t in trajectories]
     trainer._generate = (
         (lambda _prompts: (prompts, responses, responses))
-        if kind is RLOOTrainer
+        if kind == "RLOOTrainer"
         else lambda _prompts: (prompts, responses, None, responses, None, {}, None, None)
     )
     trainer._calculate_rewards = lambda *_args: torch.tensor([[t.score] for t in trajectories])
@@ -174,7 +175,7 @@ def test_grpo_is_trls(normalization: str, kl: float, clip_high: float | None, sc
     trajectories = rolled_out(task, model, reference, kl)
 
     trainer = trl_trainer(
-        GRPOTrainer,
+        "GRPOTrainer",
         model,
         reference,
         trajectories,
@@ -226,7 +227,7 @@ def test_rloo_is_trls_on_the_first_pass(kl: float, whiten: bool) -> None:
     reference = moved(model, 6)
     task = task_for(model, "rloo", {"kl": kl, "whiten_advantages": whiten, "kl_estimator": "k1"})
     trajectories = rolled_out(task, model, reference, kl)
-    trainer = trl_trainer(RLOOTrainer, model, reference, trajectories, beta=kl, epsilon_low=0.2, epsilon_high=0.2)
+    trainer = trl_trainer("RLOOTrainer", model, reference, trajectories, beta=kl, epsilon_low=0.2, epsilon_high=0.2)
     rollout = trl_rollout(trainer, trajectories)
     if not whiten:  # TRL whitens over responses, here over tokens
         for b, each in enumerate(trajectories):
@@ -254,7 +255,7 @@ def test_groups_without_spread(scores: list[float]) -> None:
         each.score = score
     metrics = task.advantages(trajectories)
     changes = {"beta": 0.0, "epsilon_low": 0.2, "epsilon_high": 0.2, "loss_type": "dapo"}
-    trainer = trl_trainer(GRPOTrainer, model, model, trajectories, **changes)
+    trainer = trl_trainer("GRPOTrainer", model, model, trajectories, **changes)
     trl_rollout(trainer, trajectories)
     assert metrics["groups_without_spread"] == trainer._metrics["train"]["frac_reward_zero_std"][0]
     assert not np.concatenate([each.tokens["advantages"] for each in trajectories[:3]]).any()

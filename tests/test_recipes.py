@@ -22,6 +22,7 @@ SMOKE += ["data.validation=0.2", "batch.global_size=8", "batch.micro_size=4"]
 SMALLER = {  # what a recipe says -> overrides that make it cheaper
     r"^task: (?:ppo|grpo|rloo)$": ["{task}.prompts=8", "{task}.sampling.max_new_tokens=4"],
     r"^  generation: ": ["{task}.generation.max_new_tokens=4"],
+    r"^  mixing:": ["data.train.1.limit=40"],
     r"^  ewc:$": ["continual.ewc.data.0.limit=20", "continual.ewc.rows=8"],
 }
 

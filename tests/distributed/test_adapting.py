@@ -21,6 +21,7 @@ CASES = [(method, name) for method in PROMISED for name in RUNS]
 CASES += [(method, "zero3") for method in ("dora", "pissa", "ia3", "last_layers")]
 CASES += [("eva", "ddp")]
 TRAIN: dict[str, Any] = {"train": {"max_steps": 4}, "save": {"every": 2}, "eval": {"every": 2}}
+TRAIN["batch"] = {"micro_size": 6}  # one micro-batch for each of two ranks
 
 
 SEVERAL_LAYERS = ("last_layers", "adalora")  # methods that treat layers differently
