@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ptft_dist.api import (
+        chat,
         checkpoints,
         compare,
         evaluate,
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Result",
     "__version__",
+    "chat",
     "checkpoints",
     "compare",
     "evaluate",

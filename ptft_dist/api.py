@@ -26,6 +26,7 @@ from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
     from ptft_dist.checkpoint.listing import CheckpointInfo
+    from ptft_dist.conversation import Conversation
     from ptft_dist.converting.convert import Converted
     from ptft_dist.data.inspection import Inspection
     from ptft_dist.data.prepare import Prepared
@@ -499,8 +500,7 @@ def generate(
         CheckpointError: there is no model, or it cannot generate text.
         RecipeError: the prompt has no token, or an adapter or its base cannot be loaded.
     """
-    if use is not None and not adapters:
-        raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
+    _chosen(use, adapters)
     model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
 
     if raw is None and (raw := _joined_without_template(model)):
@@ -521,6 +521,54 @@ def generate(
         adapters=named,
         use=use,
     )
+
+
+@_hiding_secrets
+def chat(
+    model_dir: str | Path,
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+    adapters: Mapping[str, str | Path] | None = None,
+    use: str | None = None,
+) -> Conversation:
+    """Begin a conversation with a trained model: `chat("runs/sft").answer("Hello")`.
+
+    Args:
+        system: the system message.
+
+    The other arguments are those of `generate`.
+
+    Raises:
+        CheckpointError: there is no model, or it cannot generate text.
+        RecipeError: the model has no chat template or was trained without it, or an adapter cannot be loaded.
+    """
+    model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
+    if _joined_without_template(model):
+        raise RecipeError(f"{model_dir}: trained on texts without the chat template, so it cannot chat: ptft generate")
+    _quiet_imports()
+    from ptft_dist.conversation import Conversation
+
+    return Conversation(
+        model,
+        system=system,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        adapters=named,
+        use=_chosen(use, adapters),
+    )
+
+
+def _chosen(use: str | None, adapters: Mapping[str, str | Path] | None) -> str | None:
+    """Raises RecipeError if there is nothing to choose from."""
+    if use is not None and not adapters:
+        raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
+    return use
 
 
 def _joined_without_template(model: Path) -> bool:

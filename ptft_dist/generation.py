@@ -48,17 +48,29 @@ def generate(
         ids = encode_prompt(tokenizer, prefix + prompt, chat=chat, source=source).to(device)
         if ids.shape[1] == 0:
             raise RecipeError("prompt: the tokenizer returns no token for it. Give some text.")
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
-        pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        options = {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
-        if hasattr(model, "peft_config"):
-            output = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-        else:
-            output = model.generate(ids, **options)
+        options = sampling_options(tokenizer, max_new_tokens, temperature, top_p)
+        output = continued(model, ids, **options)
     begin = ids.shape[1] if chat else 0  # an answer is returned without the question
-    return str(tokenizer.decode(output[0][begin:], skip_special_tokens=True)).strip()
+    return str(tokenizer.decode(output[begin:], skip_special_tokens=True)).strip()
+
+
+def sampling_options(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_p: float
+) -> dict[str, Any]:
+    """Options of transformers' `generate`. temperature 0 is greedy decoding."""
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+    pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
+
+
+def continued(model: Any, ids: Tensor, **options: Any) -> Tensor:
+    """A prompt [1, T] and the tokens that follow, int64 [T + N]; of an encoder-decoder, the decoder's tokens [N]."""
+    if hasattr(model, "peft_config"):
+        options["attention_mask"] = torch.ones_like(ids)
+    output: Tensor = model.generate(input_ids=ids, **options)
+    return output[0]
 
 
 def load_network(model_dir: Path, adapters: Mapping[str, Path], use: str | None) -> tuple[Any, PreTrainedTokenizerBase]:

@@ -35,6 +35,7 @@ VERBS: tuple[tuple[str, str, str], ...] = (
     ("checkpoints", "ptft_dist.cli.checkpoints", "checkpoints"),
     ("tensorboard", "ptft_dist.cli.tensorboard", "tensorboard"),
     ("generate", "ptft_dist.cli.generate", "generate"),
+    ("chat", "ptft_dist.cli.chat", "chat"),
     ("evaluate", "ptft_dist.cli.evaluate", "evaluate"),
     ("predict", "ptft_dist.cli.predict", "predict"),
     ("report", "ptft_dist.cli.report", "report"),

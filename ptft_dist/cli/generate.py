@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -29,14 +30,6 @@ def generate(
     With --adapter, RUN is the base of the adapters, or has an adapter on the same base, which is called `default`.
     """
     from ptft_dist import api
-    from ptft_dist.errors import RecipeError
-
-    adapters: dict[str, str | Path] = {}
-    for given in adapter or ():
-        name, separator, path = given.partition("=")
-        if not (name and separator and path) or name in adapters:
-            raise RecipeError(f"--adapter {given}: expected NAME=DIR, each NAME once, as in --adapter french=runs/fr")
-        adapters[name] = path
 
     text = api.generate(
         run,
@@ -46,7 +39,20 @@ def generate(
         top_p=top_p,
         seed=seed,
         raw=raw,
-        adapters=adapters,
+        adapters=named_adapters(adapter or ()),
         use=use,
     )
     print(text)
+
+
+def named_adapters(options: Sequence[str]) -> dict[str, str | Path]:
+    """The directories of `--adapter NAME=DIR` by name. Raises RecipeError."""
+    from ptft_dist.errors import RecipeError
+
+    found: dict[str, str | Path] = {}
+    for given in options:
+        name, separator, path = given.partition("=")
+        if not (name and separator and path) or name in found:
+            raise RecipeError(f"--adapter {given}: expected NAME=DIR, each NAME once, as in --adapter french=runs/fr")
+        found[name] = path
+    return found

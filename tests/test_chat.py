@@ -1,0 +1,139 @@
+"""`ptft chat`: the answers of transformers to all messages so far."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import start, write_recipe
+from tiny import write_tiny
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ptft_dist import api, conversation
+from ptft_dist.cli import command
+from ptft_dist.errors import RecipeError
+
+QUESTIONS = ("red cat", "a small dog runs", "old")
+GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    model = {"config": {"max_position_embeddings": 256, "initializer_range": 0.3}}  # long, with many things to say
+    write_tiny(folder, "sft", train={"max_steps": 2}, eval={"every": None}, save={"every": None}, model=model)
+    trained = start("train", "recipe.yaml", cwd=folder, cache=cache)
+    assert trained.wait() == 0, trained.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("system", [None, "small house"])
+def test_it_answers_as_transformers_does(run: Path, system: str | None) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
+    messages = [{"role": "system", "content": system}] if system else []
+    chat, shown = api.chat(run, system=system, **GREEDY), []
+    for question in QUESTIONS:
+        messages.append({"role": "user", "content": question})
+        given = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+        said = model.generate(**given, do_sample=False, max_new_tokens=6)[0, given["input_ids"].shape[1] :]
+        text = tokenizer.decode(said, skip_special_tokens=True).strip()
+        messages.append({"role": "assistant", "content": text})
+        assert chat.answer(question, shown.append) == text
+        assert "".join(shown).strip() == text
+        shown.clear()
+    assert chat.messages == messages
+    assert len({each["content"] for each in messages if each["role"] == "assistant"}) > 1
+
+
+def test_the_seed_and_another_conversation(run: Path) -> None:
+    answers = []
+    for seed in (1, 1, 2):
+        chat = api.chat(run, seed=seed, temperature=2.0, max_new_tokens=12)
+        answers.append([chat.answer(question) for question in QUESTIONS])
+        chat.restart()
+        assert chat.messages == []
+        assert chat.answer(QUESTIONS[0]) == answers[-1][0]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_goes_on(run: Path) -> None:
+    chat = api.chat(run, **GREEDY)
+    chat.answer("cat")
+    before = list(chat.messages)
+    with pytest.raises(RecipeError, match=r"tokens, and its answer up to 6: more than .* 256\. Begin another"):
+        chat.answer("cat " * 300)
+    assert chat.messages == before
+    chat.answer("dog")
+    assert len(chat.messages) == 4
+
+
+def test_models_that_cannot_chat(tmp_path: Path, documents: Path, cache: Path) -> None:
+    for name, what in (("clm", "has no chat template"), ("seq2seq", "is an encoder-decoder")):
+        changes: dict[str, Any] = {"train": {"max_steps": 1}, "eval": {"every": None}, "save": {"every": None}}
+        if name == "clm":
+            write_recipe(tmp_path / name, documents, **changes)
+        else:
+            (tmp_path / name).mkdir()
+            write_tiny(tmp_path / name, name, **changes)
+        trained = start("train", "recipe.yaml", cwd=tmp_path / name, cache=cache)
+        assert trained.wait() == 0, trained.stderr
+        with pytest.raises(RecipeError, match=f"the model {what}, so it cannot chat. For one text: ptft generate"):
+            api.chat(tmp_path / name / "run")
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def chat(run: Path, *words: str) -> None:
+    words = ("chat", str(run), "--temperature", "0", "--max-new-tokens", "6", *words)
+    with command("chat").make_context("ptft", list(words)) as context:
+        context.command.invoke(context)
+
+
+def test_messages_from_a_pipe(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [QUESTIONS[0], "", QUESTIONS[1], "/new", QUESTIONS[1]]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    chat(run)
+    one, other = api.chat(run, **GREEDY), api.chat(run, **GREEDY)
+    expected = [one.answer(QUESTIONS[0]), one.answer(QUESTIONS[1]), other.answer(QUESTIONS[1])]
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == expected
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("cat " * 300))
+    with pytest.raises(RecipeError, match="more than the model's max_position_embeddings"):
+        chat(run)
+
+
+def test_ctrl_c_ends_an_answer_and_an_error_not_the_conversation(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    typed = iter([QUESTIONS[0], "cat " * 300, QUESTIONS[0]])
+    begun: list[str] = []
+
+    def type_in(prompt: str) -> str:
+        assert prompt == "> "
+        if (line := next(typed, None)) is None:
+            raise EOFError
+        return line
+
+    class Interrupted(conversation._Shower):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            begun.append(text)
+            if len(begun) == 1:
+                raise KeyboardInterrupt
+            super().on_finalized_text(text, stream_end)
+
+    monkeypatch.setattr("builtins.input", type_in)
+    monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda _self: True})())
+    monkeypatch.setattr(conversation, "_Shower", Interrupted)
+    from ptft_dist.reporting.messages import messages
+
+    with messages():
+        chat(run)
+    out, err = capfd.readouterr()
+    assert out.strip() == api.chat(run, **GREEDY).answer(QUESTIONS[0])
+    assert "interrupted: the message and its answer are forgotten" in err
+    assert "error: the conversation has" in err
