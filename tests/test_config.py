@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from ptft_dist.api import load_recipe
-from ptft_dist.config.load import Loaded, describe, dump_resolved
+from ptft_dist.config.load import Loaded, describe
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.config.shipped import find_shipped, shipped
 from ptft_dist.errors import RecipeError
@@ -477,7 +477,7 @@ def test_the_tokenizer_is_the_model_s(tmp_path: Path, monkeypatch: pytest.Monkey
     assert loaded.origins["tokenizer.revision"] == "recipe.yaml:2"
     assert loaded.origins["tokenizer.add"] == "default"
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(dump_resolved(loaded))
+    resolved.write_text(loaded.resolved)
     assert "secret-name" not in resolved.read_text() + describe(loaded)
     assert load_recipe(str(resolved)).recipe == loaded.recipe
     assert load(tmp_path, text, "tokenizer={path: other}").recipe.tokenizer.path == "other"
@@ -651,12 +651,12 @@ def test_references_to_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert recipe.run_dir == "runs/clm-0.001-7-0.9-llama"
     assert recipe.data.train[1].path == "hidden-9/${x}/cosine/true.txt"  # two defaults, one of them of a section
     assert (recipe.save.every, recipe.eval.every) == (300, 300)  # a reference alone keeps the type
-    resolved = YAML(typ="safe").load(dump_resolved(loaded))
+    resolved = YAML(typ="safe").load(loaded.resolved)
     assert resolved["run_dir"] == recipe.run_dir
     assert resolved["save"]["every"] == 300
     assert resolved["data"]["train"][1]["path"] == "${env:SECRET_9}/$${x}/cosine/true.txt"
-    assert "hidden-9" not in dump_resolved(loaded) + describe(loaded)
-    (tmp_path / "resolved.yaml").write_text(dump_resolved(loaded))
+    assert "hidden-9" not in loaded.resolved + describe(loaded)
+    (tmp_path / "resolved.yaml").write_text(loaded.resolved)
     assert load_recipe(str(tmp_path / "resolved.yaml")).recipe == recipe
     assert loaded.origins["run_dir"] == "recipe.yaml:20"
 
@@ -720,10 +720,10 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
         "optim.schedule=constant",
     )
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(dump_resolved(loaded), encoding="utf-8")
+    resolved.write_text(loaded.resolved, encoding="utf-8")
     again = load_recipe(str(resolved))
     assert again.recipe == loaded.recipe
-    assert dump_resolved(again) == dump_resolved(loaded)
+    assert again.resolved == loaded.resolved
 
 
 def test_the_first_line_says_where_data_paths_start(tmp_path: Path) -> None:
@@ -731,7 +731,7 @@ def test_the_first_line_says_where_data_paths_start(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     loaded = load(tmp_path / "a")
     assert loaded.base == tmp_path / "a"
-    moved = load(tmp_path, dump_resolved(loaded))
+    moved = load(tmp_path, loaded.resolved)
     assert (moved.base, moved.recipe) == (loaded.base, loaded.recipe)
     assert refused(tmp_path, "# Its relative data paths start at here\n" + GOOD) == [
         "recipe.yaml:1: Its relative data paths start at: expected a directory in double quotes, or no such line"
@@ -739,7 +739,7 @@ def test_the_first_line_says_where_data_paths_start(tmp_path: Path) -> None:
 
 
 def test_the_resolved_recipe_holds_every_value(tmp_path: Path) -> None:
-    resolved = YAML(typ="safe").load(dump_resolved(load(tmp_path)))
+    resolved = YAML(typ="safe").load(load(tmp_path).resolved)
     assert list(resolved) == [name for name in recipe_class().model_fields if name not in TASKS or name == "clm"]
     assert resolved["optim"]["schedule"] == "cosine"
     assert resolved["optim"]["betas"] == [0.9, 0.95]

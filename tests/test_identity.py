@@ -21,7 +21,7 @@ from ptft_dist.checkpoint.checkpoint import (
 )
 from ptft_dist.checkpoint.identity import _keys, differences, may_change, run_identity
 from ptft_dist.checkpoint.resume import Resume
-from ptft_dist.config.load import Loaded, describe, dump_resolved
+from ptft_dist.config.load import Loaded, describe
 from ptft_dist.config.mistakes import Schema
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
 from ptft_dist.tasks.registry import TASKS, recipe_class
@@ -499,10 +499,10 @@ def test_a_checkpoint_of_another_version_is_never_skipped_as_damaged(tmp_path: P
 
 def test_resolved_and_shown_are_the_sections_of_the_own_task_only(tmp_path: Path) -> None:
     loaded = load(tmp_path, "clm.bos=true")
-    for text in (dump_resolved(loaded), describe(loaded)):
+    for text in (loaded.resolved, describe(loaded)):
         assert {name for name in TASKS if re.search(rf"^{name}\b", text, re.MULTILINE)} == {"clm"}
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(dump_resolved(loaded))
+    resolved.write_text(loaded.resolved)
     assert load_recipe(str(resolved)).recipe == loaded.recipe
 
 

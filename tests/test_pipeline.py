@@ -13,7 +13,6 @@ from support import eval_rows, ptft, start, write_recipe
 
 import ptft_dist
 from ptft_dist.api import input_fingerprint
-from ptft_dist.config.load import dump_resolved
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting.run_files import lock_run_dir
@@ -77,7 +76,7 @@ class Worker:
         if stage.settings.verb == "train":
             loaded = stage.load()
             (stage.folder / "result.json").write_text('{"status": "finished"}')
-            (stage.folder / "resolved.yaml").write_text(dump_resolved(loaded))
+            (stage.folder / "resolved.yaml").write_text(loaded.resolved)
             (stage.folder / "environment.json").write_text(json.dumps({"inputs": input_fingerprint(loaded)}))
             rows = ({"step": 0, "eval/loss": 4.0}, {"step": 1, "loss": 3.0}, {"step": 2, "eval/loss": 2.0})
             (stage.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -115,15 +115,15 @@ def test_special_tokens_after_the_model_s_own_keep_their_ids() -> None:
     assert "<|b|>" in after.all_special_tokens
 
 
-def test_three_processes_learn_the_same_tokens(tmp_path: Path) -> None:
+def test_two_processes_learn_the_same_tokens(tmp_path: Path) -> None:
     old("bpe").save_pretrained(tmp_path)
     code = (
         "from ptft_dist.data.tokenizer_extension import *; import sys\n"
         f"print(extend(load_tokenizer(sys.argv[1]), TokenizerExtension(tokens=30), {NEW!r}).backend_tokenizer.to_str())"
     )
     found = set()
-    for run in range(3):
-        env = os.environ | {"PYTHONHASHSEED": str(run), "RAYON_NUM_THREADS": str(1 + run)}
+    for run in range(2):
+        env = os.environ | {"PYTHONHASHSEED": str(run), "RAYON_NUM_THREADS": str(1 + 2 * run)}
         words = [sys.executable, "-c", code, str(tmp_path)]
         found.add(subprocess.run(words, env=env, check=True, capture_output=True).stdout)
     assert len(found) == 1

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,6 +46,11 @@ class Loaded:
     """The contents of the file, unchanged; a dictionary as JSON."""
     written: Mapping[KeyPath, Written]
     """What is shown of texts with references to the environment."""
+
+    @cached_property
+    def resolved(self) -> str:
+        """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
+        return f"# All values of a recipe. {starts_at(self)}\n{to_yaml(public_values(self))}"
 
 
 def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schema: type[Recipe]) -> Loaded:
@@ -244,13 +250,8 @@ def to_yaml(values: Mapping[str, Any]) -> str:
     return stream.getvalue()
 
 
-def dump_resolved(loaded: Loaded) -> str:
-    """The complete recipe as YAML, defaults included. Loading it gives an equal recipe."""
-    return f"# All values of a recipe. {starts_at(loaded)}\n{to_yaml(public_values(loaded))}"
-
-
 def read_resolved(path: Path, schema: type[Recipe], overrides: Sequence[str] = ()) -> Loaded:
-    """Read the file of `dump_resolved`. Raises RecipeError."""
+    """Read the file of `Loaded.resolved`. Raises RecipeError."""
     return read_recipe(str(path), overrides, schema)
 
 

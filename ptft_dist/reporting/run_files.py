@@ -22,7 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from ptft_dist import __version__
-from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import TokenizerSection
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import (
@@ -106,7 +106,7 @@ def write_start(run_dir: Path, loaded: Loaded, data_report: Mapping[str, Any], m
     """Write recipe.yaml as given, resolved.yaml with every value, data_report.json, and environment.json with versions
     and host. Remove the result of an earlier start."""
     (run_dir / "recipe.yaml").write_text(loaded.text, encoding="utf-8")
-    (run_dir / "resolved.yaml").write_text(dump_resolved(loaded), encoding="utf-8")
+    (run_dir / "resolved.yaml").write_text(loaded.resolved, encoding="utf-8")
     (run_dir / "data_report.json").write_text(hide(json.dumps(data_report, indent=1)), encoding="utf-8")
     environment = {
         "python": platform.python_version(),

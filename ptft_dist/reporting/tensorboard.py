@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ptft_dist.config.load import Loaded, dump_resolved, flat, given_values, public_values
+from ptft_dist.config.load import Loaded, flat, given_values, public_values
 from ptft_dist.config.secrets import hide
 from ptft_dist.reporting.messages import warn
 from ptft_dist.reporting.metrics import scalars
@@ -67,7 +67,7 @@ def _write_recipe(writer: SummaryWriter, loaded: Loaded) -> None:
     every = flat(public_values(loaded))
     given = [f"{key}: {every.get(key)}" for key, origin in loaded.origins.items() if origin == "command line"]
     texts = {"as given": hide(loaded.text), "from the command line": "\n".join(given)}
-    texts["with every value"] = hide(dump_resolved(loaded))
+    texts["with every value"] = hide(loaded.resolved)
     shown = "\n\n".join(f"**{title}**\n\n{_verbatim(text)}" for title, text in texts.items() if text)
     writer.add_text("recipe", shown, 0)
     values = {key: value for key, value in flat(given_values(loaded)).items() if not str(value).startswith("[")}

@@ -32,7 +32,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ptft_dist.api import input_fingerprint, load_recipe
-from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.load import Loaded
 from ptft_dist.config.section import Section
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import EXIT_FINISHED, PtftError, RecipeError
@@ -184,7 +184,7 @@ class Pipeline:
                 inputs = _inputs(stage, Loaded(recipe, loaded.path, loaded.base, {}, "", {}))
             else:
                 inputs = _inputs(stage, loaded)
-            parts = [stage.settings.verb, stage.model, dump_resolved(loaded), inputs]
+            parts = [stage.settings.verb, stage.model, loaded.resolved, inputs]
             parts += [found[name] for name in stage.references]
             found[stage.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ptft_dist.api import input_fingerprint, load_recipe
-from ptft_dist.config.load import Loaded, dump_resolved
+from ptft_dist.config.load import Loaded
 from ptft_dist.errors import EXIT_FINISHED, PtftError
 from ptft_dist.launch.result import read_json
 from ptft_dist.reporting.messages import say
@@ -100,7 +100,7 @@ def is_finished(run: Finishable) -> bool:
         resolved = (run.run_dir / "resolved.yaml").read_text(encoding="utf-8")
     except OSError:
         return False
-    if resolved != dump_resolved(loaded):
+    if resolved != loaded.resolved:
         return False
     return read_json(run.run_dir / "environment.json").get("inputs") == input_fingerprint(loaded)
 

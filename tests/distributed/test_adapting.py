@@ -86,7 +86,7 @@ def test_any_split_has_the_same_losses_and_a_killed_run_goes_on_exactly(
     ("precision", "sharded"), [("fp32", "cpu_zero3"), ("fp32", "fsdp2_efficient"), ("bf16", "cpu_zero2")]
 )
 def test_adalora_keeps_the_same_ranks_however_matrices_are_sharded(
-    tmp_path: Path, cache: Path, base_of: Callable[[str], Path], precision: str, sharded: str
+    tmp_path: Path, cache: Path, base: Path, precision: str, sharded: str
 ) -> None:
     """The exported ranks and singular values; in bf16 the averages of importance stay in fp32."""
     patterns, values = [], []
@@ -99,7 +99,7 @@ def test_adalora_keeps_the_same_ranks_however_matrices_are_sharded(
         }
         place = tmp_path / folder
         place.mkdir()
-        write_adapted(place, base_of("adalora"), "classification", METHODS["adalora"], **changes)
+        write_adapted(place, base, "classification", METHODS["adalora"], **changes)
         run = start("train", "recipe.yaml", cwd=place, cache=cache, ranks=ranks, kind=kind)
         assert run.wait() == 0, run.stderr
         patterns.append(json.loads((place / "run/model/adapter_config.json").read_text())["rank_pattern"])

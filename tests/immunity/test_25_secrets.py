@@ -15,7 +15,7 @@ from ptft_dist.api import evaluate, load_recipe, prepare, train
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.cli import main
 from ptft_dist.config import secrets
-from ptft_dist.config.load import describe, dump_resolved
+from ptft_dist.config.load import describe
 from ptft_dist.errors import PtftError, RecipeError
 
 SECRET = "hf_5ecretT0ken\\'(x"  # what repr and regular expressions write differently has to stay hidden too
@@ -47,15 +47,15 @@ def test_neither_the_table_nor_the_resolved_recipe_shows_it(file: str) -> None:
     loaded = load_recipe(file)
     assert loaded.recipe.model.revision == SECRET  # it does reach the program
     assert loaded.recipe.data.cache_dir == f"runs/{SECRET}/cache"
-    for text in (describe(loaded), dump_resolved(loaded), repr(loaded.origins), repr(loaded.written)):
+    for text in (describe(loaded), loaded.resolved, repr(loaded.origins), repr(loaded.written)):
         assert hidden(text)
-    assert "https://user:${env:PTFT_TEST_SECRET}@host/model" in dump_resolved(loaded)
+    assert "https://user:${env:PTFT_TEST_SECRET}@host/model" in loaded.resolved
 
 
 def test_the_resolved_recipe_still_works(file: str, tmp_path: Path) -> None:
     loaded = load_recipe(file)
     resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(dump_resolved(loaded))
+    resolved.write_text(loaded.resolved)
     assert load_recipe(str(resolved)).recipe == loaded.recipe
 
 

@@ -50,8 +50,8 @@ def assert_stored_once(path: Path) -> None:
         names = list(file.keys())
         elements = sum(file.get_tensor(name).numel() for name in names)
     assert len({EMBEDDING, HEAD} & set(names)) == 1
-    # 320 x 32 embedding; two layers of attention (4 x 32 x 32), MLP (3 x 32 x 64) and two norms; the last norm.
-    assert elements == 320 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
+    # 320 x 32 embedding; a layer of attention (4 x 32 x 32), MLP (3 x 32 x 64) and two norms; the last norm.
+    assert elements == 320 * 32 + (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32
     assert 4 * elements < path.stat().st_size < 4 * elements + 4096
 
 

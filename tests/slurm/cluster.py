@@ -71,6 +71,7 @@ class Cluster:
     """All daemons on this host; a subclass gives them hosts of their own."""
 
     more_config = ""
+    ask_every_s = 0.25  # each question starts a process
 
     def __init__(self, folder: Path, nodes: tuple[str, ...] = NODES) -> None:
         """folder: a short path, because the path of a socket is limited to 107 bytes."""
@@ -236,7 +237,7 @@ class Job:
             state = self.fact("JobState")
             assert state not in ENDED or condition(), f"the job is {state} before {what}:\n{self.log}"
             assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}; the job is {state}:\n{self.log}"
-            time.sleep(0.1)  # each question starts a process
+            time.sleep(self.cluster.ask_every_s)
 
     def wait(self, timeout_s: float = 120) -> tuple[str, str]:
         """Wait for the end of the job; return JobState and ExitCode."""
