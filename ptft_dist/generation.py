@@ -68,8 +68,9 @@ def sampling_options(
 def continued(model: Any, ids: Tensor, **options: Any) -> Tensor:
     """A prompt [1, T] and the tokens that follow, int64 [T + N]; of an encoder-decoder, the decoder's tokens [N]."""
     if hasattr(model, "peft_config"):
-        options["attention_mask"] = torch.ones_like(ids)
-    output: Tensor = model.generate(input_ids=ids, **options)
+        output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    else:
+        output = model.generate(ids, **options)
     return output[0]
 
 

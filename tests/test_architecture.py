@@ -66,6 +66,7 @@ MAY_IMPORT = {
     "api": {
         "checkpoint",
         "config",
+        "conversation",
         "converting",
         "data",
         "errors",
@@ -100,6 +101,7 @@ MAY_IMPORT = {
         "trained_network",
         "training",
     },
+    "conversation": {"errors", "generation"},
     "generation": {"data", "errors", "networks"},
     "hub": {"config", "data", "errors", "networks"},
     "exporting": {
