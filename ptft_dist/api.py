@@ -25,8 +25,8 @@ from ptft_dist.tasks.common.preference_settings import PreferenceSettings
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
+    from ptft_dist.chatting import Chat
     from ptft_dist.checkpoint.listing import CheckpointInfo
-    from ptft_dist.conversation import Conversation
     from ptft_dist.converting.convert import Converted
     from ptft_dist.data.inspection import Inspection
     from ptft_dist.data.prepare import Prepared
@@ -500,27 +500,16 @@ def generate(
         CheckpointError: there is no model, or it cannot generate text.
         RecipeError: the prompt has no token, or an adapter or its base cannot be loaded.
     """
-    _chosen(use, adapters)
-    model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
-
+    model, named = _models_of(model_dir, adapters, use)
     if raw is None and (raw := _joined_without_template(model)):
         from ptft_dist.reporting.messages import say
 
         say("this run was trained on texts without the chat template, so the prompt is continued as it is")
     _quiet_imports()
+    from ptft_dist.generation import Sampling
     from ptft_dist.generation import generate as run
 
-    return run(
-        model,
-        prompt,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        raw=raw,
-        adapters=named,
-        use=use,
-    )
+    return run(model, prompt, Sampling(max_new_tokens, temperature, top_p, seed), raw=raw, adapters=named, use=use)
 
 
 @_hiding_secrets
@@ -534,8 +523,8 @@ def chat(
     seed: int = 0,
     adapters: Mapping[str, str | Path] | None = None,
     use: str | None = None,
-) -> Conversation:
-    """Begin a conversation with a trained model: `chat("runs/sft").answer("Hello")`.
+) -> Chat:
+    """Start a chat with a trained model: `chat("runs/sft").answer("Hello")`.
 
     Args:
         system: the system message.
@@ -546,29 +535,26 @@ def chat(
         CheckpointError: there is no model, or it cannot generate text.
         RecipeError: the model has no chat template or was trained without it, or an adapter cannot be loaded.
     """
-    model, named = model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
+    model, named = _models_of(model_dir, adapters, use)
     if _joined_without_template(model):
-        raise RecipeError(f"{model_dir}: trained on texts without the chat template, so it cannot chat: ptft generate")
+        raise RecipeError(
+            f"{model_dir}: trained on texts without the chat template, so it cannot chat. Use ptft generate"
+        )
     _quiet_imports()
-    from ptft_dist.conversation import Conversation
+    from ptft_dist.chatting import Chat
+    from ptft_dist.generation import Sampling
 
-    return Conversation(
-        model,
-        system=system,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        seed=seed,
-        adapters=named,
-        use=_chosen(use, adapters),
-    )
+    sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+    return Chat(model, sampling, system=system, adapters=named, use=use)
 
 
-def _chosen(use: str | None, adapters: Mapping[str, str | Path] | None) -> str | None:
-    """Raises RecipeError if there is nothing to choose from."""
+def _models_of(
+    model_dir: str | Path, adapters: Mapping[str, str | Path] | None, use: str | None
+) -> tuple[Path, dict[str, Path]]:
+    """The directories of a model and of adapters. Raises CheckpointError, and RecipeError for `use` without adapters."""
     if use is not None and not adapters:
         raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
-    return use
+    return model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}
 
 
 def _joined_without_template(model: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
 from ptft_dist.data.tokenizer import added_around
@@ -24,49 +26,63 @@ _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditional
 _ANSWERING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of a text are chosen."""
+
+    max_new_tokens: int
+    temperature: float
+    """0: greedy decoding."""
+    top_p: float
+    """Nucleus sampling (Holtzman et al. 2020)."""
+    seed: int
+
+
 def generate(
     model_dir: Path,
     prompt: str,
+    sampling: Sampling,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    seed: int,
     raw: bool | None,
-    adapters: Mapping[str, Path] | None = None,
+    adapters: Mapping[str, Path],
     use: str | None = None,
 ) -> str:
     """Generate one text; see `api.generate`."""
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
     with libraries_restored():
-        model, tokenizer = load_network(model_dir, adapters or {}, use)
+        model, tokenizer = load_network(model_dir, adapters, use)
         source = bool(model.config.is_encoder_decoder)
-        model.to(device)
-        torch.manual_seed(seed)
+        model.to(available_device())
+        torch.manual_seed(sampling.seed)
         chat = bool(tokenizer.chat_template) and not raw and not source
         prefix = source_prefix(model.config) if source and not raw else ""
-        ids = encode_prompt(tokenizer, prefix + prompt, chat=chat, source=source).to(device)
+        ids = encode_prompt(tokenizer, prefix + prompt, chat=chat, source=source).to(model.device)
         if ids.shape[1] == 0:
             raise RecipeError("prompt: the tokenizer returns no token for it. Give some text.")
-        options = sampling_options(tokenizer, max_new_tokens, temperature, top_p)
-        output = continued(model, ids, **options)
+        output = continue_prompt(model, tokenizer, ids, sampling)
     begin = ids.shape[1] if chat else 0  # an answer is returned without the question
     return str(tokenizer.decode(output[begin:], skip_special_tokens=True)).strip()
 
 
-def sampling_options(
-    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, temperature: float, top_p: float
-) -> dict[str, Any]:
-    """Options of transformers' `generate`. temperature 0 is greedy decoding."""
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p}
+def available_device() -> torch.device:
+    """The accelerator of this process, or the CPU."""
+    return torch.accelerator.current_accelerator() or torch.device("cpu")
+
+
+def continue_prompt(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    sampling: Sampling,
+    streamer: BaseStreamer | None = None,
+) -> Tensor:
+    """Generate tokens after a prompt [1, T]: int64 [T + N], prompt included; of an encoder-decoder, the decoder's [N]."""
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature:
+        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return {"max_new_tokens": max_new_tokens, "pad_token_id": pad_id, **sampling}
-
-
-def continued(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    """A prompt [1, T] and the tokens that follow, int64 [T + N]; of an encoder-decoder, the decoder's tokens [N]."""
+    options |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad_id}
+    if streamer is not None:
+        options["streamer"] = streamer
     if hasattr(model, "peft_config"):
         output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     else:

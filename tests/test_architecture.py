@@ -64,9 +64,9 @@ MAY_IMPORT = {
         "training",
     },
     "api": {
+        "chatting",
         "checkpoint",
         "config",
-        "conversation",
         "converting",
         "data",
         "errors",
@@ -101,7 +101,7 @@ MAY_IMPORT = {
         "trained_network",
         "training",
     },
-    "conversation": {"errors", "generation"},
+    "chatting": {"errors", "generation"},
     "generation": {"data", "errors", "networks"},
     "hub": {"config", "data", "errors", "networks"},
     "exporting": {

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from adapt_support import METHODS, write_adapted
 from support import start, write_recipe
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptft_dist import api, conversation
+from ptft_dist import api, chatting
 from ptft_dist.cli import command
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.common.chat import UNTEMPLATED
 
 QUESTIONS = ("red cat", "a small dog runs", "old")
 GREEDY: dict[str, Any] = {"temperature": 0, "max_new_tokens": 6}
@@ -49,7 +53,7 @@ def test_it_answers_as_transformers_does(run: Path, system: str | None) -> None:
     assert len({each["content"] for each in messages if each["role"] == "assistant"}) > 1
 
 
-def test_the_seed_and_another_conversation(run: Path) -> None:
+def test_the_seed_and_a_new_chat(run: Path) -> None:
     answers = []
     for seed in (1, 1, 2):
         chat = api.chat(run, seed=seed, temperature=2.0, max_new_tokens=12)
@@ -60,11 +64,11 @@ def test_the_seed_and_another_conversation(run: Path) -> None:
     assert answers[0] == answers[1] != answers[2]
 
 
-def test_a_conversation_that_is_too_long_is_refused_and_goes_on(run: Path) -> None:
+def test_a_chat_that_is_too_long_is_refused_and_goes_on(run: Path) -> None:
     chat = api.chat(run, **GREEDY)
     chat.answer("cat")
     before = list(chat.messages)
-    with pytest.raises(RecipeError, match=r"tokens, and its answer up to 6: more than .* 256\. Begin another"):
+    with pytest.raises(RecipeError, match=r"tokens, and its answer up to 6: more than .* 256\. Start a new chat"):
         chat.answer("cat " * 300)
     assert chat.messages == before
     chat.answer("dog")
@@ -81,8 +85,42 @@ def test_models_that_cannot_chat(tmp_path: Path, documents: Path, cache: Path) -
             write_tiny(tmp_path / name, name, **changes)
         trained = start("train", "recipe.yaml", cwd=tmp_path / name, cache=cache)
         assert trained.wait() == 0, trained.stderr
-        with pytest.raises(RecipeError, match=f"the model {what}, so it cannot chat. For one text: ptft generate"):
+        with pytest.raises(RecipeError, match=f"the model {what}, so it cannot chat. Use ptft generate"):
             api.chat(tmp_path / name / "run")
+
+
+def test_a_run_on_texts_without_the_template_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run/data_report.json"
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {"notes": {UNTEMPLATED: [1_000, "rows.jsonl:1"]}}))
+    with pytest.raises(RecipeError, match="trained on texts without the chat template, so it cannot chat"):
+        api.chat(tmp_path / "run")
+
+
+def test_a_template_may_reject_a_system_message(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "model", tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}a"
+    tokenizer.save_pretrained(tmp_path / "model")
+    api.chat(tmp_path / "model", **GREEDY).answer("cat")
+    with pytest.raises(RecipeError, match="the chat template rejects these messages: no system"):
+        api.chat(tmp_path / "model", system="red", **GREEDY).answer("cat")
+
+
+def test_adapters_chat(run: Path, tmp_path: Path, cache: Path) -> None:
+    """By themselves and by name; the first answers are those of `generate`, which are not the base's."""
+    long = {"optim": {"lr": 0.3}, "eval": {"every": None}, "save": {"every": None}}
+    write_adapted(tmp_path, run / "model", "sft", METHODS["lora"], **long)
+    trained = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert trained.wait() == 0, trained.stderr
+    adapter = tmp_path / "run"
+    base, own = (api.generate(model, QUESTIONS[0], seed=0, **GREEDY) for model in (run, adapter))
+    assert base != own
+    assert api.chat(adapter, **GREEDY).answer(QUESTIONS[0]) == own
+    assert api.chat(run, adapters={"lora": adapter}, **GREEDY).answer(QUESTIONS[0]) == own
+    with pytest.raises(RecipeError, match="use: chooses among several adapters"):
+        api.chat(run, use="lora")
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -107,7 +145,7 @@ def test_messages_from_a_pipe(run: Path, monkeypatch: pytest.MonkeyPatch, capsys
         chat(run)
 
 
-def test_ctrl_c_ends_an_answer_and_an_error_not_the_conversation(
+def test_ctrl_c_ends_an_answer_and_an_error_not_the_chat(
     run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     typed = iter([QUESTIONS[0], "cat " * 300, QUESTIONS[0]])
@@ -119,7 +157,7 @@ def test_ctrl_c_ends_an_answer_and_an_error_not_the_conversation(
             raise EOFError
         return line
 
-    class Interrupted(conversation._Shower):
+    class Interrupted(chatting._Streamer):
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             begun.append(text)
             if len(begun) == 1:
@@ -128,12 +166,12 @@ def test_ctrl_c_ends_an_answer_and_an_error_not_the_conversation(
 
     monkeypatch.setattr("builtins.input", type_in)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda _self: True})())
-    monkeypatch.setattr(conversation, "_Shower", Interrupted)
+    monkeypatch.setattr(chatting, "_Streamer", Interrupted)
     from ptft_dist.reporting.messages import messages
 
     with messages():
         chat(run)
     out, err = capfd.readouterr()
     assert out.strip() == api.chat(run, **GREEDY).answer(QUESTIONS[0])
-    assert "interrupted: the message and its answer are forgotten" in err
-    assert "error: the conversation has" in err
+    assert "interrupted: the message and its answer are not part of the chat" in err
+    assert "error: the chat has" in err

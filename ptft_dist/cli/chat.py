@@ -4,38 +4,35 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ptft_dist.cli.generate import named_adapters
+from ptft_dist.cli.generate import Adapters, Run, Temperature, TopP, Use, named_adapters
 
 NEW = "/new"
 
 
 def chat(
-    run: Annotated[Path, typer.Argument(help="A run directory, a model directory, or an adapter directory.")],
+    run: Run,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.95,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed and messages give the same answers.")] = 0,
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter on the same base (repeatable).")
-    ] = None,
-    use: Annotated[str | None, typer.Option(help="The name of the active adapter. Default: the last one.")] = None,
+    adapter: Adapters = None,
+    use: Use = None,
 ) -> None:
-    """Talk with the final model of a run, which reads all messages before.
+    """Chat with the final model of a run. Each answer is generated from the whole chat.
 
-    /new begins another conversation, Ctrl-C ends an answer, Ctrl-D the command. Messages can also come from a pipe, one
-    in each line; the first error ends them.
+    /new starts a new chat. Ctrl-C interrupts an answer, which then is not part of the chat; Ctrl-D ends the command.
+    Messages can also come from a pipe, one per line; an error then ends the command.
     """
     from ptft_dist import api
     from ptft_dist.errors import RecipeError
     from ptft_dist.reporting.messages import fail, say
 
-    conversation = api.chat(
+    session = api.chat(
         run,
         system=system,
         max_new_tokens=max_new_tokens,
@@ -48,14 +45,14 @@ def chat(
     live = sys.stdin.isatty()
     for message in _messages(live=live):
         if message == NEW:
-            conversation.restart()
+            session.restart()
             continue
         try:
-            conversation.answer(message, show=_show)
+            session.answer(message, show=_show)
             print(flush=True)
         except KeyboardInterrupt:
             print(flush=True)
-            say("interrupted: the message and its answer are forgotten")
+            say("interrupted: the message and its answer are not part of the chat")
         except RecipeError as error:
             if not live:
                 raise

@@ -8,22 +8,28 @@ from typing import Annotated
 
 import typer
 
+Run = Annotated[Path, typer.Argument(help="A run directory, a model directory, or an adapter directory.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")]
+TopP = Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")]
+Adapters = Annotated[
+    list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter on the same base (repeatable).")
+]
+Use = Annotated[str | None, typer.Option(help="The name of the active adapter. Default: the last one.")]
+
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run directory, a model directory, or an adapter directory.")],
+    run: Run,
     prompt: Annotated[str, typer.Option(help="A text to continue, a message to answer, or a source.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy decoding.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 0.95,
+    temperature: Temperature = 0.8,
+    top_p: TopP = 0.95,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     raw: Annotated[
         bool | None,
         typer.Option("--raw/--chat", help="Continue the prompt itself, or answer it. Default: as the run was trained."),
     ] = None,
-    adapter: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=DIR", help="An adapter on the same base (repeatable).")
-    ] = None,
-    use: Annotated[str | None, typer.Option(help="The name of the active adapter. Default: the last one.")] = None,
+    adapter: Adapters = None,
+    use: Use = None,
 ) -> None:
     """Generate text with the final model of a run: continue a text, answer a message, or rewrite a source.
 

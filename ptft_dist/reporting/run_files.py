@@ -271,8 +271,8 @@ def _reporting(path: Path) -> Iterator[None]:
 def _this_start() -> str:
     """A name that is common to the ranks of this start on this machine.
 
-    It contains the start time of their parent, the launcher, because process ids are reused. A launcher that starts its
-    ranks again counts that. One that is a shell may start others later, with the same port.
+    It contains the start time of their parent, the launcher, because process ids are reused, and torchrun's number of
+    restarts. If the parent is a shell, a later start with the same port has the same name; see `_is_first`.
     """
     launcher = os.getppid()
     began = 0.0

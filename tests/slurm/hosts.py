@@ -37,7 +37,7 @@ class Hosts(Cluster):
     """Hosts h1, h2, ... with one node each, and a controller."""
 
     more_config = "SlurmdTimeout=10\nMessageTimeout=5\n"
-    ask_every_s = 0.5  # each question enters a host, which starts seven
+    ask_every_s = 0.5  # each question starts seven processes, which enter a host
 
     def __init__(self, folder: Path, count: int) -> None:
         super().__init__(folder, nodes=tuple(f"h{i}" for i in range(1, count + 1)))
