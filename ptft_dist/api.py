@@ -551,7 +551,7 @@ def chat(
 def _models_of(
     model_dir: str | Path, adapters: Mapping[str, str | Path] | None, use: str | None
 ) -> tuple[Path, dict[str, Path]]:
-    """The directories of a model and of adapters. Raises CheckpointError, and RecipeError for `use` without adapters."""
+    """The directories of a model and of adapters. Raises CheckpointError; RecipeError for `use` without adapters."""
     if use is not None and not adapters:
         raise RecipeError("use: chooses among several adapters. Name them with `adapters`")
     return model_of(model_dir), {name: model_of(path) for name, path in (adapters or {}).items()}

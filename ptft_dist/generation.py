@@ -75,7 +75,7 @@ def continue_prompt(
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
 ) -> Tensor:
-    """Generate tokens after a prompt [1, T]: int64 [T + N], prompt included; of an encoder-decoder, the decoder's [N]."""
+    """Generate tokens after a prompt [1, T]: int64 [T + N] with the prompt; of an encoder-decoder the decoder's [N]."""
     options: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
