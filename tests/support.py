@@ -66,7 +66,7 @@ PRELOADED = [
     "ptft_dist.networks.adapt.quantized",
     *(f"ptft_dist.tasks.common.scores.{kind}" for kind in ("entities", "labels", "spans", "text")),
     "ptft_dist.networks.adapt.adapters",
-    "ptft_dist.old_network",
+    "ptft_dist.session.old_network",
     "accelerate.commands.launch",
     "bitsandbytes",
     "peft.tuners.lora",

@@ -20,7 +20,7 @@ from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.engine.parameters import stored_tensors
 from ptft_dist.errors import CheckpointError, RecipeError
-from ptft_dist.generation import source_prefix
+from ptft_dist.inference.generation import source_prefix
 from ptft_dist.networks.adapt import adapt_network, bottleneck, reading_section
 from ptft_dist.networks.adapt.adapters import load_adapter, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup

@@ -18,7 +18,6 @@ from support import outcome, start, train_rows
 from tiny import classified, made, write_rows
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertForMaskedLM
 
-from ptft_dist import old_network
 from ptft_dist.api import load_recipe
 from ptft_dist.checkpoint.identity import differences
 from ptft_dist.config.continual import ReplaySettings
@@ -26,7 +25,7 @@ from ptft_dist.engine.regularizer import penalty_and_gradient
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.launch.environment import place
 from ptft_dist.networks.continual import Ewc, L2Sp
-from ptft_dist.session import Session
+from ptft_dist.session import Session, old_network
 
 OLD = [{"path": "old.jsonl"}]
 EWC = {"strength": 50.0, "data": OLD, "rows": 20}

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ptft_dist.errors import RecipeError
-from ptft_dist.frozen_networks import FrozenNetworks
+from ptft_dist.session.frozen_networks import FrozenNetworks
 from ptft_dist.tasks.protocol import FrozenRole
 
 TEACHER = FrozenRole("distillation.teacher", "runs/teacher/model", None, AutoModelForCausalLM)

@@ -459,7 +459,7 @@ def test_the_reference_is_computed_again_for_other_rows_or_another_network_only(
     session: Callable[..., Session], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed, real = [], computing.start_values
-    monkeypatch.setattr("ptft_dist.old_network.start_values", lambda *given: computed.append(1) or real(*given))
+    monkeypatch.setattr("ptft_dist.session.old_network.start_values", lambda *given: computed.append(1) or real(*given))
     first = session()
     first.add_start_column(training=True)
     assert len(computed) == 2  # training and validation rows

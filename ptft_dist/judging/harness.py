@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from ptft_dist.errors import DataError, RecipeError
-from ptft_dist.generation import libraries_restored, load_network
+from ptft_dist.inference.generation import libraries_restored, load_network
 from ptft_dist.judging.code_limits import limited
 from ptft_dist.launch.environment import place
 from ptft_dist.networks.names import directory_or_hub_name, model_of

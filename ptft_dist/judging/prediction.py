@@ -34,9 +34,9 @@ from ptft_dist.reporting.output import check_writable, write_file
 from ptft_dist.reporting.tables import SEPARATORS, table
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import run_probe
+from ptft_dist.session.trained_network import TrainedNetwork
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH
 from ptft_dist.tasks.registry import encoder_class
-from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import Shape, micro_batch
 
 CHUNK = 1024

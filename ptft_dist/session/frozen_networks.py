@@ -14,8 +14,8 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.reporting.messages import say
+from ptft_dist.session.trained_network import TrainedNetwork
 from ptft_dist.tasks.protocol import FrozenRole, Task
-from ptft_dist.trained_network import TrainedNetwork
 
 _OFFLOAD = "train.offload_frozen"
 

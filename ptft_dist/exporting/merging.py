@@ -10,7 +10,7 @@ import torch
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints, read_checkpoint
 from ptft_dist.errors import CheckpointError, RecipeError
-from ptft_dist.exporting import load_run
+from ptft_dist.exporting.checkpoints import load_run
 from ptft_dist.networks.adapt.merging import check_mergeable, merge
 from ptft_dist.networks.adapt.quantized import heads
 from ptft_dist.networks.adapt.reading import AdapterFiles, read_adapter

@@ -16,7 +16,7 @@ from ptft_dist.data.formats import Record, read_file
 from ptft_dist.data.order import split_update
 from ptft_dist.data.report import BadRows
 from ptft_dist.errors import CheckpointError, DataError
-from ptft_dist.generation import libraries_restored
+from ptft_dist.inference.generation import libraries_restored
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.names import is_adapter
 from ptft_dist.reporting.messages import progress

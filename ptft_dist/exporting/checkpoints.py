@@ -22,8 +22,8 @@ from ptft_dist.networks.names import adapter_base, is_adapter
 from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.run import libraries_restored
+from ptft_dist.session.trained_network import TrainedNetwork
 from ptft_dist.tasks.registry import recipe_class
-from ptft_dist.trained_network import TrainedNetwork
 
 
 class SavedRun:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from ptft_dist.errors import RecipeError
-from ptft_dist.generation import Sampling, available_device, continue_prompt, libraries_restored, load_network
+from ptft_dist.inference.generation import Sampling, available_device, continue_prompt, libraries_restored, load_network
 
 
 class Chat:

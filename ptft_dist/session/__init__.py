@@ -31,19 +31,19 @@ from ptft_dist.engine import Engine, complete_deepspeed_config, planned_kind
 from ptft_dist.engine.hardware import local_device, peak_flops
 from ptft_dist.engine.parameters import network_sizes
 from ptft_dist.errors import DataError
-from ptft_dist.frozen_networks import FrozenNetworks
 from ptft_dist.launch.environment import Place, check_launch, deepspeed_config_of_launch
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.critic import CRITIC
 from ptft_dist.networks.frozen import files_identity, frozen_source
 from ptft_dist.networks.load import DTYPES, flops_per_token, local_or_hub
-from ptft_dist.old_network import OldNetwork, add_penalties
 from ptft_dist.reporting.messages import say
 from ptft_dist.reporting.metrics import JsonLines
+from ptft_dist.session.frozen_networks import FrozenNetworks
+from ptft_dist.session.old_network import OldNetwork, add_penalties
+from ptft_dist.session.trained_network import TrainedNetwork
 from ptft_dist.tasks.common.distillation import Distillation, teacher_order
 from ptft_dist.tasks.protocol import FrozenRole, StartColumn, Task
 from ptft_dist.tasks.registry import encoder_class
-from ptft_dist.trained_network import TrainedNetwork
 from ptft_dist.training.batches import BaselineBatches, Batches, Shape, SupervisedBatches, UpdateDataset
 from ptft_dist.training.plan import plan_run
 from ptft_dist.training.rollouts import RollingTask, RolloutBatches

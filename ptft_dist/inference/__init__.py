@@ -1,0 +1,1 @@
+"""Uses of trained models on the terminal: text, chats, scores."""
