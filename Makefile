@@ -22,6 +22,9 @@ demo: $(STAMP)
 	$(BIN)/ptft pipeline demo --out $(DEMO_DIR) --launch cpu --processes 2
 	$(BIN)/ptft generate $(DEMO_DIR)/ppo --prompt "What does os.path.join do?" --max-new-tokens 24
 
+# Each process would compile all modules again.
+unexport PYTHONDONTWRITEBYTECODE
+
 # Three processes of one thread fill two cores, because tests of Slurm mostly wait. Tests that share a module's fixture
 # stay together (tests/conftest.py, which also says which begin). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without
 # the start of further processes.

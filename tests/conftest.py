@@ -28,8 +28,16 @@ if hasattr(os, "SCHED_BATCH"):
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
-# Begun first, so that no process is left with them alone: those that wait for Slurm, and those of minutes.
-LONG = ("tests/slurm/", "tests/distributed/", "tests/test_real_models.py", "tests/test_launch.py", "tests/immunity/")
+# Begun first, so that no process is left with them alone: those that wait for Slurm, and the longest ones.
+LONG = (
+    "tests/slurm/",
+    "tests/distributed/",
+    "tests/test_training.py::test_a_compiled_network",
+    "tests/test_new_tokens.py::test_smollm2",
+    "tests/test_real_models.py",
+    "tests/test_launch.py",
+    "tests/immunity/",
+)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

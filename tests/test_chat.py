@@ -14,9 +14,10 @@ from support import start, write_recipe
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ptft_dist import api, chatting
+from ptft_dist import api
 from ptft_dist.cli import command
 from ptft_dist.errors import RecipeError
+from ptft_dist.inference import chatting
 from ptft_dist.tasks.common.chat import UNTEMPLATED
 
 QUESTIONS = ("red cat", "a small dog runs", "old")
