@@ -296,6 +296,8 @@ def check_sides(recipe: Recipe, report: Report) -> None:
             "Use a larger fraction, smaller documents (data.train[0].document: paragraph), more data, or separate "
             "validation sources."
         )
+    elif any("data.max_length" in reason for reason in report.dropped):
+        remedy = f"Raise data.max_length ({recipe.data.max_length}), or check the sources."
     else:
         remedy = "Check the sources."
     raise DataError(f"data: no rows for {' and '.join(empty)}: {read}. {remedy}")
