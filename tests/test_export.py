@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     pipeline,
@@ -221,6 +222,18 @@ def test_the_written_config_is_complete(tmp_path: Path) -> None:
     assert (config["rope_theta"], config["rope_parameters"]["rope_theta"]) == (5e5, 5e5)
     assert config["use_cache"] is True
     assert model.config.use_cache is False
+
+
+def test_a_changed_generation_config_is_written_with_what_the_base_has(tmp_path: Path) -> None:
+    """Vicuna's has values for sampling without do_sample, which transformers saves only if the config is as it was."""
+    model = build(LLAMA)
+    model.generation_config = GenerationConfig.from_dict({"temperature": 0.9, "top_p": 0.6, "eos_token_id": 1})
+    model.generation_config.eos_token_id = [1, 2]
+    write_model(content(model), model.state_dict(), tmp_path)
+    written = read(tmp_path / "generation_config.json")
+    assert (written["eos_token_id"], written["temperature"], written["top_p"]) == ([1, 2], 0.9, 0.6)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config
+    assert (loaded.eos_token_id, loaded.do_sample) == ([1, 2], model.generation_config.do_sample)
 
 
 def test_the_number_of_experts_stands_under_the_old_name_too(tmp_path: Path) -> None:

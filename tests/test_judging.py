@@ -37,6 +37,7 @@ from ptft_dist.pages.read import read_run
 from ptft_dist.tasks.common.scores.tables import calibration
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.registry import TASKS, encoder_class
+from ptft_dist.tasks.sft.encode import NO_ANSWER_LEFT
 from ptft_dist.training.validation import Validation
 
 SHORT: dict[str, Any] = {"layers": 1, "train": {"max_steps": 2}, "eval": {"every": None, "micro_size": 6}}
@@ -55,6 +56,8 @@ def run_of(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Any:
             changes: dict[str, Any] = {"save": {"every": None}}
             if task == "regression":
                 changes["model"] = {"config": {"initializer_range": 0.2}}
+            if task == "sft":
+                changes["data"] = {"max_length": 60}  # room for the last question of each row
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
                 patch.syspath_prepend(str(folder))
@@ -442,6 +445,39 @@ def test_rows_without_an_answer_say_why(run_of: Any, tmp_path: Path) -> None:
     assert lines(tmp_path / "out.jsonl")[1]["prediction"]["problem"] == "without words"
 
 
+def test_a_question_that_does_not_fit_is_not_replaced_by_an_earlier_one(
+    run_of: Any, tmp_path: Path, cache: Path
+) -> None:
+    """Also if it is the only row of a process."""
+    asked, answered = {"role": "user", "content": "red cat"}, {"role": "assistant", "content": "it sleeps"}
+    long = {"role": "user", "content": "the dog " * 60}
+    rows = [[asked, answered, asked], [asked, answered, long], [long]]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    assert api.predict(run_of("sft"), "in.jsonl", "out.jsonl").unanswered == 2
+    first, *others = (row["prediction"] for row in lines(tmp_path / "out.jsonl"))
+    assert list(first) == ["text"]
+    assert others == [{"problem": NO_ANSWER_LEFT}] * 2
+    words = ("predict", str(run_of("sft")), "--file", "in.jsonl", "--out", "two.jsonl")
+    done = start(*words, cwd=tmp_path, cache=cache, ranks=2)
+    assert done.wait() == 0, done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_a_run_with_packed_conversations_answers_each(tmp_path: Path) -> None:
+    """Packing is for training: the answers are those without it."""
+    changes = {
+        **SHORT,
+        "model": {"config": {"max_position_embeddings": 128}},
+        "sft": {"packing": True, "generation": None},
+    }
+    api.train(write_tiny(tmp_path, "sft", **changes), {"run_dir": "run"}, quiet=True)
+    (tmp_path / "in.jsonl").write_text('{"messages": [{"role": "user", "content": "red cat"}]}\n' * 2)
+    api.predict("run", "in.jsonl", "packed.jsonl")
+    api.predict("run", "in.jsonl", "alone.jsonl", overrides={"sft.packing": False})
+    assert lines(tmp_path / "packed.jsonl") == lines(tmp_path / "alone.jsonl")
+    assert [list(row["prediction"]) for row in lines(tmp_path / "packed.jsonl")] == [["text"], ["text"]]
+
+
 def test_half_a_surrogate_pair_in_another_column_is_kept(run_of: Any, tmp_path: Path) -> None:
     """JSON can spell it, and UTF-8 cannot."""
     (tmp_path / "in.jsonl").write_text('{"text": "a cat", "note": "\\ud83d"}\n')
@@ -490,6 +526,8 @@ def test_what_cannot_be_predicted_is_said(run_of: Any, language_model: Path, tmp
         api.predict(language_model, "in.jsonl", "out.jsonl")
     with pytest.raises(RecipeError, match="task reward gives no answers to rows"):
         api.predict(run_of("reward"), "in.jsonl", "out.jsonl")
+    with pytest.raises(RecipeError, match="task sft gives no answers to rows with these settings"):
+        api.predict(run_of("sft"), "in.jsonl", "out.jsonl", overrides={"sft": {"shape": "text"}})
     with pytest.raises(RecipeError, match="there is no directory"):
         api.predict("./nowhere", "in.jsonl", "out.jsonl")
     with pytest.raises(RecipeError, match=re.escape("classification.labels")):

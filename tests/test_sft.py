@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -29,7 +30,7 @@ from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.tasks.common.chat import UNTEMPLATED, Conversation, Plain
 from ptft_dist.tasks.common.chat_template import CHATML, ChatTemplate, TemplateRefused, trl_templates
 from ptft_dist.tasks.registry import recipe_class
-from ptft_dist.tasks.sft.chat import read_row, shape_of
+from ptft_dist.tasks.sft.chat import read_row, shape_of, with_answer
 from ptft_dist.tasks.sft.encode import ConversationRows, learned_tokens
 from ptft_dist.tasks.sft.task import EmbeddingNoise, conversation_lengths
 
@@ -82,6 +83,8 @@ TOOL = {"type": "function", "function": {"name": "look", "parameters": {}}}
 SPELT = {"function": {"name": "look", "arguments": '{"at": "cat"}'}}
 PARTS = [{"type": "text", "text": "a red "}, {"type": "text", "text": "cat"}]
 CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+CALLED_TWICE = {"role": "assistant", "content": "", "tool_calls": [{"id": "a1", **CALL}, {"id": "b2", **CALL}]}
+ANSWERS = [{"role": "tool", "content": "x", "tool_call_id": id_} for id_ in ("a1", "b2")]
 SHAPED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     "messages": ({"messages": [USER, ASSISTANT]}, "messages", [USER, ASSISTANT]),
     "parts": (
@@ -120,6 +123,11 @@ SHAPED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
             {"role": "tool", "content": "asleep", "name": "look"},
             ASSISTANT,
         ],
+    ),
+    "parallel tool calls with ids": (
+        {"messages": [USER, CALLED_TWICE, *ANSWERS, ASSISTANT]},
+        "messages",
+        [USER, CALLED_TWICE, *ANSWERS, ASSISTANT],
     ),
     "sharegpt": (
         {"conversations": [{"from": "human", "value": "a red cat"}, {"from": "gpt", "value": "it sleeps"}]},
@@ -308,6 +316,37 @@ def test_the_end_is_learned_also_where_padding_is_spelt_like_it(tokenizer: Any) 
     ends = (batch.inputs["targets"] == same.eos_token_id).sum(1)
     assert ends.tolist() == [1, 2]
     assert batch.count == sum(int(row.columns["learned"].sum()) for row in rows)
+
+
+def test_a_template_reads_the_ids_of_calls_and_none_can_spell_a_special_token(tokenizer: Any) -> None:
+    """As in Mistral's, which has no other way to tell parallel calls apart."""
+    template = """{%- for m in messages %}<|im_start|>{{ m.role }}
+{% for call in m.tool_calls or [] %}{% if (call.id or '')|length != 9 %}{{ raise_exception('ids need 9 letters') }}
+{%- endif %}[{{ call.id }}]{{ call.function.name }}{{ call.function.arguments }}{% endfor %}{{ m.tool_call_id or '' }}{{ m.content }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+    def row(first: str) -> dict[str, Any]:
+        calls = [{"id": first, **CALL}, {"id": "987654321", **CALL}]
+        called, found = {"role": "assistant", "content": "", "tool_calls": calls}, {"role": "tool", "content": "x"}
+        return {"messages": [USER, called, {**found, "tool_call_id": first}, ASSISTANT]}
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = template
+    text = own.decode(encode(own, row("abcdefghi")).columns["input_ids"])
+    assert [name in text for name in ("[abcdefghi]look", "[987654321]look")] == [True, True]
+    assert "tool\nabcdefghix" in text
+    with pytest.raises(RowError, match="ids need 9 letters"):
+        encode(own, row("short"))
+    with pytest.raises(RowError, match=r"tool_calls\[0\]\.id: the text contains the special token"):
+        encode(own, row("<|im_end|>"))
+
+
+@pytest.mark.parametrize("role", ["gpt", "assistant", "chatgpt", "bing", "function_call"])
+def test_the_answer_of_a_row_is_replaced_whatever_its_speaker_is_called(role: str) -> None:
+    asked = {"from": "human", "value": "a red cat"}
+    values = {"conversations": [asked, {"from": role, "value": '{"name": "look"}'}]}
+    assert with_answer(values, ".")["conversations"] == [asked, {"from": "gpt", "value": "."}]
 
 
 def test_a_lone_answer_and_an_empty_prompt_can_be_evaluated(tokenizer: Any) -> None:

@@ -38,6 +38,10 @@ class TaskSettings(Section):
     draws: ClassVar[bool] = False
     """Whether `prepare` uses train.seed."""
 
+    def for_answers(self) -> Self | None:
+        """The settings with which `ptft predict` reads and answers rows; None if they give no answers."""
+        return self
+
     @property
     def metric_names(self) -> tuple[str, ...]:
         """The metrics of an evaluation, as eval.metric names them."""

@@ -72,8 +72,10 @@ def predict(
         raise RecipeError(f"{out}: this is the file with the rows. Name another file for the answers")
     target = find_target(model, source, overrides, file)
     kind = encoder_class(target.loaded.recipe.task)
-    if not kind.answer_roles:
-        raise RecipeError(f"{model}: task {target.loaded.recipe.task} gives no answers to rows. {_INSTEAD}")
+    task, settings = target.loaded.recipe.task, target.loaded.recipe.settings.for_answers()
+    if not kind.answer_roles or settings is None:
+        these = " with these settings" * bool(kind.answer_roles)
+        raise RecipeError(f"{model}: task {task} gives no answers to rows{these}. {_INSTEAD}")
     if place.is_main:
         check_writable(out)
     with libraries_restored():
@@ -125,7 +127,8 @@ class Predictor:
             RecipeError: the model does not fit the recipe.
         """
         loaded = target.for_reading(place.world_size)
-        loaded = replace(loaded, recipe=_with_generation(loaded.recipe))
+        settings = {loaded.recipe.task: loaded.recipe.settings.for_answers()}
+        loaded = replace(loaded, recipe=loaded.recipe.model_copy(update=settings))
         self.recipe, self.base, self.kind = loaded.recipe, loaded.base, kind
         section = local_or_hub(self.recipe.model, self.base)
         # What the encoder discovers about the tokenizer is added before the task is built, which also reads it.
@@ -198,16 +201,13 @@ class Predictor:
         records = islice(self._records(file), done, None)
         rank, ranks = self.engine.dp_rank, self.engine.dp_size
         while chunk := list(islice(records, CHUNK * ranks)):
-            mine = list(range(rank, len(chunk), ranks))
-            # A rank without rows must take part in every forward pass, with a row of another rank.
-            given = self._answers(chunk, mine or [0], len(mine))
             found: dict[int, Mapping[str, Any]] = {}
-            for part in self.engine.gather_on_main(given):
+            for part in self.engine.gather_on_main(self._answers(chunk, range(rank, len(chunk), ranks))):
                 found |= part
             yield chunk, found
 
-    def _answers(self, chunk: Sequence[Record], numbers: Sequence[int], count: int) -> dict[int, Mapping[str, Any]]:
-        """The answers to the rows with these numbers, of which only the first `count` are wanted."""
+    def _answers(self, chunk: Sequence[Record], numbers: Sequence[int]) -> dict[int, Mapping[str, Any]]:
+        """The answers to the rows with these numbers. All ranks must call it together."""
         answers: dict[int, Mapping[str, Any]] = {}
         rows: list[Row] = []
         owners: list[int] = []
@@ -226,42 +226,33 @@ class Predictor:
                 rows.append(Row(ids, np.zeros(1, np.int64), columns))
                 owners.append(number)
                 lengths.append(len(ids))
-        predictions = self._forward(RowList(rows, lengths), wanted=count > 0)
+        predictions = self._forward(rows, lengths)
         windows: dict[int, list[int]] = {}
         for i, owner in enumerate(owners):
             windows.setdefault(owner, []).append(i)
-        if not count:
-            return {}
         for owner, indices in windows.items():
             answer = self.trained.task.answer([predictions[i] for i in indices], [rows[i] for i in indices])
             answers[owner] = answer or {}
         return answers
 
-    def _forward(self, rows: RowList, *, wanted: bool) -> dict[int, Any]:
+    def _forward(self, rows: list[Row], lengths: list[int]) -> dict[int, Any]:
         """The predictions for rows, by index. All ranks make the same number of forward passes."""
         task, engine = self.trained.task, self.engine
         micro_size = self.recipe.eval.micro_size
         shape = Shape(0, 1, micro_size, None if micro_size is not None else self.shape.micro_tokens, True)
-        parts = [part for (part,) in shape.split(rows.lengths(np.arange(len(rows))))] if len(rows) else []
-        most = max(engine.gather_objects(len(parts)))
+        parts = [part for (part,) in shape.split(np.array(lengths))] if rows else []
+        plans = engine.gather_objects((len(parts), rows[0] if rows else None))
+        # A rank that has no more rows takes part in the passes of others with a dummy batch, whose row may be theirs.
+        read = RowList(rows or [row for _, row in plans if row is not None][:1], lengths)
         predictions: dict[int, Any] = {}
-        keys = np.stack([np.full(len(rows), EVALUATION_EPOCH), np.arange(len(rows))], axis=1)
+        keys = np.stack([np.full(len(read), EVALUATION_EPOCH), np.arange(len(read))], axis=1)
         with engine.evaluating():
-            for part in [*parts, *[np.array([], int)] * (most - len(parts))]:
-                batch = micro_batch(rows, keys[part], keys[0], task.collate)
+            for part in [*parts, *[np.array([], int)] * (max(count for count, _ in plans) - len(parts))]:
+                batch = micro_batch(read, keys[part], keys[0], task.collate)
                 found = engine.forward(task.predict, batch.inputs)
-                if wanted and len(part):
+                if len(part):
                     predictions |= dict(zip(batch.rows, task.predictions(found), strict=False))
         return predictions
-
-
-def _with_generation(recipe: Recipe) -> Recipe:
-    """The recipe with generation at evaluations, for tasks whose answers are texts."""
-    settings = recipe.settings
-    if getattr(settings, "generation", 0) is not None:
-        return recipe
-    section = type(settings).model_validate({**settings.model_dump(exclude_unset=True), "generation": {"metrics": []}})
-    return recipe.model_copy(update={recipe.task: section})
 
 
 def _survey_of(recipe: Recipe, section: ModelSection) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
@@ -109,13 +109,21 @@ def write_model(content: Export, state: Mapping[str, torch.Tensor], folder: Path
         RecipeError: the weights overflow the data type.
     """
     model = content.model
-    training_config = model.config
+    training_config, generation = model.config, model.generation_config if model.can_generate() else None
     model.config = copy.deepcopy(training_config)
     model.config.use_cache = True
+    if generation is not None:
+        model.generation_config = GenerationConfig()
     try:
         model.save_pretrained(folder, state_dict=cast_weights(state, content.dtype))
     finally:
         model.config = training_config
+        if generation is not None:
+            model.generation_config = generation
+    if generation is not None:
+        # Some bases have values for sampling without do_sample. transformers reads such a config, and saves it as it
+        # was read, but refuses to save one that was changed since, such as its EOS.
+        generation.to_json_file(folder / "generation_config.json", keys_to_pop=["compile_config"])
     more = {"dtype": str(content.dtype).removeprefix("torch."), **renamed_keys(model.config)}
     _edit(folder / "config.json", lambda config: with_legacy_rope(config) | more)
     _write_tokenizer(content, folder)

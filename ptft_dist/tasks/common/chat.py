@@ -28,6 +28,9 @@ SHAREGPT = {
     "tool": "tool",
 }
 
+ANSWERING = tuple(name for name, role in SHAREGPT.items() if role in ("assistant", "function_call"))
+"""The speakers of ShareGPT turns that are answers."""
+
 UNTEMPLATED = "with a prompt and a completion joined without the chat template (sft.shape: single_turn uses it)"
 """The note of a row in the data report; `ptft generate` reads it."""
 
@@ -128,7 +131,10 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json(arguments or "{}", f"{where}: the arguments of {function['name']}", many=True)
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    kept = {"id": call["id"]} if call.get("id") else {}
+    if kept and (problem := text_problem("id", kept["id"])):
+        raise RowError(f"{where}: a tool call: {problem}")
+    return {**kept, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def from_sharegpt(turn: Any, number: int) -> Message:

@@ -150,6 +150,7 @@ def _neutral_message(message: dict[str, Any]) -> dict[str, Any]:
         elif key == "tool_calls":
             neutral[key] = [
                 {
+                    **({"id": _neutral_text(call["id"])} if "id" in call else {}),
                     "type": "function",
                     "function": {
                         "name": _neutral_text(call["function"]["name"]),

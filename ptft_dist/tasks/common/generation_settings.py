@@ -36,3 +36,7 @@ class GenerationSettings(Section):
     def metric_names(self) -> tuple[str, ...]:
         """The keys of `scores.text.text_scores`."""
         return tuple(name for metric in self.metrics for name in (ROUGE if metric == "rouge" else (metric,)))
+
+
+NO_SCORES = GenerationSettings(metrics=())
+"""Texts without references to compare them with."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Self
 
 from pydantic import Field
 
 from ptft_dist.config.section import BelowOne, Text
 from ptft_dist.config.task_settings import TaskSettings
-from ptft_dist.tasks.common.generation_settings import GenerationSettings
+from ptft_dist.tasks.common.generation_settings import NO_SCORES, GenerationSettings
 
 
 class Seq2SeqSettings(TaskSettings):
@@ -33,6 +33,9 @@ class Seq2SeqSettings(TaskSettings):
     """Label smoothing: this fraction of the target probability is uniform over the vocabulary (Szegedy et al. 2016)."""
     generation: GenerationSettings | None = None
     """Generate and score texts at evaluations."""
+
+    def for_answers(self) -> Self:
+        return self.model_copy(update={"generation": self.generation or NO_SCORES})
 
     @property
     def roles(self) -> tuple[str, ...]:

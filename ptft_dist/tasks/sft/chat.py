@@ -8,7 +8,7 @@ from typing import Any
 from ptft_dist.data.columns import PLACEHOLDER, as_fields, proposed
 from ptft_dist.data.formats import text_problem
 from ptft_dist.data.row_encoder import RowError, require, require_list, require_text
-from ptft_dist.tasks.common.chat import Conversation, Message, Plain, as_message, from_sharegpt, tools_of
+from ptft_dist.tasks.common.chat import ANSWERING, Conversation, Message, Plain, as_message, from_sharegpt, tools_of
 
 SHAPES = {
     "messages": ("messages",),
@@ -119,15 +119,15 @@ def with_answer(values: Mapping[str, Any], text: str) -> dict[str, Any]:
         RowError: the row has neither messages, nor an instruction, nor a prompt.
     """
     filled = dict(values)
-    for column, role, content, end in (
-        ("messages", "role", "content", "assistant"),
-        ("conversations", "from", "value", "gpt"),
+    for column, role, content, speakers in (
+        ("messages", "role", "content", ("assistant",)),
+        ("conversations", "from", "value", ANSWERING),
     ):
         if isinstance(messages := values.get(column), list):
             asked = list(messages)
-            while asked and isinstance(asked[-1], dict) and asked[-1].get(role) == end:
+            while asked and isinstance(asked[-1], dict) and asked[-1].get(role) in speakers:
                 asked.pop()
-            filled[column] = [*asked, {role: end, content: text}]
+            filled[column] = [*asked, {role: speakers[0], content: text}]
             return filled
     if values.get("instruction") is not None:
         return {**filled, "output": text}

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from ptft_dist.config.section import Positive, only_with
 from ptft_dist.tasks.common.chat_settings import ChatSettings
-from ptft_dist.tasks.common.generation_settings import GenerationSettings
+from ptft_dist.tasks.common.generation_settings import NO_SCORES, GenerationSettings
 
 
 class SftSettings(ChatSettings):
@@ -52,6 +52,11 @@ class SftSettings(ChatSettings):
             raise ValueError("generation has no effect here: it needs rows with answers, and shape: text has none")
         only_with(self, ("system", "template"), self.shape != "text", "a shape with turns")
         return self
+
+    def for_answers(self) -> Self | None:
+        """With `loss: last`, a row whose last question does not fit is dropped; it would end with an earlier one."""
+        changes = {"generation": self.generation or NO_SCORES, "packing": False, "loss": "last", "too_long": "cut"}
+        return None if self.shape == "text" else self.model_copy(update=changes)
 
     @property
     def roles(self) -> tuple[str, ...]:
