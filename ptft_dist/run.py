@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
 from ptft_dist.checkpoint.identity import may_change
-from ptft_dist.checkpoint.resume import Resume
+from ptft_dist.checkpoint.resume import Resume, after_requeue
 from ptft_dist.config.load import Loaded
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
 from ptft_dist.engine.trackers import make_tracker
@@ -116,11 +116,11 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     main = place.is_main
     checkpoints = Checkpoints(run_dir / "checkpoints")
     check_installed(recipe.log)
-    session = Session(loaded, place, tokenizer_from=_tokenizer_of(loaded, how, checkpoints))
+    mode = after_requeue(checkpoints, how, restarted_job())
+    session = Session(loaded, place, tokenizer_from=_tokenizer_of(loaded, mode, checkpoints))
     loadable = partial(why_not_loadable, kind=session.kind, ranks=place.world_size)
     free = partial(may_change, recipe=recipe)
-    resume = Resume(checkpoints, how, accept, session.identity, loadable, free)
-    resume.after_requeue(restarted_job())
+    resume = Resume(checkpoints, mode, accept, session.identity, loadable, free, first=how)
     resume.precheck()
     session.plan  # noqa: B018  # raises its errors before a process group exists
     session.start(formed=failures.watch_machines)
@@ -130,6 +130,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
         resume.check_base(checkpoint, base)
+        resume.check_groups(checkpoint, engine.group_sizes)
         trainer.restore(checkpoint)
     trainer.rehearse()
     session.warm_up()
@@ -159,7 +160,9 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
 
 def _tokenizer_of(loaded: Loaded, how: str, checkpoints: Checkpoints) -> Path | None:
     """The tokenizer that was trained by the run that this start resumes; None if it resumes none."""
-    if how not in ("auto", "never"):
+    if how == "never":
+        return None
+    if how != "auto":
         return kept_tokenizer(_learned_by(loaded), Path(how).parent.parent)
     return kept_tokenizer(_learned_by(loaded), Path(loaded.recipe.run_dir)) if checkpoints.paths() else None
 

@@ -77,7 +77,7 @@ def test_there_are_none_before_the_first(tmp_path: Path) -> None:
     assert newest(checkpoints) == (None, [])
     checkpoints.clean(print)
     checkpoints.set_aside_after(-1, print)
-    checkpoints.retain(1, None)
+    checkpoints.retain(1, None, print)
 
 
 def test_the_newest_is_the_one_with_the_largest_number(tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_killed_before_any_operation_a_good_one_is_found(tmp_path: Path) -> None
 
     def save() -> None:
         checkpoints.commit(2, write, FACTS, OneProcess())
-        checkpoints.retain(1, None)
+        checkpoints.retain(1, None, print)
 
     seen: set[int | None] = set()
     operation = 1
@@ -280,7 +280,7 @@ def test_killed_before_any_operation_a_good_one_is_found(tmp_path: Path) -> None
         checkpoints.clean(lambda _: None)
         assert all(name.startswith("step-") for name in names(folder))
         checkpoints.commit(3, write, FACTS, OneProcess())
-        checkpoints.retain(1, None)
+        checkpoints.retain(1, None, print)
         assert names(folder) == ["step-00000003"]
         operation += 1
     assert operation > 20
@@ -433,7 +433,7 @@ def test_each_file_is_hashed_by_one_rank_and_all_hear_the_same(tmp_path: Path, m
 )
 def test_retention(tmp_path: Path, keep: int | None, best: int | None, stay: list[int]) -> None:
     checkpoints = committed(tmp_path, 1, 2, 3, 4, 5)
-    checkpoints.retain(keep, best)
+    checkpoints.retain(keep, best, print)
     assert names(tmp_path) == [f"step-{step:08d}" for step in stay]
 
 
@@ -447,7 +447,7 @@ def test_a_future_that_was_given_up_is_kept_under_another_name(tmp_path: Path) -
     assert all(name.startswith("aside-") for name in left[:-1])
     assert len(said) == 2
     assert all(verify(read_checkpoint(tmp_path / name)) == [] for name in left)
-    checkpoints.retain(1, None)
+    checkpoints.retain(1, None, print)
     assert names(tmp_path) == left  # what is set aside is for the user to delete
     assert newest(checkpoints) == (2, [])
 
@@ -461,6 +461,30 @@ def test_what_a_kill_left_is_removed_and_said(tmp_path: Path) -> None:
     checkpoints.clean(said.append)
     assert names(tmp_path) == [".nfs0001", "step-00000002"]
     assert said == ["removed the incomplete checkpoint step-00000004"]
+
+
+def test_what_cannot_be_deleted_is_said_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, while another process reads a file of the directory."""
+    checkpoints, said = committed(tmp_path, 1, 2, 3), list[str]()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", failing(OSError(39, "Directory not empty")))
+        checkpoints.retain(2, None, said.append)
+        checkpoints.clean(said.append)
+        patch.setattr(Path, "rename", failing(OSError(16, "Device or resource busy")))
+        checkpoints.retain(1, None, said.append)
+    assert [line[:19] for line in said] == [".trash-step-0000000"] * 2 + ["step-00000002 was n"]
+    assert newest(checkpoints) == (3, [])
+    checkpoints.retain(1, None, said.append)
+    checkpoints.clean(said.append)
+    assert names(tmp_path) == ["step-00000003"]
+    assert len(said) == 3
+
+
+def failing(error: Exception) -> Any:
+    def fail(*_args: Any, **_options: Any) -> Any:
+        raise error
+
+    return fail
 
 
 def test_the_leftover_of_an_earlier_try_does_not_leak_into_the_next(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from ptft_dist.training.validation import Validation
 
 SHORT: dict[str, Any] = {"layers": 1, "train": {"max_steps": 2}, "eval": {"every": None, "micro_size": 6}}
 TRAINED = tuple(task for task, spec in TASKS.items() if spec.settings.trains)
+GROWING = {"every": 1, "goal": "max"}  # so that the best evaluation is an early one
 ANSWERED = ("classification", "regression", "token_classification", "question_answering", "seq2seq", "sft")
 
 
@@ -617,6 +618,27 @@ def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
         with torch.no_grad():
             shares = model(**tokenizer(row["text"], return_tensors="pt")).logits[0].softmax(-1).tolist()
         assert list(found["prediction"]["probabilities"].values()) == pytest.approx(shares, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("adalora", "changes"),
+    [
+        ({}, {"train": {"max_steps": 6}, "eval": GROWING, "save": {"best": True, "export": "best"}}),
+        ({"every": 3}, {"train": {"max_steps": 12}, "eval": {**GROWING, "patience": 1}}),
+    ],
+    ids=["the best", "stopped early"],
+)
+def test_the_exported_ranks_are_those_that_were_evaluated(
+    run_of: Any, tmp_path: Path, adalora: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Before AdaLoRA has decided, the last allocation is not that of these weights."""
+    adapt = {"adapt": {"adalora": {"r": 6, "target_r": 1, "start": 0.1, "end": 0.2, **adalora}}}
+    recipe = write_adapted(
+        tmp_path, run_of("classification") / "model", "classification", adapt, **changes, optim={"lr": 0.1}
+    )
+    result = api.train(recipe, quiet=True)
+    assert result.metrics_step < changes["train"]["max_steps"]
+    assert api.evaluate_model("run").metrics["eval/loss"] == pytest.approx(result.metrics["eval/loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize(("task", "kind"), [("token_classification", "cpu_zero3"), ("sft", "cpu")])

@@ -322,7 +322,7 @@ def test_a_template_reads_the_ids_of_calls_and_none_can_spell_a_special_token(to
     """As in Mistral's, which has no other way to tell parallel calls apart."""
     template = """{%- for m in messages %}<|im_start|>{{ m.role }}
 {% for call in m.tool_calls or [] %}{% if (call.id or '')|length != 9 %}{{ raise_exception('ids need 9 letters') }}
-{%- endif %}[{{ call.id }}]{{ call.function.name }}{{ call.function.arguments }}{% endfor %}{{ m.tool_call_id or '' }}{{ m.content }}<|im_end|>
+{%- endif %}SHOWN{% endfor %}{{ m.tool_call_id or '' }}{{ m.content }}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
 
@@ -332,7 +332,9 @@ def test_a_template_reads_the_ids_of_calls_and_none_can_spell_a_special_token(to
         return {"messages": [USER, called, {**found, "tool_call_id": first}, ASSISTANT]}
 
     own = copy.deepcopy(tokenizer)
-    own.chat_template = template
+    own.chat_template = template.replace(
+        "SHOWN", "[{{ call.id }}]{{ call.function.name }}{{ call.function.arguments }}"
+    )
     text = own.decode(encode(own, row("abcdefghi")).columns["input_ids"])
     assert [name in text for name in ("[abcdefghi]look", "[987654321]look")] == [True, True]
     assert "tool\nabcdefghix" in text

@@ -237,6 +237,10 @@ class Checkpoints:
             raise
         return read_checkpoint(final)
 
+    def own(self, checkpoint: Checkpoint) -> bool:
+        """Whether this run can resume from the checkpoint without being told: no other run's, and not set aside."""
+        return checkpoint.path.resolve() in (path.resolve() for path in self.paths())
+
     def set_aside_after(self, step: int, log: Callable[[str], None]) -> None:
         """Rename all checkpoints after `step`, because a later resume would choose them as the newest.
 
@@ -249,21 +253,19 @@ class Checkpoints:
                 path.rename(aside)
                 log(f"{path.name} is no longer part of this run: renamed to {aside.name}")
 
-    def retain(self, keep: int | None, best_step: int | None) -> None:
+    def retain(self, keep: int | None, best_step: int | None, log: Callable[[str], None]) -> None:
         """Delete all checkpoints except the newest `keep` (None: all) and the best. Called after a commit."""
         if keep is None:
             return
         for path in self.paths()[:-keep]:
             if int(path.name[5:]) != best_step:
-                _discard(path)
+                _discard(path, log)
 
     def clean(self, log: Callable[[str], None]) -> None:
         """Remove the remains of interrupted saves and deletions."""
         for path in self.folder.glob(".*") if self.folder.is_dir() else ():
-            if path.name.startswith((_PARTIAL, _TRASH)):
-                shutil.rmtree(path)
-                if path.name.startswith(_PARTIAL):
-                    log(f"removed the incomplete checkpoint {path.name.removeprefix(_PARTIAL)}")
+            if path.name.startswith((_PARTIAL, _TRASH)) and _delete(path, log) and path.name.startswith(_PARTIAL):
+                log(f"removed the incomplete checkpoint {path.name.removeprefix(_PARTIAL)}")
 
 
 def _together(ranks: Ranks, action: Callable[[], Any] | None) -> list[Any]:
@@ -329,9 +331,22 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _discard(path: Path) -> None:
+def _discard(path: Path, log: Callable[[str], None]) -> None:
     """Delete a directory after renaming it, so that it is never visible half-deleted under its own name."""
-    trash = path.with_name(_TRASH + path.name)
-    shutil.rmtree(trash, ignore_errors=True)
-    path.rename(trash)
-    shutil.rmtree(trash)
+    trash = path.with_name(f"{_TRASH}{path.name}-{time.time_ns()}")
+    try:
+        path.rename(trash)
+    except OSError as error:
+        log(f"{path.name} was not deleted: {error}. A later save tries again")
+    else:
+        _delete(trash, log)
+
+
+def _delete(path: Path, log: Callable[[str], None]) -> bool:
+    """Delete a directory; an error, as on NFS while another process reads a file of it, does not end the run."""
+    try:
+        shutil.rmtree(path)
+    except OSError as error:
+        log(f"{path.name} was not deleted: {error}. The next start tries again")
+        return False
+    return True

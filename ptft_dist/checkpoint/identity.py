@@ -44,6 +44,9 @@ MAY_CHANGE = (
 """Keys and sections that may change when a run is resumed: output, evaluation, and settings that do not change the
 updates. `TaskSettings.may_change` adds those of the task. All other keys must be equal."""
 
+NEVER_ACCEPTED = ("optim.name",)
+"""Keys that `--accept` cannot name, because the state of the optimizer has no meaning for another one."""
+
 PREPARED_DATA = "prepared data"
 """The key for `--accept` if the prepared rows differ for an unknown reason."""
 

@@ -10,8 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, Ranks, read_checkpoint, verify
-from ptft_dist.checkpoint.identity import all_keys, differences
+from ptft_dist.checkpoint.identity import NEVER_ACCEPTED, all_keys, differences
 from ptft_dist.errors import CheckpointError, CheckpointVersionError, RecipeError
+
+FROM_WEIGHTS = "model.path: DIRECTORY, which ptft export RUN --out DIRECTORY writes"
+
+
+def after_requeue(checkpoints: Checkpoints, how: str, job: str | None) -> str:
+    """`auto` for a requeued job that has begun the run, although its command line says `never` or a path; else `how`.
+
+    If the job has not saved a checkpoint yet, it resumes from the path.
+
+    Args:
+        job: the id of a restarted job; None for a first start.
+    """
+    try:
+        begun = json.loads(_marker(checkpoints).read_text())["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return how
+    return "auto" if job is not None and job == begun else how
+
+
+def _marker(checkpoints: Checkpoints) -> Path:
+    return checkpoints.folder.parent / ".begun.json"
 
 
 class Resume:
@@ -25,6 +46,7 @@ class Resume:
         identity: dict[str, Any],
         why_not_loadable: Callable[[str, int], str | None],
         may_change: Callable[[str], bool] = lambda _key: False,
+        first: str | None = None,
     ) -> None:
         """Args:
         how: `auto`, `never` or the path of a checkpoint.
@@ -32,29 +54,16 @@ class Resume:
         identity: the identity of this run; a checkpoint must have the same.
         why_not_loadable: (kind, ranks) -> why this run cannot load state that they saved; None if it can.
         may_change: key -> whether it is never compared.
+        first: `how` of the command line; see `after_requeue`.
         """
         self.checkpoints, self.how, self.accept = checkpoints, how, accept
-        self.identity, self.why_not_loadable, self.first = identity, why_not_loadable, how
+        self.identity, self.why_not_loadable, self.first = identity, why_not_loadable, first or how
         self.may_change = may_change
-
-    def after_requeue(self, job: str | None) -> None:
-        """Resume a requeued job from its own checkpoints, although its command line says `never` or a path.
-
-        If the job has not saved a checkpoint yet, it resumes from the path.
-
-        job: the id of a restarted job; None for a first start.
-        """
-        try:
-            begun = json.loads(self.marker.read_text())["job"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        if job is not None and job == begun and self.how != "auto":
-            self.first, self.how = self.how, "auto"
 
     @property
     def marker(self) -> Path:
         """The file with the id of the job that began this run last."""
-        return self.checkpoints.folder.parent / ".begun.json"
+        return _marker(self.checkpoints)
 
     def precheck(self) -> None:
         """Check the newest checkpoint before any process group exists, without hashing files.
@@ -97,6 +106,16 @@ class Resume:
             self.check(chosen)
         return chosen
 
+    def check_groups(self, checkpoint: Checkpoint, sizes: list[int]) -> None:
+        """Raises CheckpointError if the optimizer's parameter groups have other sizes than in the checkpoint."""
+        saved = checkpoint.manifest.get("groups", sizes)  # absent in checkpoints of version 0.1
+        if saved != sizes:
+            raise CheckpointError(
+                f"{checkpoint.path} has the optimizer's state for parameter groups of {saved} parameters, but this "
+                f"recipe has groups of {sizes}. A weight decay of 0 and optim.groups change them: restore the old "
+                f"values, or start a new run from the weights: {FROM_WEIGHTS}"
+            )
+
     def check_base(self, checkpoint: Checkpoint, base: str | None) -> None:
         """Raises CheckpointError if the checkpoint was trained on another base model.
 
@@ -129,6 +148,11 @@ class Resume:
         saved = checkpoint.entry("identity", dict)
         self._check_accept(saved)
         different = differences(saved, self.identity)
+        for key in (key for key in NEVER_ACCEPTED if key in different):
+            raise CheckpointError(
+                f"{checkpoint.path} has the state of another optimizer: {key}: {different[key]}. Restore the old "
+                f"value, or start a new run from the weights: {FROM_WEIGHTS}"
+            )
         refused = {key: change for key, change in different.items() if key not in self.accept}
         if refused:
             lines = "".join(f"\n  {key}: {change}" for key, change in refused.items())

@@ -151,6 +151,7 @@ class Engine:
         self.trainable_names, ties = trainable_names(model), tied_groups(model)
         self.parameter_count, self.trained_count = element_counts(model)
         groups = parameter_groups(model.named_parameters(), optim, scales)
+        self.group_sizes = [len(group["params"]) for group in groups]
         optimizer = build_optimizer(groups, optim, self.device, tell)
         self.backend = backend_class(self.kind)(self.accelerator, model, LossModule(model), optimizer)
         require_tied(model, ties, self.kind)
@@ -354,7 +355,12 @@ class Engine:
     def load_state(self, folder: Path) -> None:
         """Load the files of save_state, whose hashes were verified. Raises CheckpointError if they contain other
         parameters than those that this run trains, or code."""
+        groups = self.backend.optimizer.param_groups
+        own = [{key: value for key, value in group.items() if key not in ("params", "step")} for group in groups]
         self.backend.load(folder)
+        # Libraries restore the hyperparameters too, but those of the recipe count: `--accept` lets them change.
+        for group, values in zip(self.backend.optimizer.param_groups, own, strict=True):
+            group.update(values)
 
     def peak_memory_bytes(self) -> int:
         """Peak memory of this process: on the accelerator, or the resident memory on a CPU."""

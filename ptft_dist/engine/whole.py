@@ -90,7 +90,7 @@ class Whole:
                 targets[first.get(name, name)].copy_(file.get_tensor(name))
         state, extra = read_optimizer(folder, place)
         self.optimizer.load_state_dict(state)
-        if self.scaler is not None:
+        if self.scaler is not None and "scaler" in extra:  # absent if only this run is in fp16
             self.scaler.load_state_dict(extra["scaler"])
 
     def full_state_dict(self) -> dict[str, Any]:

@@ -183,9 +183,12 @@ class Zero:
         return {}
 
     def load(self, folder: Path) -> None:
+        optimizer: Any = self.optimizer
+        max_norm = optimizer.clip_grad
         with _quiet_deepspeed():
             # Not strict: frozen parameters and the other names of tied ones are not in the files. See SafeFiles.
             path, _ = self.module.load_checkpoint(str(folder), tag="deepspeed", load_module_strict=False)
+        optimizer.clip_grad = max_norm  # the file has that of its run
         if path is None:
             raise CheckpointError(f"{folder} contains no DeepSpeed state; restore the checkpoint")
 

@@ -314,6 +314,7 @@ class Session:
             "world_size": engine.world_size,
             "total_steps": self.plan.total_steps,
             "base": base,
+            "groups": engine.group_sizes,
         }
         return Trainer(
             recipe,

@@ -180,13 +180,15 @@ class Trainer:
         if self.validation is None:
             return
         started, progress = time.perf_counter(), self.progress
-        scores = self.validation.score(self.engine, self.task, self.stop.requested)
+        try:
+            scores = self.validation.score(self.engine, self.task, self.stop.requested)
+        except NonFiniteLossError as error:
+            raise NonFiniteLossError(f"evaluation after update {progress.step}: {error}") from None
         if scores is None:
             self.stop_agreed = True
             return
         metrics, samples = scores
         self.stop_agreed = self.stop_agreed or self.anyone_asked_to_stop()
-        self.require_finite("validation loss", metrics["loss"])
         self.show(samples)
         row = {f"eval/{name}": value for name, value in metrics.items()}
         self.log({"step": progress.step, **row, "eval/time_s": round(time.perf_counter() - started, 3)})
@@ -203,9 +205,7 @@ class Trainer:
 
     def record_evaluation(self) -> None:
         """Write this evaluation to the manifest of the update's checkpoint, so that a resume does not repeat it."""
-        if self.saved is None or not self.engine.is_main:
-            return
-        if self.saved.path.parent.resolve() != self.checkpoints.folder.resolve():  # the checkpoint of another run
+        if self.saved is None or not self.engine.is_main or not self.checkpoints.own(self.saved):
             return
         self.flush_rows()  # a resume keeps the rows of an evaluation that is in its checkpoint
         try:
@@ -219,7 +219,7 @@ class Trainer:
         best: the evaluation, if this checkpoint is the best one.
         """
         step, started = self.progress.step, time.perf_counter()
-        if step == self.saved_step:
+        if step == self.saved_step and (self.saved is None or not must or self.checkpoints.own(self.saved)):
             return
         self.flush_rows()
         progress = self.progress if best is None else replace(self.progress, best_checkpoint=best)
@@ -237,7 +237,7 @@ class Trainer:
         self.progress, self.saved = progress, saved
         if self.engine.is_main:
             kept = progress.best_checkpoint if self.recipe.save.best else None
-            self.checkpoints.retain(self.recipe.save.keep, None if kept is None else kept.step)
+            self.checkpoints.retain(self.recipe.save.keep, None if kept is None else kept.step, warn)
         self.engine.barrier()
         self.stop.took(save_s=time.perf_counter() - started)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,7 @@ import torch
 
 from ptft_dist.data.store import Store
 from ptft_dist.engine import Engine
-from ptft_dist.errors import RecipeError
+from ptft_dist.errors import NonFiniteLossError, RecipeError
 from ptft_dist.reporting.messages import progress
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH, Batch, Collate, LossOut, Task
 from ptft_dist.training.averages import Averages
@@ -127,6 +128,12 @@ class Validation:
                     keeper.keep(result)
         numbers = engine.all_sum(*averages.sums(), *map(float, counts)).tolist()
         loss, others = averages.read(numbers[: -len(counts)], numbers[-len(counts) :])
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(
+                f"the validation loss is {loss}. If the training losses are finite, rows of data.validation overflow: "
+                "check their labels and lengths, and start again; data.validation and eval may change at a resume. "
+                "Otherwise resume from an earlier checkpoint with --resume PATH and a lower optim.lr"
+            )
         scores: Scores = ({}, [])
         gathered = engine.gather_on_main(predictions)
         if engine.is_main:

@@ -118,6 +118,38 @@ def test_resume_never_and_a_path_belong_to_the_first_start_of_a_job(
     assert how == "never" or f"resumed from {how}," in new_job.stderr
 
 
+def test_a_run_that_starts_from_another_one_s_checkpoint_saves_its_own(
+    tmp_path: Path, documents: Path, cache: Path
+) -> None:
+    """Even if it stops before its first update, so that the command that is shown continues it."""
+    write_recipe(tmp_path, documents, eval={"every": None})
+    other = start("train", "recipe.yaml", "run_dir=other", cwd=tmp_path, cache=cache)
+    assert other.wait() == 0, other.stderr
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/stop").touch()
+    stopped = start("train", "recipe.yaml", "--resume", "other/checkpoints/step-00000004", cwd=tmp_path, cache=cache)
+    assert stopped.wait() == 75, stopped.stderr
+    assert "saved to run/checkpoints/step-00000004; continue with: ptft train recipe.yaml\n" in stopped.stderr
+    again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
+    assert again.wait() == 0, again.stderr
+    assert "resumed from run/checkpoints/step-00000004," in again.stderr
+
+
+def test_a_start_from_zero_trains_its_own_tokenizer(tmp_path: Path, documents: Path, cache: Path) -> None:
+    """Not that of the checkpoints beside it, which may have met other texts."""
+    write_recipe(tmp_path, documents, train={"max_steps": 2})
+    words = ("train", "recipe.yaml")
+    first = start(*words, cwd=tmp_path, cache=cache)
+    assert first.wait() == 0, first.stderr
+    (tmp_path / "other.txt").write_text("\n".join(f"zebra {i} quagga" for i in range(80)))
+    change = ('data.train=[{"path": "other.txt", "document": "line"}]', "--resume", "never")
+    for run_dir in ("run", "fresh"):
+        done = start(*words, f"run_dir={run_dir}", *change, cwd=tmp_path, cache=cache)
+        assert done.wait() == 0, done.stderr
+    own, fresh = (tmp_path / name / "tokenizer/tokenizer.json" for name in ("run", "fresh"))
+    assert own.read_bytes() == fresh.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("number", "job", "code"), [("SIGTERM", {}, 143), ("SIGINT", {}, 130), ("SIGTERM", {"SLURM_JOB_ID": "1"}, 75)]
 )

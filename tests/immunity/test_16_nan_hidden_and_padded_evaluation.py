@@ -51,6 +51,31 @@ def test_it_stops_before_the_weights_move(tmp_path: Path, where: str, bad: float
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
 
 
+def test_an_overflowing_validation_row_is_said_before_scores_are_computed(tmp_path: Path) -> None:
+    """scikit-learn's correlations raise at NaN; and the checkpoint of the evaluated update is complete."""
+    recipe = make_recipe(save={"every": 2}, data={"validation": 0.1}, eval={"every": 2})
+    store = make_store(tmp_path / "store", ragged(30))
+    with make_trainer(tmp_path, store, recipe) as (trainer, _):
+        trainer.validation = Validation(
+            store, Shape(0, 1, 3, None, group_by_length=True), trainer.task.collate, None, ""
+        )
+        healthy = trainer.task.evaluate
+
+        def sick(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
+            out = healthy(model, inputs)
+            return out._replace(loss_sum=out.loss_sum * float("inf"))
+
+        def scores(*_args: Any) -> Any:
+            raise ValueError("Input contains NaN")
+
+        trainer.task.evaluate, trainer.task.scores = sick, scores  # type: ignore[method-assign]
+        with pytest.raises(
+            NonFiniteLossError, match=r"after update 2: the validation loss is inf\. .*data\.validation"
+        ):
+            trainer.fit()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("micro", [{"micro_size": 2}, {"micro_size": None, "micro_tokens": 40}], ids=str)
 @pytest.mark.parametrize("total", [13, 2])

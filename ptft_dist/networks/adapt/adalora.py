@@ -100,11 +100,14 @@ class RankState(torch.nn.Module):
         return {IN_PEFT + name: copy for name, copy in copies.named_parameters() if "lora_E." in name}
 
     def set_rank_pattern(self) -> None:
-        """Give peft the decided ranks, which it applies from then on and exports."""
+        """Give peft the decided ranks, which it applies from then on and exports.
+
+        Until then all ranks are exported. peft's last allocation would cut those that have grown since, and is not that
+        of an earlier checkpoint.
+        """
         (tuner,) = self.tuner
-        if self.decided:
-            kept = {name: self._buffer(name, "kept").tolist() for name in self.keys if "lora_E." in name}
-            tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = kept
+        kept = {name: self._buffer(name, "kept").tolist() for name in self.keys if "lora_E." in name}
+        tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = kept if self.decided else None
 
     def _buffer(self, name: str, what: str) -> torch.Tensor:
         buffer: torch.Tensor = getattr(self, f"{self.keys[name]}_{what}")
