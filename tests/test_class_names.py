@@ -54,6 +54,15 @@ def test_the_names_may_merge_classes_and_numbers_may_be_texts(tmp_path: Path) ->
     assert labels_of(found) == [[[0, 1, 0][i % 3]] for i in range(30)]
 
 
+def test_whole_numbers_may_be_floats(tmp_path: Path) -> None:
+    """pandas makes floats of a column of integers with a null."""
+    rows = [{**row, "label": float(row["label"])} for row in classes()]
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "mine.parquet"))
+    found = prepared(tmp_path, "classification", "mine.parquet", label_names=dict(enumerate(NAMES)))
+    assert found.survey["labels"] == NAMES
+    assert labels_of(found) == [[i % 3] for i in range(30)]
+
+
 def test_a_number_without_a_name_is_named(tmp_path: Path) -> None:
     write_rows(tmp_path / "mine.jsonl", classes())
     with pytest.raises(DataError, match=r"the label '2' is none of world, business.*classification.label_names"):
