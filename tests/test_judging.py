@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ptft_dist import api
 from ptft_dist.cli.ranks import launched
+from ptft_dist.data.formats import read_file
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.judging import prediction
 from ptft_dist.judging.examples import RowResults
@@ -34,6 +36,7 @@ from ptft_dist.judging.perplexity import windows
 from ptft_dist.judging.target import find_target, recipe_of
 from ptft_dist.pages.evaluation import paired, why_not_paired
 from ptft_dist.pages.read import read_run
+from ptft_dist.reporting.tables import SEPARATORS, table
 from ptft_dist.tasks.common.scores.tables import calibration
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.registry import TASKS, encoder_class
@@ -336,13 +339,56 @@ def test_predictions_as_a_table(run_of: Any, tmp_path: Path, task: str, ending: 
     api.predict(run, "rows.jsonl", f"out.{ending}")
     expected = pandas.json_normalize(lines(tmp_path / "out.jsonl"))
     separator = {"csv": ",", "tsv": "\t"}[ending]
-    found = pandas.read_csv(tmp_path / f"out.{ending}", sep=separator, dtype=str, keep_default_na=False)
+    quoting = {"csv": csv.QUOTE_MINIMAL, "tsv": csv.QUOTE_NONE}[ending]
+    found = pandas.read_csv(
+        tmp_path / f"out.{ending}", sep=separator, quoting=quoting, dtype=str, keep_default_na=False
+    )
     assert set(found.columns) == set(expected.columns)
     for name in expected.columns:
         for cell, value in zip(found[name], expected[name], strict=True):
             missing = value is None or (isinstance(value, float) and math.isnan(value))
             written = "" if missing else cell if isinstance(value, str) else json.loads(cell)
             assert written == ("" if missing else value)
+
+
+TABLE = [
+    {"text": '"Great" film', "prediction": {"label": "a"}},
+    {"text": ' "', "note": "x,y", "prediction": {"label": 'b"'}},
+    {"text": "", "note": "half \\ud83d", "prediction": {"tags": ["O", '"']}},
+]
+READ_BACK = [
+    {"text": '"Great" film', "prediction.label": "a", "note": "", "prediction.tags": ""},
+    {"text": ' "', "prediction.label": 'b"', "note": "x,y", "prediction.tags": ""},
+    {"text": "", "prediction.label": "", "note": "half \\ud83d", "prediction.tags": '["O", "\\""]'},
+]
+
+
+def tabled(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows after they were written as a table and read as data."""
+    path.write_bytes(b"".join(table(lambda: rows, SEPARATORS[path.suffix])))
+    return [record.values for record in read_file(path, columns=(), unit="line")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_table_is_read_back_unchanged(tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert tabled(tmp_path / f"out.{ending}", TABLE) == READ_BACK
+    assert caplog.messages == []
+
+
+def test_a_csv_table_holds_every_line_break(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"a{gap}b", "n": "1"} for gap in ("\t", "\n", "\r", "\r\n", "\x0b", "\u2028")]
+    assert tabled(tmp_path / "out.csv", rows) == rows
+    assert caplog.messages == []
+
+
+def test_tabs_and_line_breaks_are_spaces_in_a_tsv_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"a{gap}b", "n": "1"} for gap in ("\t", "\n", "\r", "\r\n", "\t\t")]
+    found = tabled(tmp_path / "out.tsv", rows)
+    assert [row["text"] for row in found] == ["a b"] * 4 + ["a  b"]
+    (message,) = caplog.messages
+    assert message.startswith("5 cells had tabs or line breaks, which a .tsv table cannot hold")
+    assert "in text" in message
+    assert ".csv" in message
 
 
 def scored(task: str, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
