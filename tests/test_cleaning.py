@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from prepare_support import all_ids, prepare, recipe, save_tokenizer
 from support import fork_server
@@ -453,6 +456,14 @@ def test_the_report_counts_and_shows_what_changed(tmp_path: Path, tokenizer: Pat
     shown = describe(report)
     assert "steps:       whitespace of 5: changed 2\n" in shown
     assert "             exact_dedup of 5: dropped 2 (2 x duplicate)\n" in shown
+
+
+def test_a_value_that_cannot_be_stored_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    row = {"text": "a  b", "day": datetime.date(2024, 1, 1)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    given = labelled(tokenizer, "sft", ["whitespace"], train=[{"path": "rows.parquet"}])
+    with pytest.raises(DataError, match=r"rows.parquet#0: data.steps: .*'day' .*type date.*Leave its column out"):
+        list(records_of(given, tmp_path, encoder_class("sft")).of("train", 0))
 
 
 def test_damaged_records_are_named(tmp_path: Path, tokenizer: Path) -> None:

@@ -1,7 +1,7 @@
 """Rows as a table: a header, and a line for each row, separated by commas (.csv) or tabs (.tsv).
 
-`data/formats.py` reads a table back with the same texts. A .tsv file has no quotes: a quotation mark is a character, and
-a tab or a line break inside of a cell cannot be written.
+`data/formats.py` reads a table back with the same texts. A .tsv file has no quotes: a quotation mark is a character,
+and a tab or a line break inside of a cell cannot be written.
 """
 
 from __future__ import annotations

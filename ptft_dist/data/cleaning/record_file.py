@@ -16,6 +16,7 @@ import zstandard
 
 from ptft_dist.data.class_labels import ClassNames, names_in, with_names
 from ptft_dist.data.formats import Record
+from ptft_dist.data.json_values import not_json
 from ptft_dist.errors import DataError
 
 _END = "records"  # the key of the last line, whose value is the number of records
@@ -43,9 +44,10 @@ class RecordWriter:
         try:
             line = json.dumps(item, ensure_ascii=False)
         except (TypeError, ValueError) as error:
+            columns = ", ".join(map(repr, not_json(record.values)))
             raise DataError(
-                f"{record.where}: data.steps: this row has a value that is no text, number, list or object ({error}). "
-                "Leave its column out of the file."
+                f"{record.where}: data.steps: the field {columns} is no text, number, list or object ({error}). Leave "
+                "its column out of the file, or convert it to text."
             ) from error
         self._compressed.write(line.encode("utf-8", "surrogatepass") + b"\n")
         self.count += 1
