@@ -504,6 +504,57 @@ def test_columns_are_mapped_as_in_training(run_of: Any, tmp_path: Path) -> None:
     assert [(row["text"], row["stars"]) for row in found] == [("good cat", "5"), ("bad house", "1")]
 
 
+def wide(text: str) -> str:
+    """The text in full-width letters, which NFKC undoes."""
+    return "".join(chr(ord(letter) + 0xFEE0) if "a" <= letter <= "z" else letter for letter in text)
+
+
+def test_the_network_reads_rows_after_the_steps_that_edit(run_of: Any, tmp_path: Path) -> None:
+    """Steps that drop rows and deduplications are left out: each row is answered, and written as it was given."""
+    run = run_of("classification")
+    _, rows = validation_rows(run, "classification", 6)
+    for name, change in (("plain", str), ("wide", wide)):
+        texts = [change(rows[i]["text"]) for i in (0, 1, 2, 3, 4, 5, 0)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    drops = ["exact_dedup", "near_dedup", {"exact_dedup": {"unit": "line"}}, {"language": {"keep": ["zh"]}}, "quality"]
+    steps = {"data.steps": [{"unicode": {"form": "NFKC"}}, *drops, {"decontaminate": {"files": ["none.jsonl"]}}]}
+    api.predict(run, "plain.jsonl", "plain_out.jsonl")
+    result = api.predict(run, "wide.jsonl", "wide_out.jsonl", overrides=steps)
+    assert (result.rows, result.unanswered) == (7, 0)
+    plain, found = lines(tmp_path / "plain_out.jsonl"), lines(tmp_path / "wide_out.jsonl")
+    assert [row["text"] for row in found] == [wide(row["text"]) for row in plain]
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in plain]
+
+
+def test_a_row_that_a_step_empties_says_why(run_of: Any, tmp_path: Path) -> None:
+    """Rows are checked after the steps: one of them repairs half a surrogate pair."""
+    texts = ["\u200b", "a cat \ud83d", "a cat"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    steps = {"data.steps": ["control", "unicode"]}
+    result = api.predict(run_of("classification"), "in.jsonl", "out.jsonl", overrides=steps)
+    assert (result.rows, result.unanswered) == (3, 1)
+    found = lines(tmp_path / "out.jsonl")
+    assert [row["text"] for row in found] == texts
+    assert found[0]["prediction"] == {"problem": "data.steps: no text is left"}
+    assert [list(row["prediction"]) for row in found[1:]] == [["label", "probabilities"]] * 2
+
+
+def test_a_made_up_answer_is_not_edited(run_of: Any, tmp_path: Path) -> None:
+    """A conversation without its answer gets a short one, which this step would drop."""
+    (tmp_path / "no_short_texts.py").write_text("def step(text):\n    return text if len(text) > 5 else None\n")
+    run = run_of("sft")
+    _, rows = validation_rows(run, "sft", 2)
+    rows = [{"messages": row["messages"][:-1]} for row in rows]
+    rows.append({"messages": [{"role": "user", "content": "hm"}]})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = {"data.steps": [{"custom": {"function": "no_short_texts.step"}}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        api.predict(run, "in.jsonl", "out.jsonl", overrides=steps)
+    problem = {"problem": "data.steps: custom: no_short_texts.step"}
+    assert [row["prediction"] == problem for row in lines(tmp_path / "out.jsonl")] == [False, False, True]
+
+
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
