@@ -3,13 +3,17 @@ remedy; or the result that the same input has elsewhere."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate.state import PartialState
@@ -641,6 +645,36 @@ def test_prompts_that_are_too_long_are_dropped_or_lose_their_beginning(
         DataError, match=r"train: 2 rows were read; 2 longer than data.max_length. Raise data.max_length"
     ):
         session("ppo", {}, data={**rows, "max_length": limit - 1})
+
+
+def test_columns_that_are_not_json_are_left_out_and_counted(session: Make, tmp_path: Path) -> None:
+    """Their values could not be stored beside the prompt. Those of rows where they are null stay."""
+    rows = [
+        {"prompt": "the cat", "answer": "3", "day": datetime.date(2024, 1, day), "parts": [{"price": Decimal(day)}]}
+        for day in (1, 2, 3)
+    ]
+    rows.append({"prompt": "the dog", "answer": "4", "day": None, "parts": None})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    one = {"global_size": 1, "micro_size": 1}
+    found = session("ppo", {"prompts": 1}, data={"train": [{"path": str(tmp_path / "p.parquet")}]}, batch=one)
+    columns = [found.store.row(i).meta["columns"] for i in range(4)]
+    assert columns == [{"answer": "3"}] * 3 + [{"answer": "4", "day": None, "parts": None}]
+    notes = found.prepared.report.notes
+    assert [entry.times for entry in notes.values()] == [3, 3]
+    day, parts = notes
+    assert day == (
+        "without the column 'day' for reward functions (Object of type date is not JSON serializable; "
+        "convert it to text)"
+    )
+    assert "'parts'" in parts
+    assert "type Decimal" in parts
+
+
+def test_half_a_surrogate_pair_in_a_column_is_kept(session: Make, tmp_path: Path) -> None:
+    write_rows(tmp_path / "p.jsonl", [{"prompt": "the cat", "note": "a \ud83d"}])
+    one = {"global_size": 1, "micro_size": 1}
+    found = session("ppo", {"prompts": 1}, data={"train": [{"path": str(tmp_path / "p.jsonl")}]}, batch=one)
+    assert found.store.row(0).meta["columns"] == {"note": "a \ud83d"}
 
 
 PROMPTS: dict[str, tuple[dict[str, Any], str]] = {

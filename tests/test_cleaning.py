@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
 import os
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from prepare_support import all_ids, prepare, recipe, save_tokenizer
 from support import fork_server
@@ -336,6 +339,80 @@ def test_conversations_are_cleaned_inside(tmp_path: Path, tokenizer: Path) -> No
     assert record.values["tools"] == ["x  y"]
 
 
+def part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def conversation(user: Any, assistant: Any, **answer: Any) -> dict[str, Any]:
+    return {
+        "messages": [{"role": "user", "content": user}, {"role": "assistant", "content": assistant, **answer}],
+    }
+
+
+def cleaned(folder: Path, tokenizer: Path, steps: list[Any], rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The values of conversations after the steps."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = labelled(tokenizer, "sft", steps)
+    return [record.values for record in records_of(given, folder, encoder_class("sft")).of("train", 0)]
+
+
+def test_text_parts_are_cleaned_as_the_one_text_that_is_learned(tmp_path: Path, tokenizer: Path) -> None:
+    row = conversation([part("write to bob@"), {**part("example.com "), "note": 1}], [part("a "), part(" b")])
+    (found,) = cleaned(tmp_path, tokenizer, ["pii", "whitespace"], [row])
+    assert [turn["content"] for turn in found["messages"]] == [[part("write to <EMAIL>")], [part("a b")]]
+
+
+def test_text_parts_that_no_step_changes_stay_as_they_are(tmp_path: Path, tokenizer: Path) -> None:
+    row = conversation([part("one"), part(" two")], [])
+    assert cleaned(tmp_path, tokenizer, ["pii", "exact_dedup", "near_dedup"], [row]) == [row]
+
+
+def test_the_reasoning_of_a_message_is_cleaned(tmp_path: Path, tokenizer: Path) -> None:
+    row = conversation("hello", "yes", reasoning_content="mail  bob@example.com")
+    (found,) = cleaned(tmp_path, tokenizer, ["pii"], [row])
+    assert found["messages"][1]["reasoning_content"] == "mail  <EMAIL>"
+
+
+def test_text_parts_count_for_steps_that_only_drop(tmp_path: Path, tokenizer: Path) -> None:
+    (tmp_path / "benchmark.txt").write_text("one two three four five six seven eight nine")
+    leaked = conversation([part("one two three four five "), part("six seven eight nine")], "ten")
+    other = conversation([part("something else")], "ten")
+    steps = [{"decontaminate": {"files": ["benchmark.txt"]}}]
+    assert cleaned(tmp_path, tokenizer, steps, [leaked, other]) == [other]
+
+
+@pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
+def test_text_parts_are_compared_like_texts(tmp_path: Path, tokenizer: Path, step: str) -> None:
+    texts = ["one two three", "four five six", "one two three"]
+    rows = [conversation([part(text[:5]), part(text[5:])], [part("yes")]) for text in texts]
+    assert cleaned(tmp_path, tokenizer, [step], [*rows, conversation(texts[1], "yes")]) == rows[:2]
+
+
+def test_repeated_lines_in_text_parts_are_removed(tmp_path: Path, tokenizer: Path) -> None:
+    line = "this line of a text is long enough to be compared"
+    rows = [conversation([part(f"{name}\n{line}\n"), part("end")], "yes") for name in ("first", "second")]
+    found = cleaned(tmp_path, tokenizer, [{"exact_dedup": {"unit": "line"}}], rows)
+    assert found == [rows[0], conversation([part("second\nend")], "yes")]
+
+
+@pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
+def test_conversations_with_other_tool_calls_are_no_duplicates(tmp_path: Path, tokenizer: Path, step: str) -> None:
+    def calling(city: str) -> dict[str, Any]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+        return conversation("what is the weather", "", tool_calls=[call])
+
+    rows = [calling(city) for city in ("paris", "rome", "paris", "oslo")]
+    assert cleaned(tmp_path, tokenizer, [step], rows) == [rows[0], rows[1], rows[3]]
+
+
+@pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
+def test_rows_without_text_are_not_compared(tmp_path: Path, tokenizer: Path, step: str) -> None:
+    """Their content is what no step reads, so nothing says that they are equal."""
+    empty = [conversation([{"type": "image", "image": name}], " ") for name in ("one", "two")]
+    rows = [empty[0], conversation("a", "b"), empty[1], conversation("a", "b")]
+    assert cleaned(tmp_path, tokenizer, [step], rows) == [empty[0], rows[1], empty[1]]
+
+
 def test_bad_rows_are_reported_with_their_place(tmp_path: Path, tokenizer: Path) -> None:
     rows = [
         {"text": "a  b", "label": "y"},
@@ -379,6 +456,14 @@ def test_the_report_counts_and_shows_what_changed(tmp_path: Path, tokenizer: Pat
     shown = describe(report)
     assert "steps:       whitespace of 5: changed 2\n" in shown
     assert "             exact_dedup of 5: dropped 2 (2 x duplicate)\n" in shown
+
+
+def test_a_value_that_cannot_be_stored_is_named(tmp_path: Path, tokenizer: Path) -> None:
+    row = {"text": "a  b", "day": datetime.date(2024, 1, 1)}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "rows.parquet")
+    given = labelled(tokenizer, "sft", ["whitespace"], train=[{"path": "rows.parquet"}])
+    with pytest.raises(DataError, match=r"rows.parquet#0: data.steps: .*'day' .*type date.*Leave its column out"):
+        list(records_of(given, tmp_path, encoder_class("sft")).of("train", 0))
 
 
 def test_damaged_records_are_named(tmp_path: Path, tokenizer: Path) -> None:

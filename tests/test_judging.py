@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ptft_dist import api
 from ptft_dist.cli.ranks import launched
+from ptft_dist.data.formats import read_file
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.judging import prediction
 from ptft_dist.judging.examples import RowResults
@@ -34,6 +36,7 @@ from ptft_dist.judging.perplexity import windows
 from ptft_dist.judging.target import find_target, recipe_of
 from ptft_dist.pages.evaluation import paired, why_not_paired
 from ptft_dist.pages.read import read_run
+from ptft_dist.reporting.tables import SEPARATORS, table
 from ptft_dist.tasks.common.scores.tables import calibration
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.registry import TASKS, encoder_class
@@ -340,13 +343,56 @@ def test_predictions_as_a_table(run_of: Any, tmp_path: Path, task: str, ending: 
     api.predict(run, "rows.jsonl", f"out.{ending}")
     expected = pandas.json_normalize(lines(tmp_path / "out.jsonl"))
     separator = {"csv": ",", "tsv": "\t"}[ending]
-    found = pandas.read_csv(tmp_path / f"out.{ending}", sep=separator, dtype=str, keep_default_na=False)
+    quoting = {"csv": csv.QUOTE_MINIMAL, "tsv": csv.QUOTE_NONE}[ending]
+    found = pandas.read_csv(
+        tmp_path / f"out.{ending}", sep=separator, quoting=quoting, dtype=str, keep_default_na=False
+    )
     assert set(found.columns) == set(expected.columns)
     for name in expected.columns:
         for cell, value in zip(found[name], expected[name], strict=True):
             missing = value is None or (isinstance(value, float) and math.isnan(value))
             written = "" if missing else cell if isinstance(value, str) else json.loads(cell)
             assert written == ("" if missing else value)
+
+
+TABLE = [
+    {"text": '"Great" film', "prediction": {"label": "a"}},
+    {"text": ' "', "note": "x,y", "prediction": {"label": 'b"'}},
+    {"text": "", "note": "half \\ud83d", "prediction": {"tags": ["O", '"']}},
+]
+READ_BACK = [
+    {"text": '"Great" film', "prediction.label": "a", "note": "", "prediction.tags": ""},
+    {"text": ' "', "prediction.label": 'b"', "note": "x,y", "prediction.tags": ""},
+    {"text": "", "prediction.label": "", "note": "half \\ud83d", "prediction.tags": '["O", "\\""]'},
+]
+
+
+def tabled(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows after they were written as a table and read as data."""
+    path.write_bytes(b"".join(table(lambda: rows, SEPARATORS[path.suffix])))
+    return [record.values for record in read_file(path, columns=(), unit="line")]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_table_is_read_back_unchanged(tmp_path: Path, ending: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert tabled(tmp_path / f"out.{ending}", TABLE) == READ_BACK
+    assert caplog.messages == []
+
+
+def test_a_csv_table_holds_every_line_break(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"a{gap}b", "n": "1"} for gap in ("\t", "\n", "\r", "\r\n", "\x0b", "\u2028")]
+    assert tabled(tmp_path / "out.csv", rows) == rows
+    assert caplog.messages == []
+
+
+def test_tabs_and_line_breaks_are_spaces_in_a_tsv_table(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"text": f"a{gap}b", "n": "1"} for gap in ("\t", "\n", "\r", "\r\n", "\t\t")]
+    found = tabled(tmp_path / "out.tsv", rows)
+    assert [row["text"] for row in found] == ["a b"] * 4 + ["a  b"]
+    (message,) = caplog.messages
+    assert message.startswith("5 cells had tabs or line breaks, which a .tsv table cannot hold")
+    assert "in text" in message
+    assert ".csv" in message
 
 
 def scored(task: str, rows: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -493,6 +539,57 @@ def test_columns_are_mapped_as_in_training(run_of: Any, tmp_path: Path) -> None:
     api.predict(run, "in.csv", "out.jsonl", overrides=fields)
     found = lines(tmp_path / "out.jsonl")
     assert [(row["text"], row["stars"]) for row in found] == [("good cat", "5"), ("bad house", "1")]
+
+
+def wide(text: str) -> str:
+    """The text in full-width letters, which NFKC undoes."""
+    return "".join(chr(ord(letter) + 0xFEE0) if "a" <= letter <= "z" else letter for letter in text)
+
+
+def test_the_network_reads_rows_after_the_steps_that_edit(run_of: Any, tmp_path: Path) -> None:
+    """Steps that drop rows and deduplications are left out: each row is answered, and written as it was given."""
+    run = run_of("classification")
+    _, rows = validation_rows(run, "classification", 6)
+    for name, change in (("plain", str), ("wide", wide)):
+        texts = [change(rows[i]["text"]) for i in (0, 1, 2, 3, 4, 5, 0)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    drops = ["exact_dedup", "near_dedup", {"exact_dedup": {"unit": "line"}}, {"language": {"keep": ["zh"]}}, "quality"]
+    steps = {"data.steps": [{"unicode": {"form": "NFKC"}}, *drops, {"decontaminate": {"files": ["none.jsonl"]}}]}
+    api.predict(run, "plain.jsonl", "plain_out.jsonl")
+    result = api.predict(run, "wide.jsonl", "wide_out.jsonl", overrides=steps)
+    assert (result.rows, result.unanswered) == (7, 0)
+    plain, found = lines(tmp_path / "plain_out.jsonl"), lines(tmp_path / "wide_out.jsonl")
+    assert [row["text"] for row in found] == [wide(row["text"]) for row in plain]
+    assert [row["prediction"] for row in found] == [row["prediction"] for row in plain]
+
+
+def test_a_row_that_a_step_empties_says_why(run_of: Any, tmp_path: Path) -> None:
+    """Rows are checked after the steps: one of them repairs half a surrogate pair."""
+    texts = ["\u200b", "a cat \ud83d", "a cat"]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    steps = {"data.steps": ["control", "unicode"]}
+    result = api.predict(run_of("classification"), "in.jsonl", "out.jsonl", overrides=steps)
+    assert (result.rows, result.unanswered) == (3, 1)
+    found = lines(tmp_path / "out.jsonl")
+    assert [row["text"] for row in found] == texts
+    assert found[0]["prediction"] == {"problem": "data.steps: no text is left"}
+    assert [list(row["prediction"]) for row in found[1:]] == [["label", "probabilities"]] * 2
+
+
+def test_a_made_up_answer_is_not_edited(run_of: Any, tmp_path: Path) -> None:
+    """A conversation without its answer gets a short one, which this step would drop."""
+    (tmp_path / "no_short_texts.py").write_text("def step(text):\n    return text if len(text) > 5 else None\n")
+    run = run_of("sft")
+    _, rows = validation_rows(run, "sft", 2)
+    rows = [{"messages": row["messages"][:-1]} for row in rows]
+    rows.append({"messages": [{"role": "user", "content": "hm"}]})
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = {"data.steps": [{"custom": {"function": "no_short_texts.step"}}]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(tmp_path))
+        api.predict(run, "in.jsonl", "out.jsonl", overrides=steps)
+    problem = {"problem": "data.steps: custom: no_short_texts.step"}
+    assert [row["prediction"] == problem for row in lines(tmp_path / "out.jsonl")] == [False, False, True]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -18,7 +18,7 @@ class ClassId(int):
         return made
 
 
-ClassNames = Mapping[str, Sequence[str]]
+ClassNames = Mapping[str, Mapping[int, str]]
 """Column -> the names of its classes, by number."""
 
 
@@ -36,11 +36,11 @@ def of_parquet(metadata: Mapping[bytes, bytes] | None) -> ClassNames:
 
 
 def _of_dictionary(features: Mapping[str, Any]) -> ClassNames:
-    found = {}
+    found: dict[str, dict[int, str]] = {}
     for column, feature in features.items():
         inner = feature.get("feature", feature) if isinstance(feature, Mapping) else None  # of a list
         if isinstance(inner, Mapping) and inner.get("_type") == "ClassLabel" and inner.get("names"):
-            found[column] = inner["names"]
+            found[column] = dict(enumerate(inner["names"]))
     return found
 
 
@@ -49,9 +49,19 @@ def with_names(row: dict[str, Any], classes: ClassNames) -> dict[str, Any]:
     return row | {column: _named(row[column], names) for column, names in classes.items() if column in row}
 
 
-def _named(value: Any, names: Sequence[str]) -> Any:
+def names_in(row: Mapping[str, Any]) -> ClassNames:
+    """The names of the ClassIds in a row: `with_names` restores them after the row was written as JSON."""
+    found: dict[str, dict[int, str]] = {}
+    for column, value in row.items():
+        for each in value if isinstance(value, list) else (value,):
+            if isinstance(each, ClassId):
+                found.setdefault(column, {})[int(each)] = each.name
+    return found
+
+
+def _named(value: Any, names: Mapping[int, str]) -> Any:
     if isinstance(value, list):
         return [_named(each, names) for each in value]
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(names):
+    if isinstance(value, int) and not isinstance(value, bool) and value in names:
         return ClassId(value, names[value])
     return value

@@ -220,7 +220,8 @@ def _mapped(path: Path, dtype: str) -> np.ndarray:
 
 
 def meta_bytes(meta: Mapping[str, Any]) -> bytes:
-    return json.dumps(meta, ensure_ascii=False).encode()
+    """JSON in UTF-8. Half a surrogate pair, which UTF-8 cannot encode, is escaped."""
+    return json.dumps(meta, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> list[list[int]]:

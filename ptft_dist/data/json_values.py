@@ -1,9 +1,10 @@
-"""Parsing of JSON in data files: valid JSON that cannot be used is refused with a reason."""
+"""JSON in data files: valid JSON that cannot be used is refused with a reason; values that JSON does not have."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -31,3 +32,14 @@ def unusable(error: Exception) -> str:
         return "the JSON is nested too deeply. Correct or remove the row."
     digits = sys.get_int_max_str_digits()
     return f"the JSON has a number with more than {digits:,} digits. Write it as text, or remove the row."
+
+
+def not_json(values: Mapping[str, Any]) -> dict[str, str]:
+    """The columns that JSON cannot hold, such as the dates, decimals and bytes of a Parquet file, and why."""
+    try:
+        json.dumps(values)
+    except (TypeError, ValueError) as error:
+        if len(values) == 1:
+            return dict.fromkeys(values, str(error))
+        return {name: why for name, value in values.items() for why in not_json({name: value}).values()}
+    return {}

@@ -12,7 +12,8 @@ import numpy as np
 
 from ptft_dist.config.recipe import ModelSection, Recipe, Source
 from ptft_dist.config.resolve import batch_shape
-from ptft_dist.data.encoder import EncoderContext, RowError
+from ptft_dist.data.cleaning.edits import Edits
+from ptft_dist.data.encoder import EncoderContext, LeftOut, Outcome, RowError
 from ptft_dist.data.example_store import META, meta_bytes
 from ptft_dist.data.formats import Record
 from ptft_dist.data.prepare import records_of
@@ -142,10 +143,12 @@ class Predictor:
         self.trained = TrainedNetwork(loaded, target.tokenizer_directory(), self.survey, backend, lambda: 1)
         self.context = EncoderContext.of(self.recipe, self.trained.tokenizer, self.survey)
         self.encoder = kind(self.context)
+        asked = tuple(role for role in self.recipe.settings.text_roles if role not in kind.answer_roles)
+        self.edits = Edits(self.recipe, self.base, asked)
 
     def check(self, file: Path) -> int:
         """The number of rows of a file. Raises DataError, with all of the first bad rows."""
-        bad, count = RowTally(), 0
+        bad, count, probed = RowTally(), 0, False
         for record in self._records(file):
             count += 1
             if ANSWER in record.values:
@@ -154,14 +157,18 @@ class Predictor:
                 )
             try:
                 require_all(record.values, self._roles())
-                self.kind.check(self.recipe.settings, self._unanswered(record))
+                asked = self._unanswered(record)
+                self.kind.check(self.recipe.settings, asked)
+            except LeftOut:
+                bad.good(record.where)
             except RowError as problem:
                 bad.add(record.where, problem)
             else:
                 bad.good(record.where)
-                if count == 1:
-                    self.encoder.outcomes([self._unanswered(record)])
+                if not probed:
+                    self.encoder.outcomes([asked])
                     self.survey |= self.encoder.discovered
+                    probed = True
         if bad.count:
             raise DataError(bad.message(skippable=False))
         return count
@@ -178,7 +185,25 @@ class Predictor:
         return [role for role in self.kind.required(self.recipe.settings) if role not in self.kind.answer_roles]
 
     def _unanswered(self, record: Record) -> Record:
-        return Record(self.kind.unanswered(self.recipe.settings, self.context.survey, record.values), record.where)
+        """What the network reads of a row: after the steps of data.steps that edit, with a made-up answer.
+
+        Raises:
+            LeftOut: nothing is left after the steps.
+            RowError: there is nothing to answer.
+        """
+        values = self.edits(record).values
+        return Record(self.kind.unanswered(self.recipe.settings, self.context.survey, values), record.where)
+
+    def _outcomes(self, records: Sequence[Record]) -> list[Outcome]:
+        """The outcomes of rows that `check` has accepted."""
+        asked: list[Record | Outcome] = []
+        for record in records:
+            try:
+                asked.append(self._unanswered(record))
+            except LeftOut as reason:
+                asked.append(Outcome(dropped=str(reason)))
+        encoded = iter(self.encoder.outcomes([each for each in asked if isinstance(each, Record)]))
+        return [each if isinstance(each, Outcome) else next(encoded) for each in asked]
 
     def start(self) -> None:
         """Form the process group, and build and place the network."""
@@ -212,7 +237,7 @@ class Predictor:
         rows: list[Row] = []
         owners: list[int] = []
         lengths: list[int] = []
-        outcomes = self.encoder.outcomes([self._unanswered(chunk[i]) for i in numbers])
+        outcomes = self._outcomes([chunk[i] for i in numbers])
         for number, outcome in zip(numbers, outcomes, strict=True):
             if outcome.problem is not None:
                 raise DataError(f"{chunk[number].where}: {outcome.problem}")

@@ -14,7 +14,7 @@ from ptft_dist.data.cleaning.deduplication import Deduplication
 from ptft_dist.data.cleaning.record_file import read_records
 from ptft_dist.data.cleaning.stage import RECORDS, SIGNATURES, Kept
 from ptft_dist.data.cleaning.tally import SHOWN
-from ptft_dist.data.cleaning.texts import texts_of
+from ptft_dist.data.cleaning.texts import compared_texts
 from ptft_dist.data.encoder import Side
 from ptft_dist.errors import DataError
 from ptft_dist.reporting.messages import say
@@ -68,6 +68,7 @@ class Comparison:
         say(f"comparing {int(starts[-1]):,} {'records' if self._dedup.by_record else 'parts of texts'} ...")
         order = sorted(range(len(signatures)), key=lambda i: (self._sides[i] == "train", i))  # validation goes first
         original = self._dedup.originals([signatures[i] for i in order])
+        without_text = self._dedup.sign([""])  # nothing says that two such records are equal, so both are kept
         kept = np.ones(int(starts[-1]), bool)
         place = np.empty(int(starts[-1]), np.int64)  # of each unit in the order of the shards
         start = 0
@@ -76,6 +77,8 @@ class Comparison:
             place[start:stop] = np.arange(starts[i], starts[i + 1])
             if self._sides[i] == "train":
                 kept[starts[i] : starts[i + 1]] = original[start:stop] == np.arange(start, stop)
+                if self._dedup.by_record:
+                    kept[starts[i] : starts[i + 1]] |= (signatures[i] == without_text).all(axis=1)
             start = stop
         shown = np.flatnonzero(~kept)[:SHOWN].tolist() if self._dedup.by_record else []
         inverse = np.argsort(place, kind="stable") if shown else place
@@ -96,7 +99,7 @@ class Comparison:
                 continue
             for number, record in enumerate(read_records(shard / RECORDS), start):
                 if number in wanted:
-                    texts[number] = "\n".join(texts_of(record.values, self._roles))[:_EXCERPT]
+                    texts[number] = "\n".join(compared_texts(record.values, self._roles))[:_EXCERPT]
                 if number == max(wanted):
                     break
         return texts

@@ -22,7 +22,7 @@ class Deduplication(Protocol):
     """The unit is a whole record."""
 
     def units(self, texts: Sequence[str]) -> list[str]:
-        """The units of the texts of a record, in order."""
+        """The units of the texts of a record, in order. A record as a whole is one unit, empty without any text."""
 
     def sign(self, units: Sequence[str]) -> np.ndarray:
         """The signatures of units: [N, width], unsigned integers."""

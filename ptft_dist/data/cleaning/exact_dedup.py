@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from ptft_dist.config.cleaning import ExactDedupStep
+from ptft_dist.data.cleaning.texts import record_unit
 
 MIN_CHARACTERS = 20
 _SORTED_AT_ONCE = 1 << 20  # hashes, at least; each needs about 25 bytes of memory
@@ -33,7 +34,7 @@ class ExactDedup:
     def units(self, texts: Sequence[str]) -> list[str]:
         """The texts that are compared: all texts of a record as one, or its long lines or paragraphs, stripped."""
         if self.by_record:
-            return ["\x1f".join(texts)]
+            return [record_unit(texts, "\x1f")]
         return [key for text in texts for piece in self._pieces(text) if (key := self._key(piece))]
 
     def without(self, text: str, kept: Sequence[bool]) -> str:

@@ -14,6 +14,7 @@ from typing import ClassVar
 import numpy as np
 
 from ptft_dist.config.cleaning import NearDedupStep
+from ptft_dist.data.cleaning.texts import record_unit
 from ptft_dist.data.cleaning.words import words
 from ptft_dist.data.workers import variable
 
@@ -37,7 +38,7 @@ class NearDedup:
 
     def units(self, texts: Sequence[str]) -> list[str]:
         """The texts of a record as one."""
-        return ["\n".join(texts)]
+        return [record_unit(texts, "\n")]
 
     def without(self, text: str, kept: Sequence[bool]) -> str:
         """Not used: records are kept or dropped as a whole."""

@@ -42,7 +42,7 @@ from ptft_dist.data.sources import fingerprint_source, unseen_column
 from ptft_dist.errors import DataError
 from ptft_dist.reporting.messages import progress
 
-CLEANING_VERSION = 1
+CLEANING_VERSION = 2
 """Part of every fingerprint. Increase it when the same steps give different records than before."""
 _COUNTS = "counts.json"
 

@@ -17,7 +17,7 @@ from ptft_dist.data.cleaning.deduplication import Deduplication
 from ptft_dist.data.cleaning.record_file import RecordWriter
 from ptft_dist.data.cleaning.tally import Tally
 from ptft_dist.data.cleaning.text_step import TextStep
-from ptft_dist.data.cleaning.texts import texts_of, with_texts
+from ptft_dist.data.cleaning.texts import compared_texts, texts_of, with_texts
 from ptft_dist.data.encoder import Place, Side
 from ptft_dist.data.formats import Record
 from ptft_dist.data.workers import in_processes, worker_count
@@ -97,7 +97,8 @@ class Stage:
         if self.dedup is None:
             return _Done(kept, tallies, None)
         dedup: Deduplication = self.dedup.step
-        units = [unit for record in kept for unit in dedup.units(texts_of(record.values, self.roles))]
+        texts = compared_texts if dedup.by_record else texts_of
+        units = [unit for record in kept for unit in dedup.units(texts(record.values, self.roles))]
         return _Done(kept, tallies, dedup.sign(units))
 
     def clean(self, record: Record, side: Side, tallies: Sequence[Tally]) -> Record | None:
@@ -182,7 +183,7 @@ class Kept:
                 if next(flags):
                     yield record
                 else:
-                    text = "\n".join(texts_of(record.values, self.roles))
+                    text = "\n".join(compared_texts(record.values, self.roles))
                     self.tally.drop(record.where, "duplicate", text, self.originals.get(number))
             elif (rest := self._without(record, flags)) is not None:
                 yield rest

@@ -36,7 +36,9 @@ def class_name(value: Any, names: Mapping[str, str]) -> Any:
 
     names: `label_names` of the task's settings, which come before the names of the data set's ClassLabel feature.
     """
-    number = str(value) if isinstance(value, int | str) and not isinstance(value, bool) else ""
+    # pandas makes floats of a column of integers with a null.
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    number = str(whole) if isinstance(whole, int | str) and not isinstance(whole, bool) else ""
     if number in names:
         return names[number]
     return value.name if isinstance(value, ClassId) and not names else value

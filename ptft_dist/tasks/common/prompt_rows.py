@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
+from ptft_dist.data.json_values import not_json
 from ptft_dist.data.row_encoder import RowEncoder, require_list, require_text
 from ptft_dist.data.tokenizer import added_around, after_answer
 from ptft_dist.tasks.common.chat import Conversation, Plain, as_message
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 
 TOO_LONG = "longer than data.max_length"
 CUT = "without their beginning, to fit data.max_length"
+NOT_JSON = "without the column {name!r} for reward functions ({why}; convert it to text)"
 
 
 class PromptRows(RowEncoder):
-    """Encodes prompts: input_ids, and meta with the prompt as it was given and the row's other columns.
+    """Encodes prompts: input_ids, and meta with the prompt as it was given and the row's other columns, if JSON.
 
     A prompt is a text (`prompt`), which the tokenizer may begin with BOS, or a conversation (`prompt` or `messages`)
     that ends with a message of the user or a tool. Assistant messages at its end are removed.
@@ -88,17 +90,21 @@ class PromptRows(RowEncoder):
         return text
 
     def build(self, record: Record, encodings: Sequence[Encoding]) -> list[Example]:
-        prompt, ids, notes = self._prompts.pop(id(record)), encodings[0].ids, ()
+        prompt, ids = self._prompts.pop(id(record)), encodings[0].ids
+        notes: tuple[str, ...] = ()
         self.control.check_encoded(prompt, ids, lambda neutral: self.encode([self._text(neutral)])[0].ids, cut=False)
         plain = isinstance(prompt, Plain)
         begin = self.begin if plain else []
         if len(begin) + len(ids) > self.max_length:
             if self.settings.too_long == "drop":
                 raise LeftOut(TOO_LONG)
-            ids, notes = ids[len(begin) + len(ids) - self.max_length :], (CUT,)  # type: ignore[assignment]
+            ids, notes = ids[len(begin) + len(ids) - self.max_length :], (CUT,)
         others = {name: x for name, x in record.values.items() if name not in ("prompt", "messages")}
+        left_out = not_json(others)
+        notes += tuple(NOT_JSON.format(name=name, why=why) for name, why in left_out.items())
+        columns = {name: x for name, x in others.items() if name not in left_out}
         given = prompt.prompt if isinstance(prompt, Plain) else prompt.messages
-        return [Example({"input_ids": [*begin, *ids]}, {"prompt": given, "columns": others}, notes)]
+        return [Example({"input_ids": [*begin, *ids]}, {"prompt": given, "columns": columns}, notes)]
 
 
 def _read(settings: RolloutSettings, record: Record) -> Plain | Conversation:
