@@ -637,7 +637,9 @@ def test_prompts_that_are_too_long_are_dropped_or_lose_their_beginning(
     assert dropped.prepared.report.dropped["longer than data.max_length"].times == 1
     cut = session("ppo", {"prompts": 1, "too_long": "cut"}, data={**rows, "max_length": limit}, batch=one)
     assert [cut.store.row(i).input_ids.tolist() for i in range(2)] == [short, long[-limit:]]
-    with pytest.raises(DataError, match=r"no rows for train: 2 rows were read; 2 longer than data.max_length. Raise data"):
+    with pytest.raises(
+        DataError, match=r"no rows for train: 2 rows were read; 2 longer than data.max_length. Raise data"
+    ):
         session("ppo", {}, data={**rows, "max_length": limit - 1})
 
 

@@ -177,9 +177,9 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def newest_update(run_dir: Path) -> int:
-    """The update of the newest complete checkpoint, 0 without one; of a sweep, the sum over its trials."""
-    if trials := list(run_dir.glob("trial-*")):
-        return sum(map(newest_update, trials))
+    """The update of the newest complete checkpoint, 0 without one; of a sweep or folds, the sum over their runs."""
+    if runs := [*run_dir.glob("trial-*"), *run_dir.glob("fold-*")]:
+        return sum(map(newest_update, runs))
     names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
@@ -191,6 +191,8 @@ def lost_hosts(run_dir: Path | None, environ: Mapping[str, str]) -> list[str]:
 
 
 def _result(run_dir: Path, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """result.json, unless it is damaged, or an earlier start has written it."""
-    result = read_json(run_dir / RESULT)
-    return result if result.get("start") == start_token(environ) else None
+    """result.json, unless it is damaged, or an earlier start has written it. Of folds, that of the one that has ended
+    the start; the results of trials do not end a sweep."""
+    own, *folds = (read_json(folder / RESULT) for folder in (run_dir, *run_dir.glob("fold-*")))
+    results = [own, *(fold for fold in folds if fold.get("exit_code") != EXIT_FINISHED)]
+    return next((result for result in results if result.get("start") == start_token(environ)), None)
