@@ -330,6 +330,22 @@ def test_an_array_needs_several_runs(tmp_path: Path, documents: Path) -> None:
     assert (done.returncode, done.stderr) == (2, message)
 
 
+def test_folds_in_one_job_need_a_starter_of_each_node(tmp_path: Path, documents: Path) -> None:
+    """Every task of srun would train all folds."""
+    write_recipe(tmp_path, documents, data={"validation": None, "folds": 2})
+    (tmp_path / "site.yaml").write_text("starter: srun\n")
+    words = ("submit", "recipe.yaml", "--site", "site.yaml", "--launch", "cpu", "--dry-run")
+    done = ptft(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "  data.folds: every task of srun would train all folds (starter: srun in the site profile)" in done.stderr
+    assert "--array" in done.stderr
+    for more in (["--array"], ["data.fold=1"]):
+        done = ptft(*words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)  # one process
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_sweep_is_an_array_of_the_same_command(tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
     (tmp_path / "search.yaml").write_text("method: random\ntrials: 9\nsearch: {optim.lr: {log: [1e-4, 1e-2]}}\n")

@@ -201,6 +201,26 @@ def test_it_is_refused_inside_a_launcher(tmp_path: Path, cache: Path) -> None:
     assert "outside of a launcher" in run.stderr
 
 
+@pytest.mark.parametrize(
+    ("starter", "says"),
+    [
+        ("mpirun", "--starter: mpirun: use accelerate, or srun within a task of srun"),
+        (
+            "srun",
+            "--starter: srun: every task of srun would train all folds. Submit them .* ptft submit RECIPE --array",
+        ),
+    ],
+)
+def test_a_task_of_srun_does_not_train_all_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starter: str, says: str
+) -> None:
+    recipe = write_tiny(tmp_path, "classification", data=FOLDS)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setattr("ptft_dist.runs.folds.run_all", lambda *_, **__: pytest.fail("the folds were trained"))
+    with pytest.raises(RecipeError, match=says):
+        train(str(recipe), launch="cpu", starter=starter)
+
+
 def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS)
     run = start("train", "recipe.yaml", "--resume", "run/fold-0/checkpoints/step-00000004", cwd=tmp_path, cache=cache)
