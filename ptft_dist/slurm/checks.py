@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ptft_dist.config.load import Loaded
@@ -12,7 +12,7 @@ from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.settings import check_settings
 from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
-from ptft_dist.slurm.jobs import job_of
+from ptft_dist.slurm.jobs import job_of, with_jobs
 from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.site import Site
 from ptft_dist.tasks.registry import encoder_class
@@ -97,12 +97,17 @@ def of_accounts(site: Site, known: Mapping[str, set[str]] | None) -> Iterator[st
         yield f"qos: {site.qos}; you may use {', '.join(sorted(allowed))}"
 
 
-def of_run_dir(run_dir: Path) -> Iterator[str]:
-    """Another job that trains in this directory."""
-    job = job_of(run_dir)
-    facts = None if job is None else job_facts(job)
-    if facts is not None and facts["JobState"] not in ENDED:
-        yield f"run_dir: job {job} ({facts['JobState']}) has it: {run_dir}; end it with ptft cancel, or choose another"
+def of_run_dirs(job: Job, run_dirs: Sequence[Path]) -> Iterator[str]:
+    """Other jobs that train in the directory of this one, or in those of the tasks of its array.
+
+    run_dirs: as in Request.
+    """
+    for run_dir in dict.fromkeys([*with_jobs(job.log.parent), *run_dirs]) if run_dirs else ():
+        number = job_of(run_dir)
+        facts = None if number is None else job_facts(number)
+        if facts is not None and facts["JobState"] not in ENDED:
+            taken = f"run_dir: job {number} ({facts['JobState']}) has it: {run_dir}"
+            yield f"{taken}; end it with ptft cancel, or choose another"
 
 
 def _error_of(check: Callable[[], object]) -> PtftError | None:

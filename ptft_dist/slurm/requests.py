@@ -128,7 +128,7 @@ def check(requests: Sequence[Request], *, ask_slurm: bool) -> None:
         if ask_slurm:
             problems += checks.of_cluster(request.job, request.site, known)
             problems += checks.of_accounts(request.site, accounts)
-            problems += [problem for run_dir in request.run_dirs for problem in checks.of_run_dir(run_dir)]
+            problems += checks.of_run_dirs(request.job, request.run_dirs)
         name = f"{request.name}: " if len(requests) > 1 else ""
         found += [f"  {name}{problem}" for problem in problems]
     if found:
