@@ -269,6 +269,23 @@ def test_what_the_cluster_does_not_have(asked: dict[str, Any], site: dict[str, A
     assert list(checks.of_cluster(job(**asked), Site(**site), CLUSTER)) == [message]
 
 
+SEVERAL: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("long,all", {"nodes": 2, "gpus_per_node": 1, "time": "1:00:00"}, []),
+    ("long,all", {"nodes": 2, "time": "9"}, []),
+    ("all,long", {"time": "9:00:00"}, []),
+    ("all,long", {"nodes": 2, "time": "9:00:00"},
+     ["--time: 9:00:00; partition all allows 1 h 0 min", "--nodes: 2; partition long has 1"]),
+    ("fast,all,slow", {}, [f"partition: this cluster has none with the name '{name}'; it has all, long"
+                           for name in ("fast", "slow")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("partitions", "asked", "problems"), SEVERAL, ids=range(len(SEVERAL)))
+def test_one_of_several_partitions_must_fit(partitions: str, asked: dict[str, Any], problems: list[str]) -> None:
+    """Slurm starts the job in the first of them that can."""
+    assert list(checks.of_cluster(job(**asked), Site(gpus="gres", partition=partitions), CLUSTER)) == problems
+
+
 ACCOUNTS = {"physics": {"normal", "low"}, "biology": {"normal"}}
 WRONG_ACCOUNTS: list[tuple[dict[str, Any], list[str]]] = [
     ({"account": "maths"}, ["account: maths; you have biology, physics"]),

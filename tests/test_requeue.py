@@ -178,6 +178,7 @@ def facts(excluded: str = "(null)", nodes: int = 2, down: str = "") -> str:
         (["n1"], facts("n1"), None),
         (["n2"], facts("n1", down="n3"), None),
         (["n2", "n3"], facts(nodes=3), None),
+        (["n2"], facts().replace("Partition=all ", "Partition=gpu,all "), "n2"),
         (["n2"], "", None),  # Slurm does not answer
     ],
 )

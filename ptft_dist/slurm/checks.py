@@ -61,16 +61,24 @@ def is_prepared(loaded: Loaded) -> bool:
 
 def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[str]:
     """The problems that would keep the job in the queue for ever, or end it there."""
-    default = next((each for each in known.values() if each.is_default), None)
-    partition = default if site.partition is None else known.get(site.partition)
-    if partition is None:
-        names = ", ".join(known)
-        yield (
-            f"partition: this cluster has none with the name {site.partition!r}; it has {names}"
-            if site.partition is not None
-            else f"partition: this cluster has no default; set one in the site profile: {names}"
+    default = [each.name for each in known.values() if each.is_default]
+    wanted = default if site.partition is None else site.partition.split(",")
+    if not wanted:
+        yield f"partition: this cluster has no default; set one in the site profile: {', '.join(known)}"
+    if unknown := [name for name in wanted if name not in known]:
+        yield from (
+            f"partition: this cluster has none with the name {name!r}; it has {', '.join(known)}" for name in unknown
         )
         return
+    lacking = [list(_of_partition(job, site, known[name])) for name in wanted]
+    if all(lacking):  # otherwise Slurm starts it in one that lacks nothing
+        yield from (problem for each in lacking for problem in each)
+    if job.time is not None and (limit := seconds(job.time)) is not None and limit <= site.lead_s:
+        yield f"--time: {job.time}; the warning comes {site.lead_s} s before its end (lead_s), so nothing is trained"
+
+
+def _of_partition(job: Job, site: Site, partition: Partition) -> Iterator[str]:
+    """What a partition lacks for the job."""
     at = f"partition {partition.name}"
     if job.nodes > partition.nodes:
         yield f"--nodes: {job.nodes}; {at} has {partition.nodes}"
@@ -81,8 +89,6 @@ def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[st
     wanted = None if job.time is None else seconds(job.time)
     if wanted is not None and partition.limit_s is not None and wanted > partition.limit_s:
         yield f"--time: {job.time}; {at} allows {partition.limit_s // 3600} h {partition.limit_s % 3600 // 60} min"
-    if wanted is not None and wanted <= site.lead_s:
-        yield f"--time: {job.time}; the warning comes {site.lead_s} s before its end (lead_s), so nothing is trained"
 
 
 def of_accounts(site: Site, known: Mapping[str, set[str]] | None) -> Iterator[str]:

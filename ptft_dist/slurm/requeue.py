@@ -130,7 +130,8 @@ def commands(decision: Decision, job_id: str, lost: Sequence[str], facts: str) -
         return []
     if not job or not lost:
         return [f"requeue {job_id}"]
-    nodes = [line for line in lines if "NodeName" in line and job["Partition"] in line.get("Partitions", "").split(",")]
+    own = set(job["Partition"].split(","))
+    nodes = [line for line in lines if "NodeName" in line and own & set(line.get("Partitions", "").split(","))]
     known = job.get("ExcNodeList", "(null)")
     before = set() if known == "(null)" else {node["NodeName"] for node in nodes if _is_in(node["NodeName"], known)}
     names = {*lost, *(host.partition(".")[0] for host in lost)}  # with and without its domain
