@@ -225,6 +225,11 @@ def test_ptft_runs_in_a_container(tmp_path: Path, runtime: str) -> None:
         assert done.stdout == ""
 
 
+def test_a_container_without_mounts() -> None:
+    script = render(job(), Site(container=Container(runtime="pyxis", image="ubuntu")))
+    assert "step+=(--container-image=ubuntu)\n" in script
+
+
 def test_srun_starts_each_process() -> None:
     script = render(job(nodes=2, processes_per_node=4), Site(starter="srun", cpus_per_task=32))
     lines = script.splitlines()
@@ -361,6 +366,16 @@ def test_folds_in_one_job_need_a_starter_of_each_node(tmp_path: Path, documents:
         assert done.returncode == 0, done.stderr
     done = ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)  # one process
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("array", [["--array"], []])
+def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, documents: Path, array: list[str]) -> None:
+    write_recipe(tmp_path, documents, data={"validation": None, "folds": 2})
+    words = ("submit", "recipe.yaml", *array, "--dry-run", "--resume")
+    done = ptft(*words, "run/fold-0/checkpoints/step-00000004", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --resume: a checkpoint belongs to one fold. Choose the fold with data.fold")
+    assert ptft(*words, "never", cwd=tmp_path).returncode == 0
 
 
 def test_a_sweep_is_an_array_of_the_same_command(tmp_path: Path, documents: Path) -> None:

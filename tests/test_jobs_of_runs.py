@@ -74,3 +74,9 @@ def test_a_run_directory_has_one_submission_at_a_time(
         check([request(tmp_path, second)], ask_slurm=True)
     states |= dict.fromkeys(states, "COMPLETED")
     check([request(tmp_path, second)], ask_slurm=True)
+
+
+def test_a_pipeline_without_jobs_has_nothing_to_cancel(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.json").write_text('{"stages": {"base": "model"}}')
+    with pytest.raises(RecipeError, match=f"{tmp_path}: no stage has a Slurm job"):
+        jobs.cancel(tmp_path)

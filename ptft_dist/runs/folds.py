@@ -28,6 +28,14 @@ def fold_runs(loaded: Loaded, recipe: str, overrides: Sequence[str]) -> list[Run
     ]
 
 
+def check_resume(resume: str) -> None:
+    """Raises RecipeError if --resume of a run with all folds is a checkpoint."""
+    if resume not in ("auto", "never"):
+        raise RecipeError(
+            "--resume: a checkpoint belongs to one fold. Choose the fold with data.fold, or leave --resume out."
+        )
+
+
 def train_folds(
     loaded: Loaded, recipe: str, overrides: Sequence[str], *, resume: str, options: Sequence[str], writes: bool
 ) -> int:
@@ -41,10 +49,7 @@ def train_folds(
     Raises:
         RecipeError: `resume` is a checkpoint, which belongs to one fold.
     """
-    if resume not in ("auto", "never"):
-        raise RecipeError(
-            "--resume: a checkpoint belongs to one fold. Choose the fold with data.fold, or leave --resume out."
-        )
+    check_resume(resume)
     runs, executor = fold_runs(loaded, recipe, overrides), LocalExecutor()
     with executor.forwarding_signals():
         code = run_all(runs, ["--resume", resume, *options], executor, skip_finished=resume == "auto")

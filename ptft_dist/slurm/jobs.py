@@ -147,6 +147,8 @@ def cancel(run_dir: Path) -> str:
     """
     if (names := _parts(run_dir)) is not None:
         known = [name for name in reversed(names) if job_of(run_dir / name) is not None]
+        if not known:
+            raise RecipeError(f"{run_dir}: no stage has a Slurm job. ptft pipeline FILE --submit makes them")
         return "\n".join(f"{name}: {cancel(run_dir / name)}" for name in known)
     job = require_job(run_dir)
     facts = job_facts(job)
