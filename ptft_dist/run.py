@@ -236,10 +236,10 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
             trainer.progress.best_checkpoint = None
             if engine.is_main:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
-    card = None
+    card, trained = None, session.trained
     if engine.is_main:
-        card = model_card(session.loaded, target.parent, step, task_type=session.trained.task_class.auto_class.__name__)
-    trained = session.trained
+        task_type = trained.task_class.auto_class.__name__
+        card = model_card(session.loaded, target.parent, step, base=trained.section.path, task_type=task_type)
     export(engine, Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card), target)
 
 

@@ -183,6 +183,10 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return plain | QUIET_MACHINE | dict(extra or {})
 
 
+UNPRIVILEGED = [] if os.geteuid() else ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+"""The words before a command for which the modes of files count, also if the tests run as root."""
+
+
 def ptft(
     *args: str,
     env: Mapping[str, str] | None = None,

@@ -225,6 +225,11 @@ def test_ptft_runs_in_a_container(tmp_path: Path, runtime: str) -> None:
         assert done.stdout == ""
 
 
+def test_a_container_without_mounts() -> None:
+    script = render(job(), Site(container=Container(runtime="pyxis", image="ubuntu")))
+    assert "step+=(--container-image=ubuntu)\n" in script
+
+
 def test_srun_starts_each_process() -> None:
     script = render(job(nodes=2, processes_per_node=4), Site(starter="srun", cpus_per_task=32))
     lines = script.splitlines()
@@ -267,6 +272,23 @@ WRONG_JOBS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
 @pytest.mark.parametrize(("asked", "site", "message"), WRONG_JOBS, ids=range(len(WRONG_JOBS)))
 def test_what_the_cluster_does_not_have(asked: dict[str, Any], site: dict[str, Any], message: str) -> None:
     assert list(checks.of_cluster(job(**asked), Site(**site), CLUSTER)) == [message]
+
+
+SEVERAL: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("long,all", {"nodes": 2, "gpus_per_node": 1, "time": "1:00:00"}, []),
+    ("long,all", {"nodes": 2, "time": "9"}, []),
+    ("all,long", {"time": "9:00:00"}, []),
+    ("all,long", {"nodes": 2, "time": "9:00:00"},
+     ["--time: 9:00:00; partition all allows 1 h 0 min", "--nodes: 2; partition long has 1"]),
+    ("fast,all,slow", {}, [f"partition: this cluster has none with the name '{name}'; it has all, long"
+                           for name in ("fast", "slow")]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("partitions", "asked", "problems"), SEVERAL, ids=range(len(SEVERAL)))
+def test_one_of_several_partitions_must_fit(partitions: str, asked: dict[str, Any], problems: list[str]) -> None:
+    """Slurm starts the job in the first of them that can."""
+    assert list(checks.of_cluster(job(**asked), Site(gpus="gres", partition=partitions), CLUSTER)) == problems
 
 
 ACCOUNTS = {"physics": {"normal", "low"}, "biology": {"normal"}}
@@ -328,6 +350,32 @@ def test_an_array_needs_several_runs(tmp_path: Path, documents: Path) -> None:
     done = ptft("submit", "recipe.yaml", "--array", "--dry-run", cwd=tmp_path)
     message = "error: --array: the recipe has one run; data.folds: K makes K runs of it\n"
     assert (done.returncode, done.stderr) == (2, message)
+
+
+def test_folds_in_one_job_need_a_starter_of_each_node(tmp_path: Path, documents: Path) -> None:
+    """Every task of srun would train all folds."""
+    write_recipe(tmp_path, documents, data={"validation": None, "folds": 2})
+    (tmp_path / "site.yaml").write_text("starter: srun\n")
+    words = ("submit", "recipe.yaml", "--site", "site.yaml", "--launch", "cpu", "--dry-run")
+    done = ptft(*words, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "  data.folds: every task of srun would train all folds (starter: srun in the site profile)" in done.stderr
+    assert "--array" in done.stderr
+    for more in (["--array"], ["data.fold=1"]):
+        done = ptft(*words, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    done = ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)  # one process
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("array", [["--array"], []])
+def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, documents: Path, array: list[str]) -> None:
+    write_recipe(tmp_path, documents, data={"validation": None, "folds": 2})
+    words = ("submit", "recipe.yaml", *array, "--dry-run", "--resume")
+    done = ptft(*words, "run/fold-0/checkpoints/step-00000004", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: --resume: a checkpoint belongs to one fold. Choose the fold with data.fold")
+    assert ptft(*words, "never", cwd=tmp_path).returncode == 0
 
 
 def test_a_sweep_is_an_array_of_the_same_command(tmp_path: Path, documents: Path) -> None:

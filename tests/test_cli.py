@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import support
 import typer
 
 from ptft_dist import __version__
@@ -172,10 +174,31 @@ def test_long_messages_are_not_wrapped(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        "report closed/run",
+        "compare closed/a closed/b",
+        "status closed/run",
+        "checkpoints closed/run",
+        "tensorboard closed/run",
+        "init closed/new",
+        "init --data closed/rows.jsonl",
+    ],
+)
+def test_a_directory_of_somebody_else(tmp_path: Path, words: str) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    done = support.ptft(*words.split(), cwd=tmp_path, command=[*support.UNPRIVILEGED, *support.COMMAND])
+    assert done.returncode == 2, done.stderr
+    denied = r"error: (\S*/)?closed\S*: Permission denied. Change its owner or its mode, or name another path\n"
+    assert re.fullmatch(denied, done.stderr)
+
+
+@pytest.mark.parametrize(
     ("raised", "code", "end"),
     [
         ("KeyboardInterrupt()", 130, ""),
         ("errors.CheckpointError('gone')", 4, "error: gone\n"),
+        ("PermissionError(13, 'Permission denied')", 1, "PermissionError: [Errno 13] Permission denied\n"),
         ("EOFError('cut short')", 1, "EOFError: cut short\n"),
         ("BrokenPipeError(32, 'worker')", 1, "BrokenPipeError: [Errno 32] worker\n"),
         ("ValueError('a bug')", 1, "ValueError: a bug\n"),

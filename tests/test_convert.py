@@ -525,7 +525,8 @@ def test_the_defaults_are_those_of_the_installed_libraries() -> None:
 def test_the_command_reports_every_key_and_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text(AXOLOTL)
     probe = (
-        "import sys; sys.argv = ['ptft', 'convert', 'theirs.yaml', '--processes', '2', 'model.path=org/other']\n"
+        "import sys; sys.argv = ['ptft', 'convert', 'theirs.yaml', '--processes', '2', '--out', 'my own.yaml', "
+        "'model.path=org/other']\n"
         "from ptft_dist.cli import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
@@ -539,5 +540,5 @@ def test_the_command_reports_every_key_and_imports_no_torch(tmp_path: Path) -> N
     assert ["micro_batch_size", "batch.micro_size: 2, batch.global_size: 12"] in words
     assert ["seed", "train.seed: 42"] in words  # a default of axolotl
     assert ["made_up", "ptft does not know this name"] in words
-    assert ["ptft", "train recipe.yaml --launch zero3"] in words
-    assert load_recipe(tmp_path / "recipe.yaml").recipe.model.path == "org/other"
+    assert ["ptft", "train 'my own.yaml' --launch zero3"] in words
+    assert load_recipe(tmp_path / "my own.yaml").recipe.model.path == "org/other"

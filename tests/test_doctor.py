@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from preloaded_ranks import forked_ptft, preloaded
+from support import UNPRIVILEGED
 
 from ptft_dist.doctor import Gpu, handshake
 from ptft_dist.doctor.finding import Finding
@@ -94,6 +96,14 @@ def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert full.remedy.endswith("with PTFT_CACHE")
     monkeypatch.setattr("os.access", lambda _path, _mode: False)
     assert disk("runs", tmp_path, "run_dir").level == "error"
+
+
+def test_a_disk_of_somebody_else(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    found = "from ptft_dist.doctor.places import Path, disk\nprint(disk('runs', Path('closed/runs/mine'), 'run_dir'))"
+    words = [*UNPRIVILEGED, sys.executable, "-c", found]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "level='error', text='closed/runs/mine: cannot be written'" in done.stdout, done.stderr
 
 
 def test_little_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

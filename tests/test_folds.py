@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import statistics
@@ -12,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import typer
 from preloaded_ranks import preloaded_ptft
 from prepare_support import DOCUMENTS, all_ids, prepare, save_tokenizer, write_text
 from prepare_support import recipe as clm_recipe
@@ -19,11 +21,13 @@ from support import environment, start, wait_until
 from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
+from ptft_dist.cli.train import train
 from ptft_dist.config.recipe import DataSection
 from ptft_dist.data.formats import Record
 from ptft_dist.data.sides import of_train, sided
 from ptft_dist.data.store import TokenStore
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch.environment import RUN_FILE
 from ptft_dist.runs.folds import summarize
 from ptft_dist.tasks.common.documents import Documents
 from ptft_dist.tasks.registry import recipe_class
@@ -175,12 +179,46 @@ def test_a_signal_is_passed_on_and_the_next_start_goes_on(tmp_path: Path, cache:
     assert (tmp_path / f"run/fold-0/checkpoints/step-{steps:08d}").is_dir()
 
 
+def test_the_job_hears_of_the_directory_of_all_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folds would name theirs: each would then have a history of its own."""
+    recipe, heard = write_tiny(tmp_path, "classification", data=FOLDS), tmp_path / "heard"
+    heard.touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(RUN_FILE, str(heard))
+    told: list[str | None] = []
+    monkeypatch.setattr("ptft_dist.runs.folds.run_all", lambda *_, **__: told.append(os.environ.get(RUN_FILE)) or 75)
+    with pytest.raises(typer.Exit):
+        train(str(recipe))
+    assert heard.read_text() == str(tmp_path / "run")
+    assert told == [None]
+
+
 def test_it_is_refused_inside_a_launcher(tmp_path: Path, cache: Path) -> None:
     write_tiny(tmp_path, "classification", data=FOLDS)
     run = start("train", "recipe.yaml", cwd=tmp_path, cache=cache, ranks=2)
     assert run.wait() == 2
     assert "data.fold: required with data.folds here" in run.stderr
     assert "outside of a launcher" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("starter", "says"),
+    [
+        ("mpirun", "--starter: mpirun: use accelerate, or srun within a task of srun"),
+        (
+            "srun",
+            "--starter: srun: every task of srun would train all folds. Submit them .* ptft submit RECIPE --array",
+        ),
+    ],
+)
+def test_a_task_of_srun_does_not_train_all_folds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, starter: str, says: str
+) -> None:
+    recipe = write_tiny(tmp_path, "classification", data=FOLDS)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    monkeypatch.setattr("ptft_dist.runs.folds.run_all", lambda *_, **__: pytest.fail("the folds were trained"))
+    with pytest.raises(RecipeError, match=says):
+        train(str(recipe), launch="cpu", starter=starter)
 
 
 def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, cache: Path) -> None:

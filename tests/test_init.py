@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,25 @@ def test_it_copies_recipe_launch_config_and_batch_file(tmp_path: Path, capsys: p
         "sbatch train",
     ):
         assert step in said
+
+
+def test_the_next_commands_are_for_a_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also if a name has a space in it."""
+    for name, source in (
+        ("my recipe", shipped("recipes") / "clm.yaml"),
+        ("my cpu", shipped("launch_configs") / "cpu.yaml"),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(source.read_text())
+    folder = tmp_path / "a project"
+    init(str(folder), recipe=str(tmp_path / "my recipe.yaml"), launch=str(tmp_path / "my cpu.yaml"))
+    steps = [shlex.split(line.split("  ")[1]) for line in capsys.readouterr().out.splitlines() if line.startswith("  ")]
+    assert ["cd", str(folder)] in steps
+    assert ["ptft", "config", "check", "my recipe.yaml"] in steps
+    assert ["ptft", "train", "my recipe.yaml", "--launch", "my cpu.yaml"] in steps
+    assert ["sbatch", "train.sbatch", "my recipe.yaml", "--launch", "my cpu.yaml"] in steps
+    (tmp_path / "my rows.jsonl").write_text('{"text": "a text"}\n' * 9)
+    init("mlm", str(folder), data=tmp_path / "my rows.jsonl")
+    assert f"  ptft train '{folder}/mlm.yaml'  " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("recipe", "first"), [("sft_lora", ["clm"]), ("ppo", ["sft", "reward"]), ("clm", [])])

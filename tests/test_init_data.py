@@ -215,6 +215,18 @@ def test_the_recipe_lies_in_another_directory(tmp_path: Path, monkeypatch: pytes
     assert loaded.recipe.data.train[0].path == "../../rows.jsonl"
 
 
+def test_the_data_lie_in_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quoted, or as --data=~/rows.jsonl, a shell leaves the tilde as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    write_rows(tmp_path / "rows/train.jsonl", LABELLED)
+    for name in ("file", "folder"):
+        init("classification", name, data=Path("~/rows" if name == "folder" else "~/rows/train.jsonl"))
+        loaded = load_recipe(f"{name}/classification.yaml")
+        check_sources(loaded.recipe, loaded.base)
+
+
 def test_a_pretrained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "rows.jsonl", LABELLED)

@@ -20,11 +20,12 @@ from ptft_dist.api import load_recipe
 from ptft_dist.cli.train import _launch
 from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch import accelerate_launch
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
 from ptft_dist.launch.environment import COMMAND, check_launch, describe_backend, job_id, restarted_job
 from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
-from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code
+from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code, run_ranks
 from ptft_dist.launch.settings import LaunchSettings, check_settings, settings_of_environment
 from ptft_dist.reporting.run_files import lock_run_dir
 
@@ -324,6 +325,18 @@ def test_the_exit_code_is_the_ranks_own() -> None:
     assert own_exit_code(-9, "") == 1
     assert own_exit_code(3, "") == 3
     assert own_exit_code(1, "75") == 75
+
+
+def test_ranks_without_a_run_that_are_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as those of `ptft evaluate`: there is no result.json to write, and a new start may succeed."""
+    environments = environments_of_children(monkeypatch)
+    assert run_ranks(["accelerate", "launch"], 1, {}) == 0
+    (tmp_path / "exit_code").touch()
+    monkeypatch.setattr("os.environ", environments[0] | {"PTFT_EXIT_CODE_FILE": str(tmp_path / "exit_code")})
+    assert accelerate_launch._report({1: -9}) == 76
+    assert "was killed by SIGKILL" in capsys.readouterr().err
 
 
 def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

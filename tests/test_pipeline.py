@@ -207,9 +207,19 @@ WRONG = {
     "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, launch: cpu}}}": "stages.a.launch: without effect",
     "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, show: [loss]}}}": "stages.a.show: the verb tokenizer",
     "{out: x, stages: {a: {recipe: recipe.yaml, verb: tokenizer, job: {nodes: 2}}}}": "stages.a.job.nodes: without",
-    "{out: x, stages: {a: {recipe: recipe.yaml, set: {run_dir: 2026-11-29}}}}": "stages.a.set: .*put dates in quotes",
+    "{out: x, stages: {a: {recipe: recipe.yaml, set: {optim.lr: 2026-11-29}}}}": "stages.a.set: .*put dates in quotes",
     "{out: x, stages: {a.1: {recipe: recipe.yaml}}}": "stages.a.1: use letters",
     "{out: x, stages: {a: {recipe: recipe.yaml, job: {nodes: 0}}}}": "stages.a.job.nodes: Input should be greater",
+    "{out: x, stages: {a: {recipe: recipe.yaml, set: {run_dir: elsewhere}}}}":
+        "stages.a.set.run_dir: without effect, because a stage has the directory OUT/a; set out of the pipeline",
+    "{out: x, stages: {a: {recipe: recipe.yaml, show: [loss, perplexty]}}}":
+        "stages.a.show: task clm has no metric 'perplexty', only loss, .*; did you mean perplexity?",
+    "{out: x, stages: {a: {recipe: recipe.yaml, verb: evaluate, model: m, show: [f1]}}}": "stages.a.show: task clm has",
+    "{out: x, stages: {a: {recipe: recipe.yaml, set: {data.validation: null, eval: {}}, show: [loss]}}}":
+        "stages.a.show: the recipe has no validation rows; set data.validation",
+    **{f"{{out: x, stages: {{a: {{recipe: recipe.yaml, {more}, set: {{data.validation: null, data.folds: 2}}}}}}}}":
+       "stages.a: data.folds: a stage is one run. Choose a fold with data.fold, or use data.validation"
+       for more in ("verb: train", "verb: evaluate, model: m")},
     "a: [": "the pipeline cannot be read",
 }  # fmt: skip
 
@@ -219,6 +229,19 @@ def test_a_wrong_pipeline(folder: Path, text: str) -> None:
     (folder / "steps.yaml").write_text(text)
     with pytest.raises(RecipeError, match=WRONG[text]):
         read_pipeline("steps.yaml")
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "{recipe: recipe.yaml, set: {data.validation: null, data.folds: 2, data.fold: 0}, show: [perplexity]}",
+        "{recipe: recipe.yaml, verb: tokenizer, set: {data.validation: null, data.folds: 2}}",
+        "{recipe: recipe.yaml, show: [router_loss]}",  # if the network has experts, which its recipe need not say
+    ],
+)
+def test_a_right_pipeline(folder: Path, stage: str) -> None:
+    (folder / "steps.yaml").write_text(f"{{out: x, stages: {{a: {stage}}}}}")
+    assert len(read_pipeline("steps.yaml").stages) == 1
 
 
 def test_an_unknown_stage_is_named(folder: Path) -> None:

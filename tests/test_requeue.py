@@ -110,6 +110,27 @@ def test_starts_that_slurm_has_ended_itself_are_in_the_history(tmp_path: Path) -
     assert (second["restart"], second["exit_code"]) == (1, 75)
 
 
+def test_folds_and_trials_make_progress_together(tmp_path: Path) -> None:
+    """A start may finish one fold and begin the next, whose updates count from 0 again."""
+
+    def ended(restart: int, fold: int, update: int, code: int) -> Decision:
+        environ = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": str(restart)}
+        folder = tmp_path / f"fold-{fold}/checkpoints/step-{update:08d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").touch()
+        result = {"exit_code": code, "lost_hosts": [f"n{fold}"], "start": start_token(environ)}
+        (tmp_path / f"fold-{fold}/result.json").write_text(json.dumps(result))
+        return after_start(tmp_path, 137, environ, 100)
+
+    assert ended(0, 0, 9, code=75).requeue
+    assert ended(1, 1, 5, code=75).requeue
+    assert ended(2, 2, 1, code=76).requeue
+    assert [row["update"] for row in history(tmp_path)] == [9, 14, 15]
+    assert lost_hosts(tmp_path, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == ["n2"]
+    assert ended(3, 2, 1, code=1) == Decision(1, False, "failed: an error in the program")
+    assert ended(4, 2, 1, code=0).code == 76  # not all folds have finished, only this one
+
+
 def test_a_start_that_has_not_read_its_recipe() -> None:
     job = {"SLURM_JOB_ID": "7"}
     assert not after_start(None, 2, job, 100).requeue
@@ -157,6 +178,7 @@ def facts(excluded: str = "(null)", nodes: int = 2, down: str = "") -> str:
         (["n1"], facts("n1"), None),
         (["n2"], facts("n1", down="n3"), None),
         (["n2", "n3"], facts(nodes=3), None),
+        (["n2"], facts().replace("Partition=all ", "Partition=gpu,all "), "n2"),
         (["n2"], "", None),  # Slurm does not answer
     ],
 )

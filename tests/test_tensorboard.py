@@ -96,4 +96,10 @@ def test_names_of_runs(tmp_path: Path) -> None:
     found = {str(path.relative_to(links)) for path in links.rglob("*") if path.is_symlink()}
     assert found == {"a", "sweep/trial-1", "folds", "folds, fold-0"}
     assert (links / "a").resolve() == tmp_path / "a/tensorboard"
+    (tmp_path / "sweep/tensorboard").mkdir()  # a run around one that is shown already
+    (tmp_path / "sweep/tensorboard/events.out.tfevents.1").touch()
+    link_runs(tmp_path, links)
+    found = {str(path.relative_to(links)) for path in links.rglob("*") if path.is_symlink()}
+    assert found == {"a", "sweep", "sweep, trial-1", "folds", "folds, fold-0"}
+    assert (tmp_path / "sweep/trial-1/tensorboard/events.out.tfevents.1").exists()
     assert list(event_folders(tmp_path / "a")) == ["a"]

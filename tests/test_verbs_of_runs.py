@@ -177,6 +177,21 @@ def test_the_card(small: Path, tmp_path: Path) -> None:
     assert ModelCard(own).data.license is None
 
 
+def test_the_card_of_a_run_from_a_model_of_the_current_directory(
+    small: Path, tmp_path: Path, cache: Path, monkeypatch: Any
+) -> None:
+    """`runs/clm/model` is no name of the Hub if the recipe lies elsewhere, as the shipped recipes do."""
+    write_tiny(tmp_path / "recipes", "clm", model={"config": None, "path": "small/model"}, **SHORT)
+    (tmp_path / "small").symlink_to(small)
+    run = start("train", "recipes/recipe.yaml", "run_dir=run", cwd=tmp_path, cache=cache)
+    assert run.wait() == 0, run.stderr
+    monkeypatch.chdir(tmp_path)
+    api.export(tmp_path / "run", tmp_path / "out")
+    for card in (tmp_path / "run/model/README.md", tmp_path / "out/README.md"):
+        assert "base_model" not in card.read_text()
+        assert "# A model of model\n" in card.read_text()
+
+
 def test_which_checkpoint(small: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no checkpoint of update 3\. It has: 2, 4"):
         api.export(small, tmp_path / "out", step=3)

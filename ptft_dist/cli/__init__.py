@@ -18,7 +18,7 @@ import typer
 
 from ptft_dist import __version__
 from ptft_dist.config.secrets import hide, hide_in_libraries
-from ptft_dist.errors import PtftError, exit_code_of
+from ptft_dist.errors import PtftError, RecipeError, exit_code_of
 from ptft_dist.reporting.messages import show_messages
 
 # name, module, function (or a Typer app with subcommands)
@@ -132,6 +132,10 @@ def main() -> None:
     except Exception as error:  # like the interpreter, but with secrets masked in the traceback
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(_EXIT_READER_GONE)
+        if isinstance(error, PermissionError) and error.filename is not None:  # any verb may meet one at any path
+            denied = f"error: {error.filename}: {error.strerror}. Change its owner or its mode, or name another path"
+            print(hide(denied), file=sys.stderr)
+            sys.exit(RecipeError.exit_code)
         print(hide(traceback.format_exc()), end="", file=sys.stderr)
         sys.exit(exit_code_of(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -31,8 +32,9 @@ def convert(
     print(f"wrote {out}")
     if mistakes:
         print("still missing or wrong:\n" + "\n".join(f"  {line}" for line in mistakes.splitlines()))
+    quoted = shlex.quote(str(out))
     launch = f" --launch {converted.launch}" if converted.launch else ""
-    print(f"next:\n  ptft config check {out}\n  ptft train {out}{launch}")
+    print(f"next:\n  ptft config check {quoted}\n  ptft train {quoted}{launch}")
 
 
 def _report(converted: Converted, processes: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -88,10 +89,11 @@ def _write_recipe(data: Path, task: str | None, folder: Path, model: str | None)
     print("\n".join(start.seen))
     proposed = "" if task else f"; other tasks that fit: {', '.join(start.others)}" if start.others else ""
     print(f"task {start.task}{proposed}\nwrote {target}; next:")
+    quoted = shlex.quote(str(target))
     steps = _first_runs(start.first) | {
-        f"ptft config check {target}": "lists all mistakes with their lines",
-        f"ptft data inspect {target}": "prepares the data, and shows rows as the network sees them",
-        f"ptft train {target}": "on this machine; add --launch multi_gpu for several GPUs",
+        f"ptft config check {quoted}": "lists all mistakes with their lines",
+        f"ptft data inspect {quoted}": "prepares the data, and shows rows as the network sees them",
+        f"ptft train {quoted}": "on this machine; add --launch multi_gpu for several GPUs",
     }
     print(_aligned(steps))
 
@@ -154,8 +156,9 @@ def _copy(folder: Path, copies: dict[Path, Path]) -> None:
 
 def _next_steps(folder: Path, written: list[Path], recipe: str, launch: str, first: list[str]) -> str:
     lines = [f"wrote {', '.join(str(path.relative_to(folder)) for path in written)} to {folder}", "next:"]
+    recipe, launch = shlex.quote(recipe), shlex.quote(launch)
     steps = {
-        f"cd {folder}": "",
+        f"cd {shlex.quote(str(folder))}": "",
         **_first_runs(first),
         f"edit {recipe}": "data.train: the data; run_dir: the output directory",
         f"ptft config check {recipe}": "lists all mistakes with their lines",

@@ -88,4 +88,4 @@ def _submit(stages: Pipeline, site: str, launch: str | None, *, dry_run: bool) -
         raise
     for name, number in numbers.items():
         print(f"job {number}: {name}")
-    print(f"  ptft status {stages.out}")
+    print(f"  ptft status {shlex.quote(str(stages.out))}")

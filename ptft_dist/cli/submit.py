@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -47,6 +48,7 @@ def submit(
     from ptft_dist.api import load_recipe
     from ptft_dist.errors import RecipeError
     from ptft_dist.reporting.messages import counted
+    from ptft_dist.runs.folds import check_resume
     from ptft_dist.slurm.render import render
     from ptft_dist.slurm.requests import Resources, check, submit_all, training
     from ptft_dist.slurm.site import read_site
@@ -58,6 +60,8 @@ def submit(
     run_dir = Path(loaded.recipe.run_dir).absolute()
     if array and sweep is not None:
         raise RecipeError("--array, --sweep: folds or trials; give one of them")
+    if loaded.recipe.data.all_folds:
+        check_resume(resume)
     if tasks is not None and sweep is None:
         raise RecipeError("--tasks: no effect without --sweep SEARCH")
     if sweep is not None:
@@ -82,7 +86,7 @@ def submit(
         print(f"job {numbers[request.name]}: {what}, script {job.script}")
     for verb in ("status", "logs -f", "cancel"):
         part = "/fold-0" if array else "/worker-0" if sweep is not None and verb == "logs -f" else ""
-        print(f"  ptft {verb} {loaded.recipe.run_dir}{part}")
+        print(f"  ptft {verb} {shlex.quote(loaded.recipe.run_dir + part)}")
 
 
 def status(

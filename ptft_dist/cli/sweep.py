@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ def sweep(
 
     The same command continues after a stop or a kill. Several of them, on one or more machines, share the trials.
     """
-    from ptft_dist.launch.environment import RUN_FILE, place, tell_run_dir
+    from ptft_dist.launch.environment import place, tell_run_dir
     from ptft_dist.reporting.messages import show_messages
     from ptft_dist.runs.local import LocalExecutor
     from ptft_dist.runs.search import read_search
@@ -38,7 +37,6 @@ def sweep(
     options = [word for name, value in given if value is not None for word in (name, str(value))]
     trials = open_sweep(read_search(search), recipe, overrides or [], out)
     tell_run_dir(trials.folder)
-    os.environ.pop(RUN_FILE, None)  # the trials would name their own
     executor = LocalExecutor()
     with executor.forwarding_signals():
         code = run_sweep(trials, executor, options, workers=workers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def link_runs(folder: Path, links: Path) -> None:
     for name, events in names.items():
         outer = next((other for other in names if name.startswith(f"{other}/")), None)
         link = links / (name if outer is None else f"{outer}, {name[len(outer) + 1 :]}")
+        if link.is_dir() and not link.is_symlink():
+            shutil.rmtree(link)  # links of runs within this one, which has begun later; now they lie beside it
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(events, target_is_directory=True)

@@ -46,7 +46,7 @@ def train(
     """Train a recipe, or resume from the newest checkpoint of its run directory."""
     from ptft_dist.api import load_recipe
     from ptft_dist.launch.environment import place, tell_run_dir
-    from ptft_dist.runs.folds import has_folds, train_folds
+    from ptft_dist.runs.folds import train_folds
 
     names = ("--launch", "--processes", "--machines", "--machine-rank", "--address")
     values = (launch, processes, machines, machine_rank, address)
@@ -59,13 +59,18 @@ def train(
     loaded = load_recipe(recipe, overrides or [], training=True)
     tell_run_dir(Path(loaded.recipe.run_dir))
     accepted = [word for key in accept or () for word in ("--accept", key)]
-    if has_folds(loaded) and not place().launched:
+    if starter not in ("accelerate", "srun") or (starter == "srun" and "SLURM_PROCID" not in os.environ):
+        raise RecipeError(f"--starter: {starter}: use accelerate, or srun within a task of srun")
+    if loaded.recipe.data.all_folds and not place().launched:
+        if starter == "srun":
+            raise RecipeError(
+                "--starter: srun: every task of srun would train all folds. Submit them as a job array with "
+                "ptft submit RECIPE --array, or choose one with data.fold"
+            )
         options = [*accepted, *(word for option in given.items() for word in option)]
         raise typer.Exit(
             train_folds(loaded, recipe, overrides or [], resume=resume, options=options, writes=not machine_rank)
         )
-    if starter not in ("accelerate", "srun") or (starter == "srun" and "SLURM_PROCID" not in os.environ):
-        raise RecipeError(f"--starter: {starter}: use accelerate, or srun within a task of srun")
     if given:
         from ptft_dist.launch.local import machines as which
 

@@ -163,9 +163,7 @@ def _evaluation(recipe: Recipe) -> Iterator[Problem]:
     """Settings that need validation data or regular evaluations, and unknown metrics."""
     evaluation, settings = recipe.eval, recipe.settings
     if recipe.eval.metric not in recipe.metric_names:
-        metric = recipe.eval.metric
-        text = f"task {recipe.task} has no metric {metric!r}, only {_choice(metric, recipe.metric_names)}"
-        yield Problem(("eval", "metric"), text)
+        yield Problem(("eval", "metric"), no_metric(recipe, recipe.eval.metric))
     if not recipe.validated:
         for name in type(evaluation).model_fields:
             if not is_default(evaluation, name):
@@ -185,6 +183,11 @@ def nearest_divisor(number: int, wanted: int) -> int:
     """The divisor of `number` that is nearest to `wanted`; of two equally near ones, the smaller."""
     small = [n for n in range(1, min(math.isqrt(number), 10**6) + 1) if number % n == 0]
     return min({*small, *(number // n for n in small)}, key=lambda n: (abs(n - wanted), n))
+
+
+def no_metric(recipe: Recipe, name: str) -> str:
+    """The message for a name that is none of the recipe's metrics."""
+    return f"task {recipe.task} has no metric {name!r}, only {_choice(name, recipe.metric_names)}"
 
 
 def _choice(word: str, names: tuple[str, ...]) -> str:

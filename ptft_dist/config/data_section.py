@@ -182,6 +182,11 @@ class DataSection(Section):
     workers: Annotated[int, Field(ge=0, le=256)] | None = None
     """Data loading processes of each rank. Default: 2 on an accelerator, 0 on a CPU."""
 
+    @property
+    def all_folds(self) -> bool:
+        """Whether a training of the recipe is one run per fold."""
+        return self.folds is not None and self.fold is None
+
     @model_validator(mode="after")
     def _check(self) -> DataSection:
         only_with(self, ("fold",), self.folds is not None, "data.folds")

@@ -169,7 +169,7 @@ def _open_train(encoder: type[Encoder], directory: Path, layout: Layout) -> Stor
 
 def check_fold(recipe: Recipe) -> None:
     """Raises RecipeError if the recipe has folds, and none is chosen."""
-    if recipe.data.folds is not None and recipe.data.fold is None:
+    if recipe.data.all_folds:
         raise RecipeError(
             "data.fold: required with data.folds here. Choose a fold, or start the recipe with `ptft train` outside of "
             "a launcher, which runs all folds one after the other."

@@ -106,7 +106,7 @@ def survey(path: Path) -> Survey:
     Raises:
         DataError: there is no such file, it cannot be read, or a folder has files of several formats.
     """
-    pattern = _pattern(path)
+    pattern = _pattern(path.expanduser())
     files = source_files(Source(path=str(pattern)), Path.cwd())
     unit = _unit(files[0])
     records = chain.from_iterable(read_file(file, columns=(), unit=unit or "file") for file in files)

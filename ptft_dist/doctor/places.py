@@ -46,10 +46,11 @@ def places(folder: Path) -> Iterator[Finding]:
 
 def disk(name: str, folder: Path, key: str) -> Finding:
     """Whether a folder, or the nearest one above it, can be written and has room. key: what sets another one."""
-    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+    known = (folder.absolute(), *folder.absolute().parents)
+    place = next(each for each in known if os.path.isdir(each))  # noqa: PTH112  # Path.is_dir raises PermissionError
     free = shutil.disk_usage(place).free
     text = f"{folder}: {free / GB:.1f} GB free on {kind_of(place)}"
-    if not os.access(place, os.W_OK):
+    if not os.access(place, os.W_OK | os.X_OK):
         return Finding("disk", name, "error", f"{folder}: cannot be written", f"choose another with {key}")
     if free < LEAST_DISK:
         return Finding("disk", name, "warning", text, f"make room, or choose another disk with {key}")

@@ -43,8 +43,8 @@ def _report(codes: Mapping[int, int]) -> int:
         print(line, file=sys.stderr, flush=True)
     if not any(map(was_killed, codes.values())):
         return EXIT_FAILED
-    run_dir, host = Path(os.environ[RUN_DIR]), socket.gethostname()
-    if not reported and has_begun(run_dir):
+    if not reported and RUN_DIR in os.environ and has_begun(run_dir := Path(os.environ[RUN_DIR])):
+        host = socket.gethostname()
         try:
             write_failure(run_dir, {"exit_code": EXIT_LOST, "error": "\n".join(lines), "host": host})
         except OSError as error:

@@ -143,8 +143,11 @@ RUN_FILE = "PTFT_RUN_FILE"
 
 
 def tell_run_dir(run_dir: Path) -> None:
-    """Pass the run directory to the script of a Slurm job."""
-    path = Path(os.environ.get(RUN_FILE, ""))
+    """Pass the run directory to the script of a Slurm job.
+
+    The commands that this process starts pass nothing on: folds and trials would replace it by their own.
+    """
+    path = Path(os.environ.pop(RUN_FILE, ""))
     if path.is_file():
         path.write_text(str(run_dir.absolute()), encoding="utf-8")
 
@@ -154,7 +157,8 @@ EXIT_CODE_FILE = "PTFT_EXIT_CODE_FILE"
 
 
 RUN_DIR = "PTFT_RUN_DIR"
-"""The environment variable in which `ptft train --launch` names the run directory to `accelerate launch`."""
+"""The environment variable in which `ptft train --launch` names the run directory to `accelerate launch`; other
+commands have none."""
 
 
 def tell_launcher(exit_code: int) -> None:

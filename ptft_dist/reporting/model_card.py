@@ -15,19 +15,21 @@ CARD = "README.md"
 _LICENSE = "license: not set. Write it into the first lines of this file before you publish the model"
 
 
-def model_card(loaded: Loaded, run_dir: Path, step: int, *, task_type: str, license_id: str | None = None) -> str:
+def model_card(
+    loaded: Loaded, run_dir: Path, step: int, *, base: str | None, task_type: str, license_id: str | None = None
+) -> str:
     """The card of the weights of one update: YAML front matter and Markdown.
 
     Args:
         step: the update. Its metrics are read from metrics.jsonl, if it was evaluated.
+        base: the directory or Hub name of the model that training started from; None if it had random weights.
         task_type: the transformers class that loads the model, or its base, such as AutoModelForCausalLM.
         license_id: an identifier of the Hub, such as apache-2.0.
     """
     recipe = loaded.recipe
     metrics = metrics_at(run_dir, step)
     adapter = recipe.model.adapt.adds_adapter
-    base = recipe.model.path
-    local = base is not None and (Path(base).expanduser().is_absolute() or (loaded.base / base).is_dir())
+    local = base is not None and Path(base).is_absolute()
     hub = sorted({source.hub for source in _sources(recipe) if source.hub is not None})
     head: dict[str, Any] = {
         "license": license_id,

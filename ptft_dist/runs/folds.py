@@ -16,11 +16,6 @@ from ptft_dist.runs.local import LocalExecutor
 from ptft_dist.runs.run_list import Run, aligned, collect, run_all
 
 
-def has_folds(loaded: Loaded) -> bool:
-    """Whether the recipe asks for all folds: data.folds without data.fold."""
-    return loaded.recipe.data.folds is not None and loaded.recipe.data.fold is None
-
-
 def fold_runs(loaded: Loaded, recipe: str, overrides: Sequence[str]) -> list[Run]:
     """The run of each fold, in <run_dir>/fold-<i>.
 
@@ -31,6 +26,14 @@ def fold_runs(loaded: Loaded, recipe: str, overrides: Sequence[str]) -> list[Run
     return [
         Run(f"fold {i} of {folds}", recipe, (*overrides, f"data.fold={i}"), run_dir / f"fold-{i}") for i in range(folds)
     ]
+
+
+def check_resume(resume: str) -> None:
+    """Raises RecipeError if --resume of a run with all folds is a checkpoint."""
+    if resume not in ("auto", "never"):
+        raise RecipeError(
+            "--resume: a checkpoint belongs to one fold. Choose the fold with data.fold, or leave --resume out."
+        )
 
 
 def train_folds(
@@ -46,10 +49,7 @@ def train_folds(
     Raises:
         RecipeError: `resume` is a checkpoint, which belongs to one fold.
     """
-    if resume not in ("auto", "never"):
-        raise RecipeError(
-            "--resume: a checkpoint belongs to one fold. Choose the fold with data.fold, or leave --resume out."
-        )
+    check_resume(resume)
     runs, executor = fold_runs(loaded, recipe, overrides), LocalExecutor()
     with executor.forwarding_signals():
         code = run_all(runs, ["--resume", resume, *options], executor, skip_finished=resume == "auto")
@@ -65,7 +65,7 @@ def summarize_folds(loaded: Loaded, recipe: str, overrides: Sequence[str]) -> No
         RecipeError: the recipe has no folds.
         PtftError: a fold has not finished.
     """
-    if not has_folds(loaded):
+    if not loaded.recipe.data.all_folds:
         raise RecipeError("data.folds: not set, or one fold is chosen by data.fold; there is no table")
     results = collect(fold_runs(loaded, recipe, overrides))
     _write_summary(Path(loaded.recipe.run_dir), [result["metrics"] for result in results])

@@ -9,7 +9,7 @@ from pathlib import Path
 from ptft_dist.api import missing_offline
 from ptft_dist.config.load import Loaded
 from ptft_dist.errors import RecipeError
-from ptft_dist.runs.folds import fold_runs, has_folds
+from ptft_dist.runs.folds import fold_runs
 from ptft_dist.runs.pipeline import Pipeline, Stage
 from ptft_dist.runs.search import check_search, read_search
 from ptft_dist.slurm import jobs
@@ -28,7 +28,7 @@ def fold_requests(
 
     Raises RecipeError if the recipe has no folds.
     """
-    if not has_folds(loaded):
+    if not loaded.recipe.data.all_folds:
         raise RecipeError("--array: the recipe has one run; data.folds: K makes K runs of it")
     runs = fold_runs(loaded, recipe, overrides)
     run_dirs = [run.run_dir.absolute() for run in runs]

@@ -32,7 +32,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.config.consistency import no_metric
 from ptft_dist.config.load import Loaded
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.section import Section
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import EXIT_FINISHED, PtftError, RecipeError
@@ -44,6 +46,8 @@ from ptft_dist.runs.run_list import is_finished
 OUTPUTS = {"train": "model", "tokenizer": "tokenizer", "evaluate": "metrics.json"}
 """Verb -> its output in the directory of the stage."""
 RECORD, LIST = "stage.json", "pipeline.json"
+_UNLISTED = ("router_loss", "reward_std", "time_s")
+"""Metrics of evaluations that eval.metric does not accept. The first depends on the network."""
 _REFERENCE = re.compile(r"\$\{stage:([^}]*)\}")
 
 
@@ -223,7 +227,7 @@ def read_pipeline(name: str, out: str | None = None, again: Sequence[str] = ()) 
     for stage in stages.values():
         marked |= {stage.name} if marked & set(stage.references) else set()
     for stage in stages.values():
-        stage.load()
+        _check_recipe(stage, stage.load().recipe, f"{path}: stages.{stage.name}")
     return Pipeline(folder, tuple(stages.values()), frozenset(marked))
 
 
@@ -253,6 +257,11 @@ def _stage(name: str, settings: StageSettings, out: Path, path: Path, earlier: M
                 raise RecipeError(f"{path}: stages.{name}.{key}: without effect on the verb {settings.verb}")
     if settings.verb == "tokenizer" and settings.show:
         raise RecipeError(f"{path}: stages.{name}.show: the verb tokenizer has no metrics")
+    if "run_dir" in settings.set:
+        raise RecipeError(
+            f"{path}: stages.{name}.set.run_dir: without effect, because a stage has the directory OUT/{name}; "
+            "set out of the pipeline"
+        )
     near = path.parent / settings.recipe
     try:
         overrides = tuple(f"{key}={json.dumps(replaced(value))}" for key, value in settings.set.items())
@@ -263,6 +272,19 @@ def _stage(name: str, settings: StageSettings, out: Path, path: Path, earlier: M
     if settings.launch is not None and (path.parent / settings.launch).is_file():
         settings = settings.model_copy(update={"launch": str((path.parent / settings.launch).absolute())})
     return Stage(name, settings, out / name, recipe, overrides, model, tuple(used))
+
+
+def _check_recipe(stage: Stage, recipe: Recipe, at: str) -> None:
+    """Raises RecipeError if the stage would not write its output, or not evaluate what it shows. at: its place."""
+    if recipe.data.all_folds and stage.settings.verb != "tokenizer":
+        raise RecipeError(
+            f"{at}: data.folds: a stage is one run. Choose a fold with data.fold, or use data.validation instead"
+        )
+    if stage.settings.show and not recipe.validated:
+        raise RecipeError(f"{at}.show: the recipe has no validation rows; set data.validation")
+    for metric in stage.settings.show:
+        if metric not in (*recipe.metric_names, *_UNLISTED):
+            raise RecipeError(f"{at}.show: {no_metric(recipe, metric)}")
 
 
 def run_here(pipeline: Pipeline, execute: Callable[[Stage, Sequence[str]], int], options: Sequence[str]) -> int:

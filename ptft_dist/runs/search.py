@@ -190,7 +190,7 @@ def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> tup
         RecipeError: the recipe is wrong, or does not accept a key or a value of the search. Lists all mistakes.
     """
     loaded = load_recipe(recipe, overrides)
-    if loaded.recipe.data.folds is not None and loaded.recipe.data.fold is None:
+    if loaded.recipe.data.all_folds:
         raise RecipeError("data.folds: a trial of a sweep is one run. Choose a fold with data.fold, or use validation")
     if not loaded.recipe.validated:
         raise RecipeError("data.validation: required by a sweep, which compares its trials by a metric of these rows")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ptft_dist.config.load import Loaded
@@ -12,7 +12,7 @@ from ptft_dist.errors import PtftError, RecipeError
 from ptft_dist.launch.launch_file import read_launch_file
 from ptft_dist.launch.settings import check_settings
 from ptft_dist.slurm.client import ENDED, Partition, job_facts, seconds
-from ptft_dist.slurm.jobs import job_of
+from ptft_dist.slurm.jobs import job_of, with_jobs
 from ptft_dist.slurm.render import Job
 from ptft_dist.slurm.site import Site
 from ptft_dist.tasks.registry import encoder_class
@@ -61,16 +61,24 @@ def is_prepared(loaded: Loaded) -> bool:
 
 def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[str]:
     """The problems that would keep the job in the queue for ever, or end it there."""
-    default = next((each for each in known.values() if each.is_default), None)
-    partition = default if site.partition is None else known.get(site.partition)
-    if partition is None:
-        names = ", ".join(known)
-        yield (
-            f"partition: this cluster has none with the name {site.partition!r}; it has {names}"
-            if site.partition is not None
-            else f"partition: this cluster has no default; set one in the site profile: {names}"
+    default = [each.name for each in known.values() if each.is_default]
+    wanted = default if site.partition is None else site.partition.split(",")
+    if not wanted:
+        yield f"partition: this cluster has no default; set one in the site profile: {', '.join(known)}"
+    if unknown := [name for name in wanted if name not in known]:
+        yield from (
+            f"partition: this cluster has none with the name {name!r}; it has {', '.join(known)}" for name in unknown
         )
         return
+    lacking = [list(_of_partition(job, site, known[name])) for name in wanted]
+    if all(lacking):  # otherwise Slurm starts it in one that lacks nothing
+        yield from (problem for each in lacking for problem in each)
+    if job.time is not None and (limit := seconds(job.time)) is not None and limit <= site.lead_s:
+        yield f"--time: {job.time}; the warning comes {site.lead_s} s before its end (lead_s), so nothing is trained"
+
+
+def _of_partition(job: Job, site: Site, partition: Partition) -> Iterator[str]:
+    """What a partition lacks for the job."""
     at = f"partition {partition.name}"
     if job.nodes > partition.nodes:
         yield f"--nodes: {job.nodes}; {at} has {partition.nodes}"
@@ -81,8 +89,6 @@ def of_cluster(job: Job, site: Site, known: dict[str, Partition]) -> Iterator[st
     wanted = None if job.time is None else seconds(job.time)
     if wanted is not None and partition.limit_s is not None and wanted > partition.limit_s:
         yield f"--time: {job.time}; {at} allows {partition.limit_s // 3600} h {partition.limit_s % 3600 // 60} min"
-    if wanted is not None and wanted <= site.lead_s:
-        yield f"--time: {job.time}; the warning comes {site.lead_s} s before its end (lead_s), so nothing is trained"
 
 
 def of_accounts(site: Site, known: Mapping[str, set[str]] | None) -> Iterator[str]:
@@ -97,12 +103,17 @@ def of_accounts(site: Site, known: Mapping[str, set[str]] | None) -> Iterator[st
         yield f"qos: {site.qos}; you may use {', '.join(sorted(allowed))}"
 
 
-def of_run_dir(run_dir: Path) -> Iterator[str]:
-    """Another job that trains in this directory."""
-    job = job_of(run_dir)
-    facts = None if job is None else job_facts(job)
-    if facts is not None and facts["JobState"] not in ENDED:
-        yield f"run_dir: job {job} ({facts['JobState']}) has it: {run_dir}; end it with ptft cancel, or choose another"
+def of_run_dirs(job: Job, run_dirs: Sequence[Path]) -> Iterator[str]:
+    """Other jobs that train in the directory of this one, or in those of the tasks of its array.
+
+    run_dirs: as in Request.
+    """
+    for run_dir in dict.fromkeys([*with_jobs(job.log.parent), *run_dirs]) if run_dirs else ():
+        number = job_of(run_dir)
+        facts = None if number is None else job_facts(number)
+        if facts is not None and facts["JobState"] not in ENDED:
+            taken = f"run_dir: job {number} ({facts['JobState']}) has it: {run_dir}"
+            yield f"{taken}; end it with ptft cancel, or choose another"
 
 
 def _error_of(check: Callable[[], object]) -> PtftError | None:

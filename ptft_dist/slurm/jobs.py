@@ -35,7 +35,7 @@ _RECENT = 200
 def submit(job: Job, script: str, run_dirs: Sequence[Path]) -> str:
     """Write the script, and submit it; the job's id. Raises SlurmError, RecipeError.
 
-    run_dirs: those of the job, or of the tasks of its array. Each remembers its job.
+    run_dirs: those of the job, or of the tasks of its array. Each remembers its job; none if the job does not train.
     """
     try:
         job.log.mkdir(parents=True, exist_ok=True)
@@ -47,6 +47,8 @@ def submit(job: Job, script: str, run_dirs: Sequence[Path]) -> str:
     array = len(job.commands) > 1
     number = sbatch(job.script, job.log, array=array)
     try:
+        for run_dir in with_jobs(job.log.parent) if run_dirs else ():  # of earlier submissions in another form
+            (run_dir / FOLDER / _JOB).unlink(missing_ok=True)
         for task, run_dir in enumerate(run_dirs):
             own = f"{number}_{task}" if array else number
             (run_dir / FOLDER / _JOB).write_text(json.dumps({"job": own, "log": str(job.log / f"{own}.log")}))
@@ -82,16 +84,17 @@ def find_run(text: str) -> Path:
     command = Path("" if facts is None else facts.get("Command", ""))
     if command.parent.name != FOLDER:
         raise RecipeError(f"{text}: neither a directory, nor a job of ptft submit that Slurm remembers")
-    found = next((each for each in _run_dirs(command) if job_of(each) == text), None)
+    found = next((each for each in with_jobs(command.parent.parent) if job_of(each) == text), None)
     if found is None:
         raise RecipeError(f"{text}: not the job that trains in {command.parent.parent}; give the run directory")
     return found
 
 
-def _run_dirs(script: Path) -> list[Path]:
-    """The run directories whose job a script may be: its own, and those of the tasks of an array."""
-    own = script.parent.parent
-    return [own, *(file.parent.parent for file in own.glob(f"*/{FOLDER}/{_JOB}"))]
+def with_jobs(run_dir: Path) -> list[Path]:
+    """The directories that may remember a job of this run: its own, and those of the tasks of an array, which are folds
+    or workers of a sweep."""
+    files = (file for kind in ("fold", "worker") for file in run_dir.glob(f"{kind}-*/{FOLDER}/{_JOB}"))
+    return [run_dir, *sorted((file.parent.parent for file in files), key=lambda part: (len(part.name), part.name))]
 
 
 def waiting_and_running() -> list[tuple[str, str, str, str]]:
@@ -100,7 +103,7 @@ def waiting_and_running() -> list[tuple[str, str, str, str]]:
     for line in ask("squeue", "--me", "--noheader", "--array", "--format=%i|%T|%M of %l|%o").splitlines():
         number, state, clock, command = line.split("|", 3)
         if Path(command).parent.name == FOLDER and Path(command).name != "train.sbatch":
-            run_dir = next((each for each in _run_dirs(Path(command)) if job_of(each) == number), None)
+            run_dir = next((each for each in with_jobs(Path(command).parent.parent) if job_of(each) == number), None)
             found.append((number, state.lower(), clock, str(run_dir or Path(command).parent.parent)))
     return found
 
@@ -144,6 +147,8 @@ def cancel(run_dir: Path) -> str:
     """
     if (names := _parts(run_dir)) is not None:
         known = [name for name in reversed(names) if job_of(run_dir / name) is not None]
+        if not known:
+            raise RecipeError(f"{run_dir}: no stage has a Slurm job. ptft pipeline FILE --submit makes them")
         return "\n".join(f"{name}: {cancel(run_dir / name)}" for name in known)
     job = require_job(run_dir)
     facts = job_facts(job)
@@ -193,9 +198,8 @@ def _parts(out: Path) -> dict[str, Path | None] | None:
     file = out / "pipeline.json"
     if file.exists():
         return {name: out / name / output for name, output in json.loads(file.read_text())["stages"].items()}
-    tasks = (each.parent.parent.name for kind in ("fold", "worker") for each in out.glob(f"{kind}-*/{FOLDER}/{_JOB}"))
-    names = sorted(tasks, key=lambda name: (len(name), name))
-    return dict.fromkeys(names) if names and not (out / FOLDER / _JOB).exists() else None
+    _, *tasks = with_jobs(out)
+    return dict.fromkeys(task.name for task in tasks) if tasks and not (out / FOLDER / _JOB).exists() else None
 
 
 def _part_state(folder: Path, output: Path | None) -> str:

@@ -152,7 +152,8 @@ def _container(site: Site, *, gpus: bool) -> tuple[str, str, str]:
         words = ["apptainer", "exec", *(["--nv"] if gpus else []), *(f"--bind={each}" for each in mounts)]
         return "", '"${container[@]}" ', _quoted([*words, site.container.image])
     pairs = [each if ":" in each else f"{each}:{each}" for each in mounts]  # PTFT_RUN_FILE
-    options = _quoted([f"--container-image={site.container.image}", f"--container-mounts={','.join(pairs)}"])
+    mounted = [f"--container-mounts={','.join(pairs)}"] if pairs else []
+    options = _quoted([f"--container-image={site.container.image}", *mounted])
     return options, f"srun --overlap --nodes=1 --ntasks=1 {options} ", ""
 
 

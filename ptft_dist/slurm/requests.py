@@ -14,6 +14,10 @@ from ptft_dist.slurm.render import Job, render
 from ptft_dist.slurm.site import Site
 
 _NO_LAUNCH = "--launch: needed on several nodes, such as multi_gpu, zero3 or cpu"
+_ALL_FOLDS = (
+    "data.folds: every task of srun would train all folds (starter: srun in the site profile). Submit them as a job "
+    "array with --array, or choose one with data.fold"
+)
 
 
 @dataclass(frozen=True)
@@ -93,6 +97,7 @@ def training(
         after=tuple(after),
     )
     problems = [] if resources.launch or resources.nodes == 1 else [_NO_LAUNCH]
+    problems += [_ALL_FOLDS] if site.starter == "srun" and job.launched and recipes[0].recipe.data.all_folds else []
     problems += checks.of_recipe(job, recipes[0], config, data=known, offline=site.offline)
     by_itself = resources.gpus_per_node is None and resources.prepare_tasks is None
     if by_itself or (known and all(map(checks.is_prepared, recipes))):
@@ -123,7 +128,7 @@ def check(requests: Sequence[Request], *, ask_slurm: bool) -> None:
         if ask_slurm:
             problems += checks.of_cluster(request.job, request.site, known)
             problems += checks.of_accounts(request.site, accounts)
-            problems += [problem for run_dir in request.run_dirs for problem in checks.of_run_dir(run_dir)]
+            problems += checks.of_run_dirs(request.job, request.run_dirs)
         name = f"{request.name}: " if len(requests) > 1 else ""
         found += [f"  {name}{problem}" for problem in problems]
     if found:

@@ -130,7 +130,8 @@ def commands(decision: Decision, job_id: str, lost: Sequence[str], facts: str) -
         return []
     if not job or not lost:
         return [f"requeue {job_id}"]
-    nodes = [line for line in lines if "NodeName" in line and job["Partition"] in line.get("Partitions", "").split(",")]
+    own = set(job["Partition"].split(","))
+    nodes = [line for line in lines if "NodeName" in line and own & set(line.get("Partitions", "").split(","))]
     known = job.get("ExcNodeList", "(null)")
     before = set() if known == "(null)" else {node["NodeName"] for node in nodes if _is_in(node["NodeName"], known)}
     names = {*lost, *(host.partition(".")[0] for host in lost)}  # with and without its domain
@@ -177,9 +178,9 @@ def history(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def newest_update(run_dir: Path) -> int:
-    """The update of the newest complete checkpoint, 0 without one; of a sweep, the sum over its trials."""
-    if trials := list(run_dir.glob("trial-*")):
-        return sum(map(newest_update, trials))
+    """The update of the newest complete checkpoint, 0 without one; of a sweep or folds, the sum over their runs."""
+    if runs := [*run_dir.glob("trial-*"), *run_dir.glob("fold-*")]:
+        return sum(map(newest_update, runs))
     names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
     return max((int(name.removeprefix("step-")) for name in names), default=0)
 
@@ -191,6 +192,8 @@ def lost_hosts(run_dir: Path | None, environ: Mapping[str, str]) -> list[str]:
 
 
 def _result(run_dir: Path, environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """result.json, unless it is damaged, or an earlier start has written it."""
-    result = read_json(run_dir / RESULT)
-    return result if result.get("start") == start_token(environ) else None
+    """result.json, unless it is damaged, or an earlier start has written it. Of folds, that of the one that has ended
+    the start; the results of trials do not end a sweep."""
+    own, *folds = (read_json(folder / RESULT) for folder in (run_dir, *run_dir.glob("fold-*")))
+    results = [own, *(fold for fold in folds if fold.get("exit_code") != EXIT_FINISHED)]
+    return next((result for result in results if result.get("start") == start_token(environ)), None)

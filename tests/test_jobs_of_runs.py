@@ -1,0 +1,82 @@
+"""Which Slurm job belongs to a run directory, without Slurm. tests/slurm/test_submit.py has a real cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ptft_dist.errors import RecipeError
+from ptft_dist.slurm import checks, jobs
+from ptft_dist.slurm.client import Partition
+from ptft_dist.slurm.render import Job
+from ptft_dist.slurm.requests import Request, check, submit_all
+from ptft_dist.slurm.site import Site
+
+ALL = Partition("all", is_default=True, limit_s=None, nodes=2, cpus=8, gpus=0)
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Job -> its state, as Slurm tells it from now on. Submitted jobs have the ids 1, 2, ... and run."""
+    found: dict[str, str] = {}
+
+    def sbatch(_script: Path, _log: Path, *, array: bool = False) -> str:
+        number = str(len({each.partition("_")[0] for each in found}) + 1)
+        found.update(dict.fromkeys([f"{number}_0", f"{number}_1"] if array else [number], "RUNNING"))
+        return number
+
+    def facts(name: str) -> dict[str, str]:
+        return {"JobId": name, "JobState": found[name]}
+
+    monkeypatch.setattr(jobs, "sbatch", sbatch)
+    monkeypatch.setattr(jobs, "job_facts", facts)
+    monkeypatch.setattr(checks, "job_facts", facts)
+    return found
+
+
+def request(run: Path, part: str = "") -> Request:
+    """A job that trains in `run`, or an array of two tasks with directories such as `run/PART-0`."""
+    run_dirs = tuple(run / f"{part}-{i}" for i in range(2)) if part else (run,)
+    job = Job(commands=[("train", "x.yaml")] * len(run_dirs), folder=run, log=run / "slurm", name="x")
+    return Request("x", job, Site(), run_dirs)
+
+
+@pytest.mark.parametrize("part", ["fold", "worker"])
+def test_the_last_submission_of_a_run_is_the_one_that_is_asked_about(
+    tmp_path: Path, states: dict[str, str], part: str
+) -> None:
+    submit_all([request(tmp_path)])
+    assert jobs.status(tmp_path)[0] == ("job", "1")
+    states["1"] = "COMPLETED"
+    submit_all([request(tmp_path, part)])
+    assert jobs.status(tmp_path) == [(f"{part}-{i}", f"job 2_{i} running") for i in range(2)]
+    states |= {"2_0": "COMPLETED", "2_1": "COMPLETED"}
+    submit_all([request(tmp_path)])
+    assert jobs.status(tmp_path)[0] == ("job", "3")
+    states["3"] = "COMPLETED"
+    other = {"fold": "worker", "worker": "fold"}[part]
+    submit_all([request(tmp_path, part)])
+    states |= {"4_0": "COMPLETED", "4_1": "COMPLETED"}
+    submit_all([request(tmp_path, other)])
+    assert [name for name, _ in jobs.status(tmp_path)] == [f"{other}-0", f"{other}-1"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("", "fold"), ("fold", ""), ("worker", "fold")])
+def test_a_run_directory_has_one_submission_at_a_time(
+    tmp_path: Path, states: dict[str, str], monkeypatch: pytest.MonkeyPatch, first: str, second: str
+) -> None:
+    monkeypatch.setattr("ptft_dist.slurm.requests.partitions", lambda: {"all": ALL})
+    monkeypatch.setattr("ptft_dist.slurm.requests.associations", lambda: None)
+    submit_all([request(tmp_path, first)])
+    job_id = "1_0" if first else "1"
+    with pytest.raises(RecipeError, match=rf"run_dir: job {job_id} \(RUNNING\) has it: {tmp_path}.*ptft cancel"):
+        check([request(tmp_path, second)], ask_slurm=True)
+    states |= dict.fromkeys(states, "COMPLETED")
+    check([request(tmp_path, second)], ask_slurm=True)
+
+
+def test_a_pipeline_without_jobs_has_nothing_to_cancel(tmp_path: Path) -> None:
+    (tmp_path / "pipeline.json").write_text('{"stages": {"base": "model"}}')
+    with pytest.raises(RecipeError, match=f"{tmp_path}: no stage has a Slurm job"):
+        jobs.cancel(tmp_path)
