@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from support import Start, start, train_rows
 from tiny import write_tiny
 
-KINDS = {"single": (1, "cpu"), "zero1": (2, "cpu_zero1"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3")}
+KINDS = {"single": (1, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3")}
 KINDS |= {"fsdp2": (2, "fsdp2")}
 Resumed = Callable[..., tuple[Start, Path]]
 
