@@ -14,6 +14,7 @@ import torch
 from adapt_support import write_adapted, write_base
 from prepare_support import save_tokenizer
 from support import eval_rows, make_recipe, start, train_rows
+from tiny import write_tiny
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -24,6 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ptft_dist import api
 from ptft_dist.networks.new_tokens import NewTokens
 
 SMOLLM = Path(os.environ.get("PTFT_TEST_MODELS", "")) / "smollm2-135m-instruct"
@@ -153,6 +155,26 @@ def test_every_backend_starts_from_the_pieces(
         old, new = (getattr(model, name)().weight.detach() for model in (before, after))
         torch.testing.assert_close(new[ids], torch.stack(naive_rows(old, tokenizer, ADDED)), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(new[:300], old[:300], atol=1e-5, rtol=1e-5)
+
+
+def test_trained_rows_stay_when_the_model_is_read_again(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To evaluate it, and to train it further with the run's tokenizer, which knows the pieces."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    base = write_base(tmp_path / "base", cache, "clm", layers=1)
+    recipe: dict[str, Any] = json.loads(write_tiny(tmp_path, "clm", layers=1, eval={"every": None}).read_text())
+    recipe["model"], recipe["run_dir"] = {"path": str(base)}, "run"
+    recipe["tokenizer"] = {"path": str(base), "add": ["small cat", "old dog", "red house", "blue tree"]}
+    recipe["optim"] = {"lr": 0.05, "schedule": "constant", "warmup": 0}
+    trained = api.train(recipe, {"train.max_steps": 12}, quiet=True).metrics
+    untrained = api.train(recipe, {"optim.lr": 1e-12, "run_dir": "start", "train.max_steps": 1}, quiet=True).metrics
+    assert trained["eval/loss"] < untrained["eval/loss"] - 0.1
+    assert api.evaluate_model("run").metrics["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)
+    more = {**recipe, "model": {"path": "run/model"}, "tokenizer": {"path": "run/tokenizer"}, "run_dir": "more"}
+    again = api.train(more, {"optim.lr": 1e-12, "train.max_steps": 1}, quiet=True).metrics
+    assert again["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-5)
 
 
 def test_the_reference_of_dpo_starts_from_the_pieces_too(tmp_path: Path, cache: Path) -> None:

@@ -114,6 +114,14 @@ def read_pieces(directory: Path) -> Pieces:
     return {int(token): ids for token, ids in pieces.items()}
 
 
+def vocabulary_of(path: str, revision: str | None, *, trust_remote_code: bool) -> dict[str, int]:
+    """Token -> id of the tokenizer beside the weights of a model; empty without one."""
+    try:
+        return load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code).get_vocab()
+    except RecipeError:
+        return {}
+
+
 def pieces_of(before: PreTrainedTokenizerBase, after: PreTrainedTokenizerBase) -> Pieces:
     """How a tokenizer splits the texts of the tokens that another one has in addition, without unknown tokens."""
     old, unknown_id = before.get_vocab(), before.unk_token_id

@@ -213,7 +213,7 @@ class Session:
             trained.task_class,
             self._cache,
             device,
-            trained.new_tokens,
+            trained.new_tokens_of(self.start_section),
         )
 
     # --- with the other processes ------------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ class Session:
             self.engine.prepare_reading(model)
         self.networks = network_sizes(model, apart=(CRITIC,))
         """Sizes of the trained network and of the frozen ones, by role; see `network_sizes`."""
-        self.networks |= self.frozen.place(self.engine, self.task, self.trained, self.start_section.path)
+        self.networks |= self.frozen.place(self.engine, self.task, self.trained, self.start_section)
         run_probe(self.engine, self.task)
 
     @property

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.engine import Engine
 from ptft_dist.engine.parameters import network_sizes
 from ptft_dist.errors import RecipeError
@@ -41,7 +42,7 @@ class FrozenNetworks:
         if device.type == "cpu":
             raise RecipeError(f"{_OFFLOAD}: it needs a GPU; on a CPU, frozen networks are in the host's memory anyway")
 
-    def place(self, engine: Engine, task: Task, trained: TrainedNetwork, start: str | None) -> dict[str, Any]:
+    def place(self, engine: Engine, task: Task, trained: TrainedNetwork, start: ModelSection) -> dict[str, Any]:
         """Load and place them, after the trained network, because its DeepSpeed config has the bucket sizes.
 
         Args:
@@ -56,8 +57,8 @@ class FrozenNetworks:
                 continue
             with engine.building(pretrained=False):
                 model = source.load(self.roles[role].auto_class, engine.dtype)
-                if source.path == start:
-                    trained.add_tokens(model)
+                if source.path == start.path:
+                    trained.add_tokens(model, start)
             task.prepare_frozen(role, model, source)
             facts, size = read_facts(model), network_sizes(model)["model"]
             whole = "in the host's memory, for each process" if self.offload else "on each process"

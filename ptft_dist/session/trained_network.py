@@ -14,7 +14,7 @@ from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
-from ptft_dist.data.tokenizer_files import ORIGIN, read_pieces
+from ptft_dist.data.tokenizer_files import ORIGIN, read_pieces, vocabulary_of
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
@@ -64,9 +64,8 @@ class TrainedNetwork:
         recipe = self.recipe = loaded.recipe
         self.tokenizer_path, self.steps = tokenizer_path, steps
         self.tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=recipe.tokenizer.trust_remote_code)
-        start = recipe.tokenizer.init_added or "pieces"
-        self.new_tokens = NewTokens(read_pieces(tokenizer_path), start if recipe.model.path is not None else "random")
         self.section: ModelSection = local_or_hub(recipe.model, loaded.base)
+        self.new_tokens = self.new_tokens_of(self.section)
         self.task_class = task_class(recipe.task)
         self.setup = TaskSetup.of(recipe, self.tokenizer, survey, loaded.base)
         self.config = self.config_of(self.section)
@@ -92,6 +91,16 @@ class TrainedNetwork:
         )
         self.task_class.fit_config(self.setup, config)
         return config
+
+    def new_tokens_of(self, section: ModelSection) -> NewTokens:
+        """The added tokens that are new for a network; one that was trained with them has learned their embeddings."""
+        recipe, pieces = self.recipe, read_pieces(self.tokenizer_path)
+        if section.path is None or not pieces:
+            return NewTokens(pieces, "random")
+        known = vocabulary_of(section.path, section.revision, trust_remote_code=recipe.tokenizer.trust_remote_code)
+        ids = self.tokenizer.get_vocab()
+        new = {i for token, i in ids.items() if known.get(token) != i}
+        return NewTokens({i: each for i, each in pieces.items() if i in new}, recipe.tokenizer.init_added or "pieces")
 
     def _preview(self) -> None:
         """Check network and adapter on a copy without weights. Raises RecipeError."""
@@ -129,11 +138,12 @@ class TrainedNetwork:
         """A hash of the files of the pretrained network; None for a network with random weights."""
         return None if self.section.path is None else files_identity(self.section, digests)
 
-    def add_tokens(self, model: Any) -> None:
-        """Give a copy of the pretrained network, whole on this process, the embeddings of the added tokens."""
+    def add_tokens(self, model: Any, section: ModelSection) -> None:
+        """Give the pretrained network of `section`, whole on this process, the embeddings of the added tokens."""
         if model.config.get_text_config().vocab_size < len(self.tokenizer):
             model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
-        self.new_tokens.initialize(self.new_tokens.tables(model))
+        new_tokens = self.new_tokens_of(section)
+        new_tokens.initialize(new_tokens.tables(model))
 
     def build(
         self, builder: Builder, *, wrap: Callable[[Any], Task] = lambda task: task, rows: Store | None = None
