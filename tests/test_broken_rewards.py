@@ -511,6 +511,20 @@ def test_an_adapter_that_scores_leaves_the_policy_as_it_is(
         assert each.rewards["adapter"] == pytest.approx(score_of(theirs, ids), abs=1e-4)
 
 
+@pytest.mark.parametrize("lora", [{"init": "pissa"}, {"init": "olora"}, {"bias": "all"}], ids=str)
+def test_a_policy_that_changes_the_base_does_not_share_it(
+    home: Path, session: Make, tmp_path: Path, lora: dict[str, Any]
+) -> None:
+    folder = write_adapter(tmp_path / "adapter", home)
+    adapt = {"adapt": {"lora": {"r": 2, **lora}}}
+    made = session("grpo", {"rewards": [{"model": str(folder)}]}, start=True, model=adapt)
+    assert not made.frozen.roles["adapter"].shared
+    base = AutoModelForSequenceClassification.from_pretrained(home / "policy", num_labels=1)
+    theirs = PeftModel.from_pretrained(base, str(folder)).eval()
+    for each in roll_out(made).trajectories:
+        assert each.rewards["adapter"] == pytest.approx(score_of(theirs, [*each.prompt.ids, *each.response]), abs=1e-4)
+
+
 # --- EOS and padding --------------------------------------------------------------------------------------------------
 
 
@@ -713,20 +727,6 @@ def test_too_few_prompts_for_a_rollout(session: Make) -> None:
     made = session("ppo", {"prompts": 100})
     with pytest.raises(DataError, match=r"ppo\.prompts: a rollout needs 100 prompts, the training data have 28. Lower"):
         made.plan  # noqa: B018
-
-
-def test_virtual_tokens_must_leave_positions_for_prompt_and_response(session: Make, silent: Path) -> None:
-    """64 positions; prompt and response have up to 20 tokens."""
-
-    def start(tokens: int) -> None:
-        model = {"path": str(silent), "adapt": {"prompt_tuning": {"tokens": tokens}}}
-        session("ppo", {}, start=True, model=model)
-        reset_accelerate()
-
-    start(44)
-    says = "have up to 20 tokens, more than the 19 positions of the model with its adapter: lower one of them"
-    with pytest.raises(RecipeError, match=rf"^ppo\.sampling\.max_new_tokens: .* {says}"):
-        start(45)
 
 
 # --- groups, weights and names ----------------------------------------------------------------------------------------

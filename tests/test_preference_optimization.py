@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import json
 import math
+import random
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +26,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 import ptft_dist
 from ptft_dist.api import load_recipe
 from ptft_dist.checkpoint.identity import differences
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.encoder import EncoderContext, LeftOut
+from ptft_dist.data.example_store import ExampleStore
 from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
@@ -277,6 +281,43 @@ def test_pairs_become_the_rows_of_unpair_preference_dataset(tokenizer: Any, tmp_
     for i, row in enumerate(rows):
         side, before = ("chosen", "rejected")[i % 2], PLAIN[i // 2 - 1]
         assert tokenizer.decode(row.columns["other"]) == before[side] + "<|im_end|>"
+
+
+def test_mismatches_are_found_in_one_pass(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also among many rows with one prompt; a loop over all earlier rows gives the same."""
+    task, chance = task_of(tokenizer, "kto", network(tokenizer, 0)), random.Random(0)
+    values = [{"prompt": chance.choice(["a cat", "a dog"]), "completion": f" {w}", "label": True} for w in WORDS * 3]
+    values += [{"prompt": "a cat", "completion": f" {w}", "label": True} for w in WORDS * 3]
+    reads, read = [], ExampleStore.row
+    monkeypatch.setattr(ExampleStore, "row", lambda store, i: reads.append(i) or read(store, i))
+    rows = rows_of(tokenizer, task, values, tmp_path)
+    assert len(reads) == 3 * len(values)
+    for i, row in enumerate(rows):
+        expected = next(x for j in range(1, len(values)) if (x := values[i - j])["prompt"] != values[i]["prompt"])
+        assert tokenizer.decode(row.columns["other"][:-1]) == expected["completion"]
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_dropout_of_an_adapter_is_refused(tokenizer: Any, name: str) -> None:
+    """TRL turns it off, so the setting would have no effect."""
+    task = task_of(tokenizer, name, network(tokenizer, 0))
+    section = ModelSection(path="there", adapt={"lora": {"dropout": 0.05}})
+    with pytest.raises(RecipeError, match=rf"^model\.adapt\.lora\.dropout: task {name} .*Set it to 0"):
+        task.frozen_roles(task.setup, section)
+
+
+@pytest.mark.parametrize(("name", "row"), [("dpo", PAIRS[0]), ("kto", ANSWERS[0])])
+def test_the_exported_model_ends_its_texts_as_the_template_does(tokenizer: Any, name: str, row: dict[str, Any]) -> None:
+    """The base is one without a chat template of its own: its EOS is another token than the end of a turn."""
+    own, model = copy.deepcopy(tokenizer), network(tokenizer, 0)
+    end_of_turn, own.eos_token = own.eos_token_id, own.bos_token
+    model.generation_config.eos_token_id = own.eos_token_id
+    task = task_of(own, name, model)
+    encoder = encoder_class(name)(EncoderContext(task.settings, name, own, 64, 0))
+    assert encoder.outcomes([Record(row, "rows.jsonl:1")])[0].examples
+    task.setup = replace(task.setup, survey=encoder.discovered)
+    task.prepare_network(model)
+    assert model.generation_config.eos_token_id == [own.eos_token_id, end_of_turn]
 
 
 def test_rows_with_the_same_prompt_are_no_mismatch(tokenizer: Any, tmp_path: Path) -> None:

@@ -619,17 +619,6 @@ def test_the_reference_is_the_base_under_the_adapter(name: str) -> None:
         ({"lora": {"init": "olora"}}, "model.adapt.lora.init: olora changes"),
         ({"lora": {"bias": "all"}}, "model.adapt.lora.bias: all trains biases of the base.*bias: none"),
         ({"adapter": "there"}, "model.adapt.adapter.*Merge the adapter"),
-        ({"prompt_tuning": {}}, "model.adapt: prompt_tuning changes the input.*Use lora"),
-        ({"p_tuning": {}}, "model.adapt: p_tuning changes the input"),
-        ({"prefix_tuning": {}}, "model.adapt: prefix_tuning changes the input"),
-        (
-            {"peft": {"type": "prompt_tuning", "num_virtual_tokens": 3}},
-            "model.adapt.peft: prompt_tuning adapts no layers",
-        ),
-        (
-            {"peft": {"type": "prefix_tuning", "num_virtual_tokens": 3}},
-            "model.adapt.peft: prefix_tuning adapts no layers",
-        ),
         ({"peft": {"type": "lora", "init_lora_weights": "pissa"}}, "model.adapt.peft.init_lora_weights: pissa changes"),
         ({"peft": {"type": "lora", "bias": "all"}}, "model.adapt.peft.bias: all changes the base"),
     ],
@@ -642,6 +631,22 @@ def test_adapters_under_which_the_base_is_no_reference(task: str, adapt: dict[st
     with pytest.raises(RecipeError, match=rf"^{task}\.kl: .*{says}.*or set it to 0"):
         task_class(task).frozen_roles(setup(task, {"kl": 0.1}), section)
     assert task_class(task).frozen_roles(setup(task, {"kl": 0.0}), section) == {}
+
+
+@pytest.mark.parametrize(
+    "adapt",
+    [
+        {"prompt_tuning": {}},
+        {"p_tuning": {}},
+        {"prefix_tuning": {}},
+        {"peft": {"type": "prompt_tuning", "num_virtual_tokens": 3}},
+    ],
+    ids=str,
+)
+def test_virtual_tokens_before_padded_prompts_are_refused(adapt: dict[str, Any]) -> None:
+    """Else a probability depends on the prompts beside it, and the ratio is not 1 on the first pass."""
+    with pytest.raises(RecipeError, match=r"^model\.adapt: .*virtual tokens would stand before the padding.*Use lora"):
+        task_class("grpo").frozen_roles(setup("grpo", {"kl": 0.0}), ModelSection(path="there", adapt=adapt))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ class TaskSettings(Section):
     """False: the task is evaluated only."""
     texts_per_row: ClassVar[int] = 1
     """Number of texts in a row, each of up to data.max_length tokens."""
+    without_dropout: ClassVar[bool] = False
+    """Whether dropout is off, also in adapters, because probabilities of the same tokens are compared."""
     draws: ClassVar[bool] = False
     """Whether `prepare` uses train.seed."""
 

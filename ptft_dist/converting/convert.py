@@ -72,7 +72,17 @@ def convert(
         )
     if chosen not in tasks:
         raise RecipeError(f"--task: there is no task {chosen}; the tasks are {', '.join(tasks)}")
-    draft = Draft(path, given, trainer, chosen, list(tasks), tasks[chosen].roles, processes, out.parent)
+    draft = Draft(
+        path,
+        given,
+        trainer,
+        chosen,
+        list(tasks),
+        tasks[chosen].roles,
+        tasks[chosen].without_dropout,
+        processes,
+        out.parent,
+    )
     draft.set("task", chosen)
     converted, lost = _take(draft, given)
     implied, _ = _take(draft, {name: value for name, value in draft.defaults.items() if not _given(name, given)})

@@ -45,6 +45,8 @@ class Draft:
     """The names of all tasks."""
     roles: Sequence[str]
     """The roles of the task's columns; empty for tasks on documents."""
+    without_dropout: bool
+    """Whether the task turns dropout off."""
     processes: int
     """Number of processes of the training that is converted."""
     folder: Path

@@ -55,6 +55,13 @@ def added_tokens(entry: Entry) -> Outcome:
 
 
 @rule
+def adapter_dropout(entry: Entry) -> Outcome:
+    if entry.value and entry.draft.without_dropout:
+        return f"task {entry.draft.task} turns dropout off"
+    return {entry.key: entry.value}
+
+
+@rule
 def task(entry: Entry) -> Outcome:
     known = entry.setting.values
     if entry.value not in known:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ptft_dist.data.tokenizer import after_answer, load_tokenizer
@@ -125,9 +126,14 @@ class RewardModel:
                     "conversation cannot be written for it. Give its tokenizer a chat template"
                 )
             messages = [*each.prompt.text, {"role": "assistant", "content": each.text}]
-            ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False)[
-                "input_ids"
-            ]
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False)
+            except (TemplateError, TypeError, ValueError) as error:  # what templates raise
+                raise RecipeError(
+                    f"{self.key}: the chat template of {self.path} refuses a conversation of this run: {error}. "
+                    "Correct the template or the rows, or use a reward model with the tokenizer of the policy"
+                ) from None
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         return np.array(ids, np.int64)
 
     def padded(self, texts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:

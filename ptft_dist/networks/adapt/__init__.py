@@ -25,7 +25,7 @@ from ptft_dist.networks.names import ADAPTER_CONFIG, adapter_base, is_adapter
 
 def adapted_facts(network: NetworkFacts, adapt: AdaptSection) -> NetworkFacts:
     """The facts of the network with the adapter. Virtual tokens take positions, so positions cannot be given."""
-    virtual = _virtual_tokens(adapt)
+    virtual = virtual_tokens(adapt)
     if not virtual:
         return network
     positions = None if network.max_positions is None else network.max_positions - virtual
@@ -42,7 +42,7 @@ def check_positions_left(network: NetworkFacts, adapt: AdaptSection, max_length:
         )
 
 
-def _virtual_tokens(adapt: AdaptSection) -> int:
+def virtual_tokens(adapt: AdaptSection) -> int:
     """Number of virtual tokens of a prompt method, also of a saved one; else 0."""
     if adapt.method in PROMPTS:
         return int(adapt.settings.tokens)

@@ -21,6 +21,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.names import ADAPTER_CONFIG, is_adapter
 
 _HEADS = (".score.weight", ".classifier.weight")
+_KEEPS_BASE = ("default", "gaussian", "orthogonal", "eva")  # model.adapt.lora.init
 _PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
 """Values of peft's init_lora_weights that leave the base as it is."""
 
@@ -57,15 +58,16 @@ def _layers_with(model: torch.nn.Module, attribute: str, value: Any) -> Iterator
 
 
 def shares_base(path: str, section: ModelSection) -> bool:
-    """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too, and leaves the base as it is.
+    """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too, and both leave it as it is.
 
     PiSSA and others change the base when the adapter is added; trained biases and embeddings replace those of the base.
     """
-    if section.adapt.lora is None or not is_adapter(path):
+    ours = section.adapt.lora
+    if ours is None or ours.init not in _KEEPS_BASE or ours.bias != "none" or not is_adapter(path):
         return False
     config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    base, ours = str(config.get("base_model_name_or_path")), str(section.path)
-    same = base == ours or (Path(base).is_dir() and Path(base).resolve() == Path(ours).resolve())
+    base, own = str(config.get("base_model_name_or_path")), str(section.path)
+    same = base == own or (Path(base).is_dir() and Path(base).resolve() == Path(own).resolve())
     plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in _PLAIN_STARTS
     file = Path(path) / "adapter_model.safetensors"
     if not (same and plain and file.is_file()):
@@ -135,7 +137,7 @@ def check_start_is_base(adapt: AdaptSection, key: str, otherwise: str = ", or se
             f"{key}: the reference is the network that training starts from, and with model.adapt.adapter that is not "
             f"the base. Merge the adapter into its base first (ptft merge){otherwise}"
         )
-    if adapt.lora is not None and adapt.lora.init not in ("default", "gaussian", "orthogonal", "eva"):
+    if adapt.lora is not None and adapt.lora.init not in _KEEPS_BASE:
         raise RecipeError(
             f"{key}: model.adapt.lora.init: {adapt.lora.init} changes the weights of the base, so the network without "
             f"its adapter is not the one that training starts from. Use init: default{otherwise}"

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 from ptft_dist.tasks.common.scores.text import text_scores
 from ptft_dist.tasks.protocol import Judged, TaskSetup
@@ -29,6 +30,22 @@ def check_room(setup: TaskSetup, config: PretrainedConfig) -> None:
             f"{longest} tokens, more than the model's max_position_embeddings ({positions}): lower one of them, or "
             "raise max_position_embeddings"
         )
+
+
+def end_ids(setup: TaskSetup, network: NetworkFacts) -> list[int]:
+    """The tokens that end a text: EOS, the chat template's end of turn if it is another one, and the network's own."""
+    own = [setup.tokenizer.eos_token_id, setup.survey.get("end_of_turn"), *network.eos_ids]
+    return [i for i in dict.fromkeys(own) if i is not None]
+
+
+def end_texts_with(model: PreTrainedModel, eos_ids: Sequence[int]) -> None:
+    """Let the exported network end its texts with these tokens: `ptft generate`, pipelines and vLLM read them there."""
+    config = model.generation_config
+    if config is None:
+        return
+    before = config.eos_token_id
+    if set(eos_ids) != set(before if isinstance(before, list) else [before]):
+        config.eos_token_id = list(eos_ids) if len(eos_ids) > 1 else eos_ids[0]
 
 
 def generate(

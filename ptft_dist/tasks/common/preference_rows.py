@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ptft_dist.data.encoder import EncoderContext, Example, LeftOut, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder
-from ptft_dist.data.tokenizer import added_around, check_can_pad
+from ptft_dist.data.tokenizer import added_around, after_answer, check_can_pad
 from ptft_dist.tasks.common.chat import Conversation, FileShapes, Plain
 from ptft_dist.tasks.common.chat_template import ChatTemplate, TemplateRefused, check_nothing_lost, saved_template
 from ptft_dist.tasks.common.control_tokens import ControlTokens
@@ -56,6 +56,8 @@ class PreferenceRows(RowEncoder):
         """The tokenizer's chat template. Raises RecipeError: there is none."""
         if self._template is None:
             self._template = ChatTemplate(self.tokenizer, self.settings.section, with_spans=False)
+            if special := self.control.of(after_answer(self.tokenizer)):
+                self.discovered = {"end_of_turn": special[0]}
         return self._template
 
     # --- without a tokenizer -----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ class ReferenceSettings(PreferenceSettings):
 
     may_change = ("head",)
     writes: ClassVar[bool] = True
+    without_dropout: ClassVar[bool] = True
 
     beta: Positive = 0.1
     """How near the network stays to the reference: the factor of the log-ratios. For simpo that of the mean

@@ -11,11 +11,12 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt.switching import adapters_off, check_base_stays, check_start_is_base
+from ptft_dist.networks.adapt.switching import adapters_off, check_base_stays, check_no_dropout, check_start_is_base
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.dropout import turn_off_dropout
+from ptft_dist.tasks.common.generation import end_ids, end_texts_with
 from ptft_dist.tasks.common.padding import padded_width
 from ptft_dist.tasks.common.reference_settings import ReferenceSettings
 from ptft_dist.tasks.protocol import IGNORE, FrozenRole, StartColumn, TaskSetup
@@ -55,6 +56,7 @@ class ReferencedTask(NextTokenTask):
     @classmethod
     def frozen_roles(cls, setup: TaskSetup, section: ModelSection) -> dict[str, FrozenRole]:
         key, settings = f"{setup.name}.reference", setup.settings
+        check_no_dropout(section.adapt, setup.name)
         if not settings.has_reference:
             return {}
         if section.adapt.adds_adapter:
@@ -88,6 +90,7 @@ class ReferencedTask(NextTokenTask):
 
     def prepare_network(self, model: PreTrainedModel) -> None:
         super().prepare_network(model)
+        end_texts_with(model, end_ids(self.setup, self.network))
         turn_off_dropout(model)
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:  # noqa: ARG002

@@ -17,6 +17,7 @@ class RolloutSettings(ChatSettings):
 
     may_change = ("show", "sampling.vllm.server", "sampling.vllm.memory", "sampling.vllm.sleep")
     writes = True
+    without_dropout = True
     prompts: PositiveInt = 64
     """Prompts of one rollout, over all processes. Each has one response (ppo) or group_size of them (grpo, rloo). The
     responses are learned from in updates of batch.global_size responses, `epochs` times. Runs are saved, evaluated and

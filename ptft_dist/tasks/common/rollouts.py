@@ -16,6 +16,7 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row, Store
 from ptft_dist.data.tokenizer import after_answer
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt import virtual_tokens
 from ptft_dist.networks.adapt.switching import (
     adapters_off,
     add_frozen_scorer,
@@ -48,7 +49,7 @@ from ptft_dist.rl.sampling import response_seed, sample, until_end
 from ptft_dist.rl.scoring import Rewards, functions_of
 from ptft_dist.rl.vllm import VllmSampler, check_vllm
 from ptft_dist.tasks.common.dropout import turn_off_dropout
-from ptft_dist.tasks.common.generation import left_padded
+from ptft_dist.tasks.common.generation import end_ids, end_texts_with, left_padded
 from ptft_dist.tasks.common.network_checks import check_room
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
 from ptft_dist.tasks.common.response_batches import as_bytes, from_bytes, padded_columns, padded_responses, prompt_of
@@ -95,6 +96,11 @@ class RolloutTask(BaseTask):
         """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
         roles: dict[str, FrozenRole] = {}
         check_no_dropout(section.adapt, setup.name)
+        if virtual_tokens(section.adapt) or "num_virtual_tokens" in (section.adapt.peft or {}):
+            raise RecipeError(
+                f"model.adapt: {section.adapt.method}: prompts are padded on the left, and virtual tokens would stand "
+                f"before the padding, so the probabilities of task {setup.name} would depend on it. Use lora"
+            )
         if setup.settings.sampling.vllm is not None:
             check_vllm(f"{setup.name}.sampling.vllm", section)
         if setup.settings.kl and not section.adapt.adds_adapter:
@@ -135,12 +141,10 @@ class RolloutTask(BaseTask):
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
-        if (positions := network.max_positions) is not None:  # without those of virtual tokens
+        if (positions := network.max_positions) is not None:  # less than the config says, with an offset
             check_room(setup, positions, f"the {positions} positions of the model with its adapter")
         self.pad_id, self.pad_multiple = pad_id(self.tokenizer.pad_token_id), pad_multiple(device)
-        end_of_turn = setup.survey.get("end_of_turn")
-        own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
-        self.eos_ids = [i for i in dict.fromkeys([*own, *network.eos_ids]) if i is not None]
+        self.eos_ids = end_ids(setup, network)
         if not self.eos_ids:
             raise RecipeError("tokenizer: it has no EOS token, so no response would end; name one as its eos_token")
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
@@ -155,6 +159,10 @@ class RolloutTask(BaseTask):
             return VllmSampler(sampling, self.eos_ids, longest, [f"{VALUE_HEAD}.", f"{CRITIC}.", SCORER])
         padded = partial(left_padded, pad_id=self.pad_id, multiple=self.pad_multiple)
         return NetworkSampler(sampling, padded, self.fill_id, self.eos_ids)
+
+    def prepare_network(self, model: PreTrainedModel) -> None:
+        super().prepare_network(model)
+        end_texts_with(model, self.eos_ids)
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:
         if role == REFERENCE:

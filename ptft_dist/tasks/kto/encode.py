@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,19 +41,28 @@ class MismatchedStore(ExampleStore):
     """
 
     def row(self, i: int) -> Row:
-        row = super().row(i)
-        return Row(row.input_ids, row.document_starts, {**row.columns, "other": self._other(i, row)})
+        row, found = super().row(i), super().row(int(self._others[i]))
+        other = found.input_ids[int(found.columns["parts"][0]) :]
+        return Row(row.input_ids, row.document_starts, {**row.columns, "other": other})
 
-    def _other(self, i: int, row: Row) -> np.ndarray:
-        prompt, step = (int(number) for number in row.columns["parts"])
-        other = i
-        for _ in range(len(self)):
-            other = (other - step) % len(self)
-            ids, length = (found := super().row(other)).input_ids, int(found.columns["parts"][0])
-            if not np.array_equal(ids[:length], row.input_ids[:prompt]):
-                return ids[length:]
-        found = super().row((i - step) % len(self))  # all rows have the same prompt
-        return found.input_ids[int(found.columns["parts"][0]) :]
+    @cached_property
+    def _others(self) -> np.ndarray:
+        """For each row the one whose answer it gets; the one before if all have the same prompt: int64 [N]."""
+        count = len(self)
+        prompts, steps = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        for i in range(count):
+            row = super().row(i)
+            length, steps[i] = row.columns["parts"]
+            prompts[i] = hash(row.input_ids[:length].tobytes())
+        others = np.zeros(count, np.int64)
+        for step in np.unique(steps).tolist():
+            before, found = (np.arange(count) - step) % count, np.full(count, -1, np.int64)
+            for i in (*range(count), *range(count)):  # twice around, because the first rows follow the last ones
+                # Where the row before has the same prompt, its mismatched row is that of this one too.
+                found[i] = before[i] if prompts[before[i]] != prompts[i] else found[before[i]]
+            own = steps == step
+            others[own] = np.where(found < 0, before, found)[own]
+        return others
 
 
 class LabelledAnswerRows(PreferenceRows):

@@ -15,6 +15,8 @@ from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
     check_room,
+    end_ids,
+    end_texts_with,
     generate,
     generated_text,
     generation_scores,
@@ -33,9 +35,7 @@ class SupervisedFineTuning(NextTokenTask):
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
-        end_of_turn = setup.survey.get("end_of_turn")  # the chat template's end of turn, if it is not EOS
-        own = [self.tokenizer.eos_token_id, *([] if end_of_turn is None else [end_of_turn])]
-        self.eos_ids = list(dict.fromkeys([*own, *network.eos_ids]))  # chat models have several
+        self.eos_ids = end_ids(setup, network)  # chat models have several
         # Pad generated texts with a special token, because decoding with skip_special_tokens removes only these.
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
         self.noise = None if self.settings.neftune_alpha is None else EmbeddingNoise(self.settings.neftune_alpha)
@@ -48,8 +48,7 @@ class SupervisedFineTuning(NextTokenTask):
 
     def prepare_network(self, model: PreTrainedModel) -> None:
         super().prepare_network(model)
-        if model.generation_config is not None and set(self.eos_ids) != set(self.network.eos_ids):
-            model.generation_config.eos_token_id = self.eos_ids if len(self.eos_ids) > 1 else self.eos_ids[0]
+        end_texts_with(model, self.eos_ids)
         if self.noise is not None:
             model.get_input_embeddings().register_forward_hook(self.noise)
 
