@@ -294,6 +294,21 @@ def test_an_adapter_that_changed_the_base_is_saved_for_the_unchanged_base(tmp_pa
         torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_path: Path, rslora: bool) -> None:
+    """peft does not change the weight of the embedding, whose matrices get the doubled rank too."""
+    pattern = {"rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 5}}
+    lora = {"r": 4, "init": "pissa", "targets": ["q_proj", "embed_tokens"], "rslora": rslora, **pattern}
+    model = adapted(llama(), {"lora": lora})
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_adapter(model, state, tmp_path)
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
 def test_bottleneck_adapters_compute_the_papers_formula() -> None:
     """h + up(relu(down(h))) after the feed-forward layer; houlsby also after attention."""
     model = adapted(bert(), {"bottleneck": {"size": 4, "placement": "houlsby"}}, task_type="SEQ_CLS")
