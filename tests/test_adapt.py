@@ -309,6 +309,29 @@ def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_pat
         torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("adapt", "key"),
+    [
+        ({"lora": {"r": 4, "init": "olora"}}, "lora.init"),
+        ({"peft": {"type": "lora", "r": 4, "init_lora_weights": "OLoRA"}}, "peft.init_lora_weights"),
+    ],
+)
+def test_olora_is_refused_where_weights_are_transposed(adapt: Any, key: str) -> None:
+    """peft decomposes the weight of a Conv1D as if it were that of a linear layer."""
+    with pytest.raises(RecipeError, match=rf"^model\.adapt\.{key}: .*GPT-2.* pissa"):
+        adapted(network(GPT2, AutoModelForCausalLM), adapt)
+
+
+@pytest.mark.parametrize("targets", [["attn.c_attn"], ["attn.c_proj"]], ids=str)
+def test_pissa_starts_from_the_base_where_weights_are_transposed(targets: list[str]) -> None:
+    model = adapted(network(GPT2, AutoModelForCausalLM), {"lora": {"r": 4, "init": "pissa", "targets": targets}})
+    expected = network(GPT2, AutoModelForCausalLM)(input_ids=IDS).logits
+    torch.testing.assert_close(model.eval()(input_ids=IDS).logits, expected)
+
+
 def test_bottleneck_adapters_compute_the_papers_formula() -> None:
     """h + up(relu(down(h))) after the feed-forward layer; houlsby also after attention."""
     model = adapted(bert(), {"bottleneck": {"size": 4, "placement": "houlsby"}}, task_type="SEQ_CLS")
@@ -524,6 +547,18 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("bert", {"quantize": "nf4"}, {}, "quantized weights cannot be trained"),
     ("bert", {"quantize": "nf4", "adapt": {"lora": {"init": "pissa"}}}, {}, "pissa cannot decompose quantized weights"),
+    (
+        "bert",
+        {"quantize": "nf4", "adapt": {"lora": {"init": "olora"}}},
+        {},
+        "olora changes the quantized weights, which",
+    ),
+    (
+        "bert",
+        {"quantize": "nf4", "adapt": {"peft": {"type": "lora", "init_lora_weights": "olora"}}},
+        {},
+        "adapt.peft.init_lora_weights: olora changes the quantized weights",
+    ),
     ("bert", {"quantize": "nf4", "adapt": {"last_layers": 1}}, {}, "last_layers would train quantized weights"),
     ("bert", {"quantize": {"type": "int8", "double": True}, "adapt": "lora"}, {}, "double: has no effect here"),
     ("bert", {"quantize": "nf5", "adapt": "lora"}, {}, "there is no type 'nf5'; the types are nf4 and int8"),

@@ -80,6 +80,11 @@ def peft_config(model: Any, adapt: AdaptSection, setup: AdapterSetup, fresh: Seq
         config: Any = build(model, adapt.settings, setup)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
+    if _transposed(model) and str(getattr(config, "init_lora_weights", "")).lower() == "olora":
+        raise RecipeError(
+            f"model.adapt.{adapt.init_key}: olora is wrong for this network, whose layers store transposed weights, as "
+            "those of GPT-2: peft decomposes them as if they were not. Use pissa"
+        )
     config.task_type, config.base_model_name_or_path, config.revision = setup.task_type, setup.base, setup.revision
     _save_embeddings(model, config, adapt, setup)
     whole = whole_layers(fresh)
