@@ -15,7 +15,13 @@ from adapt_support import write_adapted, write_base
 from peft.optimizers import create_loraplus_optimizer
 from support import eval_rows, start, train_rows
 from tiny import ALL, BERT, LLAMA, T5
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 import ptft_dist
 from ptft_dist.config.adapt import AdaptSection
@@ -372,6 +378,47 @@ def test_new_tokens_are_trained_and_saved_with_the_adapter(tmp_path: Path, tied:
     ids = torch.tensor([[5, 64, 65, 7]])
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, changed.eval()(input_ids=ids).logits)
+
+
+def biased_head(*, tied: bool, seed: int = 1) -> Any:
+    """A BERT whose output head has a bias, with two added tokens. seed: of their rows."""
+    model = network({**BERT, "vocab_size": 64, "tie_word_embeddings": tied}, AutoModelForMaskedLM)
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(66, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().bias[64:] = torch.randn(2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("tied", "more", "remedy"),
+    [
+        (True, {}, "Use model.adapt: full"),
+        (True, {"embeddings": "all"}, "Use model.adapt: full"),
+        (False, {}, "Use embeddings: all, or model.adapt: full"),
+    ],
+)
+def test_added_tokens_are_refused_where_the_bias_of_the_output_head_would_be_lost(
+    tied: bool, more: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"^model\.adapt\.embeddings: .*bias.* {remedy}"):
+        adapted(biased_head(tied=tied), {"lora": {}, **more}, task_type=None, new_tokens=(64, 65))
+    adapted(biased_head(tied=tied), {"lora": {}}, task_type=None)  # without added tokens
+
+
+def test_the_bias_of_an_output_head_is_saved_with_the_whole_table(tmp_path: Path) -> None:
+    adapt = {"lora": {}, "embeddings": "all"}
+    model = adapted(biased_head(tied=False), adapt, task_type=None, new_tokens=(64, 65)).eval()
+    ids = torch.tensor([[5, 64, 65, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, biased_head(tied=False)(input_ids=ids).logits)
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_adapter(model, state, tmp_path)
+        again = peft.PeftModel.from_pretrained(biased_head(tied=False, seed=3), tmp_path)
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])

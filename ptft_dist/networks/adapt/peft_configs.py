@@ -305,7 +305,15 @@ def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: Adapte
     names = {id(module): name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    if wanted == "new" and hasattr(config, "trainable_token_indices"):
+    single_rows = wanted == "new" and hasattr(config, "trainable_token_indices")
+    if setup.new_tokens and getattr(head, "bias", None) is not None and (tied or single_rows):
+        remedy = "" if tied else "embeddings: all, or "
+        raise RecipeError(
+            f"{key}: the output head of this network has a bias, and peft "
+            + ("ignores it while it trains" if single_rows else "does not save its values for")
+            + f" added tokens. Use {remedy}model.adapt: full"
+        )
+    if single_rows:
         chosen = {names[id(table)].rpartition(".")[2]: list(setup.new_tokens)}
         if head is not None and not tied:
             chosen[names[id(head)].rpartition(".")[2]] = list(setup.new_tokens)
