@@ -15,7 +15,13 @@ from adapt_support import write_adapted, write_base
 from peft.optimizers import create_loraplus_optimizer
 from support import eval_rows, start, train_rows
 from tiny import ALL, BERT, LLAMA, T5
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 import ptft_dist
 from ptft_dist.config.adapt import AdaptSection
@@ -294,6 +300,44 @@ def test_an_adapter_that_changed_the_base_is_saved_for_the_unchanged_base(tmp_pa
         torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_path: Path, rslora: bool) -> None:
+    """peft does not change the weight of the embedding, whose matrices get the doubled rank too."""
+    pattern = {"rank_pattern": {"embed_tokens": 2}, "alpha_pattern": {"embed_tokens": 5}}
+    lora = {"r": 4, "init": "pissa", "targets": ["q_proj", "embed_tokens"], "rslora": rslora, **pattern}
+    model = adapted(llama(), {"lora": lora})
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_adapter(model, state, tmp_path)
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
+
+
+@pytest.mark.parametrize(
+    ("adapt", "key"),
+    [
+        ({"lora": {"r": 4, "init": "olora"}}, "lora.init"),
+        ({"peft": {"type": "lora", "r": 4, "init_lora_weights": "OLoRA"}}, "peft.init_lora_weights"),
+    ],
+)
+def test_olora_is_refused_where_weights_are_transposed(adapt: Any, key: str) -> None:
+    """peft decomposes the weight of a Conv1D as if it were that of a linear layer."""
+    with pytest.raises(RecipeError, match=rf"^model\.adapt\.{key}: .*GPT-2.* pissa"):
+        adapted(network(GPT2, AutoModelForCausalLM), adapt)
+
+
+@pytest.mark.parametrize("targets", [["attn.c_attn"], ["attn.c_proj"]], ids=str)
+def test_pissa_starts_from_the_base_where_weights_are_transposed(targets: list[str]) -> None:
+    model = adapted(network(GPT2, AutoModelForCausalLM), {"lora": {"r": 4, "init": "pissa", "targets": targets}})
+    expected = network(GPT2, AutoModelForCausalLM)(input_ids=IDS).logits
+    torch.testing.assert_close(model.eval()(input_ids=IDS).logits, expected)
+
+
 def test_bottleneck_adapters_compute_the_papers_formula() -> None:
     """h + up(relu(down(h))) after the feed-forward layer; houlsby also after attention."""
     model = adapted(bert(), {"bottleneck": {"size": 4, "placement": "houlsby"}}, task_type="SEQ_CLS")
@@ -334,6 +378,47 @@ def test_new_tokens_are_trained_and_saved_with_the_adapter(tmp_path: Path, tied:
     ids = torch.tensor([[5, 64, 65, 7]])
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, changed.eval()(input_ids=ids).logits)
+
+
+def biased_head(*, tied: bool, seed: int = 1) -> Any:
+    """A BERT whose output head has a bias, with two added tokens. seed: of their rows."""
+    model = network({**BERT, "vocab_size": 64, "tie_word_embeddings": tied}, AutoModelForMaskedLM)
+    torch.nn.init.normal_(model.get_output_embeddings().bias)
+    torch.manual_seed(seed)
+    model.resize_token_embeddings(66, mean_resizing=False)
+    with torch.no_grad():
+        model.get_output_embeddings().bias[64:] = torch.randn(2)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("tied", "more", "remedy"),
+    [
+        (True, {}, "Use model.adapt: full"),
+        (True, {"embeddings": "all"}, "Use model.adapt: full"),
+        (False, {}, "Use embeddings: all, or model.adapt: full"),
+    ],
+)
+def test_added_tokens_are_refused_where_the_bias_of_the_output_head_would_be_lost(
+    tied: bool, more: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(RecipeError, match=rf"^model\.adapt\.embeddings: .*bias.* {remedy}"):
+        adapted(biased_head(tied=tied), {"lora": {}, **more}, task_type=None, new_tokens=(64, 65))
+    adapted(biased_head(tied=tied), {"lora": {}}, task_type=None)  # without added tokens
+
+
+def test_the_bias_of_an_output_head_is_saved_with_the_whole_table(tmp_path: Path) -> None:
+    adapt = {"lora": {}, "embeddings": "all"}
+    model = adapted(biased_head(tied=False), adapt, task_type=None, new_tokens=(64, 65)).eval()
+    ids = torch.tensor([[5, 64, 65, 7]])
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, biased_head(tied=False)(input_ids=ids).logits)
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        state = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        write_adapter(model, state, tmp_path)
+        again = peft.PeftModel.from_pretrained(biased_head(tied=False, seed=3), tmp_path)
+        torch.testing.assert_close(again(input_ids=ids).logits, model(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -509,6 +594,18 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ),
     ("bert", {"quantize": "nf4"}, {}, "quantized weights cannot be trained"),
     ("bert", {"quantize": "nf4", "adapt": {"lora": {"init": "pissa"}}}, {}, "pissa cannot decompose quantized weights"),
+    (
+        "bert",
+        {"quantize": "nf4", "adapt": {"lora": {"init": "olora"}}},
+        {},
+        "olora changes the quantized weights, which",
+    ),
+    (
+        "bert",
+        {"quantize": "nf4", "adapt": {"peft": {"type": "lora", "init_lora_weights": "olora"}}},
+        {},
+        "adapt.peft.init_lora_weights: olora changes the quantized weights",
+    ),
     ("bert", {"quantize": "nf4", "adapt": {"last_layers": 1}}, {}, "last_layers would train quantized weights"),
     ("bert", {"quantize": {"type": "int8", "double": True}, "adapt": "lora"}, {}, "double: has no effect here"),
     ("bert", {"quantize": "nf5", "adapt": "lora"}, {}, "there is no type 'nf5'; the types are nf4 and int8"),

@@ -1,16 +1,22 @@
-"""Offloading of frozen networks is refused where it would have no effect."""
+"""Frozen networks that cannot be used, and offloading them, which is refused where it would have no effect."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_adapter_directories import adapted, base, export
 from transformers import AutoModelForCausalLM
 
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.frozen import frozen_source
 from ptft_dist.session.frozen_networks import FrozenNetworks
 from ptft_dist.tasks.protocol import FrozenRole
+
+__all__ = ["base"]  # the fixture
 
 TEACHER = FrozenRole("distillation.teacher", "runs/teacher/model", None, AutoModelForCausalLM)
 SHARED = FrozenRole("ppo.rewards.0.model", "runs/reward/model", None, AutoModelForCausalLM, True)
@@ -36,3 +42,15 @@ def test_where_it_has_no_effect(roles: dict[str, Any], kind: str, device: torch.
 @pytest.mark.parametrize("kind", ["single", "ddp", "zero1", "zero2"])
 def test_where_it_has_one(kind: str) -> None:
     FrozenNetworks({"teacher": TEACHER, "reward": SHARED}, {}, offload=True).check(kind, GPU)
+
+
+@pytest.mark.parametrize("method", ["bottleneck", "prompt_tuning"])
+def test_a_teacher_that_cannot_be_merged_is_refused_when_the_recipe_is_read(
+    base: Path, tmp_path: Path, method: str
+) -> None:
+    export(*adapted(base, method), tmp_path / "teacher")
+    section = ModelSection(path=str(base))
+    with pytest.raises(RecipeError, match=r"^distillation\.teacher: .*cannot be merged.* lora"):
+        frozen_source("distillation.teacher", "teacher", None, section, tmp_path)
+    export(*adapted(base, "lora"), tmp_path / "mergeable")
+    frozen_source("distillation.teacher", "mergeable", None, section, tmp_path)

@@ -254,6 +254,22 @@ def test_later_pieces_need_labels_of_their_own(tmp_path: Path) -> None:
         assert len(found) > 3
 
 
+def test_inner_tags_that_label_names_lack_follow_its_names(tmp_path: Path) -> None:
+    """Tag 2 is in the validation data only. No tag of the data is I-PER or I-LOC."""
+    prepared, _, _ = made(
+        tmp_path,
+        [{"tokens": ["abcabcabc", "x"], "tags": [1, 0]}] * 3,
+        [{"tokens": ["cbacbacba", "x"], "tags": [2, 0]}],
+        token_classification={"pieces": "all", "label_names": {"0": "O", "1": "B-PER", "2": "B-LOC"}},
+        tokenizer={"train": {"algorithm": "bpe", "vocab_size": 262}},
+    )
+    assert prepared.survey["labels"] == ["O", "B-PER", "B-LOC", "I-PER", "I-LOC"]
+    for rows, first, inner in ((prepared.train, 1, 3), (prepared.validation, 2, 4)):
+        found = [i for i in rows.row(0).columns["labels"] if i != -100]
+        assert found == [first, *[inner] * (len(found) - 2), 0]
+        assert len(found) > 3
+
+
 def test_long_sentences_are_split_between_words(tmp_path: Path) -> None:
     """Each word is in exactly one piece, in order, and every piece has room for its special tokens."""
     rows, chance = sentences(30), random.Random(5)

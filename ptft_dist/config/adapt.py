@@ -303,6 +303,11 @@ class AdaptSection(Section):
         return getattr(self, self.method)
 
     @property
+    def init_key(self) -> str:
+        """The key of the initial values of LoRA."""
+        return "lora.init" if self.lora is not None else "peft.init_lora_weights"
+
+    @property
     def adds_adapter(self) -> bool:
         """The method adds a peft adapter, and the network itself is frozen."""
         return self.method not in PARTIAL

@@ -76,11 +76,24 @@ class ModelSection(Section):
             raise ValueError(f"dtype: {frozen_only}. Trained weights are fp32; train.precision: bf16 saves memory")
         if self.quantize is not None and not self.adapt.adds_adapter and self.adapt.last_layers is not None:
             raise ValueError("quantize: last_layers would train quantized weights. Use an adapter, such as adapt: lora")
-        if self.quantize is not None and self.adapt.lora is not None and self.adapt.lora.init.startswith("pissa"):
-            raise ValueError("adapt.lora.init: pissa cannot decompose quantized weights. Use olora, or default")
+        if self.quantize is not None:
+            self._check_quantized_start()
         if self.quantize is not None and self.dtype != "auto":
             raise ValueError("dtype: has no effect on quantized weights; quantize.compute_dtype sets their products")
         return self
+
+    def _check_quantized_start(self) -> None:
+        """Raises ValueError if the adapter's initial values would change quantized weights."""
+        lora, given = self.adapt.lora, self.adapt.peft or {}
+        init = str(given.get("init_lora_weights") if lora is None else lora.init).lower()
+        key = f"adapt.{self.adapt.init_key}"
+        if init.startswith("pissa"):
+            raise ValueError(f"{key}: pissa cannot decompose quantized weights. Use the default, or remove quantize")
+        if init == "olora":
+            raise ValueError(
+                f"{key}: olora changes the quantized weights, which are rounded again, so the exported adapter would "
+                "not fit the base. Use the default, or remove quantize"
+            )
 
 
 class BatchSection(Section):

@@ -93,13 +93,23 @@ def frozen_source(key: str, path: str, revision: str | None, model: ModelSection
     """The source of a frozen network, with the attention and trust_remote_code settings of the trained network.
 
     Raises:
-        RecipeError: there is no such directory, or its weight files are damaged.
+        RecipeError: there is no such directory, its weight files are damaged, or it is an adapter that cannot be
+            merged.
     """
     section = ModelSection(
         path=path, revision=revision, attention=model.attention, trust_remote_code=model.trust_remote_code
     )
     source = FrozenSource(key, local_or_hub(section, base, key=key))
     check_weights(source.section, key)
+    if is_adapter(source.path):
+        from ptft_dist.networks.adapt.merging import not_mergeable
+        from ptft_dist.networks.adapt.reading import read_adapter
+
+        if reason := not_mergeable(read_adapter(Path(source.path), check_base=False)):
+            raise RecipeError(
+                f"{key}: {source.path}: {reason}, and a frozen network is merged. Use an adapter of a method that can "
+                "be merged, such as lora, or a whole model"
+            )
     return source
 
 

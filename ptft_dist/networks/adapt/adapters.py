@@ -226,13 +226,21 @@ def _low_rank(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def _relative_to_base(model: PeftModel, config: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter for the unchanged base: of rank 2 r, since W - s B0 A0 + s B A = W + s [B, -B0] [A; A0]."""
+    """The adapter for the unchanged base: of rank 2 r, since W - s B0 A0 + s B A = W + s [B, -B0] [A; A0].
+
+    peft leaves the weights of embeddings as they are, so zeros follow there.
+    """
     initial = {key.replace(f".{model.active_adapter}.", "."): value for key, value in model.initial_adapter.items()}
     for key, start in initial.items():
         if "lora_A" in key:
             state[key] = torch.cat([state[key].cpu(), start.to(state[key].dtype)], 0)
         elif "lora_B" in key:
             state[key] = torch.cat([state[key].cpu(), -start.to(state[key].dtype)], 1)
+    for key, value in state.items():
+        if "lora_embedding_A" in key:
+            state[key] = torch.cat([value, torch.zeros_like(value)], 0)
+        elif "lora_embedding_B" in key:
+            state[key] = torch.cat([value, torch.zeros_like(value)], 1)
     factor = 2**0.5 if config.use_rslora else 2
     config.r, config.lora_alpha = 2 * config.r, config.lora_alpha * factor
     config.rank_pattern = {key: 2 * rank for key, rank in config.rank_pattern.items()}

@@ -24,19 +24,22 @@ FP32_TOLERANCE = 1e-5
 _OUTPUTS = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
 
 
-def check_mergeable(files: AdapterFiles) -> None:
-    """Raises RecipeError if an adapter of this method cannot be folded into weights."""
+def not_mergeable(files: AdapterFiles) -> str | None:
+    """Why an adapter of this method cannot be folded into weights; None if it can."""
     method = str(getattr(files.config.peft_type, "value", files.config.peft_type))
     if files.config.is_prompt_learning:
         reason = "trains virtual tokens"
     elif method == "BOTTLENECK":
         reason = "adds nonlinear layers"
     else:
-        return
-    raise RecipeError(
-        f"{files.path}: {method} {reason}, which no weight of the base can replace, so it cannot be merged. Use the "
-        "adapter directory itself, for example with ptft generate"
-    )
+        return None
+    return f"{method} {reason}, which no weight of the base can replace, so it cannot be merged"
+
+
+def check_mergeable(files: AdapterFiles) -> None:
+    """Raises RecipeError if an adapter of this method cannot be folded into weights."""
+    if reason := not_mergeable(files):
+        raise RecipeError(f"{files.path}: {reason}. Use the adapter directory itself, for example with ptft generate")
 
 
 def merge(files: AdapterFiles, dtype: torch.dtype, folder: Path) -> tuple[float, float]:

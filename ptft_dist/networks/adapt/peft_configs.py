@@ -80,6 +80,11 @@ def peft_config(model: Any, adapt: AdaptSection, setup: AdapterSetup, fresh: Seq
         config: Any = build(model, adapt.settings, setup)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
+    if _transposed(model) and str(getattr(config, "init_lora_weights", "")).lower() == "olora":
+        raise RecipeError(
+            f"model.adapt.{adapt.init_key}: olora is wrong for this network, whose layers store transposed weights, as "
+            "those of GPT-2: peft decomposes them as if they were not. Use pissa"
+        )
     config.task_type, config.base_model_name_or_path, config.revision = setup.task_type, setup.base, setup.revision
     _save_embeddings(model, config, adapt, setup)
     whole = whole_layers(fresh)
@@ -300,7 +305,15 @@ def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: Adapte
     names = {id(module): name for name, module in model.named_modules()}
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and head.weight is table.weight
-    if wanted == "new" and hasattr(config, "trainable_token_indices"):
+    single_rows = wanted == "new" and hasattr(config, "trainable_token_indices")
+    if setup.new_tokens and getattr(head, "bias", None) is not None and (tied or single_rows):
+        remedy = "" if tied else "embeddings: all, or "
+        raise RecipeError(
+            f"{key}: the output head of this network has a bias, and peft "
+            + ("ignores it while it trains" if single_rows else "does not save its values for")
+            + f" added tokens. Use {remedy}model.adapt: full"
+        )
+    if single_rows:
         chosen = {names[id(table)].rpartition(".")[2]: list(setup.new_tokens)}
         if head is not None and not tied:
             chosen[names[id(head)].rpartition(".")[2]] = list(setup.new_tokens)

@@ -107,7 +107,10 @@ class TaggedRows(RowEncoder):
         seen = set(names.first)
         if settings.pieces == "all":
             seen |= {inner_tag(settings.scheme, tag) for tag in seen}
-        labels = list(settings.labels or in_order(seen, settings.label_names, names.ids) or sorted(seen))
+        named = in_order(seen, settings.label_names, names.ids)
+        if named and settings.pieces == "all":  # label_names may lack inner tags
+            named = list(dict.fromkeys([*named, *(inner_tag(settings.scheme, tag) for tag in named)]))
+        labels = list(settings.labels or named or sorted(seen))
         if len(labels) < 2:
             raise DataError(
                 f"data: the training rows have the tags {', '.join(labels) or '(none)'}; two or more are needed. "

@@ -37,7 +37,8 @@ class TokenClassificationSettings(TaskSettings):
     """The tags in the order of their ids. Default: the tags of the training rows, sorted."""
     label_names: dict[Number, Text] = {}
     """The names of tags that the data have as numbers, such as {0: O, 1: B-PER, 2: I-PER}, in the order of their ids.
-    Default: the names in the features of the data set (ClassLabel), if it has any."""
+    With `pieces: all`, missing I- tags follow. Default: the names in the features of the data set (ClassLabel), if it
+    has any."""
     pieces: Literal["first", "all"] = "first"
     """Which tokens of a word are labelled: the first only, or all; with `all`, later tokens of an entity's word get its
     I- tag. The prediction for the first token is that of the word."""
