@@ -584,6 +584,7 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"bottleneck": {"targets": ["outputs"]}}}, {}, "no layer of this network is called 'outputs'"),
     ("bert", {"adapt": {"adapter": "no/such/adapter"}}, {}, "no/such/adapter"),
     ("bert", {"adapt": {"lora": {}, "embeddings": "new"}}, {}, "embeddings: new has no effect: no tokens are added"),
+    ("bert", {"adapt": {"adapter": "x", "embeddings": "new"}}, {}, "embeddings: a saved adapter trains the embeddings"),
     ("llama", {"adapt": {"prompt_tuning": {}}}, {"sft": {"packing": True}}, "packing"),
     ("llama", {"adapt": {"prompt_tuning": {"tokens": 60}}}, {}, "60 virtual tokens leave 4 positions"),
     (
@@ -647,6 +648,47 @@ def test_an_adapter_for_another_network_is_refused(
     recipe = write_adapted(tmp_path, bases["bert"], "classification", model, run_dir=str(tmp_path / "run"))
     with pytest.raises(RecipeError, match="does not fit this network"):
         ptft_dist.train(str(recipe), quiet=True)
+
+
+def continued(folder: Path, base: Path, adapter: Path, add: list[str], **changes: Any) -> dict[str, Any]:
+    """A recipe of the task sft that trains `adapter` further. add: tokens to add to the tokenizer."""
+    path = write_adapted(folder, base, "sft", {"adapt": {"adapter": str(adapter)}}, **changes)
+    recipe: dict[str, Any] = json.loads(path.read_text())
+    return recipe | {"tokenizer": {"path": str(base), "add": add}}
+
+
+def test_tokens_that_a_saved_adapter_does_not_save_are_refused(
+    tmp_path: Path, bases: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows of added tokens would not be trained, and the exported adapter would not contain them."""
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    plain_base = AutoModelForCausalLM.from_pretrained(bases["llama"])
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    peft.get_peft_model(plain_base, config).save_pretrained(tmp_path / "adapter")
+    recipe = continued(tmp_path, bases["llama"], tmp_path / "adapter", ["small cat"], run_dir="run")
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.adapter: .* does not save .* 'small cat'.* ptft merge"):
+        ptft_dist.train(recipe, quiet=True)
+    assert not (tmp_path / "run/checkpoints").exists()
+
+
+@pytest.mark.parametrize("embeddings", ["new", "all"])
+def test_training_goes_on_from_an_adapter_with_added_tokens(
+    tmp_path: Path, bases: dict[str, Path], cache: Path, monkeypatch: pytest.MonkeyPatch, embeddings: str
+) -> None:
+    """The adapter saves them, so the exported one has the loss of the last evaluation."""
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    monkeypatch.chdir(tmp_path)
+    short: dict[str, Any] = {"train": {"max_steps": 2}, "save": {"every": None}, "eval": {"every": 2}}
+    adapt = {"adapt": {"lora": {"r": 2}, "embeddings": embeddings}}
+    path = write_adapted(tmp_path, bases["llama"], "sft", adapt, run_dir="one", **short)
+    recipe = json.loads(path.read_text())
+    added = ["small cat", "old dog"]
+    recipe["tokenizer"] = {"path": str(bases["llama"]), "add": added}
+    ptft_dist.train(recipe, quiet=True)
+    again = continued(tmp_path, bases["llama"], tmp_path / "one/model", added, run_dir="two", **short)
+    last = ptft_dist.train(again, quiet=True).metrics["eval/loss"]
+    assert ptft_dist.evaluate(again)["eval/loss"] == pytest.approx(last, rel=1e-5)
 
 
 def test_a_changed_base_is_refused_at_a_resume(tmp_path: Path, bases: dict[str, Path], cache: Path) -> None:

@@ -279,6 +279,11 @@ class AdaptSection(Section):
         only_with(self, ("name", "embeddings"), self.adds_adapter, "an adapter, such as lora")
         if self.embeddings and self.method in PROMPTS:
             raise ValueError(f"embeddings: {self.method} cannot train token embeddings; use lora")
+        if self.embeddings and self.adapter is not None:
+            raise ValueError(
+                "embeddings: a saved adapter trains the embeddings that it contains, no others. Remove this key, or "
+                "use ptft merge and train a new adapter on the merged model"
+            )
         _expression(self.match, "match")
         if self.peft is not None and not isinstance(self.peft.get("type"), str):
             raise ValueError("peft needs a type, such as vera, oft or loha")

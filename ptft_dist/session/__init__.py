@@ -95,6 +95,7 @@ class Session:
         self.trained = TrainedNetwork(
             loaded, self.prepared.tokenizer_path, self.prepared.survey, self.kind, lambda: self.plan.total_steps
         )
+        self.trained.check_saved_adapter()
         self.start_section = self.trained.section if start is None else local_or_hub(start, loaded.base)
         self.penalty_files: dict[str, Path] = {}
         self.column_files: list[Path] = []

@@ -114,6 +114,26 @@ class TrainedNetwork:
     def _network_without_weights(self) -> PreTrainedModel:
         return preview_network(self.section, self.config, self.task_class.auto_class)
 
+    def _tokens_without_weights(self) -> set[int]:
+        """The ids of tokens that the pretrained network has no embeddings for."""
+        beyond = range(read_config(self.section, {}).get_text_config().vocab_size, len(self.tokenizer))
+        return {*beyond, *self.new_tokens.pieces}
+
+    def check_saved_adapter(self) -> None:
+        """Raises RecipeError if a saved adapter is trained further that does not save the embeddings of new tokens."""
+        path = self.section.adapt.adapter
+        if path is None or not (tokens := self._tokens_without_weights()):
+            return
+        from ptft_dist.networks.adapt.adapters import unsaved_tokens
+
+        if unsaved := unsaved_tokens(path, self._network_without_weights(), tokens):
+            example = self.tokenizer.convert_ids_to_tokens(unsaved[0])
+            raise RecipeError(
+                f"model.adapt.adapter: {path} does not save the embeddings of {len(unsaved)} tokens that its base has "
+                f"not, such as {example!r}, so they would be lost. Use ptft merge, and train a new adapter on the "
+                "merged model"
+            )
+
     def _adapter_setup(self) -> Any:
         """What the config of an adapter needs; None without an adapter."""
         recipe, section = self.recipe, self.section
@@ -123,13 +143,12 @@ class TrainedNetwork:
 
         assert section.path is not None
         added: Any = self.tokenizer.convert_tokens_to_ids([*recipe.tokenizer.add, *recipe.settings.added_tokens])
-        beyond = range(read_config(section, {}).get_text_config().vocab_size, len(self.tokenizer))
         return AdapterSetup(
             task_type=TASK_TYPES.get(self.task_class.auto_class.__name__),
             base=section.path,
             revision=section.revision,
             total_steps=self.steps(),
-            new_tokens=tuple(sorted({*added, *beyond, *self.new_tokens.pieces})),
+            new_tokens=tuple(sorted({*added, *self._tokens_without_weights()})),
             tokenizer_path=str(self.tokenizer_path),
             seed=recipe.train.seed,
         )

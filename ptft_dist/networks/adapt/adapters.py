@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,6 +29,7 @@ from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
 from ptft_dist.networks.adapt.reading import TASK_CONFIG, task_keys
+from ptft_dist.networks.facts import input_embedding
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -126,6 +127,20 @@ def load_adapter(
             f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
         ) from None
     return adapted
+
+
+def unsaved_tokens(path: str, model: PreTrainedModel, new_tokens: Collection[int]) -> list[int]:
+    """Those of `new_tokens` whose embeddings a saved adapter does not train and save. model: its base."""
+    config = PeftConfig.from_pretrained(path)
+    table = input_embedding(model)
+    names = [name for name, module in model.named_modules() if module is table]
+    whole = getattr(config, "modules_to_save", None) or ()
+    if any(name == each or name.endswith(f".{each}") for name in names for each in whole):
+        return []
+    saved = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or ()
+    if isinstance(saved, dict):  # by table
+        saved = set.intersection(*map(set, saved.values()))
+    return sorted(set(new_tokens) - set(saved))
 
 
 def adapter_state(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
