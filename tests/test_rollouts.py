@@ -33,6 +33,7 @@ from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
+from ptft_dist.rl.advantages import adapted_kl_coefficient
 from ptft_dist.rl.reward_model import RewardModel, check_reward_model, read_scores
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
 from ptft_dist.tasks.common.chat_template import CHATML
@@ -734,3 +735,15 @@ def test_a_policy_that_never_ends_a_response_is_warned_of_once(
         assert list(batches.next_phase(cast(Any, SimpleNamespace(engine=None)))) == []
     assert len(told) == warnings
     assert all("none of the 0 responses ended within sampling.max_new_tokens: 7" in text for text in told)
+
+
+@pytest.mark.parametrize(("horizon", "fits"), [(12, False), (13, True)])
+def test_the_coefficient_of_the_kl_stays_positive(horizon: int, fits: bool) -> None:
+    """A rollout of 64 responses without any KL multiplies it by 1 - 0.2 * 64 / horizon."""
+    settings = {"kl": 0.2, "kl_target": 0.5, "kl_horizon": horizon, "prompts": 64}
+    assert (adapted_kl_coefficient(0.2, 0.0, 0.5, 64, horizon) > 0) == fits
+    if fits:
+        setup("ppo", settings)
+    else:
+        with pytest.raises(ValueError, match=r"kl_horizon: kl could become negative; use more than a fifth of prompts"):
+            setup("ppo", settings)

@@ -47,6 +47,8 @@ class PpoSettings(RolloutSettings):
     def _check(self) -> Self:
         if self.kl_horizon != 10_000 and self.kl_target is None:
             raise ValueError("kl_horizon: has no effect here: it needs kl_target")
+        if self.kl_target is not None and self.kl_horizon <= 0.2 * self.prompts:  # the error is clipped to 20 %
+            raise ValueError(f"kl_horizon: kl could become negative; use more than a fifth of prompts ({self.prompts})")
         if self.kl_target is not None and not self.kl:
             raise ValueError("kl_target: it adapts the coefficient kl, which must be above 0")
         return self
