@@ -108,7 +108,7 @@ class Resume:
 
     def check_groups(self, checkpoint: Checkpoint, sizes: list[int]) -> None:
         """Raises CheckpointError if the optimizer's parameter groups have other sizes than in the checkpoint."""
-        saved = checkpoint.manifest.get("groups", sizes)  # absent in checkpoints of version 0.1
+        saved = checkpoint.manifest.get("groups", sizes)  # absent in older checkpoints
         if saved != sizes:
             raise CheckpointError(
                 f"{checkpoint.path} has the optimizer's state for parameter groups of {saved} parameters, but this "

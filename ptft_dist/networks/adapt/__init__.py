@@ -43,9 +43,11 @@ def check_positions_left(network: NetworkFacts, adapt: AdaptSection, max_length:
 
 
 def virtual_tokens(adapt: AdaptSection) -> int:
-    """Number of virtual tokens of a prompt method, also of a saved one; else 0."""
+    """Number of virtual tokens of a prompt method, also of peft's own and of a saved one; else 0."""
     if adapt.method in PROMPTS:
         return int(adapt.settings.tokens)
+    if adapt.peft is not None:
+        return int(adapt.peft.get("num_virtual_tokens") or 0)
     if adapt.adapter is None or not is_adapter(adapt.adapter):
         return 0
     config = json.loads((Path(adapt.adapter) / ADAPTER_CONFIG).read_text(encoding="utf-8"))

@@ -96,7 +96,7 @@ class RolloutTask(BaseTask):
         """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
         roles: dict[str, FrozenRole] = {}
         check_no_dropout(section.adapt, setup.name)
-        if virtual_tokens(section.adapt) or "num_virtual_tokens" in (section.adapt.peft or {}):
+        if virtual_tokens(section.adapt):
             raise RecipeError(
                 f"model.adapt: {section.adapt.method}: prompts are padded on the left, and virtual tokens would stand "
                 f"before the padding, so the probabilities of task {setup.name} would depend on it. Use lora"
