@@ -166,6 +166,23 @@ def test_a_run_that_needs_more_than_there_is_is_refused(session: Callable[..., S
         _ = session(mixing, train={"max_steps": None, "max_tokens": 10**6}).plan
 
 
+def test_a_period_whose_sources_are_used_up_before_the_next_one_is_named(session: Callable[..., Session]) -> None:
+    """The 60 documents of red last for 7 updates, and a half; green has not been read at all."""
+    table = [
+        {"from_step": 0, "weights": {"red": 1, "green": 0, "blue": 0}},
+        {"from_step": 10, "weights": {"red": 0, "green": 1, "blue": 0}},
+    ]
+    given = {"train": {"max_steps": 12}, "batch": {"global_size": 8, "micro_size": 8}}
+    with pytest.raises(DataError) as refused:
+        _ = session({"schedule": table, "max_epochs": 1}, **given).plan
+    assert "the run needs 96 rows, and after 60 of them (update 7) the sources" in str(refused.value)
+    assert "schedule.0 are used up" in str(refused.value)
+    table[1]["from_step"] = 7
+    assert session({"schedule": table, "max_epochs": 1}, **given | {"train": {"max_steps": 10}}).plan.total_steps == 10
+    with pytest.raises(DataError, match=r"after 86 of them \(update 10\) the sources .* schedule\.1 are used up"):
+        _ = session({"schedule": table, "max_epochs": 1}, **given).plan
+
+
 def test_a_source_without_rows_is_named(session: Callable[..., Session], tmp_path: Path) -> None:
     """The function drops all documents of one source."""
     (tmp_path / "mine.py").write_text("def without_blue(text):\n    return None if 'blue' in text else text\n")

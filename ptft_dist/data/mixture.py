@@ -23,7 +23,7 @@ _CYCLE = 10_000
 def periods_of(
     mixing: MixingSection, names: Sequence[str | None], rows: Sequence[int], global_size: int | None
 ) -> tuple[tuple[Period, ...], int | None]:
-    """The periods of a run, and the number of positions until all sources are used up (None: never).
+    """The periods of a run, and the number of positions until one has used up all of its sources (None: never).
 
     Args:
         names, rows: of each source.
@@ -55,7 +55,8 @@ def limited(
         most: the largest number of draws from each source; None: no limit.
 
     Returns:
-        the periods, and the number of positions until nothing is left; None: the last period has no end.
+        the periods, and the number of positions until nothing is left of the sources of a period, although a later
+        period may have others; None: the last period has no end.
     """
     periods: list[Period] = []
     drawn = [0] * len(table[0][1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from ptft_dist.config.recipe import Recipe
@@ -58,11 +59,26 @@ def plan_run(recipe: Recipe, shape: BatchShape, store: Store, training: Training
     )
     last = plan.positions(plan.total_steps - 1)[1]
     if training.end is not None and last > training.end:
-        raise DataError(
-            f"data.mixing.max_epochs: the run needs {last:,} rows, and the sources give {training.end:,} until all are "
-            "used up. Train for fewer updates, raise max_epochs, or add data"
-        )
+        raise DataError(_used_up(recipe, shape, last, training.end))
     return plan
+
+
+def _used_up(recipe: Recipe, shape: BatchShape, needed: int, end: int) -> str:
+    """The message for a run that needs more rows than data.mixing.max_epochs allows. end: see `TrainingRows`."""
+    schedule = recipe.data.mixing.schedule if recipe.data.mixing is not None else None
+    if schedule is None:
+        return (
+            f"data.mixing.max_epochs: the run needs {needed:,} rows, and the sources give {end:,} until all are used "
+            "up. Train for fewer updates, raise max_epochs, or add data"
+        )
+    assert shape.global_size is not None
+    update = end // shape.global_size
+    number = bisect_right([period.from_step for period in schedule], update) - 1
+    return (
+        f"data.mixing.max_epochs: the run needs {needed:,} rows, and after {end:,} of them (update {update}) the "
+        f"sources with a weight above 0 in schedule.{number} are used up. Raise max_epochs, add data to them, or "
+        "change the schedule so that it reads others by then"
+    )
 
 
 def _plan_of_rollouts(recipe: Recipe, shape: BatchShape, store: Store, sizes: Sequence[int], prompts: int) -> Plan:

@@ -26,7 +26,7 @@ class TrainingRows:
     periods: Sequence[Period] = (Period(0, (1,)),)
     """How they are mixed, see `order.Stream`."""
     end: int | None = None
-    """The number of positions until all sources of data.mixing are used up; None: never."""
+    """The number of positions until a period of data.mixing has used up all of its sources; None: never."""
 
 
 def training_rows(recipe: Recipe, prepared: Prepared, global_size: int | None) -> TrainingRows:
