@@ -439,6 +439,11 @@ def test_everything_that_follows_from_the_recipe_alone_is_reported_at_once(tmp_p
             ["task=mlm", "distillation={teacher: x}", "eval.metric=divergence"],
             "command line: distillation: has no effect here: it needs one of the tasks clm, sft, classification",
         ),
+        (
+            ["task=grpo", "data.workers=2"],
+            "command line: data.workers: has no effect here: task grpo learns from its own responses, which no process "
+            "loads",
+        ),
     ],
 )
 def test_a_setting_that_the_task_cannot_use(tmp_path: Path, overrides: list[str], expected: str) -> None:

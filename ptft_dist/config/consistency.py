@@ -73,6 +73,9 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
     if settings.rollout_prompts is not None:
         if recipe.train.max_tokens is not None:
             yield Problem(("train", "max_tokens"), f"task {task} makes its own tokens; set max_steps or epochs")
+        if recipe.data.workers is not None:
+            text = f"{_NO_EFFECT} task {task} learns from its own responses, which no process loads"
+            yield Problem(("data", "workers"), text)
         if recipe.continual is not None:
             yield Problem(
                 ("continual",), f"{_NO_EFFECT} task {task} stays near model.path by its own setting {task}.kl"
