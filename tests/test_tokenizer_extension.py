@@ -16,7 +16,7 @@ import pytest
 from prepare_support import DOCUMENTS, prepare, recipe, save_tokenizer, write_text
 from pydantic import ValidationError
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.tokenizer_section import TokenizerExtension, TokenizerTraining
@@ -136,6 +136,9 @@ def test_tokenizers_that_cannot_be_extended() -> None:
     whole = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     with pytest.raises(RecipeError, match="does not split texts into words"):
         extend(PreTrainedTokenizerFast(tokenizer_object=whole), TokenizerExtension(tokens=2), NEW)
+    for kind in (LlamaTokenizer, GemmaTokenizer):  # with pre-tokenizers that do not split
+        with pytest.raises(RecipeError, match="does not split texts into words"):
+            extend(kind(), TokenizerExtension(tokens=2), ["a b a b"] * 5)
     whole.pre_tokenizer = pre_tokenizers.Whitespace()
     with pytest.raises(DataError, match="have no word that is split and occurs 2 times"):
         extend(PreTrainedTokenizerFast(tokenizer_object=whole), TokenizerExtension(tokens=2), ["c d"])

@@ -25,6 +25,7 @@ from ptft_dist.data.tokenizer_learning import count_words_of
 from ptft_dist.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 EXTENSION_VERSION = 1
@@ -56,7 +57,7 @@ def extend(
         (None, "") if model["type"] == "BPE" else (None, "", "##")
     ):
         raise RecipeError(f"{_KEY}: a {model['type']} tokenizer of this kind cannot be extended. Use tokenizer.add")
-    if backend.pre_tokenizer is None:
+    if not _splits_words(backend):
         raise RecipeError(
             f"{_KEY}: {tokenizer.name_or_path} does not split texts into words, so that tokens would contain several. "
             "Use tokenizer.add"
@@ -82,6 +83,13 @@ def extend(
         raise DataError(f"{_KEY}: the training texts have no word that is split and occurs {least} times. Remove it")
     _add(model, state["added_tokens"], new, {word: usable.get(word, []) for word in new})
     return _reloaded(tokenizer, state, {token: first_id + i for i, token in enumerate(new)})
+
+
+def _splits_words(backend: Tokenizer) -> bool:
+    """Whether two words of a text are split. Llama 2 has no pre-tokenizer, or one that does not split; that of Gemma
+    splits at spaces, but its normalizer replaces them before."""
+    text = "a b" if backend.normalizer is None else backend.normalizer.normalize_str("a b")
+    return backend.pre_tokenizer is not None and len(backend.pre_tokenizer.pre_tokenize_str(text)) > 1
 
 
 def learn_merges(
