@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -103,6 +104,17 @@ def test_whole_words_that_save_most_tokens(algorithm: str) -> None:
         new, *_ = after(word, add_special_tokens=False)["input_ids"]
         assert pieces_of(before, after)[new] == before(word, add_special_tokens=False)["input_ids"]
     assert after(DOCUMENTS[0])["input_ids"] == before(DOCUMENTS[0])["input_ids"]
+
+
+def test_a_unigram_word_wins_against_a_shorter_new_word_and_its_rest() -> None:
+    """Otherwise the longer token would never occur in a text. With equal scores, rounding decides."""
+    chance = random.Random(0)
+    words = ["".join(chance.choices("abcdefghijklm", k=chance.randint(4, 9))) for _ in range(60)]
+    words += [word + "".join(chance.choices("abcdefghijklm", k=chance.randint(1, 4))) for word in words]
+    after = extend(old("unigram", vocab_size=260), TokenizerExtension(tokens=200), [" ".join(words)] * 2)
+    new = [word for word in words if f"▁{word}" in after.get_vocab()]
+    assert len(new) > 100
+    assert [word for word in new if len(after(word, add_special_tokens=False)["input_ids"]) > 1] == []
 
 
 def test_special_tokens_after_the_model_s_own_keep_their_ids() -> None:

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-EXTENSION_VERSION = 1
+EXTENSION_VERSION = 2
 """Part of the fingerprint. Increase it when the same texts give other tokens."""
 
 _KEY = "tokenizer.extend"
-_AT_LEAST = 1e-3  # by how much a Unigram word is more probable than its pieces
+_FOR_EACH_CUT = 1e-3
+"""By how much the log-probability of a Unigram word exceeds that of its pieces, for each cut between two. So a word
+also wins against a shorter new word and its rest, whose sum would be the same."""
 _NEVER = -1000.0  # the score of special tokens in a Unigram vocabulary
 
 Words = list[tuple[list[int], int]]
@@ -171,7 +173,9 @@ def _add(model: dict[str, Any], added: list[dict[str, Any]], new: list[str], pie
     scores = [score for _, score in vocabulary]
     ordered = sorted(outside.items(), key=lambda each: each[1])
     vocabulary += [[token, _NEVER] for token, token_id in ordered if token_id >= len(scores)]
-    vocabulary += [[token, sum(scores[i] for i in pieces[token]) + _AT_LEAST] for token in new]
+    vocabulary += [
+        [token, sum(scores[i] for i in pieces[token]) + _FOR_EACH_CUT * (len(pieces[token]) - 1)] for token in new
+    ]
 
 
 def _reloaded(
