@@ -106,6 +106,10 @@ def test_rows_of_examples(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyP
     assert {store.unit for store in found.stores} == {"rows"}
     assert all(store.samples for store in found.stores)
     assert (" -> " in text_of(found)) == (task == "seq2seq")
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    roles = {"classification": ["text"], "seq2seq": ["source", "target"]}[task]
+    size_bytes = sum(len(row[role].encode()) for row in rows for role in roles)
+    assert sum(side.text_bytes for side in found.report.sides.values()) == size_bytes
 
 
 def test_the_command(recipe: Path, tmp_path: Path) -> None:

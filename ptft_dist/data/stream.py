@@ -240,7 +240,8 @@ class _Written:
                 self._encoder.count(example)
             with writing(self._directory):
                 self._writers[name].add(self._numbered(example))
-        size_bytes = len(self._encoder.key(record).encode())
+        texts = self._encoder.texts(self._encoder.settings, record)
+        size_bytes = sum(len(text.encode()) for text in texts)
         self._text_bytes[name] += size_bytes
         tokens = sum(map(self._encoder.length, outcome.examples))
         own = SourceReport(1, len(outcome.examples), tokens, size_bytes)
