@@ -292,6 +292,16 @@ def test_a_model_that_is_not_there(translators: Path) -> None:
         Augmentations(recipe({"method": "back_translation", "forward": "./nowhere", "backward": "back"}), translators)
 
 
+def test_a_translator_of_many_languages(translators: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NLLB translates into a language that its caller names; data.augment has no key for it."""
+    from transformers import AutoTokenizer, NllbTokenizer
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _name: NllbTokenizer())
+    method = {"method": "back_translation", "forward": "there", "backward": "back"}
+    with pytest.raises(RecipeError, match=r"data\.augment: forward: .* marks texts with their language"):
+        Augmentations(recipe(method), translators).copies_of(rows(TEXTS[:1]))
+
+
 def test_the_cache_follows_the_translators(translators: Path, tmp_path: Path) -> None:
     """The data are prepared again if a translation model changes."""
     import shutil

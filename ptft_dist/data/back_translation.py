@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptft_dist.data.cache import HashMemo
+from ptft_dist.data.tokenizer import marks_languages
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting.messages import Progress
 
@@ -62,7 +63,21 @@ def _load(key: str, name: str) -> tuple[Any, Any]:
             f"data.augment: {key}: no sequence-to-sequence model can be loaded from {name}. {error}\nGive a directory "
             "with a model and its tokenizer, or a Hub name that this machine can reach or has in its cache (HF_HOME)."
         ) from error
+    if marks_languages(tokenizer) and not _has_target(tokenizer, model.generation_config):
+        raise RecipeError(
+            f"data.augment: {key}: {name} marks texts with their language, and its generation_config.json names none "
+            "to translate into. Use a model of one direction, such as opus-mt-en-de; or set forced_bos_token_id there, "
+            "and src_lang in its tokenizer_config.json."
+        )
     return tokenizer, model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _has_target(tokenizer: Any, generation: Any) -> bool:
+    """Whether each translation begins with the mark of one language."""
+    first = (
+        generation.decoder_start_token_id if generation.forced_bos_token_id is None else generation.forced_bos_token_id
+    )
+    return first not in (None, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
 
 
 def _translate(tokenizer: Any, model: Any, texts: Sequence[str]) -> list[str | None]:

@@ -199,6 +199,11 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and before[:1] == [tokenizer.bos_token_id]
 
 
+def marks_languages(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer marks each text with its language, as those of NLLB and mBART do."""
+    return any(hasattr(tokenizer, name) for name in ("src_lang", "tgt_lang", "lang_code_to_id"))
+
+
 class DocumentEncoder:
     """Encodes documents between two special tokens. A special token in a text is encoded as plain text."""
 

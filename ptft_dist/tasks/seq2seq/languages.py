@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from ptft_dist.data.tokenizer import added_around
+from ptft_dist.data.tokenizer import added_around, marks_languages
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_MARKS = ("src_lang", "tgt_lang", "lang_code_to_id")
 
 
 class Mark(NamedTuple):
@@ -19,10 +17,6 @@ class Mark(NamedTuple):
 
     token_id: int
     first: bool
-
-
-def marks_languages(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return any(hasattr(tokenizer, name) for name in _MARKS)
 
 
 def check_languages(tokenizer: PreTrainedTokenizerBase, settings: Seq2SeqSettings) -> None:
