@@ -12,6 +12,7 @@ import pytest
 from preloaded_ranks import forked_ptft
 from support import ptft, write_recipe
 from tiny import write_tiny
+from transformers import ByT5Tokenizer
 
 from ptft_dist.api import inspect_data, prepare, verify_data
 from ptft_dist.data.inspection import Inspection
@@ -110,6 +111,15 @@ def test_rows_of_examples(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyP
     roles = {"classification": ["text"], "seq2seq": ["source", "target"]}[task]
     size_bytes = sum(len(row[role].encode()) for row in rows for role in roles)
     assert sum(side.text_bytes for side in found.report.sides.values()) == size_bytes
+
+
+def test_a_tokenizer_without_a_fast_version(recipe: Path, tmp_path: Path) -> None:
+    """A token of ByT5 is a byte."""
+    ByT5Tokenizer().save_pretrained(tmp_path / "byt5")
+    found = inspect_data(str(recipe), ["tokenizer={path: byt5}"], samples=1)
+    chinese = sum(len((CHINESE + str(i)).encode()) for i in range(10))
+    assert found.languages["train[1]"] == {"zh": (10, chinese)}
+    assert found.stores[0].samples[0][1].startswith(ENGLISH[:20])
 
 
 def test_the_command(recipe: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.records import Records
 from ptft_dist.data.report import Report
 from ptft_dist.data.store import SUMMARY, Store, TokenStore
-from ptft_dist.data.tokenizer import load_tokenizer, text_only_backend
+from ptft_dist.data.tokenizer import load_tokenizer, text_ids
 from ptft_dist.errors import DataError, PtftError
 
 LANGUAGE_RECORDS = 500
@@ -130,14 +130,14 @@ def _languages(texts: Iterable[str], tokenizer: Any) -> dict[str, tuple[int, int
     """Language -> (records, tokens)."""
     from ptft_dist.data.cleaning.language import language_of
 
-    backend = text_only_backend(tokenizer)
+    ids = text_ids(tokenizer)
     records: Counter[str] = Counter()
     tokens: Counter[str] = Counter()
     for text in texts:
         if text.strip():
             language = language_of(text)[0]
             records[language] += 1
-            tokens[language] += len(backend.encode(text, add_special_tokens=False).ids)
+            tokens[language] += len(ids(text))
     return {language: (records[language], count) for language, count in tokens.most_common()}
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -264,9 +265,16 @@ class DocumentEncoder:
     def _text_ids(self, texts: list[str]) -> list[np.ndarray]:
         if self._tokens is not None:
             return [tokens.ids for tokens in self._tokens.of(texts)]
-        encode = self._tokenizer.encode
-        rows = (encode(text, add_special_tokens=False, split_special_tokens=True) for text in texts)
-        return [np.array(ids, np.uint32) for ids in rows]
+        ids = text_ids(self._tokenizer)
+        return [np.array(ids(text), np.uint32) for text in texts]
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Encodes a text without the special tokens around it; a special token in the text is encoded as plain text."""
+    if not tokenizer.is_fast:
+        return partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+    backend = text_only_backend(tokenizer)
+    return lambda text: backend.encode(text, add_special_tokens=False).ids
 
 
 def text_only_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
