@@ -390,12 +390,13 @@ def test_the_end_of_a_turn_ends_what_is_written_and_exported(tokenizer: Any) -> 
 
 
 def test_added_chat_tokens_are_special(tmp_path: Path) -> None:
-    """What the message of a tokenizer without a template proposes."""
+    """What the message of a tokenizer without a template proposes. A word that the template also has stays a word."""
     folder = tmp_path / "plain"
+    (tmp_path / "of_a_dog.jinja").write_text("{# You are a dog. #}" + CHATML)
     train_tokenizer(TokenizerTraining(vocab_size=300), [" ".join(WORDS)] * 5).save_pretrained(folder)
     changes = {
         "tokenizer": {"train": None, "path": str(folder), "add": ["<|im_start|>", "<|im_end|>", "dog"]},
-        "sft": {"template": "chatml"},
+        "sft": {"template": "of_a_dog.jinja"},
         "data": {"max_length": 64},
     }
     found = prepared_rows(tmp_path, made(20, talked), **changes)

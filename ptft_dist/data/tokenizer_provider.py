@@ -20,6 +20,8 @@ from ptft_dist.data.tokenizer_learning import LEARNING_VERSION
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting.messages import progress, say
 
+CHANGES_VERSION = 1
+"""Part of the fingerprint of a tokenizer with added tokens. Increase it when they are added in another way."""
 TEXTS_VERSION = 3
 """Part of the fingerprint of a learned tokenizer. Increase it when the same sources give other texts than before."""
 
@@ -56,7 +58,7 @@ class TokenizerProvider:
             name, directory = files.load(section.path, self._base, section.revision, section.trust_remote_code)
         if self.changes() == [(), None]:
             return name, directory
-        changed = self._changed_print(name)
+        changed = self.changed_print(name)
         return changed, files.build_changed(changed, partial(self._change_tokenizer, directory))
 
     def changes(self) -> list[Any]:
@@ -82,7 +84,7 @@ class TokenizerProvider:
         section = self._recipe.tokenizer
         if section.train is not None:
             return given is not None or self._files.has(self._trained_fingerprint())
-        return section.extend is None or self._files.has_changed(self._changed_print(self.unchanged_name()))
+        return section.extend is None or self._files.has_changed(self.changed_print(self.unchanged_name()))
 
     def _trained_fingerprint(self) -> str:
         settings = self._recipe.tokenizer.train
@@ -99,8 +101,9 @@ class TokenizerProvider:
             }
         )
 
-    def _changed_print(self, name: str) -> str:
-        return fingerprint([name, *self.changes(), version("transformers")])
+    def changed_print(self, name: str) -> str:
+        """The fingerprint of the tokenizer after `changes`. name: that of the tokenizer before."""
+        return fingerprint([CHANGES_VERSION, name, *self.changes(), version("transformers")])
 
     def _change_tokenizer(self, directory: Path) -> tuple[Any, Pieces]:
         """The tokenizer of a directory with the tokens and the template of `changes`, and the pieces of the tokens."""
@@ -119,8 +122,8 @@ class TokenizerProvider:
             raise RecipeError(f"tokenizer.add: {duplicates[0]!r} is already a token. Remove it.")
         if template is not None:
             tokenizer.chat_template = template
-        control = str(tokenizer.chat_template or "")  # tokens that occur in the template are special tokens
-        tokenizer.add_tokens([AddedToken(w, normalized=False, special=w in control) for w in added])
+        control = str(tokenizer.chat_template or "")
+        tokenizer.add_tokens([AddedToken(w, normalized=False, special=_is_control(w, control)) for w in added])
         return tokenizer, pieces_of(before, tokenizer)
 
     def _train_tokenizer(self) -> Any:
@@ -144,3 +147,9 @@ class TokenizerProvider:
             texts = stream.training_texts(self._recipe, self._inputs.records, self._encoder)
             yield map(measured, first_megabytes(texts, megabytes))
         self._inputs.check_unchanged()
+
+
+def _is_control(token: str, template: str) -> bool:
+    """Whether the chat template puts the token around texts, such as <|im_start|>, so that it is a special token. What
+    begins and ends with a letter or digit is a word, for example of the system prompt in the template."""
+    return token in template and not (token[0].isalnum() and token[-1].isalnum())

@@ -6,12 +6,11 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from ptft_dist.config.recipe import Recipe, Source
-from ptft_dist.data.cache import cache_root, fingerprint
+from ptft_dist.data.cache import cache_root
 from ptft_dist.data.encoder import Encoder, RowError, Side
 from ptft_dist.data.prepare import Job, check_fold
 from ptft_dist.data.sides import side_of
@@ -77,9 +76,7 @@ class TrainedTokenizer:
         if slow := [name for name, each in self._others.items() if not each.is_fast]:
             raise RecipeError(f"--compare: {slow[0]} has no tokenizer.json. Choose another tokenizer")
         self._job = Job(recipe, self._base, cache_root(recipe.data.cache_dir, self._base), encoder)
-        self._fingerprint = fingerprint(
-            [self._job.tokenizers.unchanged_name(), *self._job.tokenizers.changes(), version("transformers")]
-        )
+        self._fingerprint = self._job.tokenizers.changed_print(self._job.tokenizers.unchanged_name())
         self._others_print = [[name, tokenizer_fingerprint(each)] for name, each in self._others.items()]
 
     @property
