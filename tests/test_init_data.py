@@ -16,7 +16,7 @@ from tiny import ALL, made, write_rows
 from ptft_dist.api import load_recipe
 from ptft_dist.cli.init import init
 from ptft_dist.data.sources import check_sources
-from ptft_dist.data.survey import estimated_tokens, kind_of, survey
+from ptft_dist.data.survey import Column, estimated_tokens, kind_of, survey, text_of
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.proposals import NEEDS, fitting_tasks
 from ptft_dist.tasks.registry import TASKS
@@ -356,9 +356,18 @@ def test_kinds_and_lengths() -> None:
     values |= {"messages": [message], "message": message, "turns": [turn], "turn": turn}
     values |= {"answers": {"text": [], "answer_start": []}}
     assert {kind_of(value): value for value in values.values()} == values
-    assert kind_of(None) is kind_of("") is None
+    assert kind_of(None) is kind_of("") is kind_of([]) is None  # an empty list may be one of anything
+    parts = [{"role": "user", "content": [{"type": "text", "text": "two"}, {"type": "text", "text": "words."}]}]
+    assert text_of(parts) == "two words."
     assert estimated_tokens("two words.") == round(1.5 * 3)
     assert estimated_tokens("中文字") == round(1.5 * 3)
+
+
+def test_a_number_beyond_all_floats() -> None:
+    column = Column("score")
+    for value in (10**400, 1):
+        column.add(value)
+    assert (column.kind, column.numeric, column.whole) == ("number", True, True)
 
 
 @pytest.mark.parametrize("name", ["rows.csv", "folder"])

@@ -72,7 +72,7 @@ class Column:
                 self.values[shown] += 1
         if kind in ("number", "text"):
             try:
-                self.whole &= float(value).is_integer()
+                self.whole &= isinstance(value, int) or float(value).is_integer()
             except ValueError:
                 self.numeric = False
         else:
@@ -148,15 +148,15 @@ def _unit(file: Path) -> DocumentUnit | None:
 
 
 def kind_of(value: Any) -> str | None:
-    """The kind of a value, see `Column.kinds`; None if there is no value."""
-    if value is None or value == "":
+    """The kind of a value, see `Column.kinds`; None if there is no value. An empty list says nothing."""
+    if value is None or value == "" or value == []:
         return None
     if isinstance(value, bool | int | float | str):
         return "boolean" if isinstance(value, bool) else "text" if isinstance(value, str) else "number"
     if isinstance(value, Mapping):
         names = set(value)
         return "answers" if {"text", "answer_start"} <= names else _kind_of_message(names) or "other"
-    if isinstance(value, list) and value:
+    if isinstance(value, list):
         first = value[0]
         if isinstance(first, Mapping):
             kind = _kind_of_message(set(first))
@@ -164,7 +164,7 @@ def kind_of(value: Any) -> str | None:
         if all(isinstance(each, str) for each in value):
             return "texts"
         return "numbers" if all(isinstance(each, int) for each in value) else "other"
-    return "texts" if value == [] else "other"
+    return "other"
 
 
 def _kind_of_message(names: set[str]) -> str | None:
@@ -172,11 +172,11 @@ def _kind_of_message(names: set[str]) -> str | None:
 
 
 def text_of(value: Any) -> str:
-    """The text in a value: its own, or that of its items and messages."""
+    """The text in a value: its own, or that of its items, messages and their parts."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        return text_of(value.get("content") or value.get("value") or "")
+        return text_of(value.get("content") or value.get("value") or value.get("text") or "")
     if isinstance(value, list):
         return " ".join(filter(None, map(text_of, value)))
     return ""
