@@ -27,6 +27,7 @@ from ptft_dist.data.tokenizer import (
     DocumentEncoder,
     added_around,
     adds_bos,
+    first_megabytes,
     learnable,
     load_tokenizer,
     train_tokenizer,
@@ -305,22 +306,29 @@ def test_choices_without_effect(settings: dict[str, Any], message: str) -> None:
 
 def test_texts_without_a_giant_word_are_learned_from_as_they_are(caplog: pytest.LogCaptureFixture) -> None:
     for text in ("", "a b", "x" * 2000, f"{'x' * 2000} {'y' * 2000}\n\n", "我" * 2000, " " * 2000):
-        assert list(learnable(text, "a.txt:1")) == [text]
+        assert list(learnable([(text, "a.txt:1")])) == [text]
     assert not caplog.records
 
 
 def test_giant_words_are_learned_from_in_pieces(caplog: pytest.LogCaptureFixture) -> None:
     text = f"before {'x' * 4500} between {' ' * 2001}{'y' * 4000}"
-    pieces = list(learnable(text, "a.txt:7"))
+    pieces = list(learnable([(text, "a.txt:7")]))
     assert "".join(pieces) == text
     assert [len(word) for piece in pieces for word in piece.split()] == [6, 2000, 2000, 500, 7, 2000, 2000]
     assert "a.txt:7: the text has a word" in caplog.text
 
 
+def test_many_texts_without_spaces_give_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """As Chinese has them."""
+    texts = [("我" * 3000, f"a.jsonl:{i}") for i in range(1, 101)]
+    assert "".join(first_megabytes(learnable([("我", "a.jsonl:0"), *texts]), 0.3)) == "我" * 101_001
+    assert [record.getMessage().split(": ")[0] for record in caplog.records] == ["a.jsonl:1 and 33 more texts"]
+
+
 @pytest.mark.parametrize("algorithm", ["bpe", "wordpiece", "unigram"])
 def test_a_megabyte_of_one_character_is_learned_from_in_seconds(algorithm: str) -> None:
     """Learned from whole, 80,000 characters took 7 s, and the time grows with the square."""
-    texts = [piece for text in ("a" * 1_000_000, *DOCUMENTS) for piece in learnable(text, "a.txt:1")]
+    texts = [piece for text in ("a" * 1_000_000, *DOCUMENTS) for piece in learnable([(text, "a.txt:1")])]
     started = time.process_time()
     train_tokenizer(TokenizerTraining(vocab_size=300, algorithm=algorithm), texts)  # type: ignore[arg-type]
     assert time.process_time() - started < 20

@@ -66,9 +66,8 @@ def training_texts(recipe: Recipe, source: Records, encoder: type[Encoder]) -> I
         DataError: see `Encoder.read`; or there are bad rows, and the recipe does not skip them.
     """
     bad = RowTally()
-    for record in training_records(recipe, source, encoder, bad):
-        for text in encoder.texts(recipe.settings, record):
-            yield from learnable(text, record.where)
+    records = training_records(recipe, source, encoder, bad)
+    yield from learnable((text, record.where) for record in records for text in encoder.texts(recipe.settings, record))
     stop_if_any(recipe, bad)
 
 

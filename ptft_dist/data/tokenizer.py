@@ -93,21 +93,32 @@ def train_tokenizer(
     return tokenizer
 
 
-def learnable(text: str, where: str) -> Iterator[str]:
-    """The text in pieces without words longer than LONGEST_WORD characters; usually one piece.
+def learnable(texts: Iterable[tuple[str, str]]) -> Iterator[str]:
+    """The texts in pieces without words longer than LONGEST_WORD characters; usually one piece each.
 
-    Training time grows with the square of the longest word: 20 minutes for a million equal characters.
+    Training time grows with the square of the longest word: 20 minutes for a million equal characters. One warning
+    counts the texts with such a word.
+
+    Args:
+        texts: each with its place ("file:line").
     """
-    cuts = [match.start() for run in _GIANT.finditer(text) for match in _PIECE.finditer(text, *run.span())]
-    if cuts:
-        logging.getLogger("ptft").warning(
-            "%s: the text has a word, or white space, of more than %d characters; it is split for the training of the "
-            "tokenizer. Check that it is text.",
-            where,
-            LONGEST_WORD,
-        )
-    for start, stop in pairwise([0, *(cut for cut in cuts if cut), len(text)]):
-        yield text[start:stop]
+    first, count = "", 0
+    try:
+        for text, where in texts:
+            cuts = [match.start() for run in _GIANT.finditer(text) for match in _PIECE.finditer(text, *run.span())]
+            if cuts:
+                first, count = first or where, count + 1
+            for start, stop in pairwise([0, *(cut for cut in cuts if cut), len(text)]):
+                yield text[start:stop]
+    finally:  # also if the first megabytes are enough
+        if count:
+            logging.getLogger("ptft").warning(
+                "%s%s: the text has a word, or white space, of more than %d characters; it is split for the training "
+                "of the tokenizer. Check that it is text; that of a script without spaces, such as Chinese, may be so.",
+                first,
+                f" and {count - 1:,} more texts" if count > 1 else "",
+                LONGEST_WORD,
+            )
 
 
 def first_megabytes(texts: Iterable[str], megabytes: float | None) -> Iterator[str]:
