@@ -153,7 +153,10 @@ def test_half_of_the_pairs_are_random(
     assert unrelated / len(pairs) == pytest.approx(0.5, abs=0.03)
     assert done.report.notes["with a random second segment"].times == unrelated
     assert done.report.notes["with the next segment"].times == len(pairs) - unrelated
-    assert f"{unrelated:,} documents with a random" in describe(done.report)
+    shown = describe(done.report)
+    assert f"{unrelated:,} examples with a random" in shown
+    assert f"{len(pairs):,} examples," in shown  # pairs, which are not as many as documents
+    assert "each of one example" in shown
     firsts = {marks(first)[-1] for first, _, _ in pairs if marks(first)}
     assert {(150 + i, 0) for i in range(single)} <= firsts
 

@@ -196,6 +196,8 @@ class Report:
     """Number of tokens of the tokenizer."""
     unknown_tokens: int
     """Number of unknown tokens (UNK) in the stores."""
+    unit: str = ""
+    """What the stores hold: `document` or `example`; empty in the report of an earlier version."""
     sources: dict[str, SourceReport] = field(default_factory=dict)
     """Source, such as train[0] -> what it gave. A split by fraction or folds makes validation[0] of a part of it."""
     warnings: list[str] = field(default_factory=list)
@@ -271,7 +273,7 @@ def _of_earlier_version(old: Mapping[str, Any]) -> dict[str, Any]:
 def describe(report: Report, *, from_cache: bool = False) -> str:
     """The report as a few lines of text."""
     sides = report.sides
-    unit = "document" if report.reads == "document" else "example"
+    unit = report.unit or ("document" if report.reads == "document" else "example")
     lines = [
         (name, f"{counted(side.examples, unit)}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")
         for name, side in sides.items()
@@ -287,9 +289,8 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     lines += _losses(report, sum(side.dropped_tokens for side in sides.values()))
     notes = [entry for step in report.steps if not step.read for entry in step.notes.items()]
     notes += list(report.notes.items())
-    lines += [
-        ("note", f"{counted(count, report.reads)} {reason}: {_places(count, at)}") for reason, (count, at) in notes
-    ]
+    noted = unit if report.reads == "document" else report.reads
+    lines += [("note", f"{counted(count, noted)} {reason}: {_places(count, at)}") for reason, (count, at) in notes]
     lines += [("warning", text) for text in report.warnings]
     if report.unknown_tokens:
         lines.append(("warning", f"{report.unknown_tokens:,} unknown tokens: the tokenizer cannot encode this text"))

@@ -24,6 +24,7 @@ from ptft_dist.data.layout import VALIDATION, Layout
 from ptft_dist.data.records import Records
 from ptft_dist.data.report import BadRows, Notes, Report, RowTally, SideReport, SourceReport, StepReport, sum_of_sides
 from ptft_dist.data.sides import of_train
+from ptft_dist.data.store import TokenStore
 from ptft_dist.data.tokenizer import learnable
 from ptft_dist.data.workers import in_processes, in_threads, worker_count
 from ptft_dist.errors import DataError
@@ -147,6 +148,7 @@ def write(
         packing=bool(getattr(recipe.settings, "packing", False)),
         vocabulary=len(encoder.tokenizer),
         unknown_tokens=written.unknown_tokens,
+        unit="document" if issubclass(encoder.store, TokenStore) else "example",
         warnings=encoder.warnings(),
     )
 
