@@ -193,9 +193,19 @@ def test_the_result_survives_a_change_of_directory(
 
 def test_a_cache_that_cannot_be_written(base: Path, tokenizer_dir: Path) -> None:
     (base / "cache").mkdir()
-    (base / "cache/hashes.lock").mkdir()  # as good as a read-only folder, and it stops the superuser too
+    (base / "cache/stores").touch()  # as good as a read-only folder, and it stops the superuser too
     with pytest.raises(PtftError, match=r"cannot be written.*PTFT_CACHE"):
         prepare(recipe(tokenizer_dir), base)
+
+
+def test_a_cache_that_has_the_data_need_not_be_written(base: Path, tokenizer_dir: Path) -> None:
+    """As one that a colleague has prepared. The files are new to its memo of hashes."""
+    first = prepare(recipe(tokenizer_dir), base)
+    (base / "cache/hashes.json").unlink()
+    (base / "cache/hashes.lock").unlink()
+    (base / "cache/hashes.lock").mkdir()
+    again = prepare(recipe(tokenizer_dir), base)
+    assert (again.from_cache, again.fingerprint) == (True, first.fingerprint)
 
 
 def test_an_error_of_a_source_is_not_blamed_on_the_cache(

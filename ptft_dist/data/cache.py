@@ -32,6 +32,10 @@ class Busy(Exception):
     """Another process builds the directory."""
 
 
+class NotWritten(PtftError):
+    """The cache cannot be written."""
+
+
 def cache_root(cache_dir: str | None, base: Path) -> Path:
     """The cache directory: `cache_dir` (relative to `base`), else PTFT_CACHE, else the user's cache directory.
 
@@ -129,8 +133,8 @@ def writing(path: Path) -> Iterator[None]:
         raise
 
 
-def _not_written(path: Path, error: Exception) -> PtftError:
-    return PtftError(
+def _not_written(path: Path, error: Exception) -> NotWritten:
+    return NotWritten(
         f"{path}: the cache cannot be written ({error}). Free disk space or correct its permissions, or set "
         "data.cache_dir or PTFT_CACHE to another directory."
     )
@@ -213,16 +217,19 @@ class HashMemo:
 
         Raises:
             DataError: a file cannot be read, or changes while it is read.
-            PtftError: the cache cannot be written.
         """
         keys = [str(file.absolute()) for file in files]
         if not all(self._is_known(key) for key in keys):
             waiting = "waiting for another process, which looks for changes in the sources"
-            with _locked(self._path.with_suffix(".lock"), lambda: say(waiting)):
-                self._known = self._load() | {key: self._known[key] for key in self._unsettled}
-                self._hash_all([key for key in keys if not self._is_known(key)])
-                with writing(self._path):
-                    self._save()
+            try:
+                with _locked(self._path.with_suffix(".lock"), lambda: say(waiting)):
+                    self._known = self._load() | {key: self._known[key] for key in self._unsettled}
+                    self._hash_all([key for key in keys if not self._is_known(key)])
+                    with writing(self._path):
+                        self._save()
+            except NotWritten:  # a read-only cache may have the data; the next start hashes these files again
+                if unknown := [key for key in keys if not self._is_known(key)]:
+                    self._hash_all(unknown)
         return [self._known[key][-1] for key in keys]
 
     def _is_known(self, key: str) -> bool:
