@@ -307,6 +307,17 @@ def test_invalid_utf8_is_found_by_line_and_offset(tmp_path: Path, name: str, fir
     assert "iconv" in message
 
 
+def test_a_parquet_value_that_python_has_not(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    years = pa.array([0, 10**13], pa.timestamp("s"))  # the second one is the year 318857
+    pq.write_table(pa.table({"text": ["a", "b"], "at": years}), tmp_path / "x.parquet")
+    assert [text for text, _ in read(tmp_path, "x.parquet")] == ["a", "b"]
+    with pytest.raises(DataError, match=r"x\.parquet#0: a value of this row or of a later one .*out of range"):
+        list(read_records(Source(path="x.parquet"), tmp_path, ("text",)))
+
+
 def test_broken_parquet(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", {"body": ["a", None]})
     assert "'text'; the fields are: 'body'" in refused(tmp_path, "x.parquet")

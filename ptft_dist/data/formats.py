@@ -281,13 +281,14 @@ def _read_arrow(path: Path, columns: Sequence[str], only: bool, *, parquet: bool
     import pyarrow.ipc  # type: ignore[import-untyped]
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+    number = 0
     try:
         with pq.ParquetFile(path) if parquet else pyarrow.ipc.open_stream(pa.memory_map(str(path))) as file:
             schema = file.schema_arrow if parquet else file.schema
             check_columns(columns, schema.names, str(path))
             chosen = list(columns) if only else None
             batches = file.iter_batches(batch_size=1000, columns=chosen) if parquet else file
-            classes, number = of_parquet(schema.metadata), 0
+            classes = of_parquet(schema.metadata)
             for batch in batches:
                 for row in (batch.select(chosen) if only else batch).to_pylist():
                     yield Record(with_names(row, classes), f"{path}#{number}")
@@ -295,6 +296,11 @@ def _read_arrow(path: Path, columns: Sequence[str], only: bool, *, parquet: bool
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         what = "a Parquet file" if parquet else "an Arrow stream of `datasets.save_to_disk`"
         raise DataError(f"{path}: not {what}, or damaged ({error}). Create or download it again.") from error
+    except (OverflowError, ValueError, LookupError) as error:  # such as a date after the year 9999
+        raise DataError(
+            f"{path}#{number}: a value of this row or of a later one cannot be read ({error}). Correct it, or convert "
+            "its column to text."
+        ) from error
 
 
 _A_ROW = 'Each line must be one object, such as {"text": "..."}.'
