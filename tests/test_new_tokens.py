@@ -95,6 +95,14 @@ def test_input_rows_head_rows_and_bias(kind: str, rows: int) -> None:
     assert len(changed) == {"bert": 4, "tied llama": 2, "llama": 2, "t5": 4}[kind]
 
 
+def test_a_piece_that_is_new_too_stands_for_its_own_pieces() -> None:
+    """As in a tokenizer that was extended twice."""
+    table = torch.nn.Embedding(6, 4)
+    before = table.weight.detach().clone()
+    NewTokens({4: [0, 1], 5: [4, 2]}, "pieces").initialize([table.weight])
+    torch.testing.assert_close(table.weight.detach()[4:], torch.stack([before[:2].mean(0), before[:3].mean(0)]))
+
+
 @pytest.mark.parametrize("start", ["mean", "random"])
 def test_other_starts(start: Any) -> None:
     table = torch.nn.Embedding(9, 4)

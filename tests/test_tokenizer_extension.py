@@ -191,6 +191,16 @@ def test_the_recipe_s_texts_are_learned_from(tmp_path: Path) -> None:
     assert sorted(origin) == ["contents", "fingerprint", "pieces"]
 
 
+def test_the_pieces_of_a_tokenizer_that_was_extended_before_are_kept(tmp_path: Path) -> None:
+    """Otherwise the embeddings of its tokens would start at random in a network that has none for them."""
+    base = write_text(tmp_path)
+    first = prepare(extended(base, extend={"tokens": 7}), base).tokenizer_path
+    values = extended(base).model_dump(exclude_unset=True) | {"tokenizer": {"path": str(first), "add": ["zebra"]}}
+    second = prepare(recipe_class().model_validate(values), base).tokenizer_path
+    assert len(read_pieces(first)) == 7
+    assert read_pieces(second) == read_pieces(first) | {307: load_tokenizer(first)("zebra")["input_ids"]}
+
+
 def test_its_fingerprint_follows_texts_and_settings(tmp_path: Path) -> None:
     base = write_text(tmp_path)
     prints = {"first": prepare(extended(base, extend={"tokens": 7}), base).fingerprint}

@@ -19,10 +19,11 @@ ORIGIN = "ptft_origin.json"
 """A file in directories of `build_changed` with the fingerprint and the hash of the other files, to recognize copies of
 the directory, and with the pieces of the added tokens, see `read_pieces`."""
 
-_ORIGIN_VERSION = 2  # part of the directory's name: those of earlier versions have no pieces
+_ORIGIN_VERSION = 3  # part of the directory's name: those of earlier versions have no pieces, or not all of them
 
 Pieces = dict[int, list[int]]
-"""Id of an added token -> the ids into which the tokenizer split its text before; empty if it could not."""
+"""Id of an added token -> the ids into which the tokenizer split its text before; empty if it could not. Of a tokenizer
+that was changed several times, these may be ids of tokens that were added earlier."""
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"}
 

@@ -15,7 +15,7 @@ from ptft_dist.data.cache import fingerprint
 from ptft_dist.data.inputs import Inputs
 from ptft_dist.data.tokenizer import first_megabytes, load_tokenizer, train_tokenizer
 from ptft_dist.data.tokenizer_extension import EXTENSION_VERSION, extend
-from ptft_dist.data.tokenizer_files import Pieces, TokenizerFiles, pieces_of
+from ptft_dist.data.tokenizer_files import Pieces, TokenizerFiles, pieces_of, read_pieces
 from ptft_dist.data.tokenizer_learning import LEARNING_VERSION
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting.messages import progress, say
@@ -124,7 +124,8 @@ class TokenizerProvider:
             tokenizer.chat_template = template
         control = str(tokenizer.chat_template or "")
         tokenizer.add_tokens([AddedToken(w, normalized=False, special=_is_control(w, control)) for w in added])
-        return tokenizer, pieces_of(before, tokenizer)
+        # Those of the directory were added by an earlier `build_changed`, and may be new to the network as well.
+        return tokenizer, read_pieces(directory) | pieces_of(before, tokenizer)
 
     def _train_tokenizer(self) -> Any:
         settings, rows = self._recipe.tokenizer.train, self._recipe.settings

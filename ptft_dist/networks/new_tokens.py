@@ -42,7 +42,12 @@ class NewTokens:
             old = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
             old[[*new, *range(new[-1] + 1, len(rows))]] = False  # rows after the last token are padding
             mean = rows[old].float().mean(0)
-            pieces = [list(self.pieces[token]) if self.start == "pieces" else [] for token in new]
+            pieces = [self._old_pieces(token) if self.start == "pieces" else [] for token in new]
             values = [rows[ids].float().mean(0) if ids else mean for ids in pieces]
             with torch.no_grad():
                 table[new] = torch.stack(values).to(table.dtype)
+
+    def _old_pieces(self, token: int) -> list[int]:
+        """The pieces of a new token. A piece that is new too stands for its own pieces."""
+        nested = (self._old_pieces(piece) if piece in self.pieces else [piece] for piece in self.pieces[token])
+        return [piece for pieces in nested for piece in pieces]
