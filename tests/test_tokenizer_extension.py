@@ -191,6 +191,18 @@ def test_the_recipe_s_texts_are_learned_from(tmp_path: Path) -> None:
     assert sorted(origin) == ["contents", "fingerprint", "pieces"]
 
 
+def test_an_added_word_is_found_where_transformers_finds_it(tmp_path: Path) -> None:
+    """A tokenizer that ignores case finds it in any case."""
+    base = write_text(tmp_path)
+    train_tokenizer(TokenizerTraining(vocab_size=300, lowercase=True), DOCUMENTS).save_pretrained(base / "given")
+    tokenizer = load_tokenizer(prepare(extended(base, add=["Zebra"]), base).tokenizer_path)
+    expected = load_tokenizer(base / "given")
+    expected.add_tokens(["Zebra"])
+    for text in ("Zebra", "a zebra.", "ZEBRAS"):
+        assert tokenizer(text)["input_ids"] == expected(text)["input_ids"]
+        assert len(expected) - 1 in tokenizer(text)["input_ids"]
+
+
 def test_the_pieces_of_a_tokenizer_that_was_extended_before_are_kept(tmp_path: Path) -> None:
     """Otherwise the embeddings of its tokens would start at random in a network that has none for them."""
     base = write_text(tmp_path)

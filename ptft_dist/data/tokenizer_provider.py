@@ -20,7 +20,7 @@ from ptft_dist.data.tokenizer_learning import LEARNING_VERSION
 from ptft_dist.errors import RecipeError
 from ptft_dist.reporting.messages import progress, say
 
-CHANGES_VERSION = 1
+CHANGES_VERSION = 2
 """Part of the fingerprint of a tokenizer with added tokens. Increase it when they are added in another way."""
 TEXTS_VERSION = 3
 """Part of the fingerprint of a learned tokenizer. Increase it when the same sources give other texts than before."""
@@ -123,7 +123,11 @@ class TokenizerProvider:
         if template is not None:
             tokenizer.chat_template = template
         control = str(tokenizer.chat_template or "")
-        tokenizer.add_tokens([AddedToken(w, normalized=False, special=_is_control(w, control)) for w in added])
+        for token in added:
+            special = _is_control(token, control)
+            # As transformers adds them: words are looked for in the normalized text, so in any case if that is ignored.
+            normalized = not special and token in self._recipe.tokenizer.add
+            tokenizer.add_tokens([AddedToken(token, normalized=normalized, special=special)])
         # Those of the directory were added by an earlier `build_changed`, and may be new to the network as well.
         return tokenizer, read_pieces(directory) | pieces_of(before, tokenizer)
 
