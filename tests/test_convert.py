@@ -380,7 +380,8 @@ def test_reward_and_grpo_of_trl(tmp_path: Path) -> None:
     assert recipe["reward"] == {"center_rewards_coefficient": 0.01}
     (tmp_path / "recipe.yaml").unlink()
     text = TRL + "num_generations: 4\nreward_funcs: [think_format_reward, org/reward]\nreward_weights: [1.0, 0.5]\n"
-    recipe = converted(tmp_path, text + "temperature: 0.7\nepsilon: 0.3\nscale_rewards: none\n", processes=2)
+    text += "temperature: 0.7\nepsilon: 0.3\nscale_rewards: none\ndataloader_num_workers: 4\n"
+    recipe = converted(tmp_path, text, processes=2)
     assert recipe["grpo"] == {
         "group_size": 4,
         "prompts": 4 * 2 * 2 // 4,
@@ -393,6 +394,8 @@ def test_reward_and_grpo_of_trl(tmp_path: Path) -> None:
         "scale_rewards": False,
         "kl": 0.0,
     }
+    assert "workers" not in recipe["data"]
+    assert "dataloader_num_workers" in reports[tmp_path].lost
 
 
 def test_training_arguments(tmp_path: Path, tiny: Path, cache: Path) -> None:

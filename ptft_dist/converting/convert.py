@@ -87,6 +87,8 @@ def convert(
     converted, lost = _take(draft, given)
     implied, _ = _take(draft, {name: value for name, value in draft.defaults.items() if not _given(name, given)})
     _complete(draft, converted, lost)
+    if tasks[chosen].rollout_prompts is not None and draft.values.get("data", {}).pop("workers", None) is not None:
+        _move("data.workers", converted, lost, f"task {chosen} learns from its own responses, which no process loads")
     document = Document(values=draft.values)
     for assignment in overrides:
         document.override(assignment)
