@@ -154,7 +154,8 @@ def _is_in(name: str, node_list: str) -> bool:
         number = name.removeprefix(prefix) if prefix and name.startswith(prefix) else ""
         for each in ranges.split(",") if number.isdigit() else ():
             first, _, last = each.partition("-")
-            if len(first) == len(number) and int(first) <= int(number) <= int(last or first):
+            padded = f"{int(number):0{len(first)}}"  # n[8-10] are n8, n9, n10; n[08-10] are n08, n09, n10
+            if number == padded and int(first) <= int(number) <= int(last or first):
                 return True
     return False
 
