@@ -27,8 +27,11 @@ def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return number
 
     def facts(name: str) -> dict[str, str]:
-        return {"JobId": name, "JobState": found[name]}
+        array, _, task = name.partition("_")
+        number = {"JobId": f"{array}0{task}", "ArrayJobId": array, "ArrayTaskId": task} if task else {"JobId": array}
+        return {**number, "JobState": found[name]}
 
+    monkeypatch.setattr(jobs, "ask", lambda *_: "")
     monkeypatch.setattr(jobs, "sbatch", sbatch)
     monkeypatch.setattr(jobs, "job_facts", facts)
     monkeypatch.setattr(checks, "job_facts", facts)
@@ -74,6 +77,17 @@ def test_a_run_directory_has_one_submission_at_a_time(
         check([request(tmp_path, second)], ask_slurm=True)
     states |= dict.fromkeys(states, "COMPLETED")
     check([request(tmp_path, second)], ask_slurm=True)
+
+
+@pytest.mark.parametrize("part", ["", "fold"])
+def test_a_cancelled_job_is_said_to_be_cancelled(tmp_path: Path, states: dict[str, str], part: str) -> None:
+    """Slurm says that it has failed, because the run has ended with exit code 75."""
+    submit_all([request(tmp_path, part)])
+    jobs.cancel(tmp_path)
+    states |= dict.fromkeys(states, "FAILED")
+    said = [text for name, text in jobs.status(tmp_path) if name in ("state", "fold-0", "fold-1")]
+    assert said
+    assert all(text.endswith("cancelled by ptft cancel") for text in said)
 
 
 def test_a_pipeline_without_jobs_has_nothing_to_cancel(tmp_path: Path) -> None:

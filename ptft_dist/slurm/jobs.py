@@ -124,7 +124,7 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
         return [(name, _part_state(run_dir / name, output)) for name, output in names.items()]
     job = require_job(run_dir)
     facts = _facts(job)
-    lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts, run_dir))]
+    lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(job, facts, run_dir))]
     if facts is not None and facts.get("NodeList", "(null)") != "(null)":
         lines.append(("nodes", facts["NodeList"]))
     if facts is not None and "TimeLimit" in facts:
@@ -206,7 +206,7 @@ def _part_state(folder: Path, output: Path | None) -> str:
     """The job of a stage or a fold and its state, what its last start has ended with, and its update."""
     job, ended = job_of(folder), history(folder)
     facts = None if job is None else _facts(job)
-    words = [] if facts is None else [f"job {job} {_state(facts, folder)}"]
+    words = [] if job is None or facts is None else [f"job {job} {_state(job, facts, folder)}"]
     words += ["done"] if output is not None and output.exists() else []
     words += [f"last start: {ended[-1]['cause']}"] if ended else []
     words += [f"update {text}" for text in _progress(folder)]
@@ -220,11 +220,14 @@ def _facts(job: str) -> Mapping[str, str] | None:
         return {"JobId": job, "JobState": "UNKNOWN", "Reason": str(error).splitlines()[0]}
 
 
-def _state(facts: Mapping[str, str], run_dir: Path) -> str:
-    """The state of a job; `cancelled` if `ptft cancel` has ended it, which Slurm knows as a failure."""
+def _state(job: str, facts: Mapping[str, str], run_dir: Path) -> str:
+    """The state of a job; `cancelled` if `ptft cancel` has ended it, which Slurm knows as a failure.
+
+    job: its id, of a task of an array ARRAY_TASK, for which the JobId of the facts is another one.
+    """
     state, reason = facts["JobState"].lower(), facts.get("Reason", "None")
     file = run_dir / FOLDER / _CANCELLED
-    if state in ("failed", "cancelled") and file.exists() and file.read_text() == facts["JobId"]:
+    if state in ("failed", "cancelled") and file.exists() and file.read_text() == job:
         return "cancelled by ptft cancel"
     return state if reason == "None" else f"{state} ({reason})"
 
