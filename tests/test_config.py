@@ -561,6 +561,7 @@ def test_overrides(tmp_path: Path) -> None:
         "log.every=7",
         "model.config.rope.factor=2",
         "run_dir=a=b",
+        r'model.config.note={"\ud842\udfb7": "\ud83d\ude00"}',  # as json.dumps writes them
     )
     recipe = loaded.recipe
     assert recipe.optim.lr == 1e-4
@@ -568,7 +569,8 @@ def test_overrides(tmp_path: Path) -> None:
     assert (recipe.data.train[1].path, recipe.data.train[1].hub) == (None, "wikitext")
     assert recipe.data.validation is None
     assert recipe.log.every == 7
-    assert recipe.model.config == {"model_type": "llama", "hidden_size": 64, "rope": {"factor": 2}}
+    own = {"rope": {"factor": 2}, "note": {"𠮷": "😀"}}
+    assert recipe.model.config == {"model_type": "llama", "hidden_size": 64, **own}
     assert recipe.run_dir == "a=b"
 
 
