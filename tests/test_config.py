@@ -545,6 +545,9 @@ def test_a_recipe_as_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_recipe(values | {"optim": {"lrr": 1}})
     with pytest.raises(RecipeError, match=r"^recipe: a value of the type set is not allowed"):
         load_recipe(values | {"optim": {1}})
+    assert load_recipe(values, {"run_dir": Path("runs/a")}).recipe.run_dir == "runs/a"
+    with pytest.raises(RecipeError, match=r"^recipe: a value of the type set is not allowed"):
+        load_recipe(values, {"optim.betas": {1}})
     with pytest.raises(RecipeError, match=r"^recipe: a recipe consists of|^recipe: .*required"):
         load_recipe({})
 
