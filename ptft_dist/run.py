@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
-from ptft_dist.checkpoint.identity import may_change
+from ptft_dist.checkpoint.identity import may_change, values_of_environment
 from ptft_dist.checkpoint.resume import Resume, after_requeue
 from ptft_dist.config.load import Loaded
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
@@ -183,6 +183,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None, *,
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
     environment |= {"networks": session.networks, "inputs": session.prepared.inputs, "updates": trainer.total_steps}
+    environment |= {"variables": values_of_environment(session.loaded)}
     report = session.prepared.report.to_dict()
     report |= {key: old.report.to_dict() for key, old in session.prepared.old.items()}
     write_start(run_dir, session.loaded, report, environment)

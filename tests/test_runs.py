@@ -80,6 +80,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "synonyms.txt").write_text("red\tcrimson\n")
     recipe = json.loads((folder / "recipe.yaml").read_text())
     recipe |= {"tokenizer": {"path": "tokenizer"}, "run_dir": "run/a"}
+    recipe.setdefault("optim", {})["schedule"] = "${env:SCHEDULE_9:-constant}"
     recipe["data"]["augment"] = [{"method": "synonym", "synonyms": "synonyms.txt"}]
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     run = start("train", "recipe.yaml", cwd=folder, cache=folder / "cache")
@@ -137,6 +138,16 @@ def test_a_run_without_its_files_is_not_finished(finished: Run, lost: str) -> No
 
 def test_a_run_with_other_values_is_not_finished(finished: Run) -> None:
     assert not is_finished(Run("a", "recipe.yaml", ("eval.every=7",), finished.run_dir))
+
+
+def test_a_run_with_another_value_from_the_environment_is_not_finished(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of the run name the variable, because its value may be secret."""
+    monkeypatch.setenv("SCHEDULE_9", "linear")
+    assert not is_finished(finished)
+    monkeypatch.setenv("SCHEDULE_9", "constant")
+    assert is_finished(finished)
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])

@@ -32,6 +32,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.checkpoint.identity import values_of_environment
 from ptft_dist.config.consistency import no_metric
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import Recipe
@@ -189,6 +190,7 @@ class Pipeline:
             else:
                 inputs = _inputs(stage, loaded)
             parts = [stage.settings.verb, stage.model, loaded.resolved, inputs]
+            parts += values_of_environment(loaded).values()
             parts += [found[name] for name in stage.references]
             found[stage.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return found

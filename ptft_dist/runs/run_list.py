@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.checkpoint.identity import values_of_environment
 from ptft_dist.config.load import Loaded
 from ptft_dist.errors import EXIT_FINISHED, PtftError
 from ptft_dist.launch.result import read_json
@@ -100,9 +101,10 @@ def is_finished(run: Finishable) -> bool:
         resolved = (run.run_dir / "resolved.yaml").read_text(encoding="utf-8")
     except OSError:
         return False
-    if resolved != loaded.resolved:
+    environment = read_json(run.run_dir / "environment.json")
+    if resolved != loaded.resolved or environment.get("variables", {}) != values_of_environment(loaded):
         return False
-    return read_json(run.run_dir / "environment.json").get("inputs") == input_fingerprint(loaded)
+    return environment.get("inputs") == input_fingerprint(loaded)
 
 
 def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:
