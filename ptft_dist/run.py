@@ -28,8 +28,8 @@ from ptft_dist.launch.environment import (
     Place,
     describe_backend,
     end_of_job,
-    is_requeued,
     job_id,
+    may_be_requeued,
     restarted_job,
     start_token,
     tell_launcher,
@@ -287,7 +287,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
     page = _report(run_dir) if trainer.recipe.log.report else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
-        go_on = "the requeued job resumes" if is_requeued() else continuing(user_command(os.environ))
+        go_on = continuing(user_command(os.environ), in_job=may_be_requeued())
         say(f"stopped by {result.reason} after update {result.steps}; {saved}; {go_on}")
     else:
         say(f"finished after update {result.steps}: {result.reason}")
