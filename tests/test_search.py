@@ -78,6 +78,24 @@ def test_a_search_that_does_not_fit_the_recipe() -> None:
     assert "12 is not a multiple of batch.micro_size (5)" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "key", ["eval", "data.validation.0.path"], ids=["a section with such a key", "a part of its value"]
+)
+def test_what_decides_the_comparison_cannot_be_searched(key: str) -> None:
+    text = f"method: random\ntrials: 2\nsearch: {{{key}: {{choice: [a, b]}}}}"
+    assert f"search.yaml:3: search.{key}: a sweep cannot vary this key" in refusal(text)
+
+
+def test_a_value_that_the_search_replaces_is_refused() -> None:
+    text = f"method: random\ntrials: 2\nsearch:\n  {LR}\n  data.train.0: {{choice: [{{path: a.txt}}]}}\n"
+    lines = refusal(text, "optim.lr=0.5", "data.train[0].limit=7", "optim.weight_decay=0.2").splitlines()
+    says = "has no effect here: every trial has its own value, see search.yaml"
+    assert lines == [
+        f"command line: optim.lr: {says}:4: search.optim.lr",
+        f"command line: data.train[0].limit: {says}:5: search.data.train.0",
+    ]
+
+
 def test_every_combination_of_a_grid_is_tried() -> None:
     grid = "method: grid\nsearch: {batch.global_size: {choice: [12, 20]}, batch.micro_size: {choice: [4, 6]}}"
     assert "search.yaml:2: search.batch.global_size: 20 is not a multiple of batch.micro_size (6)" in refusal(grid)
