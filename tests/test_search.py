@@ -196,6 +196,13 @@ def test_draws_lie_in_their_ranges_and_depend_on_seed_and_number(tmp_path: Path)
     assert drawn(tmp_path / "2", search(seed=1), 5) != first[:5]
 
 
+def test_a_study_lies_in_its_directory_whatever_its_name(tmp_path: Path) -> None:
+    """SQLAlchemy decodes %20 in a URL, and takes what follows a question mark for options."""
+    for name in ("100%20", "a?b=c", "中文 😀#"):
+        drawn(tmp_path / name, search(), 1)
+        assert (tmp_path / name / "study.db").is_file()
+
+
 def test_tpe_learns_and_a_reopened_study_draws_the_same(tmp_path: Path) -> None:
     wanted = search(method="tpe", startup=10, trials=24)
     whole = drawn(tmp_path / "whole", wanted, 24)
