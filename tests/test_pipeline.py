@@ -185,6 +185,12 @@ def test_changed_data_change_all_that_read_them(folder: Path) -> None:
     assert do(folder, again=["words", "other"]) == ALL
 
 
+def test_a_directory_that_cannot_be_written_is_named(folder: Path) -> None:
+    (folder / "runs").touch()
+    with pytest.raises(RecipeError, match=rf"^out: {folder}/runs/words cannot be written: "):
+        do(folder)
+
+
 def test_a_failed_stage_may_be_repaired(folder: Path) -> None:
     """What has not finished is no output to lose."""
     do(folder, fails="base")

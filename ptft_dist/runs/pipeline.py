@@ -171,11 +171,16 @@ class Pipeline:
         return moved
 
     def begin(self, stage: Stage) -> None:
-        """Record what the stage is made from."""
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        (stage.folder / RECORD).write_text(json.dumps({"key": self.keys[stage.name], "verb": stage.settings.verb}))
+        """Record what the stage is made from. Raises RecipeError if its directory cannot be written."""
         outputs = {each.name: OUTPUTS[each.settings.verb] for each in self.stages}
-        (self.out / LIST).write_text(json.dumps({"stages": outputs}))
+        record = {"key": self.keys[stage.name], "verb": stage.settings.verb}
+        try:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            (stage.folder / RECORD).write_text(json.dumps(record))
+            (self.out / LIST).write_text(json.dumps({"stages": outputs}))
+        except OSError as error:
+            denied = f"out: {error.filename} cannot be written: {error.strerror}. Choose another directory"
+            raise RecipeError(denied) from None
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
