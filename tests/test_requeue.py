@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def test_the_history_of_a_run(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoints/step-{update:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").touch()
+        shutil.copytree(folder, tmp_path / "checkpoints/step-00000008.bak", dirs_exist_ok=True)  # of a user
         (tmp_path / "checkpoints/step-00000009").mkdir(exist_ok=True)  # without a manifest it is no checkpoint
         decision = after_start(tmp_path, 137, environ, 100)
         assert decision.requeue == (restart < 3)

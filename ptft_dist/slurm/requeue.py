@@ -182,8 +182,8 @@ def newest_update(run_dir: Path) -> int:
     """The update of the newest complete checkpoint, 0 without one; of a sweep or folds, the sum over their runs."""
     if runs := [*run_dir.glob("trial-*"), *run_dir.glob("fold-*")]:
         return sum(map(newest_update, runs))
-    names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
-    return max((int(name.removeprefix("step-")) for name in names), default=0)
+    steps = (path.parent.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
+    return max((int(step) for step in steps if step.isdecimal()), default=0)  # not copies, such as step-00000100.bak
 
 
 def lost_hosts(run_dir: Path | None, environ: Mapping[str, str]) -> list[str]:
