@@ -145,6 +145,11 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
         check_settings(LaunchSettings("mine.yaml", **settings), make_recipe(optim={"max_grad_norm": 0.4}))
 
 
+def test_empty_blocks_of_another_type_are_accepted(tmp_path: Path) -> None:
+    """As earlier versions of `accelerate config` write them."""
+    write(tmp_path, "distributed_type: MULTI_GPU\ndeepspeed_config: {}\nfsdp_config: {fsdp_version: null}")
+
+
 def test_fsdp_keys_without_their_prefix(tmp_path: Path) -> None:
     file = write(tmp_path, "distributed_type: FSDP\nfsdp_config: {version: 2, offload_params: false}")
     assert file.settings.fsdp_version == 2
@@ -194,6 +199,14 @@ def test_fsdp_without_a_version_is_version_1() -> None:
         ("distributed_type: MEGATRON_LM", "distributed_type: MEGATRON_LM: not supported; use one of NO, DEEPSPEED"),
         ("distributed_type: MULTI_CPU", r"distributed_type: MULTI_CPU: not supported; .*launch config cpu"),
         ("distributed_type: 'NO'", "num_processes: 2: distributed_type NO starts one process"),
+        (
+            "distributed_type: MULTI_GPU\ndeepspeed_config: {zero_stage: 3}",
+            "deepspeed_config: no effect with distributed_type: MULTI_GPU; set distributed_type: DEEPSPEED, or remove",
+        ),
+        (
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_inclusion_filter: 'localhost:2,3'}",
+            "deepspeed_config.deepspeed_inclusion_filter: no effect, because torchrun starts the processes",
+        ),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: 3", "deepspeed_config: 3; expected a block of keys"),
     ],
 )
