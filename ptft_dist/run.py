@@ -284,7 +284,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
     }
     write_result(result.run_dir, values)
     run_dir = result.run_dir
-    page = _report(run_dir) if trainer.recipe.log.report else None
+    page = _report(run_dir) if trainer.recipe.log.report and result.history else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
         go_on = continuing(user_command(os.environ), in_job=may_be_requeued())
