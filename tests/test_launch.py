@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -28,6 +31,7 @@ from ptft_dist.launch.launch_keys import BLOCKS, KEYS
 from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code, run_ranks
 from ptft_dist.launch.settings import LaunchSettings, check_settings, settings_of_environment
 from ptft_dist.reporting.run_files import lock_run_dir
+from ptft_dist.signals import STOP
 
 CONFIGS = sorted(path.stem for path in shipped("launch_configs").glob("*.yaml"))
 EXPECTED = {
@@ -331,6 +335,36 @@ def test_a_launched_process_launches_nothing(option: list[str], tmp_path: Path, 
     run = start("train", "recipe.yaml", *option, cwd=tmp_path, cache=cache, env=rank)
     assert run.wait() == 2
     assert f"{option[0]}: no effect in a process that a launcher has started" in run.stderr
+
+
+def test_a_signal_without_a_stop_file_goes_to_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error would leave them training without a launcher."""
+    sent: list[tuple[int, int]] = []
+
+    class Child:
+        pid = 7
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return 0
+
+    monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    monkeypatch.setattr("ptft_dist.launch.local.os.killpg", lambda *to: sent.append(to))
+    monkeypatch.setattr("ptft_dist.launch.local.ignore_stop_signals", lambda: None)
+    monkeypatch.setattr("ptft_dist.launch.local.Path.write_text", full_quota)
+    before = {number: signal.getsignal(number) for number in STOP}
+    try:
+        launch(["accelerate", "launch"], tmp_path, 1, {})
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sent == [(7, signal.SIGTERM)]
+
+
+def full_quota(path: Path, _text: str) -> int:
+    raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
 
 
 def test_the_exit_code_is_the_ranks_own() -> None:

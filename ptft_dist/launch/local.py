@@ -137,7 +137,11 @@ def launch(
         nonlocal signals
         signals += 1
         if signals == 1:
-            stop_file.write_text(token)
+            try:
+                stop_file.write_text(token)
+            except OSError:  # such as a full quota; ranks that train handle the signal themselves, and tell the others
+                if child is not None:
+                    os.killpg(child.pid, signal.SIGTERM)
         elif number == signal.SIGINT and child is not None:
             os.killpg(child.pid, signal.SIGKILL)
 
