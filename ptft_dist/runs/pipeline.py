@@ -31,8 +31,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ptft_dist.api import input_fingerprint, load_recipe
-from ptft_dist.checkpoint.identity import values_of_environment
+from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.consistency import no_metric
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import Recipe

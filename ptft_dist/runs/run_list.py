@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptft_dist.api import input_fingerprint, load_recipe
-from ptft_dist.checkpoint.identity import values_of_environment
+from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.load import Loaded
 from ptft_dist.errors import EXIT_FINISHED, PtftError
 from ptft_dist.launch.result import read_json

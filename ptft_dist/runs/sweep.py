@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.api import input_fingerprint, load_recipe
-from ptft_dist.checkpoint.identity import values_of_environment
+from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.document import leaves
 from ptft_dist.config.load import Loaded, edited, public_values, starts_at, to_yaml
 from ptft_dist.config.section import dotted
