@@ -56,6 +56,12 @@ def test_a_run_that_does_not_finish_ends_the_list(tmp_path: Path, code: int, cap
         assert run_all(runs_in(tmp_path, "a", "b", "c"), [], executor) == code
     assert [name for name, _ in executor.calls] == ["a", "b"]
     assert caplog.messages == [f"b ended with exit code {code}. The same command continues with it."]
+    caplog.clear()
+    with caplog.at_level("INFO", "ptft"):
+        run_all(runs_in(tmp_path, "a"), ["--resume", "never"], Recorder(code), skip_finished=False)
+    assert caplog.messages == [
+        f"a ended with exit code {code}. The same command without --resume never continues with it."
+    ]
 
 
 def test_a_run_is_a_command(tmp_path: Path) -> None:

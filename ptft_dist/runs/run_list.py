@@ -58,7 +58,7 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
 
     Args:
         options: options of `ptft train` for every run.
-        skip_finished: do not start a run that `is_finished`.
+        skip_finished: do not start a run that `is_finished`; False with --resume never.
 
     Raises:
         RecipeError, DataError: a run's recipe or its inputs cannot be read.
@@ -69,7 +69,8 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
             continue
         code = executor(run, options)
         if code != EXIT_FINISHED:
-            say(f"{run.name} ended with exit code {code}. The same command continues with it.")
+            over = "" if skip_finished else " without --resume never"  # which would start all runs over
+            say(f"{run.name} ended with exit code {code}. The same command{over} continues with it.")
             return code
     return EXIT_FINISHED
 
