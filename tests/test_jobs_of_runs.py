@@ -79,6 +79,18 @@ def test_a_run_directory_has_one_submission_at_a_time(
     check([request(tmp_path, second)], ask_slurm=True)
 
 
+@pytest.mark.usefixtures("states")
+def test_a_file_that_a_full_disk_has_cut_off_is_none(tmp_path: Path) -> None:
+    """The same submission replaces it."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/job.json").write_text('{"job": "9')
+    (tmp_path / "pipeline.json").write_text('{"sta')
+    with pytest.raises(RecipeError, match="no Slurm job has trained here"):
+        jobs.status(tmp_path)
+    submit_all([request(tmp_path)])
+    assert jobs.status(tmp_path)[0] == ("job", "1")
+
+
 @pytest.mark.parametrize("part", ["", "fold"])
 def test_a_cancelled_job_is_said_to_be_cancelled(tmp_path: Path, states: dict[str, str], part: str) -> None:
     """Slurm says that it has failed, because the run has ended with exit code 75."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch.result import read_json
 from ptft_dist.slurm.client import ENDED, SlurmError, ask, job_facts, sbatch
 from ptft_dist.slurm.requeue import history, newest_update
 
@@ -71,8 +72,7 @@ def job_of(run_dir: Path) -> str | None:
 
 
 def _known(run_dir: Path) -> dict[str, str] | None:
-    file = run_dir / FOLDER / _JOB
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(run_dir / FOLDER / _JOB) or None  # a full disk may have cut it off
 
 
 def find_run(text: str) -> Path:
@@ -195,9 +195,8 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
 
 def _parts(out: Path) -> dict[str, Path | None] | None:
     """The stages of a pipeline, with their outputs, or the tasks of an array: folds, or workers of a sweep."""
-    file = out / "pipeline.json"
-    if file.exists():
-        return {name: out / name / output for name, output in json.loads(file.read_text())["stages"].items()}
+    if stages := read_json(out / "pipeline.json").get("stages"):
+        return {name: out / name / output for name, output in stages.items()}
     _, *tasks = with_jobs(out)
     return dict.fromkeys(task.name for task in tasks) if tasks and not (out / FOLDER / _JOB).exists() else None
 
