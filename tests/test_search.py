@@ -79,10 +79,10 @@ def test_a_search_that_does_not_fit_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["eval", "data.validation.0.path"], ids=["a section with such a key", "a part of its value"]
+    "key", ["eval", "data.validation.0.path", "data.validation[0].path"], ids=["section", "part", "part in brackets"]
 )
 def test_what_decides_the_comparison_cannot_be_searched(key: str) -> None:
-    text = f"method: random\ntrials: 2\nsearch: {{{key}: {{choice: [a, b]}}}}"
+    text = f'method: random\ntrials: 2\nsearch: {{"{key}": {{choice: [a, b]}}}}'
     assert f"search.yaml:3: search.{key}: a sweep cannot vary this key" in refusal(text)
 
 

@@ -210,7 +210,9 @@ def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> tup
 def _mistakes(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
     """All of them, at the lines of the search file; some more than once."""
     searched = file.search.search
-    fixed = [key for key in searched if any(_is_within(key, each) or _is_within(each, key) for each in FIXED)]
+    fixed = [
+        key for key in searched for each in FIXED if _is_within(_plain(key), each) or _is_within(each, _plain(key))
+    ]
     for key in fixed:
         yield f"{file.path}:{file.lines[key]}: search.{key}: a sweep cannot vary this key"
     for given in dict.fromkeys(word.partition("=")[0] for word in overrides):
