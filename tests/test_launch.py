@@ -25,7 +25,7 @@ from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch import accelerate_launch
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
-from ptft_dist.launch.environment import COMMAND, check_launch, describe_backend, job_id, restarted_job
+from ptft_dist.launch.environment import COMMAND, check_launch, describe_backend, job_id, restarted_job, start_token
 from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
 from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code, run_ranks
@@ -384,6 +384,26 @@ def test_ranks_without_a_run_that_are_killed(
     monkeypatch.setattr("os.environ", environments[0] | {"PTFT_EXIT_CODE_FILE": str(tmp_path / "exit_code")})
     assert accelerate_launch._report({1: -9}) == 76
     assert "was killed by SIGKILL" in capsys.readouterr().err
+
+
+def test_a_start_that_is_killed_before_it_begins_keeps_the_result_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in an interactive Slurm job, all of whose starts have the same token."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    started = {"start": start_token({"SLURM_JOB_ID": "7"})}
+    before = json.dumps({"status": "finished", **started})
+    (tmp_path / "result.json").write_text(before)
+    (tmp_path / "environment.json").write_text(json.dumps(started))
+    environments = environments_of_children(monkeypatch)
+    assert launch(["accelerate", "launch"], tmp_path, 1, {}) == 0
+    (tmp_path / "code").touch()
+    monkeypatch.setattr("os.environ", environments[0] | {"PTFT_EXIT_CODE_FILE": str(tmp_path / "code")})
+    assert accelerate_launch._report({0: -9}) == 76
+    assert (tmp_path / "result.json").read_text() == before
+    os.utime(tmp_path / "environment.json", (1, 1))  # as if the run had begun
+    assert accelerate_launch._report({0: -9}) == 76
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
 def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import EXIT_CODE_FILE, RUN_DIR, START_TOKEN, start_token
 from ptft_dist.launch.launch_file import LaunchFile
 from ptft_dist.launch.network import gloo_interface
+from ptft_dist.launch.result import VERSION_BEFORE, version_of_environment
 from ptft_dist.signals import STOP, ignore_stop_signals
 
 
@@ -155,6 +156,7 @@ def launch(
     descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
     os.close(descriptor)
     environment |= {EXIT_CODE_FILE: name, START_TOKEN: token, RUN_DIR: str(run_dir.absolute())}
+    environment |= {VERSION_BEFORE: version_of_environment(run_dir)}
     if address is not None:
         interface, message = gloo_interface(address, environment)
         environment |= interface
