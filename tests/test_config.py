@@ -813,7 +813,7 @@ def shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("clm", "clm"), ("clm.yaml", "clm"), ("peft/lora", "peft/lora"), ("lora", "peft/lora"), ("b/same", "b/same")],
+    [("clm", "clm"), ("peft/lora", "peft/lora"), ("lora", "peft/lora"), ("b/same", "b/same")],
 )
 def test_a_shipped_recipe_is_found_by_name(shipped_recipes: Path, name: str, file: str) -> None:
     assert find_shipped("recipes", name, ".yaml") == shipped_recipes / f"{file}.yaml"
@@ -825,6 +825,15 @@ def test_a_file_comes_before_a_shipped_recipe(shipped_recipes: Path) -> None:
     assert find_shipped("recipes", "clm", ".yaml") == Path("clm")
     Path("mlm").mkdir()
     assert find_shipped("recipes", "mlm", ".yaml") == shipped_recipes / "mlm.yaml"
+
+
+@pytest.mark.usefixtures("shipped_recipes")
+@pytest.mark.parametrize("name", ["lora.yaml", "peft/lora.yaml"])
+def test_a_file_that_is_not_here_is_not_the_shipped_one_of_its_name(tmp_path: Path, name: str) -> None:
+    """`ptft init` writes files with such names, and a command in another directory would train the shipped recipe."""
+    with pytest.raises(RecipeError) as error:
+        load_recipe(name)
+    assert str(error.value) == f"{name}: no such file here, in {tmp_path}; the shipped recipe is called peft/lora"
 
 
 @pytest.mark.usefixtures("shipped_recipes")
