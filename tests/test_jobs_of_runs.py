@@ -91,6 +91,22 @@ def test_a_file_that_a_full_disk_has_cut_off_is_none(tmp_path: Path) -> None:
     assert jobs.status(tmp_path)[0] == ("job", "1")
 
 
+def test_a_log_that_is_followed_keeps_its_characters(
+    tmp_path: Path, states: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is written in two pieces."""
+    submit_all([request(tmp_path)])
+    log, text = tmp_path / "slurm/1.log", "损失 é\nend\n".encode()
+    log.write_bytes(text[:4])
+
+    def wait(_seconds: float) -> None:
+        log.write_bytes(text)
+        states["1"] = "COMPLETED"
+
+    monkeypatch.setattr(jobs.time, "sleep", wait)
+    assert "".join(jobs.log_lines(tmp_path, follow=True)) == text.decode()
+
+
 @pytest.mark.parametrize("part", ["", "fold"])
 def test_a_cancelled_job_is_said_to_be_cancelled(tmp_path: Path, states: dict[str, str], part: str) -> None:
     """Slurm says that it has failed, because the run has ended with exit code 75."""

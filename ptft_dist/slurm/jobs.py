@@ -7,7 +7,9 @@ RUN/slurm/ID.log       what it says, over all its starts
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import re
 import statistics
@@ -174,13 +176,16 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
     if not path.exists() and not follow:
         raise RecipeError(f"{path}: there is no log. The job has not started, or it was not started by ptft submit")
     place, rest, shown = 0, "", False
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a piece may end within a character
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     while True:
         ended = not follow or (facts := job_facts(job)) is None or facts["JobState"] in ENDED
         if path.exists():
-            with path.open(encoding="utf-8", errors="replace") as file:
+            with path.open("rb") as file:
                 file.seek(place)
-                text = file.read()
-                place = file.tell()
+                read = file.read()
+            place += len(read)
+            text = decoder.decode(read, final=ended)
             if label is not None:
                 *whole, rest = (rest + text).split("\n")
                 text = "".join(f"{line}\n" for line in whole if label.match(line))
