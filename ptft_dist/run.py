@@ -17,7 +17,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkpoint, verify
-from ptft_dist.checkpoint.identity import may_change
+from ptft_dist.checkpoint.identity import may_change, values_of_environment
 from ptft_dist.checkpoint.resume import Resume, after_requeue
 from ptft_dist.config.load import Loaded
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
@@ -28,8 +28,8 @@ from ptft_dist.launch.environment import (
     Place,
     describe_backend,
     end_of_job,
-    is_requeued,
     job_id,
+    may_be_requeued,
     restarted_job,
     start_token,
     tell_launcher,
@@ -183,6 +183,7 @@ def _begin(session: Session, trainer: Trainer, checkpoint: Checkpoint | None, *,
     run_dir = Path(recipe.run_dir)
     environment = {"device": session.device_name, "kind": engine.kind, "world_size": engine.world_size}
     environment |= {"networks": session.networks, "inputs": session.prepared.inputs, "updates": trainer.total_steps}
+    environment |= {"variables": values_of_environment(session.loaded)}
     report = session.prepared.report.to_dict()
     report |= {key: old.report.to_dict() for key, old in session.prepared.old.items()}
     write_start(run_dir, session.loaded, report, environment)
@@ -283,10 +284,10 @@ def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
     }
     write_result(result.run_dir, values)
     run_dir = result.run_dir
-    page = _report(run_dir) if trainer.recipe.log.report else None
+    page = _report(run_dir) if trainer.recipe.log.report and result.history else None
     if result.status == "stopped":
         saved = f"saved to {trainer.saved.path}" if trainer.saved else "nothing to save yet"
-        go_on = "the requeued job resumes" if is_requeued() else continuing(user_command(os.environ))
+        go_on = continuing(user_command(os.environ), in_job=may_be_requeued())
         say(f"stopped by {result.reason} after update {result.steps}; {saved}; {go_on}")
     else:
         say(f"finished after update {result.steps}: {result.reason}")

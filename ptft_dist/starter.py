@@ -162,7 +162,7 @@ class _Draft:
     def _network(self, base: Mapping[str, Any], length: int) -> tuple[dict[str, Any], str]:
         if self.model:
             return {
-                "path": self.model
+                "path": self._from_recipe(self.model) if Path(self.model).is_dir() else self.model
             }, "A pretrained network; model.adapt: lora trains an adapter instead of all of it."
         model = dict(base["model"])
         if "config" not in model:
@@ -231,10 +231,12 @@ class _Draft:
         held_out = {} if validation is None else {"validation": validation}
         return {"train": [self._source(self.survey.pattern)], **held_out, "max_length": length}
 
+    def _from_recipe(self, path: str) -> str:
+        """A path as the recipe names it: a relative one starts at the recipe's directory."""
+        return path if Path(path).is_absolute() else os.path.relpath(path, self.folder)
+
     def _source(self, path: str) -> dict[str, Any]:
-        given = Path(path)
-        shown = path if given.is_absolute() else os.path.relpath(path, self.folder)
-        source: dict[str, Any] = {"path": shown}
+        source: dict[str, Any] = {"path": self._from_recipe(path)}
         if self.survey.unit is not None:
             source["document"] = self.survey.unit
         if isinstance(self.settings, DocumentSettings):

@@ -146,6 +146,14 @@ def test_what_a_site_adds() -> None:
     assert script.index("module load cuda/12.8") < script.index("source /venv") < script.index("set -u")
 
 
+def test_an_option_is_not_given_twice() -> None:
+    """sbatch would read the last one: --time of the command line had no effect."""
+    site = Site(options={"time": "24:00:00", "no-requeue": None, "mail-type": "END"})
+    with pytest.raises(RecipeError, match=r"^options\.time, options\.no-requeue: the script has this option already"):
+        render(job(time="1:00:00"), site)
+    assert "#SBATCH --time=24:00:00" in render(job(), Site(options={"time": "24:00:00"})).splitlines()
+
+
 def test_an_array_has_a_command_for_each_task(tmp_path: Path) -> None:
     folds = [("train", "my.yaml", f"data.fold={i}", f"run_dir=it's fold {i}") for i in range(3)]
     array = Job(commands=folds, folder=tmp_path, log=tmp_path / "slurm", name="a")

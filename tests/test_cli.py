@@ -199,6 +199,11 @@ def test_a_directory_of_somebody_else(tmp_path: Path, words: str) -> None:
         ("KeyboardInterrupt()", 130, ""),
         ("errors.CheckpointError('gone')", 4, "error: gone\n"),
         ("PermissionError(13, 'Permission denied')", 1, "PermissionError: [Errno 13] Permission denied\n"),
+        (
+            "OSError(30, 'Read-only file system', 'out')",
+            2,
+            "error: out: Read-only file system. Change its owner or its mode, or name another path\n",
+        ),
         ("EOFError('cut short')", 1, "EOFError: cut short\n"),
         ("BrokenPipeError(32, 'worker')", 1, "BrokenPipeError: [Errno 32] worker\n"),
         ("ValueError('a bug')", 1, "ValueError: a bug\n"),

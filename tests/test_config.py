@@ -550,6 +550,9 @@ def test_a_recipe_as_a_dictionary(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         load_recipe(values | {"optim": {"lrr": 1}})
     with pytest.raises(RecipeError, match=r"^recipe: a value of the type set is not allowed"):
         load_recipe(values | {"optim": {1}})
+    assert load_recipe(values, {"run_dir": Path("runs/a")}).recipe.run_dir == "runs/a"
+    with pytest.raises(RecipeError, match=r"^recipe: a value of the type set is not allowed"):
+        load_recipe(values, {"optim.betas": {1}})
     with pytest.raises(RecipeError, match=r"^recipe: a recipe consists of|^recipe: .*required"):
         load_recipe({})
 
@@ -566,6 +569,7 @@ def test_overrides(tmp_path: Path) -> None:
         "log.every=7",
         "model.config.rope.factor=2",
         "run_dir=a=b",
+        r'model.config.note={"\ud842\udfb7": "\ud83d\ude00"}',  # as json.dumps writes them
     )
     recipe = loaded.recipe
     assert recipe.optim.lr == 1e-4
@@ -573,7 +577,8 @@ def test_overrides(tmp_path: Path) -> None:
     assert (recipe.data.train[1].path, recipe.data.train[1].hub) == (None, "wikitext")
     assert recipe.data.validation is None
     assert recipe.log.every == 7
-    assert recipe.model.config == {"model_type": "llama", "hidden_size": 64, "rope": {"factor": 2}}
+    own = {"rope": {"factor": 2}, "note": {"𠮷": "😀"}}
+    assert recipe.model.config == {"model_type": "llama", "hidden_size": 64, **own}
     assert recipe.run_dir == "a=b"
 
 
@@ -813,7 +818,7 @@ def shipped_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "file"),
-    [("clm", "clm"), ("clm.yaml", "clm"), ("peft/lora", "peft/lora"), ("lora", "peft/lora"), ("b/same", "b/same")],
+    [("clm", "clm"), ("peft/lora", "peft/lora"), ("lora", "peft/lora"), ("b/same", "b/same")],
 )
 def test_a_shipped_recipe_is_found_by_name(shipped_recipes: Path, name: str, file: str) -> None:
     assert find_shipped("recipes", name, ".yaml") == shipped_recipes / f"{file}.yaml"
@@ -825,6 +830,15 @@ def test_a_file_comes_before_a_shipped_recipe(shipped_recipes: Path) -> None:
     assert find_shipped("recipes", "clm", ".yaml") == Path("clm")
     Path("mlm").mkdir()
     assert find_shipped("recipes", "mlm", ".yaml") == shipped_recipes / "mlm.yaml"
+
+
+@pytest.mark.usefixtures("shipped_recipes")
+@pytest.mark.parametrize("name", ["lora.yaml", "peft/lora.yaml"])
+def test_a_file_that_is_not_here_is_not_the_shipped_one_of_its_name(tmp_path: Path, name: str) -> None:
+    """`ptft init` writes files with such names, and a command in another directory would train the shipped recipe."""
+    with pytest.raises(RecipeError) as error:
+        load_recipe(name)
+    assert str(error.value) == f"{name}: no such file here, in {tmp_path}; the shipped recipe is called peft/lora"
 
 
 @pytest.mark.usefixtures("shipped_recipes")

@@ -236,6 +236,9 @@ def test_a_pretrained_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "org/name",
         2e-5,
     )
+    (tmp_path / "net").mkdir()
+    init("classification", "sub", data=Path("rows.jsonl"), model="net")
+    assert load_recipe("sub/classification.yaml").recipe.model.path == "../net"  # as for the data
 
 
 @pytest.mark.parametrize("gpus", [0, 1, 3, 8])

@@ -27,8 +27,11 @@ def states(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return number
 
     def facts(name: str) -> dict[str, str]:
-        return {"JobId": name, "JobState": found[name]}
+        array, _, task = name.partition("_")
+        number = {"JobId": f"{array}0{task}", "ArrayJobId": array, "ArrayTaskId": task} if task else {"JobId": array}
+        return {**number, "JobState": found[name]}
 
+    monkeypatch.setattr(jobs, "ask", lambda *_: "")
     monkeypatch.setattr(jobs, "sbatch", sbatch)
     monkeypatch.setattr(jobs, "job_facts", facts)
     monkeypatch.setattr(checks, "job_facts", facts)
@@ -74,6 +77,45 @@ def test_a_run_directory_has_one_submission_at_a_time(
         check([request(tmp_path, second)], ask_slurm=True)
     states |= dict.fromkeys(states, "COMPLETED")
     check([request(tmp_path, second)], ask_slurm=True)
+
+
+@pytest.mark.usefixtures("states")
+def test_a_file_that_a_full_disk_has_cut_off_is_none(tmp_path: Path) -> None:
+    """The same submission replaces it."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/job.json").write_text('{"job": "9')
+    (tmp_path / "pipeline.json").write_text('{"sta')
+    with pytest.raises(RecipeError, match="no Slurm job has trained here"):
+        jobs.status(tmp_path)
+    submit_all([request(tmp_path)])
+    assert jobs.status(tmp_path)[0] == ("job", "1")
+
+
+def test_a_log_that_is_followed_keeps_its_characters(
+    tmp_path: Path, states: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also one that is written in two pieces."""
+    submit_all([request(tmp_path)])
+    log, text = tmp_path / "slurm/1.log", "损失 é\nend\n".encode()
+    log.write_bytes(text[:4])
+
+    def wait(_seconds: float) -> None:
+        log.write_bytes(text)
+        states["1"] = "COMPLETED"
+
+    monkeypatch.setattr(jobs.time, "sleep", wait)
+    assert "".join(jobs.log_lines(tmp_path, follow=True)) == text.decode()
+
+
+@pytest.mark.parametrize("part", ["", "fold"])
+def test_a_cancelled_job_is_said_to_be_cancelled(tmp_path: Path, states: dict[str, str], part: str) -> None:
+    """Slurm says that it has failed, because the run has ended with exit code 75."""
+    submit_all([request(tmp_path, part)])
+    jobs.cancel(tmp_path)
+    states |= dict.fromkeys(states, "FAILED")
+    said = [text for name, text in jobs.status(tmp_path) if name in ("state", "fold-0", "fold-1")]
+    assert said
+    assert all(text.endswith("cancelled by ptft cancel") for text in said)
 
 
 def test_a_pipeline_without_jobs_has_nothing_to_cancel(tmp_path: Path) -> None:

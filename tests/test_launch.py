@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,12 +25,13 @@ from ptft_dist.config.shipped import shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch import accelerate_launch
 from ptft_dist.launch.deepspeed_config import resolve_deepspeed_config
-from ptft_dist.launch.environment import COMMAND, check_launch, describe_backend, job_id, restarted_job
+from ptft_dist.launch.environment import COMMAND, check_launch, describe_backend, job_id, restarted_job, start_token
 from ptft_dist.launch.launch_file import LaunchFile, read_launch_file
 from ptft_dist.launch.launch_keys import BLOCKS, KEYS
 from ptft_dist.launch.local import command, launch, local_processes, machines, own_exit_code, run_ranks
 from ptft_dist.launch.settings import LaunchSettings, check_settings, settings_of_environment
 from ptft_dist.reporting.run_files import lock_run_dir
+from ptft_dist.signals import STOP
 
 CONFIGS = sorted(path.stem for path in shipped("launch_configs").glob("*.yaml"))
 EXPECTED = {
@@ -145,6 +149,11 @@ def test_what_is_refused(settings: dict[str, Any], message: str) -> None:
         check_settings(LaunchSettings("mine.yaml", **settings), make_recipe(optim={"max_grad_norm": 0.4}))
 
 
+def test_empty_blocks_of_another_type_are_accepted(tmp_path: Path) -> None:
+    """As earlier versions of `accelerate config` write them."""
+    write(tmp_path, "distributed_type: MULTI_GPU\ndeepspeed_config: {}\nfsdp_config: {fsdp_version: null}")
+
+
 def test_fsdp_keys_without_their_prefix(tmp_path: Path) -> None:
     file = write(tmp_path, "distributed_type: FSDP\nfsdp_config: {version: 2, offload_params: false}")
     assert file.settings.fsdp_version == 2
@@ -194,6 +203,14 @@ def test_fsdp_without_a_version_is_version_1() -> None:
         ("distributed_type: MEGATRON_LM", "distributed_type: MEGATRON_LM: not supported; use one of NO, DEEPSPEED"),
         ("distributed_type: MULTI_CPU", r"distributed_type: MULTI_CPU: not supported; .*launch config cpu"),
         ("distributed_type: 'NO'", "num_processes: 2: distributed_type NO starts one process"),
+        (
+            "distributed_type: MULTI_GPU\ndeepspeed_config: {zero_stage: 3}",
+            "deepspeed_config: no effect with distributed_type: MULTI_GPU; set distributed_type: DEEPSPEED, or remove",
+        ),
+        (
+            "distributed_type: DEEPSPEED\ndeepspeed_config: {deepspeed_inclusion_filter: 'localhost:2,3'}",
+            "deepspeed_config.deepspeed_inclusion_filter: no effect, because torchrun starts the processes",
+        ),
         ("distributed_type: DEEPSPEED\ndeepspeed_config: 3", "deepspeed_config: 3; expected a block of keys"),
     ],
 )
@@ -320,6 +337,36 @@ def test_a_launched_process_launches_nothing(option: list[str], tmp_path: Path, 
     assert f"{option[0]}: no effect in a process that a launcher has started" in run.stderr
 
 
+def test_a_signal_without_a_stop_file_goes_to_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error would leave them training without a launcher."""
+    sent: list[tuple[int, int]] = []
+
+    class Child:
+        pid = 7
+
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+        def wait(self) -> int:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            return 0
+
+    monkeypatch.setattr("ptft_dist.launch.local.subprocess.Popen", Child)
+    monkeypatch.setattr("ptft_dist.launch.local.os.killpg", lambda *to: sent.append(to))
+    monkeypatch.setattr("ptft_dist.launch.local.ignore_stop_signals", lambda: None)
+    monkeypatch.setattr("ptft_dist.launch.local.Path.write_text", full_quota)
+    before = {number: signal.getsignal(number) for number in STOP}
+    try:
+        launch(["accelerate", "launch"], tmp_path, 1, {})
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert sent == [(7, signal.SIGTERM)]
+
+
+def full_quota(path: Path, _text: str) -> int:
+    raise OSError(errno.EDQUOT, "Disk quota exceeded", str(path))
+
+
 def test_the_exit_code_is_the_ranks_own() -> None:
     assert own_exit_code(0, "75") == 0
     assert own_exit_code(-9, "") == 1
@@ -337,6 +384,26 @@ def test_ranks_without_a_run_that_are_killed(
     monkeypatch.setattr("os.environ", environments[0] | {"PTFT_EXIT_CODE_FILE": str(tmp_path / "exit_code")})
     assert accelerate_launch._report({1: -9}) == 76
     assert "was killed by SIGKILL" in capsys.readouterr().err
+
+
+def test_a_start_that_is_killed_before_it_begins_keeps_the_result_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in an interactive Slurm job, all of whose starts have the same token."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    started = {"start": start_token({"SLURM_JOB_ID": "7"})}
+    before = json.dumps({"status": "finished", **started})
+    (tmp_path / "result.json").write_text(before)
+    (tmp_path / "environment.json").write_text(json.dumps(started))
+    environments = environments_of_children(monkeypatch)
+    assert launch(["accelerate", "launch"], tmp_path, 1, {}) == 0
+    (tmp_path / "code").touch()
+    monkeypatch.setattr("os.environ", environments[0] | {"PTFT_EXIT_CODE_FILE": str(tmp_path / "code")})
+    assert accelerate_launch._report({0: -9}) == 76
+    assert (tmp_path / "result.json").read_text() == before
+    os.utime(tmp_path / "environment.json", (1, 1))  # as if the run had begun
+    assert accelerate_launch._report({0: -9}) == 76
+    assert json.loads((tmp_path / "result.json").read_text())["status"] == "failed"
 
 
 def test_each_task_of_a_slurm_array_is_a_job_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

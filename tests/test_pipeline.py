@@ -163,6 +163,19 @@ def test_again_does_not_touch_what_is_still_running(folder: Path) -> None:
     assert not list((folder / "runs").glob("*.1"))
 
 
+def test_a_variable_of_the_environment_is_part_of_what_a_stage_is_made_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys() -> dict[str, str]:
+        (folder / "steps.yaml").write_text(STAGES.format(out="runs", lr="1e-3, optim.schedule: '${env:SCHEDULE_9}'"))
+        return dict(read_pipeline("steps.yaml").keys)
+
+    monkeypatch.setenv("SCHEDULE_9", "constant")
+    before = keys()
+    monkeypatch.setenv("SCHEDULE_9", "linear")
+    assert [name for name, key in keys().items() if key != before[name]] == ["base", "more", "judge"]
+
+
 def test_changed_data_change_all_that_read_them(folder: Path) -> None:
     do(folder)
     with (folder / "text.txt").open("a") as file:
@@ -170,6 +183,12 @@ def test_changed_data_change_all_that_read_them(folder: Path) -> None:
     with pytest.raises(RecipeError, match="stage words: "):
         do(folder)
     assert do(folder, again=["words", "other"]) == ALL
+
+
+def test_a_directory_that_cannot_be_written_is_named(folder: Path) -> None:
+    (folder / "runs").touch()
+    with pytest.raises(RecipeError, match=rf"^out: {folder}/runs/words cannot be written: "):
+        do(folder)
 
 
 def test_a_failed_stage_may_be_repaired(folder: Path) -> None:

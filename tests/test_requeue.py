@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,7 @@ def test_the_history_of_a_run(tmp_path: Path) -> None:
         folder = tmp_path / f"checkpoints/step-{update:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "manifest.json").touch()
+        shutil.copytree(folder, tmp_path / "checkpoints/step-00000008.bak", dirs_exist_ok=True)  # of a user
         (tmp_path / "checkpoints/step-00000009").mkdir(exist_ok=True)  # without a manifest it is no checkpoint
         decision = after_start(tmp_path, 137, environ, 100)
         assert decision.requeue == (restart < 3)
@@ -153,14 +156,14 @@ def test_exit_codes_of_errors() -> None:
 AGAIN = Decision(76, True, "")
 
 
-def facts(excluded: str = "(null)", nodes: int = 2, down: str = "") -> str:
-    """Of job 7 on a cluster of n1 to n4; n5 is in another partition."""
+def facts(excluded: str = "(null)", nodes: int = 2, down: str = "", more: Sequence[int] = ()) -> str:
+    """Of job 7 on a cluster of n1 to n4, and `more`; n5 is in another partition."""
     lines = [
         f"JobId=7 JobName=a b Requeue=1 Partition=all ExcNodeList={excluded} NumNodes={nodes}-{nodes} Command=/x y"
     ]
-    for number in range(1, 6):
+    for number in (1, 2, 3, 4, 5, *more):
         state = "DOWN*" if f"n{number}" == down else "IDLE"
-        partitions = "all,long" if number < 5 else "long"
+        partitions = "all,long" if number != 5 else "long"
         lines.append(f"NodeName=n{number} NodeHostName=host{number} State={state} Partitions={partitions}  Boot=x")
     return "\n".join(lines)
 
@@ -175,6 +178,8 @@ def facts(excluded: str = "(null)", nodes: int = 2, down: str = "") -> str:
         (["n2"], facts("n[1,3]"), None),  # one node is left, and the job needs two
         (["n2"], facts("n[1-1]"), "n1,n2"),
         (["n2"], facts("n1"), "n1,n2"),
+        (["n2"], facts("n[9-10]", more=(9, 10)), "n10,n2,n9"),  # as Slurm writes n9,n10
+        (["n2"], facts("n[09-10]", more=(9, 10)), "n10,n2"),  # n09 and n10
         (["n1"], facts("n1"), None),
         (["n2"], facts("n1", down="n3"), None),
         (["n2", "n3"], facts(nodes=3), None),

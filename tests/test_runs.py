@@ -56,6 +56,12 @@ def test_a_run_that_does_not_finish_ends_the_list(tmp_path: Path, code: int, cap
         assert run_all(runs_in(tmp_path, "a", "b", "c"), [], executor) == code
     assert [name for name, _ in executor.calls] == ["a", "b"]
     assert caplog.messages == [f"b ended with exit code {code}. The same command continues with it."]
+    caplog.clear()
+    with caplog.at_level("INFO", "ptft"):
+        run_all(runs_in(tmp_path, "a"), ["--resume", "never"], Recorder(code), skip_finished=False)
+    assert caplog.messages == [
+        f"a ended with exit code {code}. The same command without --resume never continues with it."
+    ]
 
 
 def test_a_run_is_a_command(tmp_path: Path) -> None:
@@ -80,6 +86,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "synonyms.txt").write_text("red\tcrimson\n")
     recipe = json.loads((folder / "recipe.yaml").read_text())
     recipe |= {"tokenizer": {"path": "tokenizer"}, "run_dir": "run/a"}
+    recipe.setdefault("optim", {})["schedule"] = "${env:SCHEDULE_9:-constant}"
     recipe["data"]["augment"] = [{"method": "synonym", "synonyms": "synonyms.txt"}]
     (folder / "recipe.yaml").write_text(json.dumps(recipe))
     run = start("train", "recipe.yaml", cwd=folder, cache=folder / "cache")
@@ -137,6 +144,16 @@ def test_a_run_without_its_files_is_not_finished(finished: Run, lost: str) -> No
 
 def test_a_run_with_other_values_is_not_finished(finished: Run) -> None:
     assert not is_finished(Run("a", "recipe.yaml", ("eval.every=7",), finished.run_dir))
+
+
+def test_a_run_with_another_value_from_the_environment_is_not_finished(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files of the run name the variable, because its value may be secret."""
+    monkeypatch.setenv("SCHEDULE_9", "linear")
+    assert not is_finished(finished)
+    monkeypatch.setenv("SCHEDULE_9", "constant")
+    assert is_finished(finished)
 
 
 @pytest.mark.parametrize("status", ["stopped", "failed"])

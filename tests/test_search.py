@@ -78,6 +78,24 @@ def test_a_search_that_does_not_fit_the_recipe() -> None:
     assert "12 is not a multiple of batch.micro_size (5)" in lines[0]
 
 
+@pytest.mark.parametrize(
+    "key", ["eval", "data.validation.0.path", "data.validation[0].path"], ids=["section", "part", "part in brackets"]
+)
+def test_what_decides_the_comparison_cannot_be_searched(key: str) -> None:
+    text = f'method: random\ntrials: 2\nsearch: {{"{key}": {{choice: [a, b]}}}}'
+    assert f"search.yaml:3: search.{key}: a sweep cannot vary this key" in refusal(text)
+
+
+def test_a_value_that_the_search_replaces_is_refused() -> None:
+    text = f"method: random\ntrials: 2\nsearch:\n  {LR}\n  data.train.0: {{choice: [{{path: a.txt}}]}}\n"
+    lines = refusal(text, "optim.lr=0.5", "data.train[0].limit=7", "optim.weight_decay=0.2").splitlines()
+    says = "has no effect here: every trial has its own value, see search.yaml"
+    assert lines == [
+        f"command line: optim.lr: {says}:4: search.optim.lr",
+        f"command line: data.train[0].limit: {says}:5: search.data.train.0",
+    ]
+
+
 def test_every_combination_of_a_grid_is_tried() -> None:
     grid = "method: grid\nsearch: {batch.global_size: {choice: [12, 20]}, batch.micro_size: {choice: [4, 6]}}"
     assert "search.yaml:2: search.batch.global_size: 20 is not a multiple of batch.micro_size (6)" in refusal(grid)
@@ -176,6 +194,13 @@ def test_draws_lie_in_their_ranges_and_depend_on_seed_and_number(tmp_path: Path)
     assert 10 <= sum(each["a"] < 1e-2 for each in first) <= 30  # half of the range by its logarithm
     assert drawn(tmp_path / "1", search(trials=5), 5) == first[:5]
     assert drawn(tmp_path / "2", search(seed=1), 5) != first[:5]
+
+
+def test_a_study_lies_in_its_directory_whatever_its_name(tmp_path: Path) -> None:
+    """SQLAlchemy decodes %20 in a URL, and takes what follows a question mark for options."""
+    for name in ("100%20", "a?b=c", "中文 😀#"):
+        drawn(tmp_path / name, search(), 1)
+        assert (tmp_path / name / "study.db").is_file()
 
 
 def test_tpe_learns_and_a_reopened_study_draws_the_same(tmp_path: Path) -> None:

@@ -327,6 +327,14 @@ def test_a_result_without_a_finite_value_is_a_failure(monkeypatch: pytest.Monkey
 # --- what must not change ---------------------------------------------------------------------------------------------
 
 
+def test_another_value_from_the_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SCHEDULE_9", "constant")
+    opened("run", SEARCH, "optim.schedule=${env:SCHEDULE_9}")
+    monkeypatch.setenv("SCHEDULE_9", "linear")
+    with pytest.raises(RecipeError, match=r"recipe: optim\.schedule: was .*SCHEDULE_9"):
+        opened("run", SEARCH, "optim.schedule=${env:SCHEDULE_9}")
+
+
 def test_another_recipe_search_or_data_are_refused() -> None:
     found = swept(search=SEARCH.replace("12", "2"))
     more = SEARCH.replace("12", "3")

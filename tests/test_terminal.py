@@ -158,6 +158,7 @@ def test_results() -> None:
 )  # fmt: skip
 def test_how_to_continue(words: list[str], expected: str) -> None:
     assert continuing(words) == expected
+    assert continuing(words, in_job=True) == f"a requeued job resumes; otherwise {expected}"  # or an interactive job
 
 
 def test_a_stopped_run_says_how_to_continue_and_results_are_on_stdout(

@@ -22,7 +22,7 @@ from ptft_dist.api.data import (
 )
 from ptft_dist.api.judging import evaluate, evaluate_model, evaluate_on_benchmarks, predict
 from ptft_dist.api.models import chat, generate, merge, score
-from ptft_dist.api.recipes import convert, load_recipe
+from ptft_dist.api.recipes import convert, load_recipe, values_of_environment
 from ptft_dist.api.runs import checkpoints, compare, export, report
 from ptft_dist.api.training import train
 
@@ -50,5 +50,6 @@ __all__ = [
     "score",
     "train",
     "train_tokenizer",
+    "values_of_environment",
     "verify_data",
 ]

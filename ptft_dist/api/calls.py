@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+from ptft_dist.config.load import as_json
 from ptft_dist.config.secrets import hide
 from ptft_dist.errors import PtftError
 
@@ -43,9 +43,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def as_words(overrides: Overrides) -> Sequence[str]:
-    """The overrides as on the command line."""
+    """The overrides as on the command line. Raises RecipeError for a value that a recipe cannot have."""
     if isinstance(overrides, Mapping):
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return [f"{key}={as_json(value)}" for key, value in overrides.items()]
     return overrides
 
 

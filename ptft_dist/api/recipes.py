@@ -27,6 +27,16 @@ def load_recipe(source: Source, overrides: Overrides = (), *, training: bool = F
     return loaded
 
 
+def values_of_environment(loaded: Loaded) -> dict[str, str]:
+    """The values of a recipe that come from environment variables and must be equal at a resume: dotted key -> text.
+
+    The text is that of the recipe with a hash of the value, which may be secret.
+    """
+    from ptft_dist.checkpoint.identity import values_of_environment as run
+
+    return run(loaded)
+
+
 @hiding_secrets
 def convert(
     file: str | Path, out: str | Path, overrides: Overrides = (), *, task: str | None = None, processes: int = 1

@@ -16,9 +16,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from ptft_dist.config.document import get
 from ptft_dist.config.load import Loaded, public_values
 from ptft_dist.config.recipe import Recipe
-from ptft_dist.config.section import Section
+from ptft_dist.config.section import Section, dotted
 
 MAY_CHANGE = (
     "run_dir",
@@ -80,6 +81,18 @@ def may_change(key: str, recipe: Recipe) -> bool:
     """Whether a resumed run may have another value of this key."""
     of_task = (f"{recipe.task}.{name}" for name in recipe.settings.may_change)
     return f"{key}.".startswith(tuple(f"{free}." for free in (*MAY_CHANGE, *of_task)))
+
+
+def values_of_environment(loaded: Loaded) -> dict[str, str]:
+    """The values from environment variables that must be equal at a resume, by dotted key: the text of the recipe, and
+    a hash of the value, which may be secret."""
+    named = {path: each.text for path, each in loaded.written.items() if each.variables}
+    values = loaded.recipe.own_values()
+    return {
+        dotted(path): _hashed(text, get(values, path))
+        for path, text in named.items()
+        if not may_change(dotted(path), loaded.recipe)
+    }
 
 
 def all_keys(identity: Mapping[str, Any]) -> set[str]:

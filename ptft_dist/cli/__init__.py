@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import os
@@ -96,6 +97,7 @@ def command(verb: str | None = None) -> typer._click.core.Command:
     return typer.main.get_command(app)
 
 
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)  # any verb may meet one at any path
 _EXIT_READER_GONE = 128 + 13  # the exit status in a shell of a process that was ended by SIGPIPE
 
 
@@ -132,7 +134,7 @@ def main() -> None:
     except Exception as error:  # like the interpreter, but with secrets masked in the traceback
         if isinstance(error, BrokenPipeError) and _reader_is_gone():
             sys.exit(_EXIT_READER_GONE)
-        if isinstance(error, PermissionError) and error.filename is not None:  # any verb may meet one at any path
+        if isinstance(error, OSError) and error.errno in _DENIED and error.filename is not None:
             denied = f"error: {error.filename}: {error.strerror}. Change its owner or its mode, or name another path"
             print(hide(denied), file=sys.stderr)
             sys.exit(RecipeError.exit_code)

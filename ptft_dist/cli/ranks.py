@@ -78,10 +78,10 @@ def end_at_signal(what: str, signal_name: str) -> None:
 
     from ptft_dist.errors import EXIT_STOPPED
     from ptft_dist.launch.ending import end_now
-    from ptft_dist.launch.environment import is_requeued, tell_launcher
+    from ptft_dist.launch.environment import may_be_requeued, tell_launcher
     from ptft_dist.reporting.messages import say
 
     say(f"stopped by {signal_name} {what}")
-    code = EXIT_STOPPED if is_requeued() else 128 + signal.Signals[signal_name]
+    code = EXIT_STOPPED if may_be_requeued() else 128 + signal.Signals[signal_name]
     tell_launcher(code)
     end_now(code)

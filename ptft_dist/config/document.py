@@ -28,6 +28,7 @@ _SCALARS = {_TAG + name for name in ("int", "float", "bool", "null")}
 _MAX_DEPTH = 50
 _MAX_VALUES = 100_000  # with aliases expanded, because a few nested aliases can expand to billions of values
 _LARGEST = 2**63 - 1
+_PAIR = re.compile("[\ud800-\udbff][\udc00-\udfff]")
 
 
 class Mistake(NamedTuple):
@@ -193,7 +194,7 @@ class _Builder:
                 self.document.lines[*path, index] = self._line_of(item)
             return [self.build(item, (*path, index)) for index, item in enumerate(node.value)]
         if isinstance(node, ScalarNode) and tag in _TEXT:
-            return node.value
+            return _joined(node.value)
         if isinstance(node, ScalarNode) and tag in _SCALARS:
             try:
                 return self.scalars.construct_object(node)
@@ -210,11 +211,10 @@ class _Builder:
                 self._refuse(key_node, path, "a key must be a name")
             elif str(key_node.tag) == _TAG + "merge":
                 self._refuse(key_node, path, "merge keys (<<) are not part of YAML 1.2")
-            elif key_node.value in values:
-                first = self.document.lines[*path, key_node.value]
-                self._refuse(key_node, (*path, key_node.value), f"given twice, first in line {first}")
+            elif (key := _joined(key_node.value)) in values:
+                first = self.document.lines[*path, key]
+                self._refuse(key_node, (*path, key), f"given twice, first in line {first}")
             else:
-                key = key_node.value
                 self.document.lines[*path, key] = self._line_of(key_node)
                 values[key] = self.build(value_node, (*path, key))
         return values
@@ -226,11 +226,21 @@ class _Builder:
         self.document.mistakes.append(Mistake(path, self._line_of(node), text))
 
 
+def _joined(text: str) -> str:
+    """The text with surrogate pairs as one character: JSON, which is also YAML, escapes one beyond U+FFFF as a pair."""
+    return _PAIR.sub(lambda pair: pair[0].encode("utf-16", "surrogatepass").decode("utf-16"), text)
+
+
+def get(values: Any, path: KeyPath) -> Any:
+    """The value at a path that exists."""
+    for key in path:
+        values = values[key]
+    return values
+
+
 def put(values: Any, path: KeyPath, value: Any) -> None:
     """Set the value at a path that exists."""
-    for key in path[:-1]:
-        values = values[key]
-    values[path[-1]] = value
+    get(values, path[:-1])[path[-1]] = value
 
 
 def _own_key(container: Any, key: str | int, path: KeyPath, whole: KeyPath) -> str | int:

@@ -68,7 +68,7 @@ def read_recipe(source: str | Mapping[str, Any], overrides: Sequence[str], schem
         path = find_shipped("recipes", source, ".yaml")
         text = _read(path)
     else:
-        path, text = DICTIONARY, _as_json(source)
+        path, text = DICTIONARY, as_json(dict(source), indent=1)
     document = _document(text, path, schema, "recipe")
     for assignment in overrides:
         document.override(assignment)
@@ -120,8 +120,8 @@ def _base(text: str, path: Path) -> Path:
         ) from None
 
 
-def _as_json(values: Mapping[str, Any]) -> str:
-    """A dictionary as JSON, which is also YAML, with one value per line."""
+def as_json(value: Any, indent: int | None = None) -> str:
+    """A value of a dictionary as JSON, which is also YAML. Raises RecipeError if a recipe has no such values."""
 
     def plain(value: Any) -> str:
         if isinstance(value, Path):
@@ -129,7 +129,7 @@ def _as_json(values: Mapping[str, Any]) -> str:
         raise TypeError(f"a value of the type {type(value).__name__} is not allowed")
 
     try:
-        return json.dumps(dict(values), indent=1, ensure_ascii=False, default=plain)
+        return json.dumps(value, indent=indent, ensure_ascii=False, default=plain)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe: {error}; use numbers, text, booleans, lists and dictionaries") from None
 

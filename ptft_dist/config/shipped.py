@@ -29,9 +29,10 @@ def shipped(kind: Kind) -> Path:
 
 
 def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
-    """Find a file by its path, or a shipped file by its name with or without suffix.
+    """Find a file by its path, or a shipped file by its name without suffix.
 
-    The name of a shipped file in a subfolder is `folder/name`, or `name` if this is unique.
+    The name of a shipped file in a subfolder is `folder/name`, or `name` if this is unique. `clm.yaml` is a file only:
+    in another directory, the shipped clm would take the place of the user's own.
 
     Raises:
         RecipeError: there is no such file. The message contains the nearest name and all available names.
@@ -51,7 +52,7 @@ def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
     matches = [path for key, path in available.items() if wanted == key] or [
         path for key, path in available.items() if wanted == key.rpartition("/")[2]
     ]
-    if len(matches) == 1:
+    if len(matches) == 1 and wanted == name:
         return matches[0]
     if is_directory:
         raise RecipeError(f"{name}: this is a directory, not a {_SINGULAR[kind]}; give a file in it")
@@ -59,6 +60,9 @@ def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
 
 
 def _not_found(kind: Kind, wanted: str, matches: list[Path], available: dict[str, Path]) -> str:
+    if len(matches) == 1:
+        (key,) = (key for key, path in available.items() if path in matches)
+        return f"no such file here, in {Path.cwd()}; the shipped {_SINGULAR[kind]} is called {key}"
     if matches:
         names = [key for key, path in available.items() if path in matches]
         return f"there is more than one shipped {_SINGULAR[kind]} with this name; use one of: {', '.join(names)}"

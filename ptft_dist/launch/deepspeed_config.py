@@ -102,7 +102,7 @@ def find_deepspeed_json(named: str, source: str, folder: Path | None = None) -> 
         if candidate.is_file():
             return candidate.resolve()
     if Path(named).parent == Path("ds_configs"):
-        return find_shipped("ds_configs", Path(named).name, ".json").resolve()
+        return find_shipped("ds_configs", Path(named).name.removesuffix(".json"), ".json").resolve()
     raise RecipeError(
         f"{source}: deepspeed_config_file: {named}: no such file; a relative name starts at the current directory, "
         f"which is {Path.cwd()}; give the absolute path"

@@ -99,8 +99,8 @@ def restarted_job() -> str | None:
     return job_id() if any(count not in ("", "0") for count in restarts) else None
 
 
-def is_requeued() -> bool:
-    """Whether the job is requeued after exit code 75."""
+def may_be_requeued() -> bool:
+    """Whether this is a Slurm job, which its script may requeue after exit code 75."""
     return "SLURM_JOB_ID" in os.environ
 
 

@@ -18,7 +18,7 @@ from ruamel.yaml.error import YAMLError
 from ptft_dist.config.shipped import find_shipped
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import find_deepspeed_json, resolve_deepspeed_config
-from ptft_dist.launch.launch_keys import BLOCKS, KEYS, TYPES
+from ptft_dist.launch.launch_keys import BLOCK_TYPES, BLOCKS, KEYS, OF_OTHER_LAUNCHERS, TYPES
 from ptft_dist.launch.settings import DEEPSPEED_VARIABLES, PARALLEL_SIZES, LaunchSettings
 
 
@@ -125,6 +125,7 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             for inner in value:
                 if inner not in BLOCKS[key]:
                     yield f"{key}.{inner}: unknown key{_nearest(inner, BLOCKS[key], key)}"
+            yield from _without_effect(key, value, config["distributed_type"])
         elif key in BLOCKS and value is not None:
             yield f"{key}: {value!r}; expected a block of keys"
     kind, processes = config["distributed_type"], config.get("num_processes")
@@ -141,6 +142,20 @@ def _problems(config: Mapping[str, Any]) -> Iterator[str]:
             return
     if kind == "NO" and processes not in (None, -1, 1):
         yield f"num_processes: {processes}: distributed_type NO starts one process; use MULTI_GPU (multi_gpu)"
+
+
+def _without_effect(block: str, values: Mapping[str, Any], kind: str) -> Iterator[str]:
+    given = [key for key, value in values.items() if value is not None]
+    needed = BLOCK_TYPES.get(block, kind)
+    if given and kind != needed:
+        yield f"{block}: no effect with distributed_type: {kind}; set distributed_type: {needed}, or remove the block"
+        return
+    for key in given:
+        if key in OF_OTHER_LAUNCHERS:
+            yield (
+                f"{block}.{key}: no effect, because torchrun starts the processes; remove it, and choose GPUs with "
+                "gpu_ids or CUDA_VISIBLE_DEVICES"
+            )
 
 
 def _nearest(key: str, known: Sequence[str], block: str = "") -> str:

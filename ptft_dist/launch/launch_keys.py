@@ -34,6 +34,9 @@ PARALLEL_KEYS = tuple(
         "sp_seq_length_is_variable", "sp_attn_implementation",
     )
 )  # fmt: skip
+OF_OTHER_LAUNCHERS = ("deepspeed_hostfile", "deepspeed_exclusion_filter", "deepspeed_inclusion_filter")
+BLOCK_TYPES = {"deepspeed_config": "DEEPSPEED", "fsdp_config": "FSDP"}
+"""Block -> the distributed type that reads it."""
 BLOCKS = {"deepspeed_config": DEEPSPEED_KEYS, "fsdp_config": FSDP_KEYS, "parallelism_config": PARALLEL_KEYS}
 
 # Distributed types that start one process, or several through torchrun.

@@ -18,6 +18,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import EXIT_CODE_FILE, RUN_DIR, START_TOKEN, start_token
 from ptft_dist.launch.launch_file import LaunchFile
 from ptft_dist.launch.network import gloo_interface
+from ptft_dist.launch.result import VERSION_BEFORE, version_of_environment
 from ptft_dist.signals import STOP, ignore_stop_signals
 
 
@@ -137,7 +138,11 @@ def launch(
         nonlocal signals
         signals += 1
         if signals == 1:
-            stop_file.write_text(token)
+            try:
+                stop_file.write_text(token)
+            except OSError:  # such as a full quota; ranks that train handle the signal themselves, and tell the others
+                if child is not None:
+                    os.killpg(child.pid, signal.SIGTERM)
         elif number == signal.SIGINT and child is not None:
             os.killpg(child.pid, signal.SIGKILL)
 
@@ -151,6 +156,7 @@ def launch(
     descriptor, name = tempfile.mkstemp(prefix="ptft-exit-code-")
     os.close(descriptor)
     environment |= {EXIT_CODE_FILE: name, START_TOKEN: token, RUN_DIR: str(run_dir.absolute())}
+    environment |= {VERSION_BEFORE: version_of_environment(run_dir)}
     if address is not None:
         interface, message = gloo_interface(address, environment)
         environment |= interface

@@ -19,6 +19,8 @@ from ptft_dist.errors import EXIT_LOST
 from ptft_dist.launch.environment import START_TOKEN, start_token
 
 RESULT, ENVIRONMENT = "result.json", "environment.json"
+VERSION_BEFORE = "PTFT_ENVIRONMENT_BEFORE"
+"""The environment variable in which `ptft train --launch` names the `version_of_environment` before the start."""
 
 
 def write_result(run_dir: Path, values: Mapping[str, Any]) -> None:
@@ -58,8 +60,20 @@ def may_be_of_this_start(values: Mapping[str, Any]) -> bool:
 
 
 def has_begun(run_dir: Path) -> bool:
-    """Whether this start has begun to train. Before that, result.json is that of an earlier start."""
-    return bool(read_json(run_dir / ENVIRONMENT).get("start") == start_token(os.environ))
+    """Whether this start has begun to train. Before that, result.json is that of an earlier start.
+
+    The starts in an interactive Slurm job have the same token, so environment.json must also be new.
+    """
+    is_ours = read_json(run_dir / ENVIRONMENT).get("start") == start_token(os.environ)
+    return is_ours and version_of_environment(run_dir) != os.environ.get(VERSION_BEFORE)
+
+
+def version_of_environment(run_dir: Path) -> str:
+    """Tells environment.json from that of another start; empty if there is none."""
+    try:
+        return str((run_dir / ENVIRONMENT).stat().st_mtime_ns)
+    except OSError:
+        return ""
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -60,11 +60,15 @@ def _next(run_dir: Path, model: Path | None, metrics: Mapping[str, Any], generat
     yield f"ptft tensorboard {run}"
 
 
-def continuing(words: Sequence[str]) -> str:
+def continuing(words: Sequence[str], *, in_job: bool = False) -> str:
     """The command that continues a stopped run: that of this start, without --resume, which may mean to start over.
 
-    words: the command line; not one of `ptft train` in scripts and notebooks.
+    Args:
+        words: the command line; not one of `ptft train` in scripts and notebooks.
+        in_job: in a Slurm job, which may be requeued, or an interactive one.
     """
+    if in_job:
+        return f"a requeued job resumes; otherwise {continuing(words)}"
     if len(words) < 2 or Path(words[0]).name not in ("ptft", "__main__.py") or words[1] != "train":
         return "continue with the same call"
     kept: list[str] = []

@@ -31,7 +31,7 @@ from pydantic import Field, PositiveInt, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.consistency import no_metric
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import Recipe
@@ -170,11 +170,16 @@ class Pipeline:
         return moved
 
     def begin(self, stage: Stage) -> None:
-        """Record what the stage is made from."""
-        stage.folder.mkdir(parents=True, exist_ok=True)
-        (stage.folder / RECORD).write_text(json.dumps({"key": self.keys[stage.name], "verb": stage.settings.verb}))
+        """Record what the stage is made from. Raises RecipeError if its directory cannot be written."""
         outputs = {each.name: OUTPUTS[each.settings.verb] for each in self.stages}
-        (self.out / LIST).write_text(json.dumps({"stages": outputs}))
+        record = {"key": self.keys[stage.name], "verb": stage.settings.verb}
+        try:
+            stage.folder.mkdir(parents=True, exist_ok=True)
+            (stage.folder / RECORD).write_text(json.dumps(record))
+            (self.out / LIST).write_text(json.dumps({"stages": outputs}))
+        except OSError as error:
+            denied = f"out: {error.filename} cannot be written: {error.strerror}. Choose another directory"
+            raise RecipeError(denied) from None
 
     @cached_property
     def keys(self) -> Mapping[str, str]:
@@ -189,6 +194,7 @@ class Pipeline:
             else:
                 inputs = _inputs(stage, loaded)
             parts = [stage.settings.verb, stage.model, loaded.resolved, inputs]
+            parts += values_of_environment(loaded).values()
             parts += [found[name] for name in stage.references]
             found[stage.name] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return found

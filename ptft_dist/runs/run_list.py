@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.load import Loaded
 from ptft_dist.errors import EXIT_FINISHED, PtftError
 from ptft_dist.launch.result import read_json
@@ -58,7 +58,7 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
 
     Args:
         options: options of `ptft train` for every run.
-        skip_finished: do not start a run that `is_finished`.
+        skip_finished: do not start a run that `is_finished`; False with --resume never.
 
     Raises:
         RecipeError, DataError: a run's recipe or its inputs cannot be read.
@@ -69,7 +69,8 @@ def run_all(runs: Iterable[Run], options: Sequence[str], executor: Executor, *, 
             continue
         code = executor(run, options)
         if code != EXIT_FINISHED:
-            say(f"{run.name} ended with exit code {code}. The same command continues with it.")
+            over = "" if skip_finished else " without --resume never"  # which would start all runs over
+            say(f"{run.name} ended with exit code {code}. The same command{over} continues with it.")
             return code
     return EXIT_FINISHED
 
@@ -100,9 +101,10 @@ def is_finished(run: Finishable) -> bool:
         resolved = (run.run_dir / "resolved.yaml").read_text(encoding="utf-8")
     except OSError:
         return False
-    if resolved != loaded.resolved:
+    environment = read_json(run.run_dir / "environment.json")
+    if resolved != loaded.resolved or environment.get("variables", {}) != values_of_environment(loaded):
         return False
-    return read_json(run.run_dir / "environment.json").get("inputs") == input_fingerprint(loaded)
+    return environment.get("inputs") == input_fingerprint(loaded)
 
 
 def collect(runs: Iterable[Run]) -> list[dict[str, Any]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,9 +209,16 @@ def check_search(file: SearchFile, recipe: str, overrides: Sequence[str]) -> tup
 
 def _mistakes(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Iterator[str]:
     """All of them, at the lines of the search file; some more than once."""
-    fixed = [key for key in file.search.search if key in FIXED]
+    searched = file.search.search
+    fixed = [
+        key for key in searched for each in FIXED if _is_within(_plain(key), each) or _is_within(each, _plain(key))
+    ]
     for key in fixed:
         yield f"{file.path}:{file.lines[key]}: search.{key}: a sweep cannot vary this key"
+    for given in dict.fromkeys(word.partition("=")[0] for word in overrides):
+        for key in (key for key in searched if _is_within(_plain(given), _plain(key))):
+            where = f"{file.path}:{file.lines[key]}: search.{key}"
+            yield f"command line: {given}: has no effect here: every trial has its own value, see {where}"
     for values in _tries(file.search):
         tried = words({key: value for key, value in values.items() if key not in fixed})
         try:
@@ -226,6 +234,15 @@ def _mistakes(file: SearchFile, recipe: str, overrides: Sequence[str]) -> Iterat
                     if known
                     else f"{file.path}: with {' '.join(tried)}: {text}"
                 )
+
+
+def _plain(key: str) -> str:
+    """A key with the indices of lists between dots: data.train[0].path is data.train.0.path."""
+    return re.sub(r"\[(\d+)\]", r".\1", key.strip())
+
+
+def _is_within(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
 
 
 def _tries(search: Search) -> Iterator[dict[str, Any]]:

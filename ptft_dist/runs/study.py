@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,9 +72,7 @@ class Study:
     """The study of a sweep, created if it does not exist. Threads and processes may use it at the same time."""
 
     def __init__(self, folder: Path, search: Search, *, larger_is_better: bool) -> None:
-        """Raises RecipeError if the folder cannot hold a study."""
-        if "?" in str(folder):
-            raise RecipeError(f"--out: {folder}: SQLite cannot use a path with a question mark; choose another")
+        """Raises RecipeError if the folder cannot be written."""
         self.folder, self.search = folder, search
         self.space = {key: _distribution(each) for key, each in search.search.items()}
         self.direction: Literal["maximize", "minimize"] = "maximize" if larger_is_better else "minimize"
@@ -83,7 +82,8 @@ class Study:
         except OSError as error:
             raise RecipeError(f"run_dir: {folder} cannot be written: {error.strerror}") from None
         with self._locked():
-            self.storage = optuna.storages.RDBStorage(f"sqlite:///{folder.absolute() / 'study.db'}")
+            database = urllib.parse.quote(str(folder.absolute() / "study.db"))  # a path may have a % or a ?
+            self.storage = optuna.storages.RDBStorage(f"sqlite:///{database}")
             self.study = optuna.create_study(
                 storage=self.storage, study_name=NAME, direction=self.direction, load_if_exists=True
             )

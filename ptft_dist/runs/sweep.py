@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptft_dist.api import input_fingerprint, load_recipe
+from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.document import leaves
 from ptft_dist.config.load import Loaded, edited, public_values, starts_at, to_yaml
 from ptft_dist.config.section import dotted
@@ -103,7 +103,7 @@ def _facts(loaded: Loaded, search: Search) -> dict[str, Any]:
     """What must not change while a sweep is continued."""
     recipe = {key: value for key, value in public_values(loaded).items() if key != "run_dir"}
     return {
-        "recipe": {dotted(path): value for path, value in leaves(recipe)},
+        "recipe": {dotted(path): value for path, value in leaves(recipe)} | values_of_environment(loaded),
         "search": search.model_dump(mode="json", exclude={"trials"}, exclude_defaults=True),
         "data": input_fingerprint(loaded),
     }

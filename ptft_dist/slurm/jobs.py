@@ -7,7 +7,9 @@ RUN/slurm/ID.log       what it says, over all its starts
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import io
 import json
 import re
 import statistics
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ptft_dist.errors import RecipeError
+from ptft_dist.launch.result import read_json
 from ptft_dist.slurm.client import ENDED, SlurmError, ask, job_facts, sbatch
 from ptft_dist.slurm.requeue import history, newest_update
 
@@ -71,8 +74,7 @@ def job_of(run_dir: Path) -> str | None:
 
 
 def _known(run_dir: Path) -> dict[str, str] | None:
-    file = run_dir / FOLDER / _JOB
-    return json.loads(file.read_text()) if file.exists() else None
+    return read_json(run_dir / FOLDER / _JOB) or None  # a full disk may have cut it off
 
 
 def find_run(text: str) -> Path:
@@ -124,7 +126,7 @@ def status(run_dir: Path) -> list[tuple[str, str]]:
         return [(name, _part_state(run_dir / name, output)) for name, output in names.items()]
     job = require_job(run_dir)
     facts = _facts(job)
-    lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(facts, run_dir))]
+    lines = [("job", job), ("state", "ended; Slurm has forgotten it" if facts is None else _state(job, facts, run_dir))]
     if facts is not None and facts.get("NodeList", "(null)") != "(null)":
         lines.append(("nodes", facts["NodeList"]))
     if facts is not None and "TimeLimit" in facts:
@@ -174,13 +176,16 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
     if not path.exists() and not follow:
         raise RecipeError(f"{path}: there is no log. The job has not started, or it was not started by ptft submit")
     place, rest, shown = 0, "", False
+    utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")  # a piece may end within a character
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
     while True:
         ended = not follow or (facts := job_facts(job)) is None or facts["JobState"] in ENDED
         if path.exists():
-            with path.open(encoding="utf-8", errors="replace") as file:
+            with path.open("rb") as file:
                 file.seek(place)
-                text = file.read()
-                place = file.tell()
+                read = file.read()
+            place += len(read)
+            text = decoder.decode(read, final=ended)
             if label is not None:
                 *whole, rest = (rest + text).split("\n")
                 text = "".join(f"{line}\n" for line in whole if label.match(line))
@@ -195,9 +200,8 @@ def log_lines(run_dir: Path, *, follow: bool, task: int | None = None) -> Iterat
 
 def _parts(out: Path) -> dict[str, Path | None] | None:
     """The stages of a pipeline, with their outputs, or the tasks of an array: folds, or workers of a sweep."""
-    file = out / "pipeline.json"
-    if file.exists():
-        return {name: out / name / output for name, output in json.loads(file.read_text())["stages"].items()}
+    if stages := read_json(out / "pipeline.json").get("stages"):
+        return {name: out / name / output for name, output in stages.items()}
     _, *tasks = with_jobs(out)
     return dict.fromkeys(task.name for task in tasks) if tasks and not (out / FOLDER / _JOB).exists() else None
 
@@ -206,7 +210,7 @@ def _part_state(folder: Path, output: Path | None) -> str:
     """The job of a stage or a fold and its state, what its last start has ended with, and its update."""
     job, ended = job_of(folder), history(folder)
     facts = None if job is None else _facts(job)
-    words = [] if facts is None else [f"job {job} {_state(facts, folder)}"]
+    words = [] if job is None or facts is None else [f"job {job} {_state(job, facts, folder)}"]
     words += ["done"] if output is not None and output.exists() else []
     words += [f"last start: {ended[-1]['cause']}"] if ended else []
     words += [f"update {text}" for text in _progress(folder)]
@@ -220,11 +224,14 @@ def _facts(job: str) -> Mapping[str, str] | None:
         return {"JobId": job, "JobState": "UNKNOWN", "Reason": str(error).splitlines()[0]}
 
 
-def _state(facts: Mapping[str, str], run_dir: Path) -> str:
-    """The state of a job; `cancelled` if `ptft cancel` has ended it, which Slurm knows as a failure."""
+def _state(job: str, facts: Mapping[str, str], run_dir: Path) -> str:
+    """The state of a job; `cancelled` if `ptft cancel` has ended it, which Slurm knows as a failure.
+
+    job: its id, of a task of an array ARRAY_TASK, for which the JobId of the facts is another one.
+    """
     state, reason = facts["JobState"].lower(), facts.get("Reason", "None")
     file = run_dir / FOLDER / _CANCELLED
-    if state in ("failed", "cancelled") and file.exists() and file.read_text() == facts["JobId"]:
+    if state in ("failed", "cancelled") and file.exists() and file.read_text() == job:
         return "cancelled by ptft cancel"
     return state if reason == "None" else f"{state} ({reason})"
 

@@ -82,7 +82,10 @@ class Job:
 
 
 def render(job: Job, site: Site) -> str:
-    """The batch script of a job. Raises RecipeError if the site has no GPUs and the job asks for some."""
+    """The batch script of a job.
+
+    Raises RecipeError if the site has no GPUs and the job asks for some, or if its options repeat those of the job.
+    """
     variables = dict(site.variables)
     if site.cache is not None:
         variables["PTFT_CACHE"] = site.cache
@@ -136,6 +139,12 @@ def _options(job: Job, site: Site) -> list[str]:
     if job.after:
         options += [f"dependency=afterok:{':'.join(job.after)}", "kill-on-invalid-dep=yes"]
     options += [f"signal=TERM@{site.lead_s}", "requeue" if site.requeue else "no-requeue", "open-mode=append"]
+    own = {option.partition("=")[0] for option in options} | {"requeue", "no-requeue", "output"}
+    if twice := [f"options.{name}" for name in site.options if name in own]:
+        raise RecipeError(
+            f"{', '.join(twice)}: the script has this option already, and sbatch would read one of both; remove it "
+            "from the site profile. Keys of the profile and options of ptft submit set it"
+        )
     options += [name if value is None else f"{name}={value}" for name, value in site.options.items()]
     if _PLAIN_PATH.fullmatch(str(job.log)):  # otherwise `ptft submit` gives it to sbatch
         options.append(f"output={job.log}/{'%A_%a' if len(job.commands) > 1 else '%j'}.log")

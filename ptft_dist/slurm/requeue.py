@@ -154,7 +154,8 @@ def _is_in(name: str, node_list: str) -> bool:
         number = name.removeprefix(prefix) if prefix and name.startswith(prefix) else ""
         for each in ranges.split(",") if number.isdigit() else ():
             first, _, last = each.partition("-")
-            if len(first) == len(number) and int(first) <= int(number) <= int(last or first):
+            padded = f"{int(number):0{len(first)}}"  # n[8-10] are n8, n9, n10; n[08-10] are n08, n09, n10
+            if number == padded and int(first) <= int(number) <= int(last or first):
                 return True
     return False
 
@@ -181,8 +182,8 @@ def newest_update(run_dir: Path) -> int:
     """The update of the newest complete checkpoint, 0 without one; of a sweep or folds, the sum over their runs."""
     if runs := [*run_dir.glob("trial-*"), *run_dir.glob("fold-*")]:
         return sum(map(newest_update, runs))
-    names = (path.parent.name for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
-    return max((int(name.removeprefix("step-")) for name in names), default=0)
+    steps = (path.parent.name.removeprefix("step-") for path in (run_dir / "checkpoints").glob("step-*/manifest.json"))
+    return max((int(step) for step in steps if step.isdecimal()), default=0)  # not copies, such as step-00000100.bak
 
 
 def lost_hosts(run_dir: Path | None, environ: Mapping[str, str]) -> list[str]:

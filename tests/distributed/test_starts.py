@@ -122,14 +122,15 @@ def test_a_run_that_starts_from_another_one_s_checkpoint_saves_its_own(
     tmp_path: Path, documents: Path, cache: Path
 ) -> None:
     """Even if it stops before its first update, so that the command that is shown continues it."""
-    write_recipe(tmp_path, documents, eval={"every": None})
-    other = start("train", "recipe.yaml", "run_dir=other", cwd=tmp_path, cache=cache)
+    write_recipe(tmp_path, documents, eval={"every": None}, log={"report": True})
+    other = start("train", "recipe.yaml", "run_dir=other", "log.report=false", cwd=tmp_path, cache=cache)
     assert other.wait() == 0, other.stderr
     (tmp_path / "run").mkdir()
     (tmp_path / "run/stop").touch()
     stopped = start("train", "recipe.yaml", "--resume", "other/checkpoints/step-00000004", cwd=tmp_path, cache=cache)
     assert stopped.wait() == 75, stopped.stderr
     assert "saved to run/checkpoints/step-00000004; continue with: ptft train recipe.yaml\n" in stopped.stderr
+    assert "warning" not in stopped.stderr  # there is nothing to report yet
     again = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert again.wait() == 0, again.stderr
     assert "resumed from run/checkpoints/step-00000004," in again.stderr
