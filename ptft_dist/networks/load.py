@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.config_keys import config_from_keys
-from ptft_dist.networks.facts import NetworkFacts, input_embedding
+from ptft_dist.networks.facts import NetworkFacts, input_embedding, labels_of
 from ptft_dist.networks.names import directory_or_hub_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -86,7 +86,7 @@ def _check_labels(section: ModelSection, saved: PretrainedConfig, config: Pretra
     The shapes of the weights may be equal nevertheless. LABEL_0, LABEL_1, ... are transformers' default names and are
     not compared.
     """
-    head_labels, labels = ([str(label) for label in (each.id2label or {}).values()] for each in (saved, config))
+    head_labels, labels = labels_of(saved), labels_of(config)
     default_names = [f"LABEL_{i}" for i in range(len(head_labels))]
     if _is_classifier(saved) and head_labels not in (labels, default_names):
         raise RecipeError(
