@@ -16,6 +16,7 @@ from prepare_support import prepare
 from support import start, train_rows
 from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ptft_dist
@@ -223,6 +224,23 @@ def test_completions_and_plain_texts_end_with_eos(tokenizer: Any) -> None:
     ids = plain.columns["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
     assert np.array(plain.columns["learned"]).tolist() == [0] + [1] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_a_plain_text_begins_as_the_tokenizer_begins_it(loss: str) -> None:
+    """Llama and Mistral: BOS, and a space before the first word of the text only. In `<s>it`, that is not `it`."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["it sleeps and the cat runs"] * 9, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    mistral = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for values in ({"text": "it sleeps"}, {"prompt": "it", "completion": " sleeps"}):
+        example = encode(mistral, values, loss=loss)
+        assert list(example.columns["input_ids"]) == [*mistral("it sleeps").input_ids, mistral.eos_token_id]
+        whole = loss == "all" or "text" in values
+        assert learned_text(mistral, example) == ("it sleeps</s>" if whole else "sleeps</s>")
 
 
 def test_what_is_given_is_not_learned(tokenizer: Any) -> None:
