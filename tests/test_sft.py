@@ -480,6 +480,37 @@ def test_a_template_that_loses_a_message_is_refused(tokenizer: Any) -> None:
         ChatTemplate(with_template(tokenizer, NO_SYSTEM), "sft").render(messages, None)
 
 
+THOUGHT = "<think>\nit is night\n</think>\n\n"
+KEEPS_NO_THOUGHT = UNMARKED.replace("m.content", "m.content.split('</think>')[-1]")
+REASONED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "in the content": (UNMARKED, {"content": THOUGHT + "it sleeps"}, True),
+    "in the content, and removed": (KEEPS_NO_THOUGHT, {"content": THOUGHT + "it sleeps"}, False),
+    **{
+        f"{key}{', and not read' * (not known)}": (
+            UNMARKED.replace("m.content", f"(m.{key if known else 'other'} or '') + m.content"),
+            {"content": "it sleeps", key: "it is night"},
+            known,
+        )
+        for key in ("reasoning_content", "reasoning", "thinking")
+        for known in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("name", REASONED)
+def test_the_reasoning_of_the_last_message_is_learned_or_refused(tokenizer: Any, name: str) -> None:
+    """That of earlier messages may be left out, as most templates do."""
+    template, answer, kept = REASONED[name]
+    chat = with_template(tokenizer, template)
+    reasoned = {"role": "assistant", **answer}
+    if kept:
+        assert "it is night" in learned_text(tokenizer, encode(chat, {"messages": [USER, reasoned]}))
+    else:
+        with pytest.raises(RowError, match="drops the reasoning of the last message: 'it is night'"):
+            encode(chat, {"messages": [USER, reasoned]})
+    assert encode(chat, {"messages": [USER, reasoned, *SECOND]}, loss="last").meta["reference"] == "runs"
+
+
 def test_a_template_that_shows_no_tools_is_refused(tokenizer: Any) -> None:
     with pytest.raises(TemplateRefused, match="drops the tool look"):
         ChatTemplate(with_template(tokenizer, UNMARKED), "sft").render([USER, ASSISTANT], [TOOL])
