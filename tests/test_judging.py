@@ -512,10 +512,11 @@ def test_a_question_that_does_not_fit_is_not_replaced_by_an_earlier_one(
 
 
 def test_a_run_with_packed_conversations_answers_each(tmp_path: Path) -> None:
-    """Packing is for training: the answers are those without it."""
+    """Packing is for training: answers and losses are those without it."""
     changes = {
         **SHORT,
-        "model": {"config": {"max_position_embeddings": 128}},
+        "model": {"config": {"max_position_embeddings": 192}},
+        "data": {"max_length": 120},
         "sft": {"packing": True, "generation": None},
     }
     api.train(write_tiny(tmp_path, "sft", **changes), {"run_dir": "run"}, quiet=True)
@@ -524,6 +525,10 @@ def test_a_run_with_packed_conversations_answers_each(tmp_path: Path) -> None:
     api.predict("run", "in.jsonl", "alone.jsonl", overrides={"sft.packing": False})
     assert lines(tmp_path / "packed.jsonl") == lines(tmp_path / "alone.jsonl")
     assert [list(row["prediction"]) for row in lines(tmp_path / "packed.jsonl")] == [["text"], ["text"]]
+    packed, alone = api.evaluate_model("run"), api.evaluate_model("run", overrides={"sft.packing": False})
+    assert packed.rows < alone.rows
+    assert packed.metrics["eval/loss"] == pytest.approx(alone.metrics["eval/loss"], rel=1e-5)
+    assert lines(tmp_path / "run/evaluation.rows.jsonl")[-1]["row"] == packed.rows - 1
 
 
 def test_half_a_surrogate_pair_in_another_column_is_kept(run_of: Any, tmp_path: Path) -> None:
