@@ -511,6 +511,21 @@ def test_the_reasoning_of_the_last_message_is_learned_or_refused(tokenizer: Any,
     assert encode(chat, {"messages": [USER, reasoned, *SECOND]}, loss="last").meta["reference"] == "runs"
 
 
+def test_the_last_turn_of_phi_3_has_its_text_and_both_ends(tokenizer: Any) -> None:
+    """TRL's variant marks the EOS after the last turn by itself. Generated texts end at the first end, <|end|>."""
+    phi = with_template(tokenizer, trl_templates()["phi3"].read_text())
+    phi.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|user|>", "<|assistant|>", "<|end|>"]})
+    example = encode(phi, {"messages": [USER, ASSISTANT, *SECOND]}, loss="last")
+    assert learned_text(phi, example) == "runs<|end|>\n<|im_end|>"
+    assert (example.meta["source"], example.meta["reference"]) == ("and the dog", "runs")
+    assert phi.decode(example.meta["prompt"]).endswith("and the dog<|end|>\n<|assistant|>\n")
+    both = encode(phi, {"prompt": [USER, ASSISTANT, SECOND[0]], "completion": SECOND[1:]})
+    assert learned_text(phi, both) == "runs<|end|>\n<|im_end|>"
+    encoder = ConversationRows(EncoderContext.of(recipe(), phi))
+    assert encoder.template.marked
+    assert encoder.discovered == {"end_of_turn": phi.convert_tokens_to_ids("<|end|>")}
+
+
 def test_a_template_that_shows_no_tools_is_refused(tokenizer: Any) -> None:
     with pytest.raises(TemplateRefused, match="drops the tool look"):
         ChatTemplate(with_template(tokenizer, UNMARKED), "sft").render([USER, ASSISTANT], [TOOL])

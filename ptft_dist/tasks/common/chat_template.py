@@ -193,6 +193,7 @@ class ChatTemplate:
         """
         if self.marked:
             text, spans = self._text(messages, tools, marked=True)
+            spans = _turns(spans, sum(message["role"] == "assistant" for message in messages))
         else:
             text, _ = self._text(messages, tools)
             spans = self._turn_by_turn(messages, tools, text)
@@ -248,6 +249,19 @@ class ChatTemplate:
                     )
                 spans.append((len(before), len(after)))
         return spans
+
+
+def _turns(spans: list[Span], count: int) -> list[Span]:
+    """The spans of `count` turns: adjacent spans are one if there are more. Phi-3 marks the EOS at the end itself."""
+    if len(spans) <= count:
+        return spans
+    turns = spans[:1]
+    for start, end in spans[1:]:
+        if start == turns[-1][1]:
+            turns[-1] = (turns[-1][0], end)
+        else:
+            turns.append((start, end))
+    return turns
 
 
 def check_nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> None:

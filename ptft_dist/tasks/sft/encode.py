@@ -94,18 +94,19 @@ class ConversationRows(RowEncoder):
         return self._template
 
     def _end_of_turn(self, template: ChatTemplate) -> str:
-        """The special token that ends the assistant's turn.
+        """The special token that ends the assistant's text.
 
         Raises:
-            RecipeError: the assistant's turn contains no special token, or the template refuses a test conversation.
+            RecipeError: no special token follows it in its turn, or the template refuses a test conversation.
         """
+        answer = "ANSWER"
         try:
-            probe = template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None)
+            probe = template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], None)
         except TemplateRefused as why:
             raise RecipeError(f"sft.template: {why}. It must render a user and an assistant message.") from None
         start, end = probe.spans[-1]
-        if special_tokens := self.control.pattern.findall(probe.text[start:end]):
-            return special_tokens[-1]
+        if special_tokens := self.control.pattern.findall(probe.text[start:end].rpartition(answer)[2]):
+            return special_tokens[0]
         raise RecipeError(
             f"sft.template: the assistant's turn ends without a special token ({probe.text[start:end]!r}), so the "
             "model would never learn to stop. "
@@ -178,7 +179,7 @@ class ConversationRows(RowEncoder):
         given = sum(i < parsed.given for i in turns)
         if given and len(rendered.spans) != len(turns):
             raise RowError(
-                f"the chat template renders only {len(rendered.spans)} of {len(turns)} assistant messages, so it is "
+                f"the chat template renders {len(rendered.spans)} turns for {len(turns)} assistant messages, so it is "
                 "unknown which of them belong to the prompt. Use another template, or the shape messages."
             )
         return rendered.text, rendered.spans[given:]
