@@ -87,7 +87,7 @@ CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 CALLED_TWICE = {"role": "assistant", "content": "", "tool_calls": [{"id": "a1", **CALL}, {"id": "b2", **CALL}]}
 ANSWERS = [{"role": "tool", "content": "x", "tool_call_id": id_} for id_ in ("a1", "b2")]
 SHAPED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
-    "messages": ({"messages": [USER, ASSISTANT]}, "messages", [USER, ASSISTANT]),
+    "messages": ({"messages": [USER, ASSISTANT | {"weight": 1}]}, "messages", [USER, ASSISTANT]),
     "parts": (
         {
             "messages": [
@@ -155,7 +155,7 @@ SHAPED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     ),
     "alpaca": ({"instruction": "a red cat", "input": "", "output": "it sleeps"}, "alpaca", [USER, ASSISTANT]),
     "alpaca with input": (
-        {"instruction": "describe", "input": "a red cat", "output": "it sleeps"},
+        {"instruction": "describe", "input": "a red cat", "output": "it sleeps", "history": []},
         "alpaca",
         [{"role": "user", "content": "describe\n\na red cat"}, ASSISTANT],
     ),
@@ -798,6 +798,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "two shapes": ({"text": "a", "prompt": "b", "completion": "c"}, "fit several shapes"),
     "sharegpt without value": ({"conversations": [{"from": "human"}]}, "turn 1 is not an object with from and value"),
     "sharegpt stranger": ({"conversations": [{"from": "alien", "value": "a"}]}, "turn 1 is from 'alien'"),
+    "a message with a weight of 0": (
+        {"messages": [USER, ASSISTANT | {"weight": 0}, *SECOND]},
+        r"message 2 is not to be learned \(weight: 0\)",
+    ),
+    "a turn not to train on": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "train": False}]},
+        r"message 2 is not to be learned \(train: False\)",
+    ),
+    "alpaca with earlier turns": (
+        {"history": [["a", "b"]], "instruction": "c", "output": "d"},
+        "'history' has earlier turns",
+    ),
     "call no JSON": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "look("}]},
         "turn 2, a function_call, is not JSON",
