@@ -648,6 +648,12 @@ NETWORKS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "token_classification",
         {"labels": ["O", "B-X", "I-X"], "scheme": "iob2"},
     ),
+    "RobertaForTokenClassification": (
+        {"id2label": {0: "O", 1: "B-X", 2: "I-X", 3: "E-X", 4: "S-X"}},
+        "token_classification",
+        {"scheme": "bioes"},
+    ),
+    "ElectraForTokenClassification": ({"id2label": {0: "NOUN", 1: "ADJ"}}, "token_classification", {"scheme": "plain"}),
     "BertForQuestionAnswering": ({}, "question_answering", {}),
     "BertForMaskedLM": ({}, "mlm", {}),
     "T5ForConditionalGeneration": ({}, "seq2seq", {}),
