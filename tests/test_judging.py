@@ -712,8 +712,11 @@ def test_evaluations_are_compared_example_by_example(run_of: Any) -> None:
 
 
 def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
-    """As peft does, row by row; the run, and its adapter directory elsewhere with the recipe."""
-    base = run_of("classification") / "model"
+    """As peft does, row by row; the run, and its adapter directory with the recipe. The base has no labels."""
+    base = shutil.copytree(run_of("classification") / "model", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    labels = list(config.pop("id2label").values())
+    (base / "config.json").write_text(json.dumps(config))
     recipe = write_adapted(tmp_path, base, "classification", METHODS["lora"], **SHORT)
     api.train(recipe, quiet=True)
     file, rows = validation_rows(run_of("classification"), "classification", 10)
@@ -721,6 +724,9 @@ def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
     shutil.copytree("run/model", "elsewhere")
     api.predict("elsewhere", file, "same.jsonl", source=recipe)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+    assert list(lines(tmp_path / "out.jsonl")[0]["prediction"]["probabilities"]) == labels
+    with pytest.raises(RecipeError, match=f"the head of .* was trained for the labels {', '.join(labels)}"):
+        api.evaluate_model("elsewhere", recipe, overrides={"classification.labels": labels[::-1]})
     model = AutoPeftModelForSequenceClassification.from_pretrained("run/model", num_labels=2).eval()
     tokenizer = AutoTokenizer.from_pretrained("run/model")
     for row, found in zip(rows, lines(tmp_path / "out.jsonl"), strict=True):
