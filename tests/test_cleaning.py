@@ -368,9 +368,10 @@ def test_text_parts_that_no_step_changes_stay_as_they_are(tmp_path: Path, tokeni
 
 
 def test_the_reasoning_of_a_message_is_cleaned(tmp_path: Path, tokenizer: Path) -> None:
-    row = conversation("hello", "yes", reasoning_content="mail  bob@example.com")
+    keys = ("reasoning_content", "reasoning", "thinking")
+    row = conversation("hello", "yes", **dict.fromkeys(keys, "mail  bob@example.com"))
     (found,) = cleaned(tmp_path, tokenizer, ["pii"], [row])
-    assert found["messages"][1]["reasoning_content"] == "mail  <EMAIL>"
+    assert [found["messages"][1][key] for key in keys] == ["mail  <EMAIL>"] * 3
 
 
 def test_text_parts_count_for_steps_that_only_drop(tmp_path: Path, tokenizer: Path) -> None:

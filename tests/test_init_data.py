@@ -190,6 +190,9 @@ def test_labels(tmp_path: Path) -> None:
         (["I-A", "I-A", "O"], "iob1"),
         (["B-A", "E-A", "S-B"], "bioes"),
         (["NOUN", "VERB", "DET"], "plain"),
+        (["B-PER", "L-PER", "U-LOC"], "bilou"),
+        (["B", "E", "S"], "bioes"),
+        (["B", "M", "E"], "bmes"),
     ],
 )
 def test_the_scheme_of_tags(tmp_path: Path, tags: list[str], scheme: str) -> None:

@@ -112,6 +112,8 @@ def test_the_last_evaluation_of_a_run_is_reproduced(run_of: Any, task: str) -> N
     worst = result.details["worst"]
     assert [each["loss"] for each in worst] == pytest.approx(sorted(means, reverse=True)[: len(worst)])
     assert worst[0]["text"].strip()
+    if task == "question_answering":  # not the context alone, which other questions have too
+        assert all(each["text"].startswith("where is") for each in worst)
 
 
 def test_tables_of_labels_are_scikit_learn_s(run_of: Any) -> None:
@@ -510,10 +512,11 @@ def test_a_question_that_does_not_fit_is_not_replaced_by_an_earlier_one(
 
 
 def test_a_run_with_packed_conversations_answers_each(tmp_path: Path) -> None:
-    """Packing is for training: the answers are those without it."""
+    """Packing is for training: answers and losses are those without it."""
     changes = {
         **SHORT,
-        "model": {"config": {"max_position_embeddings": 128}},
+        "model": {"config": {"max_position_embeddings": 192}},
+        "data": {"max_length": 120},
         "sft": {"packing": True, "generation": None},
     }
     api.train(write_tiny(tmp_path, "sft", **changes), {"run_dir": "run"}, quiet=True)
@@ -522,6 +525,10 @@ def test_a_run_with_packed_conversations_answers_each(tmp_path: Path) -> None:
     api.predict("run", "in.jsonl", "alone.jsonl", overrides={"sft.packing": False})
     assert lines(tmp_path / "packed.jsonl") == lines(tmp_path / "alone.jsonl")
     assert [list(row["prediction"]) for row in lines(tmp_path / "packed.jsonl")] == [["text"], ["text"]]
+    packed, alone = api.evaluate_model("run"), api.evaluate_model("run", overrides={"sft.packing": False})
+    assert packed.rows < alone.rows
+    assert packed.metrics["eval/loss"] == pytest.approx(alone.metrics["eval/loss"], rel=1e-5)
+    assert lines(tmp_path / "run/evaluation.rows.jsonl")[-1]["row"] == packed.rows - 1
 
 
 def test_half_a_surrogate_pair_in_another_column_is_kept(run_of: Any, tmp_path: Path) -> None:
@@ -641,6 +648,12 @@ NETWORKS: dict[str, tuple[dict[str, Any], str, dict[str, Any]]] = {
         "token_classification",
         {"labels": ["O", "B-X", "I-X"], "scheme": "iob2"},
     ),
+    "RobertaForTokenClassification": (
+        {"id2label": {0: "O", 1: "B-X", 2: "I-X", 3: "E-X", 4: "S-X"}},
+        "token_classification",
+        {"scheme": "bioes"},
+    ),
+    "ElectraForTokenClassification": ({"id2label": {0: "NOUN", 1: "ADJ"}}, "token_classification", {"scheme": "plain"}),
     "BertForQuestionAnswering": ({}, "question_answering", {}),
     "BertForMaskedLM": ({}, "mlm", {}),
     "T5ForConditionalGeneration": ({}, "seq2seq", {}),
@@ -699,8 +712,11 @@ def test_evaluations_are_compared_example_by_example(run_of: Any) -> None:
 
 
 def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
-    """As peft does, row by row; the run, and its adapter directory elsewhere with the recipe."""
-    base = run_of("classification") / "model"
+    """As peft does, row by row; the run, and its adapter directory with the recipe. The base has no labels."""
+    base = shutil.copytree(run_of("classification") / "model", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    labels = list(config.pop("id2label").values())
+    (base / "config.json").write_text(json.dumps(config))
     recipe = write_adapted(tmp_path, base, "classification", METHODS["lora"], **SHORT)
     api.train(recipe, quiet=True)
     file, rows = validation_rows(run_of("classification"), "classification", 10)
@@ -708,6 +724,9 @@ def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
     shutil.copytree("run/model", "elsewhere")
     api.predict("elsewhere", file, "same.jsonl", source=recipe)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()
+    assert list(lines(tmp_path / "out.jsonl")[0]["prediction"]["probabilities"]) == labels
+    with pytest.raises(RecipeError, match=f"the head of .* was trained for the labels {', '.join(labels)}"):
+        api.evaluate_model("elsewhere", recipe, overrides={"classification.labels": labels[::-1]})
     model = AutoPeftModelForSequenceClassification.from_pretrained("run/model", num_labels=2).eval()
     tokenizer = AutoTokenizer.from_pretrained("run/model")
     for row, found in zip(rows, lines(tmp_path / "out.jsonl"), strict=True):

@@ -196,6 +196,22 @@ def test_what_another_task_wrote_about_its_sources_is_dropped(tmp_path: Path) ->
     assert config.task_specific_params == {"summary": {"num_beams": 4}}
 
 
+def test_the_labels_of_a_head_are_compared_in_the_order_of_their_ids(tmp_path: Path) -> None:
+    """config.json of many models on the Hub has the ids as sorted texts: 0, 1, 10, 11, 2, ..."""
+    labels = [f"class {i}" for i in range(12)]
+    config = AutoConfig.for_model(**BERT, vocab_size=100, architectures=["BertForSequenceClassification"]).to_dict()
+    config["id2label"] = {i: labels[int(i)] for i in sorted(map(str, range(12)))}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    def checked(names: list[str]) -> None:
+        settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        build_config(ModelSection(path=str(tmp_path)), Tokens(100, 0), 32, settings)  # type: ignore[arg-type]
+
+    checked(labels)
+    with pytest.raises(RecipeError, match=", ".join(labels)):
+        checked(list(config["id2label"].values()))
+
+
 # --- frozen networks --------------------------------------------------------------------------------------------------
 
 

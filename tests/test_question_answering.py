@@ -355,7 +355,7 @@ def test_evaluation_gives_the_spans_of_the_logits(tmp_path: Path) -> None:
 
 def window(number: int, text: str, answers: list[str]) -> Any:
     """A row whose context begins at position 2, a token a character."""
-    meta = {"question": number, "text": text, "offsets": [[i, i + 1] for i in range(len(text))], "answers": answers}
+    meta = {"question": number, "context": text, "offsets": [[i, i + 1] for i in range(len(text))], "answers": answers}
     return SimpleNamespace(meta=meta, columns={"context": np.array([2, 2 + len(text)])})
 
 

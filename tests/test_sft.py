@@ -16,6 +16,7 @@ from prepare_support import prepare
 from support import start, train_rows
 from task_support import for_model, make_task
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import ptft_dist
@@ -86,7 +87,7 @@ CALLED = {"role": "assistant", "content": "", "tool_calls": [CALL]}
 CALLED_TWICE = {"role": "assistant", "content": "", "tool_calls": [{"id": "a1", **CALL}, {"id": "b2", **CALL}]}
 ANSWERS = [{"role": "tool", "content": "x", "tool_call_id": id_} for id_ in ("a1", "b2")]
 SHAPED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
-    "messages": ({"messages": [USER, ASSISTANT]}, "messages", [USER, ASSISTANT]),
+    "messages": ({"messages": [USER, ASSISTANT | {"weight": 1}]}, "messages", [USER, ASSISTANT]),
     "parts": (
         {
             "messages": [
@@ -154,7 +155,7 @@ SHAPED: dict[str, tuple[dict[str, Any], str, list[dict[str, Any]]]] = {
     ),
     "alpaca": ({"instruction": "a red cat", "input": "", "output": "it sleeps"}, "alpaca", [USER, ASSISTANT]),
     "alpaca with input": (
-        {"instruction": "describe", "input": "a red cat", "output": "it sleeps"},
+        {"instruction": "describe", "input": "a red cat", "output": "it sleeps", "history": []},
         "alpaca",
         [{"role": "user", "content": "describe\n\na red cat"}, ASSISTANT],
     ),
@@ -223,6 +224,23 @@ def test_completions_and_plain_texts_end_with_eos(tokenizer: Any) -> None:
     ids = plain.columns["input_ids"]
     assert ids[-1] == tokenizer.eos_token_id
     assert np.array(plain.columns["learned"]).tolist() == [0] + [1] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("loss", ["assistant", "all"])
+def test_a_plain_text_begins_as_the_tokenizer_begins_it(loss: str) -> None:
+    """Llama and Mistral: BOS, and a space before the first word of the text only. In `<s>it`, that is not `it`."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    backend.decoder = decoders.Metaspace(prepend_scheme="first")
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator(["it sleeps and the cat runs"] * 9, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    mistral = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    for values in ({"text": "it sleeps"}, {"prompt": "it", "completion": " sleeps"}):
+        example = encode(mistral, values, loss=loss)
+        assert list(example.columns["input_ids"]) == [*mistral("it sleeps").input_ids, mistral.eos_token_id]
+        whole = loss == "all" or "text" in values
+        assert learned_text(mistral, example) == ("it sleeps</s>" if whole else "sleeps</s>")
 
 
 def test_what_is_given_is_not_learned(tokenizer: Any) -> None:
@@ -461,6 +479,52 @@ def test_a_template_that_loses_a_message_is_refused(tokenizer: Any) -> None:
     messages = [{"role": "system", "content": "be kind"}, USER, ASSISTANT]
     with pytest.raises(TemplateRefused, match="drops this system message: 'be kind'"):
         ChatTemplate(with_template(tokenizer, NO_SYSTEM), "sft").render(messages, None)
+
+
+THOUGHT = "<think>\nit is night\n</think>\n\n"
+KEEPS_NO_THOUGHT = UNMARKED.replace("m.content", "m.content.split('</think>')[-1]")
+REASONED: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "in the content": (UNMARKED, {"content": THOUGHT + "it sleeps"}, True),
+    "in the content, and removed": (KEEPS_NO_THOUGHT, {"content": THOUGHT + "it sleeps"}, False),
+    **{
+        f"{key}{', and not read' * (not known)}": (
+            UNMARKED.replace("m.content", f"(m.{key if known else 'other'} or '') + m.content"),
+            {"content": "it sleeps", key: "it is night"},
+            known,
+        )
+        for key in ("reasoning_content", "reasoning", "thinking")
+        for known in (True, False)
+    },
+}
+
+
+@pytest.mark.parametrize("name", REASONED)
+def test_the_reasoning_of_the_last_message_is_learned_or_refused(tokenizer: Any, name: str) -> None:
+    """That of earlier messages may be left out, as most templates do."""
+    template, answer, kept = REASONED[name]
+    chat = with_template(tokenizer, template)
+    reasoned = {"role": "assistant", **answer}
+    if kept:
+        assert "it is night" in learned_text(tokenizer, encode(chat, {"messages": [USER, reasoned]}))
+    else:
+        with pytest.raises(RowError, match="drops the reasoning of the last message: 'it is night'"):
+            encode(chat, {"messages": [USER, reasoned]})
+    assert encode(chat, {"messages": [USER, reasoned, *SECOND]}, loss="last").meta["reference"] == "runs"
+
+
+def test_the_last_turn_of_phi_3_has_its_text_and_both_ends(tokenizer: Any) -> None:
+    """TRL's variant marks the EOS after the last turn by itself. Generated texts end at the first end, <|end|>."""
+    phi = with_template(tokenizer, trl_templates()["phi3"].read_text())
+    phi.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|user|>", "<|assistant|>", "<|end|>"]})
+    example = encode(phi, {"messages": [USER, ASSISTANT, *SECOND]}, loss="last")
+    assert learned_text(phi, example) == "runs<|end|>\n<|im_end|>"
+    assert (example.meta["source"], example.meta["reference"]) == ("and the dog", "runs")
+    assert phi.decode(example.meta["prompt"]).endswith("and the dog<|end|>\n<|assistant|>\n")
+    both = encode(phi, {"prompt": [USER, ASSISTANT, SECOND[0]], "completion": SECOND[1:]})
+    assert learned_text(phi, both) == "runs<|end|>\n<|im_end|>"
+    encoder = ConversationRows(EncoderContext.of(recipe(), phi))
+    assert encoder.template.marked
+    assert encoder.discovered == {"end_of_turn": phi.convert_tokens_to_ids("<|end|>")}
 
 
 def test_a_template_that_shows_no_tools_is_refused(tokenizer: Any) -> None:
@@ -735,6 +799,18 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "two shapes": ({"text": "a", "prompt": "b", "completion": "c"}, "fit several shapes"),
     "sharegpt without value": ({"conversations": [{"from": "human"}]}, "turn 1 is not an object with from and value"),
     "sharegpt stranger": ({"conversations": [{"from": "alien", "value": "a"}]}, "turn 1 is from 'alien'"),
+    "a message with a weight of 0": (
+        {"messages": [USER, ASSISTANT | {"weight": 0}, *SECOND]},
+        r"message 2 is not to be learned \(weight: 0\)",
+    ),
+    "a turn not to train on": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "train": False}]},
+        r"message 2 is not to be learned \(train: False\)",
+    ),
+    "alpaca with earlier turns": (
+        {"history": [["a", "b"]], "instruction": "c", "output": "d"},
+        "'history' has earlier turns",
+    ),
     "call no JSON": (
         {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "look("}]},
         "turn 2, a function_call, is not JSON",

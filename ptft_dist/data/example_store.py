@@ -6,7 +6,8 @@
     lengths.npy            only with packing: int64 [R], the number of tokens in each row
     store.json             counts, columns and file sizes; written last, so a store without it is incomplete
 
-Every store has the column `input_ids`. The column `meta` is JSON in UTF-8 with information for scoring an example.
+Every store has the column `input_ids`. The column `meta` is JSON in UTF-8 with information for scoring an example; a
+packed row, which may have several, is read without it.
 """
 
 from __future__ import annotations
@@ -140,7 +141,8 @@ class ExampleStore(MappedStore):
             return self._example(i)
         examples = [self._example(int(m)) for m in self._members[self._rows[i] : self._rows[i + 1]]]
         starts = np.cumsum([0, *(len(example.input_ids) for example in examples[:-1])])
-        columns = {name: np.concatenate([e.columns[name] for e in examples]) for name in examples[0].columns}
+        names = [name for name in examples[0].columns if name != META]  # which describes one example
+        columns = {name: np.concatenate([example.columns[name] for example in examples]) for name in names}
         return Row(np.concatenate([e.input_ids for e in examples]), starts, columns)
 
     def _example(self, i: int) -> Row:

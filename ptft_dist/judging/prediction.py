@@ -28,6 +28,7 @@ from ptft_dist.judging.journal import Journal
 from ptft_dist.judging.rows import RowList
 from ptft_dist.judging.target import Target, find_target, source_of
 from ptft_dist.launch.environment import Place, deepspeed_config_of_launch
+from ptft_dist.networks.adapt.reading import head_labels
 from ptft_dist.networks.facts import labels_of
 from ptft_dist.networks.load import local_or_hub, read_config
 from ptft_dist.reporting.messages import progress, say, warn
@@ -285,6 +286,7 @@ def _survey_of(recipe: Recipe, section: ModelSection) -> dict[str, Any]:
 
     Their frequencies are made up. They affect the weights in the loss, and no answer.
     """
-    labels = labels_of(read_config(section, {}))
+    adapter = section.adapt.adapter
+    labels = (head_labels(adapter) if adapter is not None else []) or labels_of(read_config(section, {}))
     unanswerable = int(bool(getattr(recipe.settings, "no_answer_margin", 0)))
     return {"labels": labels, "frequencies": [1] * len(labels), "rows": len(labels), "unanswerable": unanswerable}

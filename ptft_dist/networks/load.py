@@ -13,7 +13,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.config_keys import config_from_keys
-from ptft_dist.networks.facts import NetworkFacts, input_embedding
+from ptft_dist.networks.facts import NetworkFacts, input_embedding, labels_of
 from ptft_dist.networks.names import directory_or_hub_name
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -81,18 +81,29 @@ def _is_classifier(config: PretrainedConfig) -> bool:
 
 
 def _check_labels(section: ModelSection, saved: PretrainedConfig, config: PretrainedConfig) -> None:
-    """Raises RecipeError if the head was trained for other labels, or for the same labels in another order.
+    """Raises RecipeError if the head of model.path was trained for other labels; see `check_head`."""
+    if _is_classifier(saved):
+        remedy = ", or set model.new_head: true for a head with random weights"
+        check_head(f"model.path: the head of {section.path!r}", labels_of(saved), labels_of(config), remedy)
+
+
+def check_head(head: str, head_labels: Sequence[str], labels: Sequence[str], remedy: str = "") -> None:
+    """Check that a saved head was trained for these labels, in this order; otherwise its outputs get wrong names.
 
     The shapes of the weights may be equal nevertheless. LABEL_0, LABEL_1, ... are transformers' default names and are
     not compared.
+
+    Args:
+        head: names the head, for the message.
+        head_labels: its labels, in the order of their ids.
+
+    Raises:
+        RecipeError: it was trained for other labels, or for the same labels in another order.
     """
-    head_labels, labels = ([str(label) for label in (each.id2label or {}).values()] for each in (saved, config))
-    default_names = [f"LABEL_{i}" for i in range(len(head_labels))]
-    if _is_classifier(saved) and head_labels not in (labels, default_names):
+    if list(head_labels) not in (list(labels), [f"LABEL_{i}" for i in range(len(head_labels))]):
         raise RecipeError(
-            f"model.path: the head of {section.path!r} was trained for the labels {', '.join(head_labels)}, and this "
-            f"task has {', '.join(labels)}. List the labels in the head's order in the task's section (labels: [...]), "
-            "or set model.new_head: true for a head with random weights"
+            f"{head} was trained for the labels {', '.join(head_labels)}, and this task has {', '.join(labels)}. List "
+            f"the labels in the head's order in the task's section (labels: [...]){remedy}"
         )
 
 

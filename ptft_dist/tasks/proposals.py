@@ -101,7 +101,7 @@ def _tagged(columns: Columns) -> Fit | None:
     if tokens is None or tags is None:
         return None
     rows = columns[tags].first
-    schemes = ("iob2", "bioes", "iob1")
+    schemes = ("iob2", "bioes", "iob1", "bilou", "bmes")
     scheme = next((each for each in schemes if not any(misplaced(each, row) for row in rows)), "plain")
     return Fit({"tokens": tokens, "tags": tags}, {"scheme": scheme}, (tokens,), tags)
 

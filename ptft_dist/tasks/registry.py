@@ -32,7 +32,7 @@ from ptft_dist.tasks.rloo.settings import RlooSettings
 from ptft_dist.tasks.seq2seq.settings import Seq2SeqSettings
 from ptft_dist.tasks.sft.settings import SftSettings
 from ptft_dist.tasks.span_corruption.settings import SpanCorruptionSettings
-from ptft_dist.tasks.token_classification.settings import TokenClassificationSettings
+from ptft_dist.tasks.token_classification.settings import TAG_LETTERS, TokenClassificationSettings
 
 
 @dataclass(frozen=True)
@@ -102,8 +102,9 @@ def task_of(architecture: str, labels: list[str], *, multi_label: bool) -> tuple
             return "regression", {}
         return "classification", {"labels": labels, "multi_label": multi_label}
     if architecture.endswith("ForTokenClassification"):
-        entities = all(label == "O" or label[:2] in ("B-", "I-") for label in labels)
-        return "token_classification", {"labels": labels, "scheme": "iob2" if entities else "plain"}
+        prefixes = {label[: label.find("-") + 1] for label in labels if label != "O"}  # "" without a hyphen
+        schemes = (name for name, letters in TAG_LETTERS.items() if prefixes <= {f"{letter}-" for letter in letters})
+        return "token_classification", {"labels": labels, "scheme": next(schemes, "plain")}
     return next(((task, {}) for ending, task in _ENDINGS.items() if architecture.endswith(ending)), None)
 
 

@@ -10,7 +10,10 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-_IN_A_MESSAGE = ("content", "value", "reasoning_content")  # of chat messages, and of those in ShareGPT's format
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""The keys of a chat message that templates read its reasoning from."""
+
+_IN_A_MESSAGE = ("content", "value", *REASONING)  # of chat messages, and of those in ShareGPT's format
 
 
 def texts_of(values: Mapping[str, Any], roles: Sequence[str]) -> list[str]:

@@ -28,8 +28,9 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
-from ptft_dist.networks.adapt.reading import TASK_CONFIG, task_keys
-from ptft_dist.networks.facts import input_embedding
+from ptft_dist.networks.adapt.reading import TASK_CONFIG, head_labels, task_keys
+from ptft_dist.networks.facts import input_embedding, labels_of
+from ptft_dist.networks.load import check_head
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -103,7 +104,7 @@ def load_adapter(
     """The network with a saved adapter.
 
     Raises:
-        RecipeError: there is no adapter, or it belongs to another network.
+        RecipeError: there is no adapter, or it belongs to another network or to other labels.
     """
     bottleneck.register()
     key = "model.adapt.adapter"
@@ -111,6 +112,8 @@ def load_adapter(
         config = PeftConfig.from_pretrained(path)
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"{key}: {path} is no adapter: {error}") from None
+    if labels := head_labels(path):
+        check_head(f"{key}: the head of {path}", labels, labels_of(model.config))
     # A saved prompt is the output of its encoder. peft refuses to train it; here its vectors themselves are trained.
     prompt = config.is_prompt_learning
     config.inference_mode = prompt or not trained

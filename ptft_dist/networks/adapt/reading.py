@@ -41,6 +41,15 @@ def task_keys(model: PreTrainedModel) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def head_labels(path: str | Path) -> list[str]:
+    """The labels of the classification head in an adapter directory, in the order of their ids; empty without one."""
+    file = Path(path) / TASK_CONFIG
+    keys = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    names = keys.get("id2label") or {}
+    classifies = any(architecture.endswith("Classification") for architecture in keys.get("architectures", ()))
+    return [names[i] for i in sorted(names, key=int)] if classifies else []
+
+
 @dataclass(frozen=True)
 class AdapterFiles:
     """What an adapter directory says about its base."""

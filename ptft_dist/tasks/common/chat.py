@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ptft_dist.data.cleaning.texts import REASONING
 from ptft_dist.data.encoder import RowError
 from ptft_dist.data.formats import Record, json_type, text_problem
 
@@ -99,7 +100,7 @@ def as_message(message: Any, number: int) -> Message:
         )
     if not content.strip() and not calls and role != "tool":
         raise RowError(f"{where} ({role}) is empty. Fill it in, or remove the row.")
-    kept = {key: message[key] for key in ("name", "tool_call_id", "reasoning_content") if message.get(key)}
+    kept = {key: message[key] for key in ("name", "tool_call_id", *REASONING) if message.get(key)}
     for key, value in kept.items():
         if problem := text_problem(key, value):
             raise RowError(f"{where}: {problem}")

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptft_dist.data.cleaning.texts import REASONING
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.common.chat_settings import CHATML as CHATML_TOKENS
 from ptft_dist.tasks.common.chat_settings import ChatSettings
@@ -57,6 +58,8 @@ CHATML = """\
 _LIBRARY_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 """Errors that an expression in a template can raise, besides Jinja's own. A too large range() raises OverflowError. An
 {% include %} raises TypeError, because no loader is set."""
+
+_THINK = re.compile("</?think>")
 
 
 def missing_template(tokenizer: PreTrainedTokenizerBase, section: str) -> str:
@@ -190,6 +193,7 @@ class ChatTemplate:
         """
         if self.marked:
             text, spans = self._text(messages, tools, marked=True)
+            spans = _turns(spans, sum(message["role"] == "assistant" for message in messages))
         else:
             text, _ = self._text(messages, tools)
             spans = self._turn_by_turn(messages, tools, text)
@@ -247,16 +251,29 @@ class ChatTemplate:
         return spans
 
 
+def _turns(spans: list[Span], count: int) -> list[Span]:
+    """The spans of `count` turns: adjacent spans are one if there are more. Phi-3 marks the EOS at the end itself."""
+    if len(spans) <= count:
+        return spans
+    turns = spans[:1]
+    for start, end in spans[1:]:
+        if start == turns[-1][1]:
+            turns[-1] = (turns[-1][0], end)
+        else:
+            turns.append((start, end))
+    return turns
+
+
 def check_nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | None, text: str) -> None:
-    """Check that the template rendered every message, tool and call.
+    """Check that the template rendered every message, tool and call, and the reasoning of the last message.
 
     Raises:
         TemplateRefused: one is missing in the text.
     """
     for message in messages:
-        content = (message.get("content") or "").strip()
-        # Templates remove earlier reasoning, and may change the format of tool results.
-        if content and message["role"] != "tool" and content not in text and "</think>" not in content:
+        content = _split(message)[1].strip()
+        # Templates may remove the reasoning of earlier messages, and change the format of tool results.
+        if content and message["role"] != "tool" and content not in text:
             raise TemplateRefused(f"the chat template drops this {message['role']} message: {content[:60]!r}")
         for call in message.get("tool_calls") or ():
             if call["function"]["name"] not in text:
@@ -265,3 +282,19 @@ def check_nothing_lost(messages: Sequence[dict[str, Any]], tools: list[Any] | No
         name = tool.get("function", tool).get("name", "") if isinstance(tool, dict) else ""
         if name not in text:
             raise TemplateRefused(f"the chat template drops the tool {name}")
+    for message in messages[-1:]:
+        for thought in [*_THINK.split(_split(message)[0]), *(message.get(key) or "" for key in REASONING)]:
+            if thought.strip() not in text:
+                raise TemplateRefused(
+                    f"the chat template drops the reasoning of the last message: {thought.strip()[:60]!r}; use a "
+                    "template that renders it, or remove it from the row"
+                )
+
+
+def _split(message: Mapping[str, Any]) -> tuple[str, str]:
+    """The reasoning in the content of an assistant's message, and the rest of its content."""
+    content = message.get("content") or ""
+    if message["role"] != "assistant":
+        return "", content
+    reasoning, _, rest = content.rpartition("</think>")
+    return reasoning, rest

@@ -16,7 +16,7 @@ from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.networks.facts import NetworkFacts, labels_of
 from ptft_dist.networks.frozen import FrozenSource
 from ptft_dist.tasks.common.network_checks import check_same_tokens
 from ptft_dist.tasks.protocol import IGNORE, Batch, Judged, LossOut, Probe, Task, TaskSetup
@@ -208,14 +208,14 @@ def teacher_order(setup: TaskSetup, source: FrozenSource) -> list[int]:
     check_same_tokens(setup, source)
     check_positions(setup, source)
     if "labels" in setup.survey:
-        teacher_ids = source.config().label2id or {}
+        teacher_ids = {label: i for i, label in enumerate(labels_of(source.config()))}
         missing = [label for label in setup.survey["labels"] if label not in teacher_ids]
         if missing:
             raise RecipeError(
                 f"{source.key}: {source.path} has the labels {', '.join(teacher_ids)}, but not {', '.join(missing)}. "
                 "Use a teacher that was trained on all labels of the data."
             )
-        return [int(teacher_ids[label]) for label in setup.survey["labels"]]
+        return [teacher_ids[label] for label in setup.survey["labels"]]
     return list(range(max(setup.tokenizer.get_vocab().values()) + 1))
 
 

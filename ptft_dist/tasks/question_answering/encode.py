@@ -30,9 +30,9 @@ class QuestionRows(RowEncoder):
 
     Meta of an example:
         question: number of the question.
-        text: the window's part of the context.
-        offsets: [start, end) of each of its tokens in `text`, in characters.
-        begin: where `text` begins in the context, in characters.
+        context: the window's part of it.
+        offsets: [start, end) of each of its tokens in this part, in characters.
+        begin: where this part begins in the whole context, in characters.
         answers: the gold answers; empty if there is no answer.
     """
 
@@ -188,4 +188,4 @@ def _windows(tokens: int, room: int, stride: int) -> list[range]:
 def _window_text(context: str, offsets: Sequence[tuple[int, int]]) -> dict[str, Any]:
     """A window's part of the context, and the character offsets of its tokens in this part."""
     begin, end = offsets[0][0], offsets[-1][1]
-    return {"text": context[begin:end], "begin": begin, "offsets": [[a - begin, b - begin] for a, b in offsets]}
+    return {"context": context[begin:end], "begin": begin, "offsets": [[a - begin, b - begin] for a, b in offsets]}

@@ -153,7 +153,7 @@ class QuestionAnswering(LabelledTextTask):
         meta, context_start = rows[best].meta, int(rows[best].columns["context"][0])
         start = meta["offsets"][int(first) - context_start][0]
         end = meta["offsets"][int(last) - context_start][1]
-        found = meta["text"][start:end]
+        found = meta["context"][start:end]
         text = found.strip()
         begin = meta.get("begin", 0) + start + len(found) - len(found.lstrip())
         return {

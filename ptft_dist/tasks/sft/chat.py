@@ -19,6 +19,8 @@ SHAPES = {
 }
 """Shape -> its required columns, for those that are recognized by their columns."""
 SINGLE_TURN = "single_turn"
+_LEARNED = ("weight", "train", "training", "loss")
+"""The keys with which messages of other programs say whether they are learned: OpenAI, axolotl, ms-swift."""
 REQUIRED = {**SHAPES, SINGLE_TURN: ("prompt", "completion")}
 """Shape -> its required columns."""
 
@@ -87,6 +89,8 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
         return Plain("", require_text(values, "text"))
     if shape == "prompt_completion" and isinstance(values.get("prompt"), str):
         return Plain(require_text(values, "prompt", empty=True), require_text(values, "completion"))
+    for column in ("messages", "conversations", "completion"):
+        _check_learned(values.get(column))
     given = 0
     if shape == "messages":
         messages = [as_message(m, i) for i, m in enumerate(require_list(values, "messages"))]
@@ -110,6 +114,17 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
         messages.insert(0, {"role": "system", "content": own or system})
         given += given > 0
     return _complete(messages, tools_of(values), given)
+
+
+def _check_learned(messages: Any) -> None:
+    """Raises RowError if a message says that it is not learned, which only sft.loss decides."""
+    for i, message in enumerate(messages if isinstance(messages, list) else ()):
+        for key in _LEARNED if isinstance(message, dict) else ():
+            if message.get(key) in (0, False):
+                raise RowError(
+                    f"message {i + 1} is not to be learned ({key}: {message[key]}), a key that is not read. Remove it; "
+                    "or end the row with the answer to learn, and set sft.loss: last."
+                )
 
 
 def with_answer(values: Mapping[str, Any], text: str) -> dict[str, Any]:
@@ -151,6 +166,8 @@ def _complete(messages: list[Message], tools: list[Any] | None, given: int) -> C
 
 
 def _from_alpaca(values: Mapping[str, Any]) -> list[Message]:
+    if values.get("history"):
+        raise RowError("the field 'history' has earlier turns, which sft.shape: alpaca does not read. Write messages.")
     instruction = require_text(values, "instruction")
     if values.get("input") is not None and (extra := require_text(values, "input", empty=True)).strip():
         instruction = f"{instruction}\n\n{extra}"

@@ -78,7 +78,7 @@ class ConversationRows(RowEncoder):
         self._rendered: dict[int, Rendering] = {}  # passed from `pieces` to `build`
         self._tokens = TextTokens(self.backend, offsets=True)
         self.control = ControlTokens(tokenizer)
-        self.begin = tokenizer.bos_token or "" if adds_bos(tokenizer) else ""
+        self.begin = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []  # of a plain text
 
     @property
     def template(self) -> ChatTemplate:
@@ -94,18 +94,19 @@ class ConversationRows(RowEncoder):
         return self._template
 
     def _end_of_turn(self, template: ChatTemplate) -> str:
-        """The special token that ends the assistant's turn.
+        """The special token that ends the assistant's text.
 
         Raises:
-            RecipeError: the assistant's turn contains no special token, or the template refuses a test conversation.
+            RecipeError: no special token follows it in its turn, or the template refuses a test conversation.
         """
+        answer = "ANSWER"
         try:
-            probe = template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], None)
+            probe = template.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], None)
         except TemplateRefused as why:
             raise RecipeError(f"sft.template: {why}. It must render a user and an assistant message.") from None
         start, end = probe.spans[-1]
-        if special_tokens := self.control.pattern.findall(probe.text[start:end]):
-            return special_tokens[-1]
+        if special_tokens := self.control.pattern.findall(probe.text[start:end].rpartition(answer)[2]):
+            return special_tokens[0]
         raise RecipeError(
             f"sft.template: the assistant's turn ends without a special token ({probe.text[start:end]!r}), so the "
             "model would never learn to stop. "
@@ -169,7 +170,7 @@ class ConversationRows(RowEncoder):
         """The whole text, and the spans of the assistant's turns to learn."""
         if isinstance(parsed, Plain):
             text = self._plain_text(parsed)
-            return text, [(len(self.begin) + len(parsed.prompt), len(text))]
+            return text, [(len(parsed.prompt), len(text))]
         try:
             rendered = self.template.render(parsed.messages, parsed.tools)
         except TemplateRefused as why:
@@ -178,16 +179,28 @@ class ConversationRows(RowEncoder):
         given = sum(i < parsed.given for i in turns)
         if given and len(rendered.spans) != len(turns):
             raise RowError(
-                f"the chat template renders only {len(rendered.spans)} of {len(turns)} assistant messages, so it is "
+                f"the chat template renders {len(rendered.spans)} turns for {len(turns)} assistant messages, so it is "
                 "unknown which of them belong to the prompt. Use another template, or the shape messages."
             )
         return rendered.text, rendered.spans[given:]
 
     def _plain_text(self, parsed: Plain) -> str:
-        return self.begin + parsed.prompt + parsed.completion + self.tokenizer.eos_token
+        return parsed.prompt + parsed.completion + self.tokenizer.eos_token
 
     def encode(self, pieces: Sequence[str]) -> list[Tokens]:
         return self._tokens.of(pieces)
+
+    def _begun(self, parsed: Conversation | Plain, tokens: Tokens) -> Tokens:
+        """The tokens of a row, with BOS before a plain text. A chat template writes its own.
+
+        The text is tokenized without BOS, as the tokenizer itself does: those of Llama and Mistral encode a first word
+        after the text of BOS differently.
+        """
+        if isinstance(parsed, Conversation) or not self.begin:
+            return tokens
+        assert tokens.offsets is not None
+        none = np.zeros((len(self.begin), 2), np.int64)
+        return Tokens(np.concatenate((self.begin, tokens.ids)), np.concatenate((none, tokens.offsets)))
 
     def _ids_of(self, parsed: Conversation | Plain) -> np.ndarray:
         """The token ids of a row whose texts were replaced by neutral ones, see `ControlTokens.check_encoded`.
@@ -202,13 +215,13 @@ class ConversationRows(RowEncoder):
                 text = self.template.text(parsed.messages, parsed.tools)
             except TemplateRefused as why:
                 raise RowError(f"{why} (with placeholder texts, to check the row's special tokens).") from None
-        return self.encode([text])[0].ids
+        return self._begun(parsed, self.encode([text])[0]).ids
 
     def build(self, record: Record, encodings: Sequence[Any]) -> list[Example]:
-        row, encoding, notes = self._rendered.pop(id(record)), encodings[0], []
-        in_part = row.cut
+        row, notes = self._rendered.pop(id(record)), []
+        encoding, in_part = self._begun(row.parsed, encodings[0]), row.cut
         if in_part and len(encoding.ids) <= self.max_length:  # tokens longer than CHARACTERS_PER_TOKEN
-            (encoding,), in_part = self.encode([row.text]), False
+            encoding, in_part = self._begun(row.parsed, self.encode([row.text])[0]), False
         self.control.check_encoded(row.parsed, encoding.ids, self._ids_of, cut=in_part)
         if isinstance(row.parsed, Conversation) and row.parsed.unanswered:
             notes.append(UNANSWERED)
@@ -222,6 +235,7 @@ class ConversationRows(RowEncoder):
             notes.append(ENCODED_IN_PART)
         # Tokens after max_length are not used, and searching their offsets is slow for long texts.
         ids = encoding.ids[: self.max_length].astype(np.int64)
+        assert encoding.offsets is not None
         offsets = encoding.offsets[: self.max_length]
         learned = learned_tokens(offsets, self._learned_spans(row.spans, len(row.text)))
         learned[:1] = 0
