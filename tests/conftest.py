@@ -77,31 +77,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _no_leftovers() -> Iterator[None]:
+def _as_before() -> Iterator[None]:
+    """What a test leaves to later ones is undone: processes that it started, what happens at a signal (which also the
+    processes of later tests inherit), messages that a command shows until the process ends, and secrets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOP)}
     yield
     kill_leftovers()
-
-
-@pytest.fixture(autouse=True)
-def _signals_restored() -> Iterator[None]:
-    """What a process does with a signal is inherited by the processes of later tests."""
-    numbers = (signal.SIGINT, *STOP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    yield
     for number, handler in before.items():
         signal.signal(number, handler)
-
-
-@pytest.fixture(autouse=True)
-def _messages_hidden() -> Iterator[None]:
-    """A command that a test calls in this process shows messages until the process ends."""
-    yield
     hide_messages()
-
-
-@pytest.fixture(autouse=True)
-def _no_secrets_of_other_tests() -> Iterator[None]:
-    yield
     secrets.forget()
 
 

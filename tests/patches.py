@@ -611,3 +611,15 @@ def fork_launched_ranks() -> None:
             return max(process.exitcode or 0 for process in self.processes)
 
     local.subprocess = SimpleNamespace(Popen=Forked, TimeoutExpired=subprocess.TimeoutExpired)  # type: ignore[assignment]
+
+
+def hub_of_environment() -> None:
+    """Read the Hub's address and caches from this process's environment, as libraries do when they are imported."""
+    import importlib
+
+    import datasets
+    import huggingface_hub
+
+    importlib.reload(huggingface_hub.constants)
+    importlib.reload(datasets.config)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT

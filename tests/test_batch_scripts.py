@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ROOT, ptft, write_recipe
+from preloaded_ranks import forked_ptft
+from support import ROOT, write_recipe
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.slurm import checks, client
@@ -329,11 +330,11 @@ def test_accounts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_several_nodes_need_a_launch_config(tmp_path: Path, documents: Path) -> None:
     """The default would be plain data parallelism, in silence."""
     write_recipe(tmp_path, documents)
-    done = ptft("submit", "recipe.yaml", "--nodes", "2", "--dry-run", cwd=tmp_path)
+    done = forked_ptft("submit", "recipe.yaml", "--nodes", "2", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2
     assert "  --launch: needed on several nodes, such as multi_gpu, zero3 or cpu" in done.stderr
     words = ("--processes", "2", "--machines", "2", "--machine-rank", "0", "--address", "localhost:1")
-    done = ptft("train", "recipe.yaml", *words, cwd=tmp_path)
+    done = forked_ptft("train", "recipe.yaml", *words, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (
         2, "error: --launch: needed on several machines, such as multi_gpu, zero3 or cpu\n",
     )  # fmt: skip
@@ -347,7 +348,7 @@ def test_offline_nodes_need_what_the_recipe_names(tmp_path: Path, documents: Pat
         tokenizer={"path": "nobody/nothing", "train": None},
     )
     (tmp_path / "site.yaml").write_text("offline: true\n")
-    done = ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)
+    done = forked_ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)
     assert done.returncode == 2
     assert "  model.path, tokenizer.path: nobody/nothing: it is not in the cache of the Hub" in done.stderr
     assert "ptft prefetch fetches them, on a node with internet" in done.stderr
@@ -355,7 +356,7 @@ def test_offline_nodes_need_what_the_recipe_names(tmp_path: Path, documents: Pat
 
 def test_an_array_needs_several_runs(tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
-    done = ptft("submit", "recipe.yaml", "--array", "--dry-run", cwd=tmp_path)
+    done = forked_ptft("submit", "recipe.yaml", "--array", "--dry-run", cwd=tmp_path)
     message = "error: --array: the recipe has one run; data.folds: K makes K runs of it\n"
     assert (done.returncode, done.stderr) == (2, message)
 
@@ -365,14 +366,14 @@ def test_folds_in_one_job_need_a_starter_of_each_node(tmp_path: Path, documents:
     write_recipe(tmp_path, documents, data={"validation": None, "folds": 2})
     (tmp_path / "site.yaml").write_text("starter: srun\n")
     words = ("submit", "recipe.yaml", "--site", "site.yaml", "--launch", "cpu", "--dry-run")
-    done = ptft(*words, cwd=tmp_path)
+    done = forked_ptft(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert "  data.folds: every task of srun would train all folds (starter: srun in the site profile)" in done.stderr
     assert "--array" in done.stderr
     for more in (["--array"], ["data.fold=1"]):
-        done = ptft(*words, *more, cwd=tmp_path)
+        done = forked_ptft(*words, *more, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    done = ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)  # one process
+    done = forked_ptft("submit", "recipe.yaml", "--site", "site.yaml", "--dry-run", cwd=tmp_path)  # one process
     assert done.returncode == 0, done.stderr
 
 
@@ -380,17 +381,17 @@ def test_folds_in_one_job_need_a_starter_of_each_node(tmp_path: Path, documents:
 def test_a_checkpoint_belongs_to_one_fold(tmp_path: Path, documents: Path, array: list[str]) -> None:
     write_recipe(tmp_path, documents, data={"validation": None, "folds": 2})
     words = ("submit", "recipe.yaml", *array, "--dry-run", "--resume")
-    done = ptft(*words, "run/fold-0/checkpoints/step-00000004", cwd=tmp_path)
+    done = forked_ptft(*words, "run/fold-0/checkpoints/step-00000004", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --resume: a checkpoint belongs to one fold. Choose the fold with data.fold")
-    assert ptft(*words, "never", cwd=tmp_path).returncode == 0
+    assert forked_ptft(*words, "never", cwd=tmp_path).returncode == 0
 
 
 def test_a_sweep_is_an_array_of_the_same_command(tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
     (tmp_path / "search.yaml").write_text("method: random\ntrials: 9\nsearch: {optim.lr: {log: [1e-4, 1e-2]}}\n")
     words = ("submit", "recipe.yaml", "--sweep", "search.yaml", "--dry-run")
-    done = ptft(*words, "--tasks", "3", "--processes-per-node", "2", "optim.eps=1e-9", cwd=tmp_path)
+    done = forked_ptft(*words, "--tasks", "3", "--processes-per-node", "2", "optim.eps=1e-9", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert "#SBATCH --array=0-2" in lines
@@ -414,7 +415,7 @@ def test_sweeps_that_cannot_be_submitted(tmp_path: Path, documents: Path, words:
     write_recipe(tmp_path, documents)
     for name, key in (("search", "optim.lr"), ("wrong", "optim.lrr")):
         (tmp_path / f"{name}.yaml").write_text(f"search: {{{key}: {{log: [1e-4, 1e-2]}}}}\nmethod: random\ntrials: 9\n")
-    done = ptft("submit", "recipe.yaml", *words, "--dry-run", cwd=tmp_path)
+    done = forked_ptft("submit", "recipe.yaml", *words, "--dry-run", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
@@ -492,7 +493,7 @@ def test_a_proposed_site_profile(tmp_path: Path) -> None:
 def test_a_dry_run_prints_the_script_and_writes_nothing(tmp_path: Path, documents: Path) -> None:
     write_recipe(tmp_path, documents)
     words = ("submit", "recipe.yaml", "optim.lr=0.1", "--time", "1:00:00", "--dry-run")
-    done = ptft(*words, cwd=tmp_path)
+    done = forked_ptft(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "set -- train recipe.yaml optim.lr=0.1\n" in done.stdout  # one process needs no launch config
     assert not (tmp_path / "run").exists()
@@ -504,18 +505,18 @@ def test_wrong_requests_are_refused_together(tmp_path: Path, documents: Path) ->
         tmp_path, documents, data={"train": [{"path": "absent.txt"}]}, batch={"global_size": 4, "micro_size": 4}
     )
     words = ("submit", "recipe.yaml", "--nodes", "3", "--launch", "zero7", "--dry-run")
-    done = ptft(*words, cwd=tmp_path)
+    done = forked_ptft(*words, cwd=tmp_path)
     assert done.returncode == 2
     assert "nothing was submitted:" in done.stderr
     for problem in ("zero7: no such file", "batch", "absent.txt"):
         assert problem in done.stderr
-    nowhere = ptft("submit", "clm", cwd=tmp_path, env={"PATH": "/nowhere"})
+    nowhere = forked_ptft("submit", "clm", cwd=tmp_path, env={"PATH": "/nowhere"})
     assert nowhere.returncode == 1
     assert nowhere.stderr.startswith("error: sinfo: not found on this machine. Run this on a login node")
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "cancel"])
 def test_a_run_without_a_job(tmp_path: Path, verb: str) -> None:
-    done = ptft(verb, "runs/a", cwd=tmp_path)
+    done = forked_ptft(verb, "runs/a", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: runs/a: no Slurm job has trained here")

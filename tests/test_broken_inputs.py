@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import last_step, ptft, start, wait_until, write_documents, write_recipe
+from preloaded_ranks import forked_ptft
+from support import last_step, start, wait_until, write_documents, write_recipe
 
 from ptft_dist.errors import RecipeError, StillRunningError
 from ptft_dist.reporting import run_files
@@ -303,7 +304,7 @@ def test_broken_data(tmp_path: Path, documents: Path, cache: Path, name: str) ->
 def test_all_mistakes_at_once(tmp_path: Path, documents: Path) -> None:
     """Reported by the real command, in the order of the file."""
     write_recipe(tmp_path, documents, optim={"lrr": 1, "name": "adamv"}, train={"max_steps": 0}, bach={})
-    run = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
+    run = forked_ptft("config", "check", "recipe.yaml", cwd=tmp_path)
     assert run.returncode == 2
     assert run.stdout == ""
     places = [run.stderr.index(key) for key in ("optim.lrr", "optim.name", "train.max_steps", "bach")]
@@ -391,7 +392,7 @@ def test_a_requeued_job_waits_for_the_process_of_its_earlier_start(
 def test_a_good_recipe_is_good(tmp_path: Path, documents: Path) -> None:
     """Otherwise the tests above would prove nothing."""
     write_recipe(tmp_path, write_documents(tmp_path / "text.txt", count=3))
-    run = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
+    run = forked_ptft("config", "check", "recipe.yaml", cwd=tmp_path)
     assert run.returncode == 0, run.stderr
     assert "valid (task clm, 8 updates, 12 rows an update)" in run.stdout
     assert documents.exists()

@@ -28,7 +28,7 @@ def test_an_endless_call_is_stopped_with_its_processes(tmp_path: Path) -> None:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         (tmp_path / "pid").write_text(str(child.pid))
         while True:
-            pass
+            time.sleep(0.01)
 
     with pytest.raises(PtftError, match=r"scoring: stopped after 5 seconds"):
         limited(endless, "scoring", seconds=5)()

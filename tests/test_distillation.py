@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support import eval_rows, ptft, start, train_rows
+from preloaded_ranks import forked_ptft
+from support import eval_rows, start, train_rows
 from tiny import write_tiny
 
 from ptft_dist.config.distillation import DistillationSettings
@@ -281,7 +282,7 @@ def test_another_teacher_in_the_same_place_is_another_run(
 
 def test_settings_that_cannot_work(tmp_path: Path) -> None:
     write_tiny(tmp_path, "regression", distillation={"teacher": "x"})
-    refused = ptft("config", "check", "recipe.yaml", cwd=tmp_path)
+    refused = forked_ptft("config", "check", "recipe.yaml", cwd=tmp_path)
     assert refused.returncode == 2
     assert "distillation: has no effect here: it needs one of the tasks clm, sft, classification" in refused.stderr
     for changes, message in (

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from preloaded_ranks import forked_ptft
-from support import ptft, write_recipe
+from support import write_recipe
 from tiny import write_tiny
 from transformers import ByT5Tokenizer
 
@@ -127,13 +127,13 @@ def test_the_command(recipe: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "page: page.html" in done.stdout
     assert (tmp_path / "page.html").is_file()
-    wrong: Any = ptft("data", "inspect", str(tmp_path / "nothing"), cwd=tmp_path)
+    wrong: Any = forked_ptft("data", "inspect", str(tmp_path / "nothing"), cwd=tmp_path)
     assert (wrong.returncode, "nothing" in wrong.stderr) == (2, True)
 
 
 def test_changed_bytes_are_found(recipe: Path, tmp_path: Path) -> None:
     root = prepare(str(recipe)).train.path.parent
-    done = ptft("data", "verify", str(recipe), cwd=tmp_path)
+    done = forked_ptft("data", "verify", str(recipe), cwd=tmp_path)
     assert (done.returncode, done.stdout.count("unchanged")) == (0, 1)
     tokens = root / "train/tokens.bin"
     contents = bytearray(tokens.read_bytes())

@@ -230,7 +230,7 @@ def test_smollm2_reads_new_tokens_better_than_at_random(tmp_path: Path, cache: P
             "batch": {"global_size": 1, "micro_size": 1},
             "optim": {"name": "sgd", "lr": 1e-12, "schedule": "constant", "warmup": 0},
             "train": {"max_steps": 1, "precision": "fp32"},
-            "eval": {"at_start": True, "every": 1},
+            "eval": {"at_start": True, "micro_size": 4},
             "save": {"every": None},
             "run_dir": "run",
         }

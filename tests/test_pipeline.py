@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from pipeline_support import small_demo
 from preloaded_ranks import forked_ptft
-from support import eval_rows, ptft, start, write_recipe
+from support import eval_rows, start, write_recipe
 
 import ptft_dist
 from ptft_dist.api import input_fingerprint
@@ -270,7 +270,7 @@ def test_an_unknown_stage_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(shipped("pipelines").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_pipelines_are_valid(tmp_path: Path, path: Path) -> None:
-    done = ptft("pipeline", path.stem, "--out", str(tmp_path), "--dry-run", cwd=tmp_path)
+    done = forked_ptft("pipeline", path.stem, "--out", str(tmp_path), "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("tokenizer    ptft tokenizer clm --out ")
     assert not list(tmp_path.iterdir())

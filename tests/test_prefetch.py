@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 from hub_server import COMMIT, Hub, served
 from pydantic import BaseModel
-from support import environment, make_recipe, ptft
+from support import environment, make_recipe, ptft, start
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptft_dist.api import load_recipe, missing_offline
@@ -70,6 +70,12 @@ def write(folder: Path, documents: Path, **changes: Any) -> None:
     (folder / "recipe.yaml").write_text(json.dumps(recipe | {"model": {"path": "tiny/llama"}} | changes))
 
 
+def forked(*words: str, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """`support.ptft` without its imports."""
+    run = start(*words, cwd=cwd, cache=Path(env["PTFT_CACHE"]), env=env, patches=["hub_of_environment"])
+    return subprocess.CompletedProcess(words, run.wait(), run.stdout, run.stderr)
+
+
 def missing(folder: Path, env: dict[str, str]) -> list[str]:
     """`missing_offline` in a process of its own, which must not import torch."""
     probe = (
@@ -97,7 +103,7 @@ def test_an_offline_start_after_prefetch(tmp_path: Path, documents: Path, hub: H
         "data.train[0].hub",
     ]
     assert "tiny/teacher at revision v1: it is not in the cache of the Hub" in before[1]
-    done = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=offline(online))
+    done = forked("prepare", "recipe.yaml", cwd=tmp_path, env=offline(online))
     assert (done.returncode, "tiny/rows" in done.stderr) == (3, True), done.stderr
 
     done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
@@ -113,7 +119,7 @@ def test_an_offline_start_after_prefetch(tmp_path: Path, documents: Path, hub: H
 
     assert missing(tmp_path, offline(online)) == []
     hub.asked.clear()
-    again = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=offline(online))
+    again = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=offline(online))
     assert (again.returncode, again.stdout) == (0, done.stdout), again.stderr
     done = ptft("train", "recipe.yaml", cwd=tmp_path, env=offline(online))
     assert done.returncode == 0, done.stderr
@@ -124,7 +130,7 @@ def test_only_a_tokenizer(tmp_path: Path, documents: Path, hub: Hub, online: dic
     """No weights are fetched, and local files are said to be there."""
     model = make_recipe(documents)["model"]
     write(tmp_path, documents, model=model, tokenizer={"path": "tiny/llama"})
-    done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
+    done = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].startswith(f"tokenizer.path: tiny/llama, revision {COMMIT}, ")
@@ -147,7 +153,7 @@ def test_shards_and_an_adapter_on_the_hub(tmp_path: Path, documents: Path, onlin
     write(tmp_path, documents, distillation={"teacher": "adapter"})
     key = "distillation.teacher (base of the adapter): tiny/sharded"
     assert f"{key}: it is not in the cache of the Hub" in missing(tmp_path, offline(online))
-    done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
+    done = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
     assert done.returncode == 0, done.stderr
     assert [line.split(", ")[0] for line in done.stdout.splitlines()[1:3]] == ["distillation.teacher: adapter", key]
     assert missing(tmp_path, offline(online)) == []
@@ -155,8 +161,8 @@ def test_shards_and_an_adapter_on_the_hub(tmp_path: Path, documents: Path, onlin
     assert len(shards) > 1
     shards[1].resolve().unlink()
     assert missing(tmp_path, offline(online)) == [f"{key}: the cache does not have all of its weights"]
-    assert ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=offline(online)).returncode == 1
-    done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)  # fetches the one that is missing
+    assert forked("prefetch", "recipe.yaml", cwd=tmp_path, env=offline(online)).returncode == 1
+    done = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=online)  # fetches the one that is missing
     assert done.returncode == 0, done.stderr
     assert missing(tmp_path, offline(online)) == []
 
@@ -165,7 +171,7 @@ def test_all_mistakes_at_once(tmp_path: Path, documents: Path, online: dict[str,
     teacher = {"teacher": "tiny/llama", "revision": "v9"}
     data = {"train": [{"path": "no.txt"}], "validation": 0.1}
     write(tmp_path, documents, model={"path": "tiny/nobody"}, distillation=teacher, data=data)
-    done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
+    done = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert lines[0].startswith(
@@ -175,7 +181,7 @@ def test_all_mistakes_at_once(tmp_path: Path, documents: Path, online: dict[str,
     assert lines[2].startswith("data.train[0].path: no.txt: no such file")
     assert len(lines) == 3
     write(tmp_path, documents, model={"path": "./nowhere"})
-    done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
+    done = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
     assert "model.path, tokenizer.path: there is no directory ./nowhere" in done.stderr
     assert missing(tmp_path, offline(online)) == []  # an earlier job may write it
 
@@ -183,7 +189,7 @@ def test_all_mistakes_at_once(tmp_path: Path, documents: Path, online: dict[str,
 def test_no_connection(tmp_path: Path, documents: Path, online: dict[str, str]) -> None:
     write(tmp_path, documents)
     for env in (offline(online), offline(online) | {"HF_HUB_OFFLINE": "0"}):
-        done = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=env)
+        done = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=env)
         assert done.returncode == 1
         assert done.stderr.startswith(
             "error: model.path, tokenizer.path: tiny/llama: cannot be fetched. Start again where"
@@ -269,7 +275,7 @@ def test_a_data_set_is_streamed_without_a_download(tmp_path: Path, documents: Pa
     for streaming in (True, False):
         data = {"train": [{"hub": "tiny/rows", "streaming": streaming}], "validation": 0.1, "max_length": 64}
         write(tmp_path, documents, data=data, tokenizer={"train": {"vocab_size": 300}})
-        done = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=online)
+        done = forked("prepare", "recipe.yaml", cwd=tmp_path, env=online)
         assert done.returncode == 0, done.stderr
         downloaded = list((tmp_path / "home/datasets").rglob("*.arrow"))
         assert bool(downloaded) is not streaming
@@ -279,9 +285,9 @@ def test_a_data_set_is_streamed_without_a_download(tmp_path: Path, documents: Pa
         assert (stores[0] / side / "tokens.bin").read_bytes() == (stores[1] / side / "tokens.bin").read_bytes()
     data["train"][0]["streaming"] = True  # type: ignore[index]
     write(tmp_path, documents, data=data, tokenizer={"train": {"vocab_size": 300}})
-    again = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=online)
+    again = forked("prepare", "recipe.yaml", cwd=tmp_path, env=online)
     assert "loaded from the cache" in again.stdout
-    fetched = ptft("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
+    fetched = forked("prefetch", "recipe.yaml", cwd=tmp_path, env=online)
     assert "data.train[0].streaming: a stream is not fetched beforehand" in fetched.stdout + fetched.stderr
-    refused = ptft("prepare", "recipe.yaml", cwd=tmp_path, env=offline(online))
+    refused = forked("prepare", "recipe.yaml", cwd=tmp_path, env=offline(online))
     assert (refused.returncode, "hub: tiny/rows: streaming: the Hub cannot be asked" in refused.stderr) == (3, True)

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import sweep_support
-from support import environment, ptft, start, wait_until
+from preloaded_ranks import forked_ptft
+from support import environment, start, wait_until
 from sweep_support import UPDATES, loss
 from tiny import write_tiny
 
@@ -129,7 +130,7 @@ def test_the_best_recipe_trains_as_it_is(folder: Path) -> None:
     changes = {"optim": given.recipe.optim, "run_dir": given.recipe.run_dir}
     assert best.recipe.model_copy(update=changes) == given.recipe
     assert best.base == given.base  # rows.jsonl lies beside recipe.yaml
-    checked = ptft("config", "check", "elsewhere/sweep/best.yaml", cwd=folder)
+    checked = forked_ptft("config", "check", "elsewhere/sweep/best.yaml", cwd=folder)
     assert checked.returncode == 0, checked.stderr
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import outcome, ptft, rows, start, state_digest, write_recipe
+from preloaded_ranks import forked_ptft
+from support import outcome, rows, start, state_digest, write_recipe
 
 STEPS = 8
 
@@ -151,11 +152,11 @@ def test_a_damaged_shard_is_never_unpickled(tmp_path: Path, documents: Path, cac
 
 
 def test_the_real_command_tells_of_damage(folder: Path) -> None:
-    good = ptft("checkpoints", "run", cwd=folder)
+    good = forked_ptft("checkpoints", "run", cwd=folder)
     assert good.returncode == 0
     assert [line.split()[0] for line in good.stdout.splitlines()] == [f"step-{step:08d}" for step in (2, 4, 6, 8)]
     flip(checkpoint(folder, 4) / "model.safetensors")
-    damaged = ptft("checkpoints", "run", cwd=folder)
+    damaged = forked_ptft("checkpoints", "run", cwd=folder)
     assert damaged.returncode == 4
     assert "run/checkpoints/step-00000004/model.safetensors was altered" in damaged.stdout
     assert damaged.stderr == "error: 1 of 4 checkpoints are damaged\n"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from in_process import make_recipe
-from preloaded_ranks import preloaded_ptft
-from support import environment, ptft, write_recipe
+from preloaded_ranks import forked_ptft, preloaded_ptft
+from support import environment, write_recipe
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import check_launch
@@ -57,7 +57,7 @@ parallelism_config:
 def test_through_our_launcher_nothing_starts(tmp_path: Path, documents: Path, cache: Path) -> None:
     write_recipe(tmp_path, documents)
     (tmp_path / "cp.yaml").write_text(CONTEXT_PARALLEL)
-    done = ptft("train", "recipe.yaml", "--launch", "cp.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    done = forked_ptft("train", "recipe.yaml", "--launch", "cp.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
     assert done.returncode == 2
     assert "cp.yaml: parallelism_config: cp_size: 2" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ptft, start, write_recipe
+from preloaded_ranks import forked_ptft
+from support import start, write_recipe
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import read_deepspeed_config
@@ -119,7 +120,7 @@ def test_before_the_group_forms_with_exit_code_2(tmp_path: Path, documents: Path
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 2, "mics_shard_size": 2}}))
     (tmp_path / "mine.yaml").write_text(LAUNCH)
-    done = ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
+    done = forked_ptft("train", "recipe.yaml", "--launch", "mine.yaml", cwd=tmp_path, env={"PTFT_CACHE": str(cache)})
     assert done.returncode == 2, done.stderr
     assert "ds.json: zero_optimization.mics_shard_size: " in done.stderr
     rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}

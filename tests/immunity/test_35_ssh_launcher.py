@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from in_process import make_recipe
-from support import ROOT, ptft, write_recipe
+from preloaded_ranks import forked_ptft
+from support import ROOT, write_recipe
 
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import check_launch
@@ -64,7 +65,7 @@ def test_another_launcher_is_refused_for_several_machines(tmp_path: Path, docume
     text = NO_LAUNCHER.replace("zero_stage: 2", f"zero_stage: 2, deepspeed_multinode_launcher: {launcher}")
     (tmp_path / "mine.yaml").write_text(text)
     several = ["--machines", "2", "--machine-rank", "0", "--address", "127.0.0.1:2345"]
-    done = ptft("train", "recipe.yaml", "--launch", "mine.yaml", *several, cwd=tmp_path)
+    done = forked_ptft("train", "recipe.yaml", "--launch", "mine.yaml", *several, cwd=tmp_path)
     assert done.returncode == 2
     assert f"deepspeed_multinode_launcher: {launcher}" in done.stderr
     assert "standard" in done.stderr
