@@ -86,7 +86,10 @@ class FrozenSource:
                     f"{self.key}: {self.path} has no weights for {', '.join(sorted(fresh)[:4])}, so it was not trained "
                     f"as a {type(model).__name__}. Use a model that was"
                 )
-        return model.eval().requires_grad_(False).to(dtype=dtype)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # buffers are not rounded: rotary frequencies in bf16 shift positions
+                parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False)
 
 
 def frozen_source(key: str, path: str, revision: str | None, model: ModelSection, base: Path) -> FrozenSource:
