@@ -130,7 +130,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
         resume.check_base(checkpoint, base)
-        resume.check_groups(checkpoint, engine.group_sizes)
+        resume.check_groups(checkpoint, engine.groups)
         trainer.restore(checkpoint)
     trainer.rehearse()
     session.warm_up()

@@ -20,7 +20,7 @@ from ptft_dist.checkpoint.checkpoint import (
     read_checkpoint,
 )
 from ptft_dist.checkpoint.identity import _keys, differences, may_change, run_identity
-from ptft_dist.checkpoint.resume import Resume
+from ptft_dist.checkpoint.resume import Resume, group_entries
 from ptft_dist.config.load import Loaded, describe
 from ptft_dist.config.mistakes import Schema
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
@@ -429,6 +429,18 @@ def test_accept_of_a_change_that_was_accepted_before_is_no_error(tmp_path: Path)
     now = identity(tmp_path, "optim.lr=0.5")
     resume(tmp_path, now, "optim.lr").check(checkpoint(tmp_path, now))
     resume(tmp_path, now, "optim.lr").precheck()
+
+
+def test_other_parameters_in_groups_of_the_same_sizes_are_refused(tmp_path: Path) -> None:
+    """Their saved moments would silently belong to other parameters."""
+    before, now = [["embed", "layers.0"], ["layers.1"]], [["embed", "layers.1"], ["layers.0"]]
+    saved, chosen = checkpoint(tmp_path, {}, **group_entries(before)), resume(tmp_path, identity(tmp_path))
+    chosen.check_groups(saved, before)
+    with pytest.raises(CheckpointError, match=r"of \[2, 1\] parameters, but this recipe has other parameters in them"):
+        chosen.check_groups(saved, now)
+    chosen.check_groups(checkpoint(tmp_path, {}, groups=[2, 1]), now)  # of an earlier version
+    with pytest.raises(CheckpointError, match=r"of \[3\] parameters, but this recipe has groups of \[2, 1\]"):
+        chosen.check_groups(checkpoint(tmp_path, {}, groups=[3]), now)
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------

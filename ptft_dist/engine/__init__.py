@@ -151,7 +151,8 @@ class Engine:
         self.trainable_names, ties = trainable_names(model), tied_groups(model)
         self.parameter_count, self.trained_count = element_counts(model)
         groups = parameter_groups(model.named_parameters(), optim, scales)
-        self.group_sizes = [len(group["params"]) for group in groups]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         optimizer = build_optimizer(groups, optim, self.device, tell)
         self.backend = backend_class(self.kind)(self.accelerator, model, LossModule(model), optimizer)
         require_tied(model, ties, self.kind)
