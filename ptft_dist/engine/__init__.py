@@ -28,7 +28,7 @@ from ptft_dist.engine.deepspeed_settings import Precision, complete_deepspeed_co
 from ptft_dist.engine.frozen import FrozenNetwork, place_frozen
 from ptft_dist.engine.loss_module import LossModule
 from ptft_dist.engine.machines import Loss, Machines, watch_machines
-from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
+from ptft_dist.engine.optim import BITSANDBYTES, build_optimizer, parameter_groups, set_lr
 from ptft_dist.engine.parameters import element_counts, require_tied, tied_groups, trainable_names
 from ptft_dist.engine.processes import (
     PROCESS_GROUP_TIMEOUT,
@@ -163,6 +163,8 @@ class Engine:
                 "optim.name: adafactor needs complete weight matrices, but shards are parts of them; use adamw under "
                 f"{self.kind}, or adafactor without sharding"
             )
+        if self.kind == "fsdp2" and optim.name in BITSANDBYTES:
+            raise RecipeError(f"optim.name: {optim.name} cannot update the shards of fsdp2; use adamw, DDP or ZeRO")
         offload = (self.deepspeed_config or {}).get("zero_optimization", {}).get("offload_optimizer", {})
         if offload.get("device", "none") != "none" and optim.name != "adamw":
             # Accelerate would silently replace it by Adam.
