@@ -225,9 +225,8 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
     if session.recipe.save.export == "best" and best is None and engine.is_main:
         warn("save.export: best: no checkpoint of this run has the best weights; the last weights are exported")
     if session.recipe.save.export == "best" and best is not None and best.step != trainer.progress.step:
-        path = trainer.checkpoints.folder / f"step-{best.step:08d}"
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(trainer.checkpoints.path_of(best.step))
             if problems := verify(checkpoint, engine):
                 raise CheckpointError("; ".join(problems))
             engine.load_state(checkpoint.path)

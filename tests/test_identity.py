@@ -443,6 +443,18 @@ def test_other_parameters_in_groups_of_the_same_sizes_are_refused(tmp_path: Path
         chosen.check_groups(checkpoint(tmp_path, {}, groups=[3]), now)
 
 
+def test_what_was_set_aside_can_be_resumed(tmp_path: Path) -> None:
+    """After a start over, the checkpoints of the first attempt are wanted back: the newest is then not the second's."""
+    for name in ("aside-20260101-000000-1-step-00000004", "step-00000002", "step-00000004"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    folder, now = Checkpoints(tmp_path / "checkpoints"), identity(tmp_path)
+    wanted = Checkpoint(next(folder.folder.glob("aside-*")), 4, {})
+    Resume(folder, str(wanted.path), (), now, lambda _kind, _ranks: None).begin(wanted, print, None)
+    assert folder.paths() == []
+    assert len(list(folder.folder.glob("aside-*"))) == 3
+    assert wanted.path.is_dir()
+
+
 # --- manifests --------------------------------------------------------------------------------------------------------
 
 

@@ -147,8 +147,8 @@ class Resume:
         """
         self.marker.write_text(json.dumps({"job": job}))
         self.checkpoints.clean(tell)
-        inside = chosen is not None and chosen.path.parent.resolve() == self.checkpoints.folder.resolve()
-        self.checkpoints.set_aside_after(chosen.step if chosen is not None and inside else -1, tell)
+        own = chosen is not None and self.checkpoints.own(chosen)
+        self.checkpoints.set_aside_after(chosen.step if chosen is not None and own else -1, tell)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Check that a checkpoint belongs to this run.
