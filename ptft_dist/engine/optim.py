@@ -11,7 +11,6 @@ import torch
 from ptft_dist.config.recipe import OptimSection
 from ptft_dist.errors import RecipeError
 
-
 BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 """The optimizers of bitsandbytes."""
 
