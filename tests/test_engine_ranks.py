@@ -218,6 +218,9 @@ def train_half(first: int, last: int, load: bool) -> tuple[list[float], str]:
             engine.save_state(Path("saved"))
             engine.barrier()
     assert (engine.trained_count, engine.parameter_count) == (HALF, HALF + LAYER + 50 * 16)
+    state = engine.full_state_dict()
+    if engine.is_main:  # otherwise an export has a copy of it
+        assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
     return losses, digest(engine)
 
 

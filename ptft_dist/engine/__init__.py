@@ -29,7 +29,7 @@ from ptft_dist.engine.frozen import FrozenNetwork, place_frozen
 from ptft_dist.engine.loss_module import LossModule
 from ptft_dist.engine.machines import Loss, Machines, watch_machines
 from ptft_dist.engine.optim import BITSANDBYTES, build_optimizer, parameter_groups, set_lr
-from ptft_dist.engine.parameters import element_counts, require_tied, tied_groups, trainable_names
+from ptft_dist.engine.parameters import element_counts, first_names, require_tied, tied_groups, trainable_names
 from ptft_dist.engine.processes import (
     PROCESS_GROUP_TIMEOUT,
     STORE_GONE,
@@ -381,8 +381,13 @@ class Engine:
         return each * self.trained_count + 2**20
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """All weights by name on rank 0; undefined on other ranks. All ranks must call it."""
-        return self.backend.full_state_dict()
+        """All weights by name on rank 0; undefined on other ranks. All ranks must call it.
+
+        The names of a tied parameter have one tensor, as in an unsharded network, so that an export writes it once.
+        """
+        state = self.backend.full_state_dict()
+        first = first_names(self.model)
+        return {name: state.get(first.get(name, name), tensor) for name, tensor in state.items()}
 
     def trained_state_dict(self) -> dict[str, torch.Tensor]:
         """Trained parameters and buffers by name on rank 0; undefined on other ranks. All ranks must call it."""
