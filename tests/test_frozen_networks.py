@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.frozen import FrozenSource, frozen_source
+from ptft_dist.networks.frozen import FrozenSource, frozen_source, read_digests
 from ptft_dist.session.frozen_networks import FrozenNetworks
 from ptft_dist.tasks.protocol import FrozenRole
 
@@ -67,3 +68,13 @@ def test_in_bf16_it_computes_what_transformers_computes(tmp_path: Path) -> None:
     ids = torch.randint(64, (1, 512))
     with torch.no_grad():
         assert torch.equal(found(ids).logits, expected(ids).logits)
+
+
+def test_another_base_below_an_adapter_is_another_teacher(base: Path, tmp_path: Path) -> None:
+    """A run that is resumed would otherwise learn from another network without a word."""
+    copied = Path(shutil.copytree(base, tmp_path / "base"))
+    section = ModelSection(path=str(export(*adapted(copied, "lora"), tmp_path / "teacher")))
+    before = FrozenSource("teacher", section).identity(read_digests)
+    assert FrozenSource("teacher", section).identity(read_digests) == before
+    LlamaForCausalLM(LlamaForCausalLM.from_pretrained(copied).config).save_pretrained(copied)
+    assert FrozenSource("teacher", section).identity(read_digests) != before
