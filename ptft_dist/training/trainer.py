@@ -257,10 +257,8 @@ class Trainer:
         if dropped is None and self.recipe.save.best and not self.checkpoints.own(checkpoint):
             dropped, why = self.progress.forget_best_checkpoint(), "its checkpoint is not one of this run"
         if dropped is not None and self.engine.is_main:
-            say(
-                f"the best evaluation so far ({dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}) no "
-                f"longer counts: {why}"
-            )
+            best = f"{dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}"
+            say(f"the best evaluation so far ({best}) no longer counts: {why}")
 
     def rehearse(self) -> None:
         """Evaluate one micro-batch, generation included, so that a failing evaluation fails before training."""
