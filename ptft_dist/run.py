@@ -130,7 +130,7 @@ def _train(loaded: Loaded, failures: Failures, stop: StopRequest, how: str, acce
     trainer = session.make_trainer(checkpoints, stop, base)
     if checkpoint is not None:
         resume.check_base(checkpoint, base)
-        resume.check_groups(checkpoint, engine.group_sizes)
+        resume.check_groups(checkpoint, engine.groups)
         trainer.restore(checkpoint)
     trainer.rehearse()
     session.warm_up()
@@ -226,9 +226,8 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
     if session.recipe.save.export == "best" and best is None and engine.is_main:
         warn("save.export: best: no checkpoint of this run has the best weights; the last weights are exported")
     if session.recipe.save.export == "best" and best is not None and best.step != trainer.progress.step:
-        path = trainer.checkpoints.folder / f"step-{best.step:08d}"
         try:
-            checkpoint = read_checkpoint(path)
+            checkpoint = read_checkpoint(trainer.checkpoints.path_of(best.step))
             if problems := verify(checkpoint, engine):
                 raise CheckpointError("; ".join(problems))
             engine.load_state(checkpoint.path)

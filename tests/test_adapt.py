@@ -132,6 +132,20 @@ def test_the_head_has_its_own_learning_rate() -> None:
     assert all("classifier" in name for name, scale in with_adapter.items() if scale == 10.0)
 
 
+def test_a_critic_of_its_own_has_its_own_blocks_and_head() -> None:
+    """It has more blocks than the policy."""
+    model = llama()
+    critic = network({**LLAMA, "vocab_size": 64, "num_hidden_layers": 5}, AutoModelForSequenceClassification)
+    scales = scales_of(model, layer_decay=0.5)
+    model.critic = critic
+    together = scales_of(model, layer_decay=0.5)
+    alone = scales_of(critic, layer_decay=0.5)
+    assert together == scales | {f"critic.{name}": scale for name, scale in alone.items()}
+    assert alone["model.embed_tokens.weight"] == 0.5**6
+    heads = {name for name, scale in scales_of(model, head_lr_scale=10.0).items() if scale == 10.0}
+    assert heads == {"lm_head.weight", "critic.score.weight"}
+
+
 def test_neither_virtual_tokens_nor_a_trained_embedding_table_are_the_head() -> None:
     scales = scales_of(bert(), {"prompt_tuning": {"tokens": 3}}, head_lr_scale=10.0)
     assert {name for name, scale in scales.items() if scale == 1.0} == {"prompt_encoder.default.embedding.weight"}

@@ -130,6 +130,15 @@ def test_a_backend_that_unties_is_refused(engine: Engine, monkeypatch: pytest.Mo
         engine.prepare(llama(tied=True), section())
 
 
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_optimizers_of_bitsandbytes_are_refused_under_fsdp2(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(engine, "kind", "fsdp2")
+    with pytest.raises(RecipeError, match=f"optim.name: {name} cannot update the shards of fsdp2; use adamw"):
+        engine.prepare(llama(), section(name=name))
+
+
 def test_a_network_without_trained_parameters_is_refused(engine: Engine) -> None:
     model = llama()
     model.requires_grad_(False)

@@ -133,12 +133,20 @@ class HalveNorm:
 
 
 def change_by_rule() -> Any:
-    """What the rule was given in two updates that clip, and the network afterwards (on rank 0)."""
+    """What the rule was given in two updates that clip, and the network afterwards (on rank 0).
+
+    The state is saved and loaded in between. SGD without momentum has none for its parameters.
+    """
     engine, rule = make_engine(limit=0.1), HalveNorm()
     engine.prepare(llama(), section(name="sgd", weight_decay=0.0, max_grad_norm=0.1))
     engine.change_after_each_step(rule)
     for step in range(2):
         update(engine, step, scale=10 * (step + 1))
+        folder = Path(f"saved-{step}")
+        folder.mkdir(exist_ok=True)
+        engine.save_state(folder)
+        engine.barrier()
+        engine.load_state(folder)
     after = engine.full_state_dict()
     return rule.seen, {name: after[name].numpy() for name in rule.names} if engine.is_main else {}
 
@@ -210,6 +218,9 @@ def train_half(first: int, last: int, load: bool) -> tuple[list[float], str]:
             engine.save_state(Path("saved"))
             engine.barrier()
     assert (engine.trained_count, engine.parameter_count) == (HALF, HALF + LAYER + 50 * 16)
+    state = engine.full_state_dict()
+    if engine.is_main:  # otherwise an export has a copy of it
+        assert state["lm_head.weight"].data_ptr() == state["model.embed_tokens.weight"].data_ptr()
     return losses, digest(engine)
 
 

@@ -28,10 +28,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.engine.saved import SavedState
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.export import (
     Export,
     cast_weights,
+    export,
     export_dtype,
     portable_tokenizer,
     with_legacy_rope,
@@ -130,6 +132,21 @@ def test_weights_are_rounded_once_and_the_network_is_not_changed(tmp_path: Path,
         assert torch.equal(value, before[name].bfloat16()), name
         assert torch.equal(model.state_dict()[name], before[name]), name
     assert model.config.dtype != "bfloat16"
+
+
+def test_a_second_export_replaces_the_first_and_nothing_else(tmp_path: Path) -> None:
+    """A user may have put a model aside as model.old."""
+    writer, names = SavedState(), ("model.old", "model.partial")
+    writer.model = build(LLAMA)
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"of the user")
+    for dtype in (torch.float32, torch.bfloat16):
+        export(writer, content(writer.model, dtype), tmp_path / "model")
+        assert AutoConfig.from_pretrained(tmp_path / "model").dtype == dtype
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", *names]
+    for name in names:
+        assert (tmp_path / name / "model.safetensors").read_bytes() == b"of the user"
 
 
 def test_integers_keep_their_type_and_fp16_refuses_an_overflow() -> None:

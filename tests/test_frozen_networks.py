@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from test_adapter_directories import adapted, base, export
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.frozen import frozen_source
+from ptft_dist.networks.frozen import FrozenSource, frozen_source, read_digests
 from ptft_dist.session.frozen_networks import FrozenNetworks
 from ptft_dist.tasks.protocol import FrozenRole
 
@@ -54,3 +55,26 @@ def test_a_teacher_that_cannot_be_merged_is_refused_when_the_recipe_is_read(
         frozen_source("distillation.teacher", "teacher", None, section, tmp_path)
     export(*adapted(base, "lora"), tmp_path / "mergeable")
     frozen_source("distillation.teacher", "mergeable", None, section, tmp_path)
+
+
+def test_in_bf16_it_computes_what_transformers_computes(tmp_path: Path) -> None:
+    """Weights are rounded, and the frequencies of rotary positions are not."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, **sizes))
+    network.save_pretrained(tmp_path)
+    found = FrozenSource("teacher", ModelSection(path=str(tmp_path))).load(AutoModelForCausalLM, torch.bfloat16)
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    ids = torch.randint(64, (1, 512))
+    with torch.no_grad():
+        assert torch.equal(found(ids).logits, expected(ids).logits)
+
+
+def test_another_base_below_an_adapter_is_another_teacher(base: Path, tmp_path: Path) -> None:
+    """A run that is resumed would otherwise learn from another network without a word."""
+    copied = Path(shutil.copytree(base, tmp_path / "base"))
+    section = ModelSection(path=str(export(*adapted(copied, "lora"), tmp_path / "teacher")))
+    before = FrozenSource("teacher", section).identity(read_digests)
+    assert FrozenSource("teacher", section).identity(read_digests) == before
+    LlamaForCausalLM(LlamaForCausalLM.from_pretrained(copied).config).save_pretrained(copied)
+    assert FrozenSource("teacher", section).identity(read_digests) != before

@@ -20,7 +20,7 @@ from ptft_dist.checkpoint.checkpoint import (
     read_checkpoint,
 )
 from ptft_dist.checkpoint.identity import _keys, differences, may_change, run_identity
-from ptft_dist.checkpoint.resume import Resume
+from ptft_dist.checkpoint.resume import Resume, group_entries
 from ptft_dist.config.load import Loaded, describe
 from ptft_dist.config.mistakes import Schema
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
@@ -134,7 +134,7 @@ MAY_CHANGE = {
     "tokenizer.train.min_frequency", "tokenizer.train.max_megabytes", "tokenizer.add", "tokenizer.trust_remote_code",
     "tokenizer.train.normalizer", "tokenizer.train.lowercase", "tokenizer.train.strip_accents",
     "tokenizer.train.pre_tokenizer", "tokenizer.train.split_digits", "tokenizer.train.split_cjk",
-    "tokenizer.train.byte_fallback", "tokenizer.train.special_tokens", "tokenizer.extend", "tokenizer.init_added",
+    "tokenizer.train.byte_fallback", "tokenizer.train.special_tokens", "tokenizer.extend",
     "batch.micro_size", "batch.micro_tokens", "batch.group_by_length",
     "model.attention", "model.gradient_checkpointing", "model.compile",
     "train.deterministic", "train.offload_frozen",
@@ -154,6 +154,7 @@ MUST_STAY = {
     "model.adapt.last_layers", "model.adapt.match", "model.adapt.bitfit", "model.adapt.lora", "model.adapt.adalora",
     "model.adapt.ia3", "model.adapt.prompt_tuning", "model.adapt.p_tuning", "model.adapt.prefix_tuning",
     "model.adapt.bottleneck", "model.adapt.peft", "model.adapt.adapter", "model.adapt.name", "model.adapt.embeddings",
+    "tokenizer.init_added",
     "data.folds", "data.fold", "data.max_length", "data.bad_rows", "data.augment", "data.steps", "data.mixing",
     "distillation", "continual",
     "batch.global_size", "batch.global_tokens",
@@ -429,6 +430,30 @@ def test_accept_of_a_change_that_was_accepted_before_is_no_error(tmp_path: Path)
     now = identity(tmp_path, "optim.lr=0.5")
     resume(tmp_path, now, "optim.lr").check(checkpoint(tmp_path, now))
     resume(tmp_path, now, "optim.lr").precheck()
+
+
+def test_other_parameters_in_groups_of_the_same_sizes_are_refused(tmp_path: Path) -> None:
+    """Their saved moments would silently belong to other parameters."""
+    before, now = [["embed", "layers.0"], ["layers.1"]], [["embed", "layers.1"], ["layers.0"]]
+    saved, chosen = checkpoint(tmp_path, {}, **group_entries(before)), resume(tmp_path, identity(tmp_path))
+    chosen.check_groups(saved, before)
+    with pytest.raises(CheckpointError, match=r"of \[2, 1\] parameters, but this recipe has other parameters in them"):
+        chosen.check_groups(saved, now)
+    chosen.check_groups(checkpoint(tmp_path, {}, groups=[2, 1]), now)  # of an earlier version
+    with pytest.raises(CheckpointError, match=r"of \[3\] parameters, but this recipe has groups of \[2, 1\]"):
+        chosen.check_groups(checkpoint(tmp_path, {}, groups=[3]), now)
+
+
+def test_what_was_set_aside_can_be_resumed(tmp_path: Path) -> None:
+    """After a start over, the checkpoints of the first attempt are wanted back: the newest is then not the second's."""
+    for name in ("aside-20260101-000000-1-step-00000004", "step-00000002", "step-00000004"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    folder, now = Checkpoints(tmp_path / "checkpoints"), identity(tmp_path)
+    wanted = Checkpoint(next(folder.folder.glob("aside-*")), 4, {})
+    Resume(folder, str(wanted.path), (), now, lambda _kind, _ranks: None).begin(wanted, print, None)
+    assert folder.paths() == []
+    assert len(list(folder.folder.glob("aside-*"))) == 3
+    assert wanted.path.is_dir()
 
 
 # --- manifests --------------------------------------------------------------------------------------------------------

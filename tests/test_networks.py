@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import Vocabulary, start, write_recipe
+from support import Vocabulary, make_recipe, start, write_recipe
 from tiny import BERT, LLAMA, T5, write_tiny
 from transformers import (
     AutoConfig,
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ptft_dist.api import load_recipe
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks import preview
@@ -290,3 +291,20 @@ def test_another_base_network_is_refused_where_weights_are_frozen(tmp_path: Path
     assert run.wait() == (4 if task == "plm" else 0), run.stderr
     assert ("was trained on another base model: the files of model.path have changed" in run.stderr) is (task == "plm")
     assert ("resumed from run/checkpoints/step-00000004" in run.stderr) is (task == "clm")
+
+
+@pytest.mark.parametrize("key", ["model.path", "distillation.teacher"])
+def test_a_run_that_would_replace_a_model_that_it_reads_is_refused(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """As in a project directory with the base in model/, and run_dir: the directory itself."""
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    named = {"distillation": {"teacher": "./model"}}
+    if key == "model.path":
+        named = {"model": {"config": None, "path": "model"}, "tokenizer": {"train": None, "path": "model"}}
+    recipe = make_recipe(documents, run_dir=".", **named)
+    with pytest.raises(RecipeError, match=rf"^run_dir: the trained model is written to .*/model, .* {key}.*run_dir"):
+        load_recipe(recipe, training=True)
+    load_recipe(recipe)
+    load_recipe(recipe, ["run_dir=other"], training=True)

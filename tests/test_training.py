@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import in_process
 import pytest
@@ -16,6 +16,8 @@ from support import eval_rows, file_digest, make_recipe, merge, outcome, start, 
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
 from ptft_dist.training.progress import Judge, RunProgress
+from ptft_dist.training.trainer import Trainer
+from ptft_dist.training.validation import Validation
 
 Model = dict[str, Any]
 
@@ -223,6 +225,39 @@ def test_an_evaluation_is_recorded_in_this_run_s_checkpoint_alone(tmp_path: Path
         trainer.record_evaluation()
     assert read_checkpoint(mine.path) == mine
     assert not (tmp_path / "other").exists()
+
+
+class Scored:
+    """Validation rows whose losses are given by update."""
+
+    identity = "rows"
+
+    def __init__(self, trainer: Trainer, losses: dict[int, float]) -> None:
+        self.trainer, self.losses = trainer, losses
+
+    def score(self, *_: Any) -> Any:
+        return {"loss": self.losses[self.trainer.progress.step]}, []
+
+
+def test_the_best_checkpoint_is_one_of_this_run(tmp_path: Path) -> None:
+    """A run goes on from a checkpoint of another one, whose best checkpoint it does not have: its own best counts."""
+    store, losses = in_process.make_store(tmp_path / "store", in_process.ragged(6)), {2: 1.0, 4: 2.0, 6: 4.0, 8: 3.0}
+    changes: dict[str, Any] = {
+        "data": {"validation": 0.5},
+        "eval": {"every": 2, "patience": 3},
+        "save": {"every": 2, "keep": 1, "best": True, "export": "best"},
+    }
+    for name, updates, best in (("mine", 4, 2), ("other", 8, 4)):
+        recipe = in_process.make_recipe(train={"max_steps": updates}, **changes)
+        with in_process.make_trainer(tmp_path / name, store, recipe) as (trainer, _):
+            trainer.validation = cast(Validation, Scored(trainer, losses))
+            if name == "other":
+                trainer.restore(read_checkpoint(tmp_path / "mine/checkpoints/step-00000004"))
+            trainer.fit()
+            assert trainer.progress.best_checkpoint is not None
+            assert trainer.progress.best_checkpoint.step == best
+        kept = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
+        assert kept == [f"step-{best:08d}", f"step-{updates:08d}"]
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path: Path, documents: Path, cache: Path) -> None:

@@ -202,7 +202,7 @@ class Checkpoints:
         Raises:
             SaveError: any rank failed; raised on every rank. Nothing is left behind.
         """
-        final = self.folder / f"step-{step:08d}"
+        final = self.path_of(step)
         partial = self.folder / f"{_PARTIAL}{final.name}"
         main = ranks.rank == 0
 
@@ -239,7 +239,12 @@ class Checkpoints:
 
     def own(self, checkpoint: Checkpoint) -> bool:
         """Whether this run can resume from the checkpoint without being told: no other run's, and not set aside."""
-        return checkpoint.path.resolve() in (path.resolve() for path in self.paths())
+        path = checkpoint.path.resolve()
+        return path.parent == self.folder.resolve() and _NAME.fullmatch(path.name) is not None
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of update `step` is, or would be."""
+        return self.folder / f"step-{step:08d}"
 
     def set_aside_after(self, step: int, log: Callable[[str], None]) -> None:
         """Rename all checkpoints after `step`, because a later resume would choose them as the newest.

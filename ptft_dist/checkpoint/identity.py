@@ -45,6 +45,10 @@ MAY_CHANGE = (
 """Keys and sections that may change when a run is resumed: output, evaluation, and settings that do not change the
 updates. `TaskSettings.may_change` adds those of the task. All other keys must be equal."""
 
+MUST_STAY = ("tokenizer.init_added",)
+"""Keys within the sections of MAY_CHANGE that must be equal. Embeddings that are not trained, and those of a reference,
+are initialized again at each start."""
+
 NEVER_ACCEPTED = ("optim.name",)
 """Keys that `--accept` cannot name, because the state of the optimizer has no meaning for another one."""
 
@@ -80,7 +84,7 @@ def run_identity(
 def may_change(key: str, recipe: Recipe) -> bool:
     """Whether a resumed run may have another value of this key."""
     of_task = (f"{recipe.task}.{name}" for name in recipe.settings.may_change)
-    return f"{key}.".startswith(tuple(f"{free}." for free in (*MAY_CHANGE, *of_task)))
+    return key not in MUST_STAY and f"{key}.".startswith(tuple(f"{free}." for free in (*MAY_CHANGE, *of_task)))
 
 
 def values_of_environment(loaded: Loaded) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 from collections.abc import Callable, Sequence
@@ -33,6 +34,12 @@ def after_requeue(checkpoints: Checkpoints, how: str, job: str | None) -> str:
 
 def _marker(checkpoints: Checkpoints) -> Path:
     return checkpoints.folder.parent / ".begun.json"
+
+
+def group_entries(groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What a manifest says about the optimizer's parameter groups: their sizes, and a hash of the names in them."""
+    digest = hashlib.sha256(json.dumps([list(names) for names in groups]).encode()).hexdigest()
+    return {"groups": [len(names) for names in groups], "group_names": digest}
 
 
 class Resume:
@@ -106,13 +113,18 @@ class Resume:
             self.check(chosen)
         return chosen
 
-    def check_groups(self, checkpoint: Checkpoint, sizes: list[int]) -> None:
-        """Raises CheckpointError if the optimizer's parameter groups have other sizes than in the checkpoint."""
-        saved = checkpoint.manifest.get("groups", sizes)  # absent in older checkpoints
-        if saved != sizes:
+    def check_groups(self, checkpoint: Checkpoint, groups: Sequence[Sequence[str]]) -> None:
+        """Raises CheckpointError if the optimizer's parameter groups are not those of the checkpoint.
+
+        groups: the names of the parameters in each group. Some backends store the state without names, in this order.
+        """
+        now = group_entries(groups)
+        saved = {key: checkpoint.manifest.get(key, value) for key, value in now.items()}  # absent in older checkpoints
+        if saved != now:
+            sizes = f"groups of {now['groups']}" if saved["groups"] != now["groups"] else "other parameters in them"
             raise CheckpointError(
-                f"{checkpoint.path} has the optimizer's state for parameter groups of {saved} parameters, but this "
-                f"recipe has groups of {sizes}. A weight decay of 0 and optim.groups change them: restore the old "
+                f"{checkpoint.path} has the optimizer's state for parameter groups of {saved['groups']} parameters, "
+                f"but this recipe has {sizes}. A weight decay of 0 and optim.groups change them: restore the old "
                 f"values, or start a new run from the weights: {FROM_WEIGHTS}"
             )
 
@@ -135,8 +147,8 @@ class Resume:
         """
         self.marker.write_text(json.dumps({"job": job}))
         self.checkpoints.clean(tell)
-        inside = chosen is not None and chosen.path.parent.resolve() == self.checkpoints.folder.resolve()
-        self.checkpoints.set_aside_after(chosen.step if chosen is not None and inside else -1, tell)
+        own = chosen is not None and self.checkpoints.own(chosen)
+        self.checkpoints.set_aside_after(chosen.step if chosen is not None and own else -1, tell)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """Check that a checkpoint belongs to this run.

@@ -145,7 +145,8 @@ class OptimSection(Section):
     """The optimizer and the learning rate."""
 
     name: OptimizerName = "adamw"
-    """`adamw`: PyTorch's, fused where available. The 8-bit and paged optimizers are those of bitsandbytes."""
+    """`adamw`: PyTorch's, fused where available. The 8-bit and paged optimizers are those of
+    bitsandbytes, and do not run under FSDP2."""
     lr: Positive = 3e-4
     """The peak learning rate."""
     weight_decay: NonNegative = 0.1

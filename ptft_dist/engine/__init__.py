@@ -28,8 +28,8 @@ from ptft_dist.engine.deepspeed_settings import Precision, complete_deepspeed_co
 from ptft_dist.engine.frozen import FrozenNetwork, place_frozen
 from ptft_dist.engine.loss_module import LossModule
 from ptft_dist.engine.machines import Loss, Machines, watch_machines
-from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
-from ptft_dist.engine.parameters import element_counts, require_tied, tied_groups, trainable_names
+from ptft_dist.engine.optim import BITSANDBYTES, build_optimizer, parameter_groups, set_lr
+from ptft_dist.engine.parameters import element_counts, first_names, require_tied, tied_groups, trainable_names
 from ptft_dist.engine.processes import (
     PROCESS_GROUP_TIMEOUT,
     STORE_GONE,
@@ -151,7 +151,8 @@ class Engine:
         self.trainable_names, ties = trainable_names(model), tied_groups(model)
         self.parameter_count, self.trained_count = element_counts(model)
         groups = parameter_groups(model.named_parameters(), optim, scales)
-        self.group_sizes = [len(group["params"]) for group in groups]
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        self.groups = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
         optimizer = build_optimizer(groups, optim, self.device, tell)
         self.backend = backend_class(self.kind)(self.accelerator, model, LossModule(model), optimizer)
         require_tied(model, ties, self.kind)
@@ -162,6 +163,8 @@ class Engine:
                 "optim.name: adafactor needs complete weight matrices, but shards are parts of them; use adamw under "
                 f"{self.kind}, or adafactor without sharding"
             )
+        if self.kind == "fsdp2" and optim.name in BITSANDBYTES:
+            raise RecipeError(f"optim.name: {optim.name} cannot update the shards of fsdp2; use adamw, DDP or ZeRO")
         offload = (self.deepspeed_config or {}).get("zero_optimization", {}).get("offload_optimizer", {})
         if offload.get("device", "none") != "none" and optim.name != "adamw":
             # Accelerate would silently replace it by Adam.
@@ -378,8 +381,13 @@ class Engine:
         return each * self.trained_count + 2**20
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
-        """All weights by name on rank 0; undefined on other ranks. All ranks must call it."""
-        return self.backend.full_state_dict()
+        """All weights by name on rank 0; undefined on other ranks. All ranks must call it.
+
+        The names of a tied parameter have one tensor, as in an unsharded network, so that an export writes it once.
+        """
+        state = self.backend.full_state_dict()
+        first = first_names(self.model)
+        return {name: state.get(first.get(name, name), tensor) for name, tensor in state.items()}
 
     def trained_state_dict(self) -> dict[str, torch.Tensor]:
         """Trained parameters and buffers by name on rank 0; undefined on other ranks. All ranks must call it."""

@@ -24,7 +24,15 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from ptft_dist.engine.parameters import first_names, persistent_buffers, require_stored, stored_tensors
-from ptft_dist.engine.state import WEIGHTS, Files, read_optimizer, tensor_shapes, write_optimizer, write_tensors
+from ptft_dist.engine.state import (
+    TENSORS,
+    WEIGHTS,
+    Files,
+    read_optimizer,
+    tensor_shapes,
+    write_optimizer,
+    write_tensors,
+)
 
 
 class Fsdp2:
@@ -110,6 +118,8 @@ class Fsdp2:
         weights: dict[str, Any] = {first.get(name, name): tensor for name, tensor in load_file(path).items()}
         # Not strict: frozen parameters and the other names of tied ones are not in the file.
         set_model_state_dict(self.model, weights, options=StateDictOptions(full_state_dict=True, strict=False))
+        if not tensor_shapes(folder / TENSORS):  # SGD without momentum has no state, which PyTorch cannot load
+            return
         state, _ = read_optimizer(folder, "cpu")
         set_optimizer_state_dict(self.module, self.optimizer, state, options=StateDictOptions(full_state_dict=True))
 

@@ -11,6 +11,9 @@ import torch
 from ptft_dist.config.recipe import OptimSection
 from ptft_dist.errors import RecipeError
 
+BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+"""The optimizers of bitsandbytes."""
+
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],

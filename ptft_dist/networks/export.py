@@ -65,7 +65,8 @@ def export(engine: Writer, content: Export, target: Path) -> None:
     Raises:
         RecipeError: the weights overflow the data type.
     """
-    partial, old = (target.with_name(f"{target.name}.{kind}") for kind in ("partial", "old"))
+    # Hidden names: a user may have directories named model.old or model.partial.
+    partial, old = (target.with_name(f".{target.name}.{kind}") for kind in ("partial", "old"))
     if engine.is_main:
         shutil.rmtree(partial, ignore_errors=True)
     engine.barrier()

@@ -59,14 +59,20 @@ class FrozenSource:
             return read_config(self.section, {}, key=self.key)
         from ptft_dist.networks.adapt.reading import read_adapter
 
-        base, revision = adapter_base(self.path)
-        config = read_config(self.section.model_copy(update={"path": base, "revision": revision}), {}, key=self.key)
+        config = read_config(self._base, {}, key=self.key)
         config.update(read_adapter(Path(self.path)).label_keys())
         return config
 
     def identity(self, digests: Digests) -> str:
-        """A hash of its files; the commit of a Hub model."""
-        return files_identity(self.section, digests, key=self.key)
+        """A hash of its files, and of those of its base if it is an adapter; the commit of a Hub model."""
+        sections = [self.section, self._base] if is_adapter(self.path) else [self.section]
+        return " on ".join(files_identity(section, digests, key=self.key) for section in sections)
+
+    @property
+    def _base(self) -> ModelSection:
+        """The base of an adapter."""
+        base, revision = adapter_base(self.path)
+        return self.section.model_copy(update={"path": base, "revision": revision})
 
     def load(self, auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
         """The network in evaluation mode, without gradients, on the CPU; an adapter is merged into its base.
@@ -86,7 +92,10 @@ class FrozenSource:
                     f"{self.key}: {self.path} has no weights for {', '.join(sorted(fresh)[:4])}, so it was not trained "
                     f"as a {type(model).__name__}. Use a model that was"
                 )
-        return model.eval().requires_grad_(False).to(dtype=dtype)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # buffers are not rounded: rotary frequencies in bf16 shift positions
+                parameter.data = parameter.data.to(dtype)
+        return model.eval().requires_grad_(False)
 
 
 def frozen_source(key: str, path: str, revision: str | None, model: ModelSection, base: Path) -> FrozenSource:

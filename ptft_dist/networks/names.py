@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from ptft_dist.config.named_models import named_models
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import CheckpointError, RecipeError
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -25,6 +27,24 @@ def directory_or_hub_name(path: str, base: Path, key: str) -> str:
     if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
         raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
     return path
+
+
+def check_not_replaced(recipe: Recipe, base: Path) -> None:
+    """Raises RecipeError if a run would replace a model that its recipe names by the trained one.
+
+    base: the recipe's directory.
+    """
+    written = (Path(recipe.run_dir) / "model").resolve()
+    for named in named_models(recipe):
+        try:
+            place = Path(directory_or_hub_name(named.name, base, named.key))
+        except RecipeError:  # it may not exist yet, and is reported when it is read
+            continue
+        if named.weights and place.is_dir() and place.resolve().is_relative_to(written):
+            raise RecipeError(
+                f"run_dir: the trained model is written to {written}, which would replace the model of {named.key}. "
+                "Choose another run_dir, or move that model"
+            )
 
 
 def is_adapter(path: str | Path) -> bool:

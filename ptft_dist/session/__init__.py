@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from ptft_dist.checkpoint.checkpoint import Checkpoints
 from ptft_dist.checkpoint.identity import run_identity
+from ptft_dist.checkpoint.resume import group_entries
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.config.resolve import batch_shape
@@ -315,7 +316,7 @@ class Session:
             "world_size": engine.world_size,
             "total_steps": self.plan.total_steps,
             "base": base,
-            "groups": engine.group_sizes,
+            **group_entries(engine.groups),
         }
         return Trainer(
             recipe,

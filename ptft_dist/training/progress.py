@@ -64,11 +64,16 @@ class RunProgress:
         return True
 
     def forget_incomparable(self, judge: Judge) -> Best | None:
-        """Drop the best evaluation if it has another metric, goal or validation rows, and return it.
+        """Drop the best evaluation if it has another metric, goal or validation rows, and return it."""
+        found = (best for best in (self.best, self.best_checkpoint) if best and best.judge != judge)
+        return self._forget(next(found, None))
 
-        This update then counts as not evaluated yet, so that it can be the best by the new judge.
-        """
-        dropped = next((best for best in (self.best, self.best_checkpoint) if best and best.judge != judge), None)
+    def forget_best_checkpoint(self) -> Best | None:
+        """Drop the best evaluation if its weights are in a checkpoint, and return it."""
+        return self._forget(self.best_checkpoint)
+
+    def _forget(self, dropped: Best | None) -> Best | None:
+        """Drop the best evaluation. This update then counts as not evaluated yet, so that it can be the next best."""
         if dropped is not None:
             self.best = self.best_checkpoint = None
             self.worse_evaluations = 0

@@ -165,9 +165,10 @@ class Trainer:
         return next((reason for reason in self.engine.gather_objects(self.stop.reason) if reason), "a stop request")
 
     @property
-    def saved_step(self) -> int:
-        """The update of the last checkpoint; 0: none yet."""
-        return 0 if self.saved is None else self.saved.step
+    def saved_in_this_run(self) -> bool:
+        """Whether this update is saved, and not only in a checkpoint of another run."""
+        saved = self.saved
+        return saved is not None and saved.step == self.progress.step and self.checkpoints.own(saved)
 
     @property
     def judge(self) -> Judge:
@@ -195,7 +196,7 @@ class Trainer:
         progress.metrics, progress.first_metrics = row, progress.first_metrics or row
         progress.evaluated_step = progress.step
         best = progress.judge(self.judge, row, metrics[self.recipe.eval.metric]) and self.recipe.save.best
-        if self.saved_step != progress.step:
+        if not self.saved_in_this_run:
             if best:  # it counts as the best checkpoint only when committed
                 self.save(must=False, best=progress.best)
             return
@@ -219,7 +220,7 @@ class Trainer:
         best: the evaluation, if this checkpoint is the best one.
         """
         step, started = self.progress.step, time.perf_counter()
-        if step == self.saved_step and (self.saved is None or not must or self.checkpoints.own(self.saved)):
+        if step == 0 or self.saved_in_this_run:
             return
         self.flush_rows()
         progress = self.progress if best is None else replace(self.progress, best_checkpoint=best)
@@ -252,11 +253,12 @@ class Trainer:
                 f"{checkpoint.path}: its manifest belongs to update {self.progress.step}; restore the checkpoint"
             )
         dropped = self.progress.forget_incomparable(self.judge)
+        why = "eval.metric, eval.goal, eval.max_rows or the validation rows have changed"
+        if dropped is None and self.recipe.save.best and not self.checkpoints.own(checkpoint):
+            dropped, why = self.progress.forget_best_checkpoint(), "its checkpoint is not one of this run"
         if dropped is not None and self.engine.is_main:
-            say(
-                f"the best evaluation so far ({dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}) no "
-                "longer counts: eval.metric, eval.goal, eval.max_rows or the validation rows have changed"
-            )
+            best = f"{dropped.judge.metric} {dropped.value:.4g}, update {dropped.step}"
+            say(f"the best evaluation so far ({best}) no longer counts: {why}")
 
     def rehearse(self) -> None:
         """Evaluate one micro-batch, generation included, so that a failing evaluation fails before training."""

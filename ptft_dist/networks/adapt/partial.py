@@ -9,6 +9,7 @@ import torch
 
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.critic import CRITIC
 
 
 def train_part(model: torch.nn.Module, adapt: AdaptSection, fresh: Collection[str]) -> None:
@@ -43,9 +44,14 @@ def train_part(model: torch.nn.Module, adapt: AdaptSection, fresh: Collection[st
 
 
 def blocks(model: torch.nn.Module) -> list[tuple[str, torch.nn.ModuleList]]:
-    """The lists of a network's blocks with their names: one list, or two in an encoder-decoder, in order."""
+    """The lists of a network's blocks with their names: one list, or two in an encoder-decoder, in order.
+
+    Those of a critic beside the network are left out.
+    """
     found: list[tuple[str, torch.nn.ModuleList]] = []
     for name, module in model.named_modules():
+        if name.startswith(f"{CRITIC}."):
+            continue
         inside = any(name.startswith(f"{outer}.") for outer, _ in found)
         if isinstance(module, torch.nn.ModuleList) and not inside and _weighted(module):
             found.append((name, module))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 
 from ptft_dist.config.recipe import ModelSection, OptimSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.partial import blocks
+from ptft_dist.networks.critic import CRITIC
 from ptft_dist.networks.facts import NetworkFacts
+
+_IN_CRITIC = f"{CRITIC}."
 
 
 def lr_scales(
@@ -19,6 +23,8 @@ def lr_scales(
 
     Layer-wise decay multiplies by optim.layer_decay for each block between a parameter and the head (Howard and Ruder
     2018; Clark et al. 2020): block i of n gets decay^(n - i), embeddings decay^(n + 1), everything after the blocks 1.
+
+    A critic of its own beside the network has blocks and a head of its own.
 
     Raises:
         RecipeError: optim.layer_decay or optim.head_lr_scale has no parameter to apply to.
@@ -43,10 +49,14 @@ def lr_scales(
 
 def _depths(model: torch.nn.Module, names: list[str]) -> dict[str, int]:
     """Name -> how many blocks follow a parameter, plus 1; 0 for those after the last block."""
+    if inside := [name.removeprefix(_IN_CRITIC) for name in names if name.startswith(_IN_CRITIC)]:
+        of_critic = _depths(model.get_submodule(CRITIC), inside)
+        own = _depths(model, [name for name in names if not name.startswith(_IN_CRITIC)])
+        return own | {_IN_CRITIC + name: depth for name, depth in of_critic.items()}
     lists = blocks(model)
     if not lists:
         raise RecipeError("optim.layer_decay: this network has no list of blocks. Use optim.groups")
-    order = [name for name, _ in model.named_parameters()]
+    order = [name for name, _ in model.named_parameters() if not name.startswith(_IN_CRITIC)]
     depths: dict[str, int] = {}
     for prefix, module in lists:
         members = {name: int(name[len(prefix) + 1 :].split(".")[0]) for name in order if name.startswith(f"{prefix}.")}
@@ -64,6 +74,9 @@ def _depths(model: torch.nn.Module, names: list[str]) -> dict[str, int]:
 
 def _in_head(name: str, model: torch.nn.Module, network: NetworkFacts) -> bool:
     """Whether a parameter of the network itself lies outside of its body, in the layers that compute the output."""
+    if name.startswith(_IN_CRITIC):
+        critic: Any = model.get_submodule(CRITIC)
+        return not name.startswith(f"{_IN_CRITIC}{critic.base_model_prefix}.")
     base = getattr(model, "get_base_model", lambda: model)()
     plain = name.removeprefix("base_model.model.").removeprefix("base_model.")
     plain = re.sub(r"\.modules_to_save\.[^.]+", "", plain)
