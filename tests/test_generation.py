@@ -28,10 +28,13 @@ from transformers import (
 )
 
 from ptft_dist.cli import generate as command
+from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.networks.adapt import adapt_network
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.generation import generate, generation_scores, left_padded
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
@@ -127,6 +130,23 @@ def test_beams_are_those_of_each_row_alone(name: str) -> None:
         assert ids == alone + [PAD] * (LENGTH - len(alone))
         differs |= ids[: len(alone)] != naive(model, prompt, eos)
     assert differs, "beams find what greedy finds: a weak test"
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_virtual_tokens_stand_right_before_each_prompt(name: str, method: str) -> None:
+    """Padding on the left is between them, and must not move a prompt away from them."""
+    section = AdaptSection.model_validate({method: {"tokens": 3}})
+    setup = AdapterSetup("CAUSAL_LM", "nowhere", None, 10, (), "nowhere", 0)
+    model = adapt_network(network(name), section, setup).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.4)
+    found = generate(
+        model, batch_of(model, prompts()), GenerationSettings(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[]
+    )
+    assert found.tolist() == [naive(model, prompt, []) for prompt in prompts()]
 
 
 @pytest.mark.parametrize("name", ["t5", "llama"])

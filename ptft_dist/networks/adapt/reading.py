@@ -25,6 +25,7 @@ from ptft_dist.config.adapt import Quantization
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.peft_configs import TASK_TYPES
+from ptft_dist.networks.adapt.virtual import hide_virtual_tokens
 
 TASK_CONFIG = "task_config.json"
 _LABELS = ("id2label", "label2id", "problem_type")
@@ -215,6 +216,7 @@ def load_adapters(
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise RecipeError(f"adapter {name}: {files.path} cannot be loaded on {files.base}: {error}") from None
     model.set_adapter(use, inference_mode=True)
+    hide_virtual_tokens(model)
     adapted: PeftModel = model.eval()
     return adapted
 
