@@ -394,6 +394,20 @@ def test_texts_and_conversations_are_scored_as_sides_of_pairs(trained: Path, tmp
     assert summary["pairs"] == 2
 
 
+def test_scoring_replaces_neither_columns_nor_the_file(trained: Path, tmp_path: Path) -> None:
+    """UltraFeedback has scores of its own."""
+    rows = [{**row, "score_chosen": 8.5} for row in made(2, preferred)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*field 'score_chosen' already.*\n.*rows\.jsonl:2: "):
+        ptft_dist.score(trained, file, tmp_path / "scores.jsonl")
+    file = write_rows(tmp_path / "rows.jsonl", made(2, preferred))
+    with pytest.raises(RecipeError, match=r"rows\.jsonl: this is the file with the rows"):
+        ptft_dist.score(trained, file, file)
+    with pytest.raises(RecipeError, match="this is a directory"):  # before the work
+        ptft_dist.score(trained, file, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_model_is_scored_in_the_shape_of_its_training(tmp_path: Path, cache: Path) -> None:
     rows = [{"prompt": f"a {w}", "chosen": f"cat {w}", "rejected": f"dog {w}"} for w in WORDS] * 3
     settings = {"shape": "single_turn", "system": "be kind"}
