@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.inference.generation import Sampling, continue_prompt
 from ptft_dist.networks.adapt import adapt_network
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.reporting.metrics import JsonLines
@@ -157,6 +159,16 @@ def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
         model, batch_of(model, prompts(1)), GenerationSettings(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[first]
     )
     assert found.tolist() == [[first] + [PAD] * (LENGTH - 1)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_prompt_is_read_with_its_padding_tokens(name: str) -> None:
+    """`ptft generate` and `ptft chat`: PAD may be UNK, or stand in the text."""
+    model, prompt = network(name), np.array([7, 5, 9, 11, 5, 20, 8])
+    tokenizer: Any = SimpleNamespace(pad_token_id=5, eos_token_id=1)
+    found = continue_prompt(model, tokenizer, torch.from_numpy(prompt)[None], Sampling(LENGTH, 0.0, 1.0, 0)).tolist()
+    expected = naive(model, prompt, [1])
+    assert found == ([START] if model.config.is_encoder_decoder else prompt.tolist()) + expected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -304,9 +316,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], dict[str, An
 
     seen: list[tuple[list[int], dict[str, Any]]] = []
 
-    def generate(_model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        seen.append((ids[0].tolist(), options))
-        return ids
+    def generate(_model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((input_ids[0].tolist(), options))
+        return input_ids
 
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     return seen

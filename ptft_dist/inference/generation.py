@@ -83,10 +83,8 @@ def continue_prompt(
     options |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad_id}
     if streamer is not None:
         options["streamer"] = streamer
-    if hasattr(model, "peft_config"):
-        output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    else:
-        output = model.generate(ids, **options)
+    # Without a mask, transformers takes tokens of the prompt that are PAD for padding.
+    output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return output[0]
 
 
