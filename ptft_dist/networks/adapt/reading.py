@@ -143,6 +143,10 @@ class AdapterFiles:
     def set_task_keys(self, model: PreTrainedModel) -> None:
         """Set the ids and other keys of the task in the config of a base that has embeddings for all tokens."""
         model.config.update({key: self.keys[key] for key in _OTHER_KEYS if key in self.keys})
+        self.set_generation_keys(model)
+
+    def set_generation_keys(self, model: PreTrainedModel) -> None:
+        """Let the base begin and end its texts as it did when the adapter was trained."""
         for key in (*_OF_GENERATION, "decoder_start_token_id"):
             if key in self.keys and model.generation_config is not None:
                 setattr(model.generation_config, key, self.keys[key])
