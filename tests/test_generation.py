@@ -34,6 +34,7 @@ from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.errors import RecipeError
 from ptft_dist.inference.generation import Sampling, continue_prompt
 from ptft_dist.networks.adapt import adapt_network
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
@@ -330,6 +331,19 @@ def test_a_prompt_begins_with_what_the_tokenizer_adds(tmp_path: Path, calls: Any
     command.generate(tmp_path, "one two", max_new_tokens=2, temperature=0.0)
     begin = [] if template is None else [tokenizer.bos_token_id]
     assert calls[0][0] == [*begin, *tokenizer("one two", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "new"), [("gpt2", "one two", 64), ("bart", "one two " * 60, 4)], ids=["gpt2", "bart"]
+)
+def test_a_text_longer_than_the_position_table_is_refused(tmp_path: Path, name: str, prompt: str, new: int) -> None:
+    exported(tmp_path, name)
+    with pytest.raises(
+        RecipeError, match=rf"^prompt: it has .* up to {new}: more than the model's .* \(64\)\. Shorten"
+    ):
+        command.generate(tmp_path, prompt, max_new_tokens=new, temperature=0.0)
+    if name == "gpt2":
+        command.generate(tmp_path, prompt, max_new_tokens=new - 1, temperature=0.0)
 
 
 @pytest.mark.parametrize(("pad", "expected"), [(0, 0), (5, 5), (None, None)])
