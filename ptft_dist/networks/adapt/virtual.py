@@ -29,10 +29,13 @@ def hide_virtual_tokens(model: PeftModel) -> None:
 
 def _without_virtual_tokens(model: Any, _inputs: Any, output: Any) -> Any:
     """Forward hook: remove the outputs at virtual tokens, so that outputs have the positions of the input."""
-    virtual = model.active_peft_config.num_virtual_tokens
+    config = model.active_peft_config
+    if config.peft_type in ("PREFIX_TUNING", "CARTRIDGE"):  # keys and values only
+        return output
+    virtual = config.num_virtual_tokens
     for name in ("logits", "start_logits", "end_logits", "log_probs"):
         values = getattr(output, name, None)
-        if values is None or model.active_peft_config.peft_type in ("PREFIX_TUNING",):
+        if values is None:
             continue
         if values.dim() == 3 or name in ("start_logits", "end_logits", "log_probs"):
             output[name] = values[:, virtual:]
