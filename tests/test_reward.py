@@ -470,6 +470,10 @@ def test_an_adapter_of_a_causal_model_has_its_head(tmp_path: Path, cache: Path, 
     ptft_dist.score(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "scores.jsonl")
     scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [row["score_chosen"] for row in scored] == pytest.approx(expected, abs=1e-5)
+    card = (tmp_path / "run/model/README.md").read_text()
+    used: dict[str, Any] = {}
+    exec(card.split("```python")[1].split("```")[0].replace("DIRECTORY", str(tmp_path / "run/model")), used)
+    assert used["model"].config.num_labels == 1
 
 
 # --- broken inputs ----------------------------------------------------------------------------------------------------
