@@ -55,7 +55,7 @@ def model_card(
         f"---\n{notice}{front}---\n",
         f"# {what}{parent}\n\nTask: `{recipe.task}`, after update {step:,}. Trained with ptft_dist.\n",
         *([] if license_id else [f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n"]),
-        f"## Use\n\n{_usage(recipe, task_type, num_labels)}",
+        f"## Use\n\n{usage(recipe, task_type, num_labels)}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
         f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(given_values(loaded))}```\n",
@@ -122,7 +122,7 @@ def _sources(recipe: Any) -> list[Any]:
     return [*recipe.data.train, *(validation if isinstance(validation, tuple | list) else ())]
 
 
-def _usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
+def usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
     """How to load the exported directory."""
     adapt = recipe.model.adapt
     imports = [f"from transformers import {auto_class}, AutoTokenizer"]
@@ -130,7 +130,8 @@ def _usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
     if not adapt.adds_adapter:
         code = [*imports, "", f'model = {auto_class}.from_pretrained("DIRECTORY")', tokenizer]
     else:
-        count = f", num_labels={num_labels}" if auto_class.endswith("Classification") else ""
+        options = f", num_labels={num_labels}" if auto_class.endswith("Classification") else ""
+        options += f', revision="{recipe.model.revision}"' if recipe.model.revision else ""
         bottleneck = [
             "from ptft_dist.networks.adapt import bottleneck",
             "",
@@ -140,7 +141,7 @@ def _usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
             "from peft import PeftModel",
             *imports,
             *(bottleneck if adapt.bottleneck is not None else [""]),
-            f'base = {auto_class}.from_pretrained("{recipe.model.path}"{count})',
+            f'base = {auto_class}.from_pretrained("{recipe.model.path}"{options})',
             tokenizer,
             "if base.config.get_text_config().vocab_size < len(tokenizer):",
             "    base.resize_token_embeddings(len(tokenizer))",
