@@ -367,6 +367,13 @@ def test_simpo_of_axolotl_keeps_its_margin(tmp_path: Path) -> None:
     assert "likelihood of the chosen answer" in reports[tmp_path].lost["cpo_alpha"]
 
 
+@pytest.mark.parametrize("ends", ["last", "none", "all"])
+def test_other_ends_of_turns_do_not_make_prompts_learned(tmp_path: Path, ends: str) -> None:
+    recipe = converted(tmp_path, f"{AXOLOTL}train_on_eos: {ends}\nroles_to_train: [assistant]\n")
+    assert "loss" not in recipe["sft"]
+    assert "end of each turn" in reports[tmp_path].lost["train_on_eos"]
+
+
 def test_no_warmup_of_axolotl(tmp_path: Path) -> None:
     """Its default of warmup_ratio counts only if there is no warmup_steps."""
     recipe = converted(tmp_path, AXOLOTL.replace("warmup_steps: 10", "warmup_steps: 0"))

@@ -253,6 +253,8 @@ def learned(entry: Entry) -> Outcome:
         return {entry.key: "all"} if entry.value else {}
     if entry.name == "mask_history":
         return {entry.key: "last"} if entry.value else {}
+    if entry.name == "train_on_eos" and entry.value != "turn":
+        return "the end of each turn that is learned is learned too, as with turn"
     if entry.value in (True, "turn", ["assistant"], ["gpt"], ["assistant", "gpt"]):
         return {}
     return {entry.key: "all"}
