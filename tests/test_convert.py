@@ -374,6 +374,14 @@ def test_other_ends_of_turns_do_not_make_prompts_learned(tmp_path: Path, ends: s
     assert "end of each turn" in reports[tmp_path].lost["train_on_eos"]
 
 
+def test_roles_that_are_learned_besides_the_assistant(tmp_path: Path) -> None:
+    recipe = converted(tmp_path, f"{AXOLOTL}roles_to_train: [assistant, tool]\n")
+    assert "loss" not in recipe["sft"]
+    assert "of the assistant only" in reports[tmp_path].lost["roles_to_train"]
+    (tmp_path / "recipe.yaml").unlink()
+    assert converted(tmp_path, f"{AXOLOTL}roles_to_train: [assistant, user]\n")["sft"]["loss"] == "all"
+
+
 def test_no_warmup_of_axolotl(tmp_path: Path) -> None:
     """Its default of warmup_ratio counts only if there is no warmup_steps."""
     recipe = converted(tmp_path, AXOLOTL.replace("warmup_steps: 10", "warmup_steps: 0"))
