@@ -382,6 +382,13 @@ def test_roles_that_are_learned_besides_the_assistant(tmp_path: Path) -> None:
     assert converted(tmp_path, f"{AXOLOTL}roles_to_train: [assistant, user]\n")["sft"]["loss"] == "all"
 
 
+@pytest.mark.parametrize("other", ["completion", "assistant"])
+def test_one_of_two_masks_of_trl_is_enough(tmp_path: Path, other: str) -> None:
+    masks = {"completion": "assistant", "assistant": "completion"}
+    lines = f"{other}_only_loss: true\n{masks[other]}_only_loss: false\n"
+    assert "loss" not in converted(tmp_path, TRL.replace("assistant_only_loss: true\n", lines))["sft"]
+
+
 def test_no_warmup_of_axolotl(tmp_path: Path) -> None:
     """Its default of warmup_ratio counts only if there is no warmup_steps."""
     recipe = converted(tmp_path, AXOLOTL.replace("warmup_steps: 10", "warmup_steps: 0"))

@@ -260,4 +260,5 @@ def learned(entry: Entry) -> Outcome:
         if roles & {"user", "human"}:
             return {entry.key: "all"}
         return {} if roles and roles <= {"assistant", "gpt"} else "turns of the assistant only are learned"
-    return {} if entry.value in (True, "turn") else {entry.key: "all"}
+    masks = (entry.draft.given.get(f"{each}_only_loss") for each in ("assistant", "completion"))
+    return {} if entry.value == "turn" or True in masks else {entry.key: "all"}
