@@ -25,6 +25,7 @@ from ptft_dist.networks.adapt import adapt_network, bottleneck, reading_section
 from ptft_dist.networks.adapt.adapters import load_adapter, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.networks.adapt.reading import load_adapters, read_adapter
+from ptft_dist.tasks.common.generation import left_padded
 
 METHODS: dict[str, Any] = {
     "lora": {"lora": {"r": 4}},
@@ -116,6 +117,9 @@ def test_plain_peft_loads_what_we_save_and_we_generate_with_it(base: Path, tmp_p
     assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 0.1
     again = load_adapters({"a": read_adapter(tmp_path)}, "a", torch.float32)
     torch.testing.assert_close(logits(again), logits(theirs), atol=0, rtol=0)
+    with torch.no_grad():  # padding on the left, as lm-eval generates
+        found = again(**left_padded([IDS[0].numpy(), IDS[1, :4].numpy()], pad_id=0)).logits[1, -1]
+    torch.testing.assert_close(found, logits(again, IDS[1:2, :4])[0, -1], atol=2e-5, rtol=1e-5)
 
     assert api.generate(tmp_path, PROMPT, max_new_tokens=6, temperature=0) == naive(theirs, tokenizer)
 

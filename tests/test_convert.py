@@ -193,7 +193,7 @@ def test_qlora_of_axolotl(tmp_path: Path, tiny: Path, cache: Path) -> None:
             "gradient_checkpointing": True,
         },
         "data": {"train": [{"path": "rows.jsonl"}], "validation": 0.1, "max_length": 48},
-        "sft": {"shape": "alpaca", "packing": True},
+        "sft": {"shape": "alpaca", "packing": True, "too_long": "drop"},
         "batch": {"global_size": 2 * 3 * 4, "micro_size": 2},
         "optim": {
             "name": "paged_adamw",
@@ -359,6 +359,59 @@ def test_preferences_of_axolotl(tmp_path: Path, rl: str, task: str, loss: str | 
     assert recipe[task].get("loss") == loss
 
 
+def test_simpo_of_axolotl_keeps_its_margin(tmp_path: Path) -> None:
+    """cpo_alpha is the weight of another loss, and must not become the margin."""
+    text = f"{AXOLOTL}rl: simpo\nsimpo_gamma: 0.8\ncpo_alpha: 0.0\n".replace("type: alpaca", "split: train")
+    recipe = converted(tmp_path, text)
+    assert recipe["dpo"]["gamma"] == 0.8
+    assert "likelihood of the chosen answer" in reports[tmp_path].lost["cpo_alpha"]
+
+
+@pytest.mark.parametrize("ends", ["last", "none", "all"])
+def test_other_ends_of_turns_do_not_make_prompts_learned(tmp_path: Path, ends: str) -> None:
+    recipe = converted(tmp_path, f"{AXOLOTL}train_on_eos: {ends}\nroles_to_train: [assistant]\n")
+    assert "loss" not in recipe["sft"]
+    assert "end of each turn" in reports[tmp_path].lost["train_on_eos"]
+
+
+def test_roles_that_are_learned_besides_the_assistant(tmp_path: Path) -> None:
+    recipe = converted(tmp_path, f"{AXOLOTL}roles_to_train: [assistant, tool]\n")
+    assert "loss" not in recipe["sft"]
+    assert "of the assistant only" in reports[tmp_path].lost["roles_to_train"]
+    (tmp_path / "recipe.yaml").unlink()
+    assert converted(tmp_path, f"{AXOLOTL}roles_to_train: [assistant, user]\n")["sft"]["loss"] == "all"
+
+
+@pytest.mark.parametrize("other", ["completion", "assistant"])
+def test_one_of_two_masks_of_trl_is_enough(tmp_path: Path, other: str) -> None:
+    masks = {"completion": "assistant", "assistant": "completion"}
+    lines = f"{other}_only_loss: true\n{masks[other]}_only_loss: false\n"
+    assert "loss" not in converted(tmp_path, TRL.replace("assistant_only_loss: true\n", lines))["sft"]
+
+
+def test_no_warmup_of_axolotl(tmp_path: Path) -> None:
+    """Its default of warmup_ratio counts only if there is no warmup_steps."""
+    recipe = converted(tmp_path, AXOLOTL.replace("warmup_steps: 10", "warmup_steps: 0"))
+    assert "warmup" not in recipe["optim"]
+    (tmp_path / "recipe.yaml").unlink()
+    assert converted(tmp_path, AXOLOTL.replace("warmup_steps: 10\n", ""))["optim"]["warmup"] == 0.03
+
+
+def test_rows_that_are_too_long_are_treated_as_there(tmp_path: Path) -> None:
+    """axolotl drops them, also in SFT; TRL and LLaMA-Factory truncate them, also pairs."""
+    assert converted(tmp_path, AXOLOTL)["sft"]["too_long"] == "drop"
+    folder = tmp_path / "dpo"
+    folder.mkdir()
+    text = TRL.replace("assistant_only_loss: true\n", "")
+    assert converted(folder, text, task="dpo")["dpo"]["too_long"] == "cut"
+    (folder / "recipe.yaml").unlink()
+    assert converted(folder, text, task="kto")["kto"]["too_long"] == "cut"
+    (folder / "recipe.yaml").unlink()
+    assert "too_long" not in converted(folder, text, task="reward").get("reward", {})
+    (folder / "recipe.yaml").unlink()
+    assert converted(folder, FACTORY.replace("stage: sft", "stage: rm"))["reward"]["too_long"] == "cut"
+
+
 def test_the_other_default_of_trl_is_said(tmp_path: Path) -> None:
     converted(tmp_path, TRL.replace("assistant_only_loss: true\n", ""))
     assert any("TRL learns all tokens" in remark for remark in reports[tmp_path].remarks)
@@ -371,7 +424,7 @@ def test_dpo_of_trl(tmp_path: Path, tiny: Path, cache: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", made(60, preferred))
     text = TRL.replace("assistant_only_loss: true\n", "beta: 0.3\nloss_type: [ipo]\nprecompute_ref_log_probs: true\n")
     recipe = converted(tmp_path, text, f"model.path={tiny}", task="dpo")
-    assert recipe["dpo"] == {"beta": 0.3, "loss": "ipo"}
+    assert recipe["dpo"] == {"beta": 0.3, "loss": "ipo", "too_long": "cut"}
     trains(tmp_path, cache)
 
 
@@ -518,7 +571,8 @@ def test_the_defaults_are_those_of_the_installed_libraries() -> None:
         assert transformers.TrainingArguments.__dataclass_fields__[name].default == value, name
     for task, defaults in ours["task_defaults"]["trl"].items():
         for name, value in defaults.items():
-            assert classes[task].__dataclass_fields__[name].default == value, (task, name)
+            if (task, name) != ("kto", "truncation_mode"):  # its trainer has this one only
+                assert classes[task].__dataclass_fields__[name].default == value, (task, name)
     for name in ("lora_r", "lora_alpha", "lora_dropout"):
         assert trl.ModelConfig.__dataclass_fields__[name].default == ours["defaults"]["trl"][name]
     for name in ("num_train_epochs", "weight_decay", "seed", "save_steps", "logging_steps", "gradient_checkpointing"):

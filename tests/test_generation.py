@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,10 +29,15 @@ from transformers import (
 )
 
 from ptft_dist.cli import generate as command
+from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.example_store import meta_bytes
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
+from ptft_dist.errors import RecipeError
+from ptft_dist.inference.generation import Sampling, continue_prompt
+from ptft_dist.networks.adapt import adapt_network
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.reporting.metrics import JsonLines
 from ptft_dist.tasks.common.generation import generate, generation_scores, left_padded
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
@@ -129,6 +135,23 @@ def test_beams_are_those_of_each_row_alone(name: str) -> None:
     assert differs, "beams find what greedy finds: a weak test"
 
 
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_virtual_tokens_stand_right_before_each_prompt(name: str, method: str) -> None:
+    """Padding on the left is between them, and must not move a prompt away from them."""
+    section = AdaptSection.model_validate({method: {"tokens": 3}})
+    setup = AdapterSetup("CAUSAL_LM", "nowhere", None, 10, (), "nowhere", 0)
+    model = adapt_network(network(name), section, setup).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.4)
+    found = generate(
+        model, batch_of(model, prompts()), GenerationSettings(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[]
+    )
+    assert found.tolist() == [naive(model, prompt, []) for prompt in prompts()]
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
     model = network(name)
@@ -137,6 +160,16 @@ def test_all_rows_that_end_early_still_have_the_full_width(name: str) -> None:
         model, batch_of(model, prompts(1)), GenerationSettings(max_new_tokens=LENGTH), pad_id=PAD, eos_ids=[first]
     )
     assert found.tolist() == [[first] + [PAD] * (LENGTH - 1)]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_prompt_is_read_with_its_padding_tokens(name: str) -> None:
+    """`ptft generate` and `ptft chat`: PAD may be UNK, or stand in the text."""
+    model, prompt = network(name), np.array([7, 5, 9, 11, 5, 20, 8])
+    tokenizer: Any = SimpleNamespace(pad_token_id=5, eos_token_id=1)
+    found = continue_prompt(model, tokenizer, torch.from_numpy(prompt)[None], Sampling(LENGTH, 0.0, 1.0, 0)).tolist()
+    expected = naive(model, prompt, [1])
+    assert found == ([START] if model.config.is_encoder_decoder else prompt.tolist()) + expected
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -284,9 +317,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], dict[str, An
 
     seen: list[tuple[list[int], dict[str, Any]]] = []
 
-    def generate(_model: Any, ids: torch.Tensor, **options: Any) -> torch.Tensor:
-        seen.append((ids[0].tolist(), options))
-        return ids
+    def generate(_model: Any, input_ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        seen.append((input_ids[0].tolist(), options))
+        return input_ids
 
     monkeypatch.setattr(GenerationMixin, "generate", generate)
     return seen
@@ -298,6 +331,19 @@ def test_a_prompt_begins_with_what_the_tokenizer_adds(tmp_path: Path, calls: Any
     command.generate(tmp_path, "one two", max_new_tokens=2, temperature=0.0)
     begin = [] if template is None else [tokenizer.bos_token_id]
     assert calls[0][0] == [*begin, *tokenizer("one two", add_special_tokens=False).input_ids]
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "new"), [("gpt2", "one two", 64), ("bart", "one two " * 60, 4)], ids=["gpt2", "bart"]
+)
+def test_a_text_longer_than_the_position_table_is_refused(tmp_path: Path, name: str, prompt: str, new: int) -> None:
+    exported(tmp_path, name)
+    with pytest.raises(
+        RecipeError, match=rf"^prompt: it has .* up to {new}: more than the model's .* \(64\)\. Shorten"
+    ):
+        command.generate(tmp_path, prompt, max_new_tokens=new, temperature=0.0)
+    if name == "gpt2":
+        command.generate(tmp_path, prompt, max_new_tokens=new - 1, temperature=0.0)
 
 
 @pytest.mark.parametrize(("pad", "expected"), [(0, 0), (5, 5), (None, None)])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from prompting_support import (
     LABELS,
     ROWS,
@@ -152,6 +153,26 @@ def test_generated_texts_and_losses_of_references(model: Path, tmp_path: Path) -
     assert result.metrics["eval/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-3)
     assert result.metrics["eval/exact_match"] == 0
     assert result.details["perplexity"]["token"] == pytest.approx(math.exp(total / count), rel=1e-3)
+
+
+def test_a_text_of_an_adapter_ends_where_it_has_learned_to_end(model: Path, tmp_path: Path) -> None:
+    """Such as at the end of a turn, which is no end for its base."""
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    prompts = [tokenizer(row["text"], add_special_tokens=False, return_tensors="pt")["input_ids"] for row in ROWS[40:]]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    end = int(network.generate(prompts[0], **options)[0, prompts[0].shape[1] + 2])
+    ends = [tokenizer.eos_token_id, end]
+    written = [network.generate(ids, eos_token_id=ends, **options)[0, ids.shape[1] :] for ids in prompts]
+    get_peft_model(network, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).save_pretrained("adapter")
+    tokenizer.save_pretrained("adapter")
+    (tmp_path / "adapter/task_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    write_rows(tmp_path / "new.jsonl", [{"text": row["text"]} for row in ROWS[40:]])
+    prompting = {"template": "{text}", "labels": None, "separator": "#", "generation": {"max_new_tokens": 6}}
+    recipe = write_recipe(tmp_path, model, prompting=prompting)
+    api.predict("adapter", "new.jsonl", "answers.jsonl", source=recipe)
+    answers = [json.loads(line)["prediction"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    expected = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in written]
+    assert [each["text"] for each in answers] == expected
 
 
 def test_new_rows_get_the_answers_of_the_evaluation(model: Path, tmp_path: Path) -> None:

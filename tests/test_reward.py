@@ -394,6 +394,20 @@ def test_texts_and_conversations_are_scored_as_sides_of_pairs(trained: Path, tmp
     assert summary["pairs"] == 2
 
 
+def test_scoring_replaces_neither_columns_nor_the_file(trained: Path, tmp_path: Path) -> None:
+    """UltraFeedback has scores of its own."""
+    rows = [{**row, "score_chosen": 8.5} for row in made(2, preferred)]
+    file = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: .*field 'score_chosen' already.*\n.*rows\.jsonl:2: "):
+        ptft_dist.score(trained, file, tmp_path / "scores.jsonl")
+    file = write_rows(tmp_path / "rows.jsonl", made(2, preferred))
+    with pytest.raises(RecipeError, match=r"rows\.jsonl: this is the file with the rows"):
+        ptft_dist.score(trained, file, file)
+    with pytest.raises(RecipeError, match="this is a directory"):  # before the work
+        ptft_dist.score(trained, file, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_a_model_is_scored_in_the_shape_of_its_training(tmp_path: Path, cache: Path) -> None:
     rows = [{"prompt": f"a {w}", "chosen": f"cat {w}", "rejected": f"dog {w}"} for w in WORDS] * 3
     settings = {"shape": "single_turn", "system": "be kind"}
@@ -456,6 +470,10 @@ def test_an_adapter_of_a_causal_model_has_its_head(tmp_path: Path, cache: Path, 
     ptft_dist.score(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "scores.jsonl")
     scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert [row["score_chosen"] for row in scored] == pytest.approx(expected, abs=1e-5)
+    card = (tmp_path / "run/model/README.md").read_text()
+    used: dict[str, Any] = {}
+    exec(card.split("```python")[1].split("```")[0].replace("DIRECTORY", str(tmp_path / "run/model")), used)
+    assert used["model"].config.num_labels == 1
 
 
 # --- broken inputs ----------------------------------------------------------------------------------------------------

@@ -323,6 +323,30 @@ def test_a_rollout_does_not_depend_on_micro_batches() -> None:
         assert np.abs(a.tokens["advantages"] - b.tokens["advantages"]).max() == 0
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_reward_function_gets_whole_groups(rank: int) -> None:
+    """One that compares the responses to a prompt, such as their lengths, gives the same rewards on several ranks."""
+    task, trajectories = task_for(llama(0), "grpo", counted({"kl": 0.0})), some_trajectories(9)
+    for i, each in enumerate(trajectories):
+        each.number = i % 3
+    seen: list[list[int]] = []
+
+    def reward(completion_ids: Any, **_: Any) -> list[float]:
+        seen.extend(completion_ids)
+        return [1.0] * len(completion_ids)
+
+    def gathered(value: Any) -> list[Any]:
+        other = None if value is None else {i: {"final_number": 0.0} for i in range(9) if i not in value}
+        return [value, other]
+
+    task.rewards.functions["final_number"] = reward
+    ranks: Any = SimpleNamespace(rank=rank, gather_objects=gathered)
+    task.rewards.call_functions(Phase(0, ranks, parts_of(1), parts_of(1)), trajectories)
+    groups = [0, 1, 2, 6, 7, 8] if rank == 0 else [3, 4, 5]
+    assert seen == [trajectories[i].response.tolist() for i in groups]
+    assert [i for i, each in enumerate(trajectories) if each.rewards["final_number"]] == groups
+
+
 @pytest.mark.parametrize("stop", [7, 11])
 def test_a_stop_token_of_the_chat_template_is_an_end(stop: int) -> None:
     """Beside EOS, and only in the response."""

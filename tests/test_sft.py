@@ -14,7 +14,7 @@ import pytest
 import torch
 from prepare_support import prepare
 from support import start, train_rows
-from task_support import for_model, make_task
+from task_support import for_model, make_task, plain_network
 from tiny import LLAMA, WORDS, made, talked, write_rows, write_tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -433,7 +433,7 @@ def test_files_in_folders_with_signs_are_told_apart(tokenizer: Any) -> None:
     encoder.admit(Record({"instruction": "a", "output": "b"}, "k#1/b.jsonl:1"))
 
 
-def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: Path) -> None:
+def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: Path, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="generation has no effect here"):
         recipe(shape="text", generation={"max_new_tokens": 4})
     with pytest.raises(ValueError, match="system has no effect here"):
@@ -442,6 +442,10 @@ def test_settings_without_effect_and_beyond_the_network(tmp_path: Path, cache: P
     refused = start("train", "recipe.yaml", cwd=tmp_path, cache=cache)
     assert refused.wait() == 2
     assert "max_new_tokens: with data.max_length, prompt and generated text have up to 65 tokens" in refused.stderr
+    answers = recipe().model_copy(update={"sft": recipe().settings.for_answers()})  # up to 64 new tokens
+    make_task(answers, tokenizer, network=plain_network(max_positions=264))
+    with pytest.raises(RecipeError, match=r"up to 264 tokens, more than the 263 positions of the model with its adapt"):
+        make_task(answers, tokenizer, network=plain_network(max_positions=263))
 
 
 def test_a_column_that_no_row_has_is_an_error(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ptft_dist import api
 from ptft_dist.cli import export as command
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
+from ptft_dist.reporting.model_card import usage
 
 SHORT: dict[str, Any] = {"train": {"max_steps": 4}, "save": {"every": 2}, "eval": {"every": 2}}
 RUNS = {"ddp": (2, "cpu"), "zero2": (2, "cpu_zero2"), "zero3": (2, "cpu_zero3")}
@@ -175,6 +178,15 @@ def test_the_card(small: Path, tmp_path: Path) -> None:
     assert "license: not set" in own
     assert "run_dir" not in own
     assert ModelCard(own).data.license is None
+
+
+def test_the_card_of_an_adapter_loads_the_revision_of_its_base() -> None:
+    model = ModelSection(path="org/base", revision="abc", adapt={"lora": {}})  # type: ignore[arg-type]
+    recipe = SimpleNamespace(model=model, settings=SimpleNamespace(writes=False))
+    code = usage(recipe, "AutoModelForTokenClassification", 3)
+    assert 'AutoModelForTokenClassification.from_pretrained("org/base", num_labels=3, revision="abc")' in code
+    recipe.model = ModelSection(path="org/base", adapt={"lora": {}})  # type: ignore[arg-type]
+    assert 'AutoModelForCausalLM.from_pretrained("org/base")' in usage(recipe, "AutoModelForCausalLM", 2)
 
 
 def test_the_card_of_a_run_from_a_model_of_the_current_directory(

@@ -260,10 +260,12 @@ def test_a_server(vllm: type[Llm], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """TRL's client asks it over HTTP; only the transfer of weights, over NCCL, is replaced."""
     model, network = stored(tmp_path), stored(tmp_path)
     asked: list[dict[str, Any]] = []
+    config = {"logprobs_mode": "raw_logprobs"}  # vLLM's default
 
     class Server(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.reply({"data": [{"id": "model"}]})
+            info = self.path.startswith("/server_info")
+            self.reply({"vllm_config": {"model_config": config}} if info else {"data": [{"id": "model"}]})
 
         def do_POST(self) -> None:
             if self.path.startswith("/reset_prefix_cache"):
@@ -299,6 +301,9 @@ def test_a_server(vllm: type[Llm], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     threading.Thread(target=server.serve_forever, daemon=True).start()
     changed(model)  # the server has older weights at first
     url = f"http://127.0.0.1:{server.server_port}"
+    with pytest.raises(RecipeError, match=r"are raw_logprobs.*--logprobs-mode processed_logprobs"):
+        rolled(task_for(model, "ppo", with_vllm("ppo", server=url)), model)
+    config["logprobs_mode"] = "processed_logprobs"
     trajectories, _ = rolled(task_for(model, "ppo", with_vllm("ppo", server=url)), model)
     server.shutdown()
     server.server_close()

@@ -133,8 +133,8 @@ def score(
 
     Raises:
         CheckpointError: there is no model, or it has no scalar head.
-        RecipeError: `shape` is unknown, or an adapter or its base cannot be loaded.
-        DataError: the file cannot be read, or rows are invalid.
+        RecipeError: `shape` is unknown, `out` cannot be written, or an adapter or its base cannot be loaded.
+        DataError: the file cannot be read, rows are invalid, or they have a field of this name already.
     """
     shapes = get_args(PreferenceSettings.model_fields["shape"].annotation)
     if shape is not None and shape not in shapes:

@@ -253,6 +253,12 @@ def learned(entry: Entry) -> Outcome:
         return {entry.key: "all"} if entry.value else {}
     if entry.name == "mask_history":
         return {entry.key: "last"} if entry.value else {}
-    if entry.value in (True, "turn", ["assistant"], ["gpt"], ["assistant", "gpt"]):
-        return {}
-    return {entry.key: "all"}
+    if entry.name == "train_on_eos" and entry.value != "turn":
+        return "the end of each turn that is learned is learned too, as with turn"
+    if entry.name == "roles_to_train":
+        roles = set(_words(entry.value))
+        if roles & {"user", "human"}:
+            return {entry.key: "all"}
+        return {} if roles and roles <= {"assistant", "gpt"} else "turns of the assistant only are learned"
+    masks = (entry.draft.given.get(f"{each}_only_loss") for each in ("assistant", "completion"))
+    return {} if entry.value == "turn" or True in masks else {entry.key: "all"}

@@ -74,7 +74,8 @@ def schedule_settings(entry: Entry) -> Outcome:
 def warmup(entry: Entry) -> Outcome:
     if entry.draft.value("lr_scheduler_type") == "constant":
         return "the schedule constant of transformers has no warmup"
-    steps, ratio = entry.draft.value("warmup_steps") or 0, entry.draft.value("warmup_ratio") or 0
+    steps = entry.draft.value("warmup_steps")
+    ratio = entry.draft.value("warmup_ratio") if steps is None else entry.draft.given.get("warmup_ratio")
     if not steps and not ratio:
         return {}
     return {entry.key: steps or ratio}

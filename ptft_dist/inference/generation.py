@@ -58,9 +58,26 @@ def generate(
         ids = encode_prompt(tokenizer, prefix + prompt, chat=chat, source=source).to(model.device)
         if ids.shape[1] == 0:
             raise RecipeError("prompt: the tokenizer returns no token for it. Give some text.")
+        _check_positions(model, ids.shape[1], sampling.max_new_tokens)
         output = continue_prompt(model, tokenizer, ids, sampling)
     begin = ids.shape[1] if chat else 0  # an answer is returned without the question
     return str(tokenizer.decode(output[begin:], skip_special_tokens=True)).strip()
+
+
+def _check_positions(model: Any, prompt: int, new: int) -> None:
+    """Raises RecipeError if prompt and text have more tokens than a table of positions has rows. Rotary positions have
+    no table."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions <= 0 or getattr(config, "rope_parameters", None):
+        return
+    virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    needed = max(prompt, new) if model.config.is_encoder_decoder else prompt + new - 1  # nothing follows the last one
+    if needed + virtual > positions:
+        raise RecipeError(
+            f"prompt: it has {prompt:,} tokens, and the text up to {new:,}: more than the model's "
+            f"max_position_embeddings ({positions:,}). Shorten it, or lower max_new_tokens"
+        )
 
 
 def available_device() -> torch.device:
@@ -83,10 +100,8 @@ def continue_prompt(
     options |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad_id}
     if streamer is not None:
         options["streamer"] = streamer
-    if hasattr(model, "peft_config"):
-        output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
-    else:
-        output = model.generate(ids, **options)
+    # Without a mask, transformers takes tokens of the prompt that are PAD for padding.
+    output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
     return output[0]
 
 

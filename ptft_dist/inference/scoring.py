@@ -15,12 +15,12 @@ from ptft_dist.data.encoder import EncoderContext, RowError
 from ptft_dist.data.formats import Record, read_file
 from ptft_dist.data.order import split_update
 from ptft_dist.data.report import BadRows
-from ptft_dist.errors import CheckpointError, DataError
+from ptft_dist.errors import CheckpointError, DataError, RecipeError
 from ptft_dist.inference.generation import libraries_restored
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.names import is_adapter
 from ptft_dist.reporting.messages import progress
-from ptft_dist.reporting.output import json_line, write_file
+from ptft_dist.reporting.output import check_writable, json_line, write_file
 from ptft_dist.tasks.common.last_token import LastToken
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.common.preference_pairs import read_pair, shape_of
@@ -29,7 +29,7 @@ from ptft_dist.tasks.common.preference_settings import PreferenceSettings
 from ptft_dist.tasks.common.scores.preferences import preference_scores
 from ptft_dist.tasks.common.single_texts import read_text
 
-CHOSEN, REJECTED, TEXT = "score_chosen", "score_rejected", "score"
+CHOSEN, REJECTED, TEXT, TRUNCATED = "score_chosen", "score_rejected", "score", "truncated"
 """The fields that are added to a row."""
 
 
@@ -73,6 +73,9 @@ class Scorer:
 
 def score(model_dir: Path, file: Path, out: Path, *, shape: str | None, batch_tokens: int) -> dict[str, float]:
     """Score the rows of a file; see `api.score`."""
+    if out.absolute() == file.absolute():
+        raise RecipeError(f"{out}: this is the file with the rows. Name another file for the scores")
+    check_writable(out)
     with libraries_restored():
         scorer = load_scorer(model_dir, shape)
     records = list(read_file(file, columns=(), unit="line"))
@@ -83,7 +86,7 @@ def score(model_dir: Path, file: Path, out: Path, *, shape: str | None, batch_to
     at = 0
     for record, names in zip(records, fields, strict=True):
         part = slice(at, at + len(names))
-        more = {"truncated": True} if any(truncated[part]) else {}
+        more = {TRUNCATED: True} if any(truncated[part]) else {}
         rows.append({**record.values, **dict(zip(names, scores[part].tolist(), strict=True)), **more})
         at = part.stop
     write_file(out, map(json_line, rows))
@@ -150,6 +153,8 @@ def _texts(scorer: Scorer, records: Sequence[Record]) -> tuple[list[tuple[str, .
     for record in records:
         try:
             parsed = dict(_parsed(record.values, scorer.settings))
+            if there := [name for name in (*parsed, TRUNCATED) if name in record.values]:
+                raise RowError(f"the row has a field {there[0]!r} already, which would be replaced. Rename it.")
             texts += encoder.token_ids(list(parsed.values()))
         except RowError as problem:
             bad.add(record.where, problem)
@@ -181,7 +186,7 @@ def _summary(
     """Number of rows, mean and standard deviation of the scores, and for pairs the scores of an evaluation."""
     summary: dict[str, float] = {"rows": len(rows), "mean": float(scores.mean()), "std": float(scores.std())}
     if truncated:
-        summary["truncated"] = truncated
+        summary[TRUNCATED] = truncated
     starts = np.cumsum([0, *map(len, fields)])[:-1]
     of_pairs = np.array(
         [[start, start + 1] for start, names in zip(starts, fields, strict=True) if len(names) == 2], int

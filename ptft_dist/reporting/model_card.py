@@ -16,7 +16,14 @@ _LICENSE = "license: not set. Write it into the first lines of this file before 
 
 
 def model_card(
-    loaded: Loaded, run_dir: Path, step: int, *, base: str | None, task_type: str, license_id: str | None = None
+    loaded: Loaded,
+    run_dir: Path,
+    step: int,
+    *,
+    base: str | None,
+    task_type: str,
+    num_labels: int | None,
+    license_id: str | None = None,
 ) -> str:
     """The card of the weights of one update: YAML front matter and Markdown.
 
@@ -24,6 +31,7 @@ def model_card(
         step: the update. Its metrics are read from metrics.jsonl, if it was evaluated.
         base: the directory or Hub name of the model that training started from; None if it had random weights.
         task_type: the transformers class that loads the model, or its base, such as AutoModelForCausalLM.
+        num_labels: of a classifier's head.
         license_id: an identifier of the Hub, such as apache-2.0.
     """
     recipe = loaded.recipe
@@ -47,7 +55,7 @@ def model_card(
         f"---\n{notice}{front}---\n",
         f"# {what}{parent}\n\nTask: `{recipe.task}`, after update {step:,}. Trained with ptft_dist.\n",
         *([] if license_id else [f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n"]),
-        f"## Use\n\n{_usage(recipe, task_type, _report(run_dir))}",
+        f"## Use\n\n{usage(recipe, task_type, num_labels)}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
         f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(given_values(loaded))}```\n",
@@ -114,7 +122,7 @@ def _sources(recipe: Any) -> list[Any]:
     return [*recipe.data.train, *(validation if isinstance(validation, tuple | list) else ())]
 
 
-def _usage(recipe: Any, auto_class: str, report: Mapping[str, Any]) -> str:
+def usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
     """How to load the exported directory."""
     adapt = recipe.model.adapt
     imports = [f"from transformers import {auto_class}, AutoTokenizer"]
@@ -122,8 +130,8 @@ def _usage(recipe: Any, auto_class: str, report: Mapping[str, Any]) -> str:
     if not adapt.adds_adapter:
         code = [*imports, "", f'model = {auto_class}.from_pretrained("DIRECTORY")', tokenizer]
     else:
-        labels = (report.get("survey") or {}).get("labels")
-        count = f", num_labels={len(labels)}" if labels else ""
+        options = f", num_labels={num_labels}" if auto_class.endswith("Classification") else ""
+        options += f', revision="{recipe.model.revision}"' if recipe.model.revision else ""
         bottleneck = [
             "from ptft_dist.networks.adapt import bottleneck",
             "",
@@ -133,7 +141,7 @@ def _usage(recipe: Any, auto_class: str, report: Mapping[str, Any]) -> str:
             "from peft import PeftModel",
             *imports,
             *(bottleneck if adapt.bottleneck is not None else [""]),
-            f'base = {auto_class}.from_pretrained("{recipe.model.path}"{count})',
+            f'base = {auto_class}.from_pretrained("{recipe.model.path}"{options})',
             tokenizer,
             "if base.config.get_text_config().vocab_size < len(tokenizer):",
             "    base.resize_token_embeddings(len(tokenizer))",

@@ -49,11 +49,13 @@ class Rewards:
             judge(phase, trajectories, name, model.texts(trajectories), partial(model.scores, policy), model.padded)
 
     def call_functions(self, phase: Phase, trajectories: Sequence[Trajectory]) -> None:
-        """Add the rewards of the functions. Each rank calls them for its share, since they may be slow."""
+        """Add the rewards of the functions. Each rank calls them for its share, since they may be slow: for all
+        responses to every so many prompts, because a function may compare the responses to a prompt."""
         if not self.functions:
             return
         ranks = len(phase.processes.gather_objects(None))
-        mine = list(range(phase.processes.rank, len(trajectories), ranks))
+        groups = np.cumsum([each.number == 0 for each in trajectories]) - 1
+        mine = np.flatnonzero(groups % ranks == phase.processes.rank).tolist()
         self.call_functions_here([trajectories[i] for i in mine])
         own = {i: {name: trajectories[i].rewards[name] for name in self.functions} for i in mine}
         for each, found in zip(trajectories, phase.gathered(own, len(trajectories)), strict=True):

@@ -144,10 +144,23 @@ class VllmSampler:
         tokenizer: Any = None  # prompts are token ids
         before = {name: os.environ.get(name) for name in _OF_A_LAUNCHER}
         try:
-            return Bridge(model, accelerator, tokenizer, **(here if options.server is None else server))
+            bridge = Bridge(model, accelerator, tokenizer, **(here if options.server is None else server))
         finally:
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)
                 else:
                     os.environ[name] = value
+        if options.server is not None and accelerator.is_main_process:
+            _check_server(bridge.vllm_client)
+        return bridge
+
+
+def _check_server(client: Any) -> None:
+    """Raises RecipeError if the server's log-probabilities are not those that the policy's are compared with."""
+    mode = client.get_server_info()["model_config"]["logprobs_mode"]
+    if mode != "processed_logprobs":
+        raise RecipeError(
+            f"sampling.vllm.server: its log-probabilities are {mode}, without the temperature, so what tokens learn "
+            "would be weighted wrongly. Start it with --logprobs-mode processed_logprobs"
+        )

@@ -29,6 +29,7 @@ from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
 from ptft_dist.networks.adapt.reading import TASK_CONFIG, head_labels, task_keys
+from ptft_dist.networks.adapt.virtual import hide_virtual_tokens
 from ptft_dist.networks.facts import input_embedding, labels_of
 from ptft_dist.networks.load import check_head
 
@@ -61,8 +62,7 @@ def add_adapter(
         adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
     if adapted.active_peft_config.peft_type == PeftType.ADALORA and not preview:
         adapted.rank_state = RankState(adapted)
-    if adapted.active_peft_config.is_prompt_learning and not model.config.is_encoder_decoder:
-        adapted.register_forward_hook(_without_virtual_tokens)
+    hide_virtual_tokens(adapted)
     if checkpointing:  # peft may have switched to the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
@@ -265,15 +265,3 @@ def _relative_to_base(model: PeftModel, config: Any, state: dict[str, torch.Tens
     config.alpha_pattern = {key: alpha * factor for key, alpha in config.alpha_pattern.items()}
     config.init_lora_weights = True
     return state
-
-
-def _without_virtual_tokens(model: Any, _inputs: Any, output: Any) -> Any:
-    """Forward hook: remove the outputs at virtual tokens, so that outputs have the positions of the input."""
-    virtual = model.active_peft_config.num_virtual_tokens
-    for name in ("logits", "start_logits", "end_logits", "log_probs"):
-        values = getattr(output, name, None)
-        if values is None or model.active_peft_config.peft_type in ("PREFIX_TUNING",):
-            continue
-        if values.dim() == 3 or name in ("start_logits", "end_logits", "log_probs"):
-            output[name] = values[:, virtual:]
-    return output

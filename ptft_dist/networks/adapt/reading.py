@@ -25,6 +25,7 @@ from ptft_dist.config.adapt import Quantization
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.peft_configs import TASK_TYPES
+from ptft_dist.networks.adapt.virtual import hide_virtual_tokens
 
 TASK_CONFIG = "task_config.json"
 _LABELS = ("id2label", "label2id", "problem_type")
@@ -151,6 +152,10 @@ class AdapterFiles:
     def set_task_keys(self, model: PreTrainedModel) -> None:
         """Set the ids and other keys of the task in the config of a base that has embeddings for all tokens."""
         model.config.update({key: self.keys[key] for key in _OTHER_KEYS if key in self.keys})
+        self.set_generation_keys(model)
+
+    def set_generation_keys(self, model: PreTrainedModel) -> None:
+        """Let the base begin and end its texts as it did when the adapter was trained."""
         for key in (*_OF_GENERATION, "decoder_start_token_id"):
             if key in self.keys and model.generation_config is not None:
                 setattr(model.generation_config, key, self.keys[key])
@@ -224,6 +229,7 @@ def load_adapters(
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise RecipeError(f"adapter {name}: {files.path} cannot be loaded on {files.base}: {error}") from None
     model.set_adapter(use, inference_mode=True)
+    hide_virtual_tokens(model)
     adapted: PeftModel = model.eval()
     return adapted
 

@@ -22,13 +22,24 @@ from ptft_dist.tasks.protocol import Judged, TaskSetup
 def check_room(setup: TaskSetup, config: PretrainedConfig) -> None:
     """Raises RecipeError if a prompt and a generated text need more positions than a decoder has."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions <= 0:
-        return
+    if isinstance(positions, int) and positions > 0:
+        described = f"the model's max_position_embeddings ({positions})"
+        _check_positions(setup, positions, described, ", or raise max_position_embeddings")
+
+
+def check_room_left(setup: TaskSetup, network: NetworkFacts) -> None:
+    """As `check_room`, with the positions that virtual tokens leave. network: adapted facts."""
+    if network.max_positions is not None:
+        _check_positions(
+            setup, network.max_positions, f"the {network.max_positions} positions of the model with its adapter"
+        )
+
+
+def _check_positions(setup: TaskSetup, positions: int, described: str, otherwise: str = "") -> None:
     if (longest := setup.max_length + setup.settings.generation.max_new_tokens) > positions:
         raise RecipeError(
             f"{setup.name}.generation.max_new_tokens: with data.max_length, prompt and generated text have up to "
-            f"{longest} tokens, more than the model's max_position_embeddings ({positions}): lower one of them, or "
-            "raise max_position_embeddings"
+            f"{longest} tokens, more than {described}: lower one of them{otherwise}"
         )
 
 

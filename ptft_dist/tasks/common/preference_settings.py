@@ -19,8 +19,8 @@ class PreferenceSettings(ChatSettings):
     "\\n\\nAssistant: ...". `sharegpt`: conversations, chosen and rejected as turns with from and value. `auto`: from
     each file's first row, whose shape all its rows must share; it never chooses `single_turn`."""
     too_long: Literal["drop", "cut"] = "drop"
-    """Pairs with a text longer than data.max_length are dropped, as in TRL, or truncated at the end (`cut`). Both are
-    counted. A pair whose prompt fills data.max_length is always dropped."""
+    """Pairs with a text longer than data.max_length are dropped, as TRL's reward trainer does, or truncated at the end
+    (`cut`), as its DPO does. Both are counted. A pair whose prompt fills data.max_length is always dropped."""
 
     @property
     def roles(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
     check_room,
+    check_room_left,
     generate,
     generated_text,
     judged_text,
@@ -40,6 +41,8 @@ class Prompting(NextTokenTask):
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
         self.labels = list(self.settings.labels or ())
+        if not self.labels:
+            check_room_left(setup, network)
         self.free_row = None if self.settings.calibrate is None else self._free_row(self.settings.calibrate)
         self.free: torch.Tensor | None = None  # fp32 [labels]: log-likelihoods after the content-free prompt
         eos = self.tokenizer.eos_token_id

@@ -15,6 +15,7 @@ from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
     check_room,
+    check_room_left,
     end_ids,
     end_texts_with,
     generate,
@@ -35,6 +36,8 @@ class SupervisedFineTuning(NextTokenTask):
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         super().__init__(setup, network, device)
+        if self.settings.generation is not None:
+            check_room_left(setup, network)
         self.eos_ids = end_ids(setup, network)  # chat models have several
         # Pad generated texts with a special token, because decoding with skip_special_tokens removes only these.
         self.fill_id = self.eos_ids[0] if self.tokenizer.pad_token_id is None else self.pad_id
