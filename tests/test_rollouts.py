@@ -310,6 +310,19 @@ def test_a_rollout_against_single_rows() -> None:
     assert [sample["response"] for sample in rollout.samples] == [each.text for each in trajectories[:3]]
 
 
+def test_a_prompt_that_occurs_twice_gets_other_responses() -> None:
+    """A rollout that ends one epoch and begins the next may contain a row twice."""
+    model, store = llama(0), store_of(PROMPTS)
+    task = task_for(model, "grpo", counted({"kl": 0.0, "group_size": 2, "sampling": {"max_new_tokens": 6}}))
+    task.rewards.functions["final_number"] = lambda completions, **_: [0.0] * len(completions)
+    phase = Phase(0, OneProcess(model), parts_of(2), parts_of(2))
+    trajectories = task.rollout(phase, store, [2, 0, 2]).trajectories
+    assert [(each.prompt.row, each.number) for each in trajectories] == [(2, 0), (2, 1), (0, 0), (0, 1), (2, 2), (2, 3)]
+    assert len({tuple(each.response) for each in trajectories if each.prompt.row == 2}) == 4
+    alone = task.rollout(phase, store, [2]).trajectories
+    assert [each.response.tolist() for each in alone] == [each.response.tolist() for each in trajectories[:2]]
+
+
 def test_a_rollout_does_not_depend_on_micro_batches() -> None:
     model = llama(0)
     tasks = [task_for(model, "rloo", {"kl": 0.0, "group_size": 2}) for _ in range(2)]
