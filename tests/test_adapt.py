@@ -27,6 +27,7 @@ import ptft_dist
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection, OptimSection
 from ptft_dist.engine.optim import parameter_groups
+from ptft_dist.engine.parameters import stored_tensors
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, check_backend
 from ptft_dist.networks.adapt.adalora import Orthogonality
@@ -286,6 +287,24 @@ def test_adalora_allocates_as_a_plain_loop_with_peft() -> None:
     kept = [sum(pattern) for pattern in theirs.active_peft_config.rank_pattern.values()]
     assert sum(kept) == 2 * len(kept)  # target_r on average
     assert losses[-1] < losses[0]
+
+
+def test_training_goes_on_from_an_adapter_with_decided_ranks(tmp_path: Path) -> None:
+    """AdaLoRA's exported matrices have the decided ranks, and so has an adapter that was trained on from them."""
+    first = adapted(llama(), {"adalora": {"r": 4, "target_r": 2}})
+    with torch.no_grad():
+        for parameter in parameters(first):
+            parameter.copy_(torch.randn_like(parameter))
+        first.rank_state.decided.fill_(True)
+        for i, kept in enumerate(value for name, value in first.rank_state.named_buffers() if name.endswith("_kept")):
+            kept[: i % 4] = False
+        write_adapter(first, stored_tensors(first), tmp_path / "first")
+        model = adapted(llama(), {"adapter": str(tmp_path / "first")})
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        write_adapter(model, stored_tensors(model), tmp_path / "second")
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path / "second")
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 
 def check_export(model: Any, folder: Path) -> None:

@@ -58,7 +58,7 @@ def add_adapter(
                 raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
     if getattr(adapted.active_peft_config, "init_lora_weights", None) not in (None, True, False, "gaussian"):
         adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
-    if adapted.active_peft_config.peft_type == PeftType.ADALORA and not preview:
+    if adapt.adalora is not None and not preview:  # a saved adapter keeps its ranks
         adapted.rank_state = RankState(adapted)
     if adapted.active_peft_config.is_prompt_learning and not model.config.is_encoder_decoder:
         adapted.register_forward_hook(_without_virtual_tokens)
