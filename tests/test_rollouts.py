@@ -635,6 +635,11 @@ def test_the_reference_is_the_base_under_the_adapter(name: str) -> None:
         ({"adapter": "there"}, "model.adapt.adapter.*Merge the adapter"),
         ({"peft": {"type": "lora", "init_lora_weights": "pissa"}}, "model.adapt.peft.init_lora_weights: pissa changes"),
         ({"peft": {"type": "lora", "bias": "all"}}, "model.adapt.peft.bias: all changes the base"),
+        ({"peft": {"type": "fourierft"}}, "model.adapt.peft: fourierft with init_weights: False does not begin as"),
+        ({"peft": {"type": "C3A"}}, "model.adapt.peft: c3a with init_weights: xavier_uniform does not begin as"),
+        ({"peft": {"type": "vblora"}}, "model.adapt.peft: vblora does not begin as the base.*Use lora"),
+        ({"peft": {"type": "loha", "init_weights": False}}, "model.adapt.peft: loha with init_weights: False does not"),
+        ({"peft": {"type": "ia3", "init_ia3_weights": False}}, "ia3 with init_ia3_weights: False does not"),
     ],
     ids=str,
 )
@@ -645,6 +650,36 @@ def test_adapters_under_which_the_base_is_no_reference(task: str, adapt: dict[st
     with pytest.raises(RecipeError, match=rf"^{task}\.kl: .*{says}.*or set it to 0"):
         task_class(task).frozen_roles(setup(task, {"kl": 0.1}), section)
     assert task_class(task).frozen_roles(setup(task, {"kl": 0.0}), section) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ({"type": "fourierft", "n_frequency": 9}, False),
+        ({"type": "fourierft", "n_frequency": 9, "init_weights": True}, True),
+        ({"type": "c3a", "block_size": 8}, False),
+        ({"type": "c3a", "block_size": 8, "init_weights": True}, True),
+        ({"type": "vblora", "num_vectors": 8, "vector_length": 4}, False),
+        ({"type": "unilora"}, False),
+        ({"type": "tinylora", "init_weights": "uniform"}, False),
+        ({"type": "hira", "init_weights": "gaussian"}, True),
+        ({"type": "lokr", "init_weights": "lycoris"}, True),
+        ({"type": "miss", "r": 4, "init_weights": "bat"}, True),
+        ({"type": "boft", "boft_block_size": 4}, True),
+        ({"type": "lora", "init_lora_weights": "orthogonal"}, True),
+    ],
+    ids=str,
+)
+def test_methods_of_peft_whose_start_is_the_base(given: dict[str, Any], same: bool) -> None:
+    """What is refused is what changes the outputs of the network."""
+    base, ids = llama(0), torch.arange(2, 12)[None]
+    section = ModelSection(path="there", adapt={"peft": {**given, "target_modules": ["q_proj", "v_proj"]}})
+    model = adapt_network(llama(0), section.adapt, AdapterSetup("CAUSAL_LM", "there", None, 9, (), "there", 0))
+    with torch.no_grad():
+        change = (model(input_ids=ids).logits - base(input_ids=ids).logits).abs().max()
+    assert (change < 1e-5) == same
+    with contextlib.nullcontext() if same else pytest.raises(RecipeError, match="does not begin as the base"):
+        task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.1}), section)
 
 
 @pytest.mark.parametrize(
@@ -665,7 +700,12 @@ def test_virtual_tokens_before_padded_prompts_are_refused(adapt: dict[str, Any])
 
 @pytest.mark.parametrize(
     "adapt",
-    [{"lora": {"dropout": 0.1}}, {"adalora": {"dropout": 0.1}}, {"peft": {"type": "lora", "lora_dropout": 0.1}}],
+    [
+        {"lora": {"dropout": 0.1}},
+        {"adalora": {"dropout": 0.1}},
+        {"peft": {"type": "lora", "lora_dropout": 0.1}},
+        {"peft": {"type": "shadow"}},  # 0.2 by default
+    ],
 )
 def test_dropout_of_an_adapter_is_refused(adapt: dict[str, Any]) -> None:
     """Else the ratio is not 1 on the first pass."""
