@@ -13,6 +13,7 @@ import torch
 import transformers
 from adapt_support import write_adapted, write_base
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 from support import eval_rows, start, train_rows
 from tiny import ALL, BERT, LLAMA, T5
 from transformers import (
@@ -331,6 +332,18 @@ def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_pat
     lora = {"r": 4, "init": "pissa", "targets": ["q_proj", "embed_tokens"], "rslora": rslora, **pattern}
     model = adapted(llama(), {"lora": lora})
     check_export(model, tmp_path)
+
+
+def test_frozen_matrices_of_an_adapter_are_saved_with_it(tmp_path: Path) -> None:
+    """MiCA trains A only. Its B comes from the base's weights, and is another one for a base that is read in bf16."""
+    model = adapted(
+        llama(), {"peft": {"type": "lora", "r": 4, "init_lora_weights": "mica", "target_modules": ["q_proj"]}}
+    )
+    check_export(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(value) for name, value in theirs.items())
 
 
 GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}

@@ -57,6 +57,7 @@ def add_adapter(
             except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
                 raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
     if getattr(adapted.active_peft_config, "init_lora_weights", None) not in (None, True, False, "gaussian"):
+        # Known before anything is sharded: what PiSSA and OLoRA begin with, and what MiCA never trains.
         adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
     if adapt.adalora is not None and not preview:  # a saved adapter keeps its ranks
         adapted.rank_state = RankState(adapted)
@@ -148,7 +149,8 @@ def adapter_state(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict
 
     trained: the unsharded trained parameters and buffers by name.
     """
-    trained = _with_tied_names(model, trained)
+    frozen = {name: value for name, value in getattr(model, "initial_adapter", {}).items() if name not in trained}
+    trained = {**frozen, **_with_tied_names(model, trained)}
     name = model.active_adapter
     config: Any = model.peft_config[name]
     if not config.is_prompt_learning:
