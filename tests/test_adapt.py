@@ -325,6 +325,16 @@ def test_an_adapter_that_changed_the_base_is_saved_for_the_unchanged_base(tmp_pa
     check_export(model, tmp_path)
 
 
+def test_the_name_of_an_initialization_may_be_written_as_in_its_paper(tmp_path: Path) -> None:
+    """peft takes OLoRA for olora. Else the export would need the base to be decomposed again whenever it is loaded."""
+    model = adapted(
+        llama(), {"peft": {"type": "lora", "r": 4, "init_lora_weights": "OLoRA", "target_modules": ["q_proj"]}}
+    )
+    check_export(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (True, 8)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_path: Path, rslora: bool) -> None:
     """peft does not change the weight of the embedding, whose matrices get the doubled rank too."""
@@ -612,6 +622,11 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"peft": {"type": "verra"}}}, {}, "peft has no method 'verra'; did you mean vera"),
     ("bert", {"adapt": {"peft": {"type": "vera", "rank": 4}}}, {}, "VeraConfig has no such key"),
     ("bert", {"adapt": {"peft": {"type": "poly", "r": 4}}}, {}, "poly needs a task number for each row"),
+    ("bert", {"adapt": {"peft": {"type": "adalora", "total_step": 9}}}, {}, "adalora: use model.adapt.adalora"),
+    ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "eva"}}}, {}, "eva: use model.adapt.lora.init"),
+    ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "lora_ga"}}}, {}, "lora_ga needs steps before"),
+    ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "loftq"}}}, {}, "loftq needs steps before"),
+    ("bert", {"adapt": {"lora": {}, "name": "my.adapter"}}, {}, "adapt.name: 'my.adapter' contains a dot"),
     ("bert", {"adapt": {"bottleneck": {"targets": ["outputs"]}}}, {}, "no layer of this network is called 'outputs'"),
     ("bert", {"adapt": {"adapter": "no/such/adapter"}}, {}, "no/such/adapter"),
     ("bert", {"adapt": {"lora": {}, "embeddings": "new"}}, {}, "embeddings: new has no effect: no tokens are added"),

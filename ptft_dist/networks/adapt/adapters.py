@@ -230,7 +230,7 @@ def _sort_names(file: Path) -> None:
 
 def changes_base(config: PeftConfig) -> bool:
     """Whether the initialization of the adapter has changed the base's weights (PiSSA, OLoRA)."""
-    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
 
 
 def _low_rank(model: PeftModel) -> dict[str, torch.Tensor]:

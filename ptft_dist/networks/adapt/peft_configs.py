@@ -281,6 +281,11 @@ def _any(model: torch.nn.Module, given: dict[str, Any], setup: AdapterSetup) -> 
         raise RecipeError(f"model.adapt.peft.type: peft has no method {given['type']!r}{hint}")
     if name in ("multitask_prompt_tuning", "poly"):
         raise RecipeError(f"model.adapt.peft.type: {name} needs a task number for each row, which rows do not have")
+    if name == "adalora":
+        raise RecipeError(
+            "model.adapt.peft.type: adalora: use model.adapt.adalora, which changes the ranks; peft does not"
+        )
+    _check_initial_values(str(given.get("init_lora_weights")).lower())
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
     arguments = {key: value for key, value in given.items() if key != "type"}
     fields = {each.name for each in dataclasses.fields(config_class)} - set(SET_BY_US)
@@ -292,6 +297,18 @@ def _any(model: torch.nn.Module, given: dict[str, Any], setup: AdapterSetup) -> 
     if isinstance(targets := arguments.get("target_modules"), list | str):
         _targets(model, targets, "model.adapt.peft.target_modules")
     return config_class(**arguments)
+
+
+def _check_initial_values(init: str) -> None:
+    """Raises RecipeError if peft needs more than its config for these initial values of LoRA; some it replaces by the
+    default without a word."""
+    key = "model.adapt.peft.init_lora_weights"
+    if init == "eva":
+        raise RecipeError(f"{key}: eva: use model.adapt.lora.init, which computes it from training rows; peft does not")
+    if init in ("corda", "loftq", "lora_ga"):
+        raise RecipeError(
+            f"{key}: {init} needs steps before the training that ptft does not have. Use model.adapt.lora"
+        )
 
 
 def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: AdapterSetup) -> None:
