@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rl_support import EOS, PAD, VOCAB, Numbers, batch_of, llama, look, recipe, some_trajectories, task_for, trajectory
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
+from ptft_dist.networks.adapt.switching import shares_base
 from ptft_dist.rl.advantages import adapted_kl_coefficient
 from ptft_dist.rl.reward_model import RewardModel, check_reward_model, read_scores
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
@@ -723,6 +725,17 @@ def test_dropout_of_an_adapter_that_is_trained_on_is_switched_off() -> None:
     task.advantages(trajectories)
     total, count = task.loss(model.train(), batch_of(task, trajectories).inputs).metrics["ratio"]
     assert float(total) == float(count)
+
+
+@pytest.mark.parametrize(("revision", "same"), [("v1", True), ("v2", False), (None, False)])
+def test_a_reward_adapter_on_another_revision_of_the_base_is_not_read_on_the_policy_s(
+    tmp_path: Path, revision: str | None, same: bool
+) -> None:
+    config = {"base_model_name_or_path": "some/model", "revision": "v1", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.score.weight": torch.zeros(1, 4)}, tmp_path / "adapter_model.safetensors")
+    section = ModelSection(path="some/model", revision=revision, adapt={"lora": {}})
+    assert shares_base(str(tmp_path), section) == same
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------

@@ -72,7 +72,10 @@ def shares_base(path: str, section: ModelSection) -> bool:
         return False
     config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base, own = str(config.get("base_model_name_or_path")), str(section.path)
-    same = base == own or (Path(base).is_dir() and Path(base).resolve() == Path(own).resolve())
+    if Path(base).is_dir():
+        same = Path(base).resolve() == Path(own).resolve()
+    else:
+        same = (base, config.get("revision")) == (own, section.revision)
     plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in _PLAIN_STARTS
     file = Path(path) / "adapter_model.safetensors"
     if not (same and plain and file.is_file()):
