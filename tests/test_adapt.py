@@ -448,6 +448,33 @@ def test_added_tokens_are_refused_where_the_bias_of_the_output_head_would_be_los
     adapted(biased_head(tied=tied), {"lora": {}}, task_type=None)  # without added tokens
 
 
+@pytest.mark.parametrize(
+    ("tied", "peft_keys"),
+    [
+        (True, {"type": "lora", "target_modules": ["query"], "trainable_token_indices": [5]}),
+        (False, {"type": "lora", "target_modules": ["query"], "trainable_token_indices": {"decoder": [5]}}),
+        (True, {"type": "trainable_tokens", "target_modules": ["word_embeddings"], "token_indices": [5]}),
+    ],
+    ids=str,
+)
+def test_rows_of_an_output_head_with_a_bias_are_refused_by_peft_s_keys_too(
+    tied: bool, peft_keys: dict[str, Any]
+) -> None:
+    """peft computes such a head without its bias, so the network changes before it is trained."""
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.peft: .*bias of .*decoder.*model.adapt: full"):
+        adapted(biased_head(tied=tied), {"peft": peft_keys}, task_type=None)
+    tables = {**peft_keys, "trainable_token_indices": {"word_embeddings": [5]}}
+    if not tied:  # rows of the embeddings alone
+        adapted(biased_head(tied=tied), {"peft": tables}, task_type=None)
+
+
+def test_rows_that_the_recipe_names_are_not_replaced_by_added_tokens() -> None:
+    """peft has one key for both."""
+    given = {"type": "lora", "target_modules": ["q_proj"], "trainable_token_indices": [5]}
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.peft\.trainable_token_indices: .*added tokens.*Remove"):
+        adapted(llama(), {"peft": given}, new_tokens=(62, 63))
+
+
 def test_the_bias_of_an_output_head_is_saved_with_the_whole_table(tmp_path: Path) -> None:
     adapt = {"lora": {}, "embeddings": "all"}
     model = adapted(biased_head(tied=False), adapt, task_type=None, new_tokens=(64, 65)).eval()

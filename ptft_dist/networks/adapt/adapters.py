@@ -20,6 +20,7 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from peft.config import PeftConfig
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -56,6 +57,8 @@ def add_adapter(
                 adapted = get_peft_model(model, config, adapter_name=adapt.name)
             except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
                 raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
+    if adapt.adapter is None:
+        _check_biases(adapted, adapt)
     if getattr(adapted.active_peft_config, "init_lora_weights", None) not in (None, True, False, "gaussian"):
         # Known before anything is sharded: what PiSSA and OLoRA begin with, and what MiCA never trains.
         adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
@@ -66,6 +69,17 @@ def add_adapter(
     if checkpointing:  # peft may have switched to the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
+
+
+def _check_biases(model: PeftModel, adapt: AdaptSection) -> None:
+    """Raises RecipeError if single rows of a layer with a bias are trained: peft computes the layer without it."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, TrainableTokensLayer) and getattr(layer.get_base_layer(), "bias", None) is not None:
+            raise RecipeError(
+                f"model.adapt.{adapt.method}: single rows are trained of an output head, and peft ignores the bias of "
+                f"{name.removeprefix('base_model.model.').partition('.token_adapter')[0]} then. Train rows of "
+                "embeddings that are not tied to it, or use model.adapt: full"
+            )
 
 
 def initialize_from_activations(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:

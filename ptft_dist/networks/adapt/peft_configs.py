@@ -331,6 +331,11 @@ def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: Adapte
             + f" added tokens. Use {remedy}model.adapt: full"
         )
     if single_rows:
+        if config.trainable_token_indices is not None:
+            raise RecipeError(
+                "model.adapt.peft.trainable_token_indices: peft trains the rows of added tokens by this key, which "
+                "would replace yours. Remove it, or set model.adapt.embeddings: all"
+            )
         chosen = {names[id(table)].rpartition(".")[2]: list(setup.new_tokens)}
         if head is not None and not tied:
             chosen[names[id(head)].rpartition(".")[2]] = list(setup.new_tokens)
