@@ -518,6 +518,25 @@ def test_a_reward_model_reads_what_it_was_trained_on(tmp_path: Path) -> None:
     assert {ids.dtype for ids in texts} == {np.dtype(np.int64)}
 
 
+@pytest.mark.parametrize("text", [TEMPLATE, TEMPLATE.replace("<", "{# the same #}<")])
+def test_a_reward_model_gets_conversations_as_its_own_chat_template_writes_them(tmp_path: Path, text: str) -> None:
+    """Also if its tokens are those of the policy, whose template may be another one."""
+    chat, answer = [{"role": "user", "content": "the cat"}], "eats the dog"
+    policy, own = tokenizer_of(300, TEMPLATE), tokenizer_of(300, f"{{{{ bos_token }}}}{text}")
+    own.save_pretrained(tmp_path)
+    model = RewardModel("ppo.rewards.0.model", str(tmp_path), policy)
+    ended, cut, plain = (
+        said(policy, prompt, answer, end) for prompt, end in ((chat, True), (chat, False), ("a", True))
+    )
+    written = own.apply_chat_template([*chat, said_by_assistant(answer)])["input_ids"]
+    assert written[-1] == own.eos_token_id
+    assert [each.tolist() for each in model.texts([ended, cut])] == [written, written[:-1]]
+    assert model.texts([plain])[0].tolist() == [3, *plain.response]
+    tokenizer_of(300, text).save_pretrained(tmp_path / "alike")
+    alike = RewardModel("ppo.rewards.0.model", str(tmp_path / "alike"), policy)
+    assert alike.texts([cut])[0].tolist() == [3, *cut.response]
+
+
 def said_by_assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
