@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptft_dist import api
@@ -153,6 +161,15 @@ def test_we_load_what_plain_peft_saves(base: Path, tmp_path: Path, method: str) 
     assert api.generate(tmp_path, PROMPT, max_new_tokens=6, temperature=0) == naive(
         theirs, AutoTokenizer.from_pretrained(base)
     )
+
+
+def test_a_method_of_peft_without_a_mode_for_inference(base: Path, tmp_path: Path) -> None:
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    spread(theirs)
+    theirs.save_pretrained(tmp_path)
+    again = load_adapters({"a": read_adapter(tmp_path)}, "a", torch.float32)
+    torch.testing.assert_close(logits(again), logits(theirs.eval()))
 
 
 def test_tokens_that_the_base_has_not(base: Path, tmp_path: Path) -> None:

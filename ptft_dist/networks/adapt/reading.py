@@ -214,7 +214,8 @@ def load_adapters(
                     model = PeftModel.from_pretrained(model, str(files.path), name, config=files.config)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise RecipeError(f"adapter {name}: {files.path} cannot be loaded on {files.base}: {error}") from None
-    model.set_adapter(use, inference_mode=True)
+    if len(adapters) > 1:  # some methods cannot switch, and have only one adapter
+        model.set_adapter(use, inference_mode=True)
     adapted: PeftModel = model.eval()
     return adapted
 
