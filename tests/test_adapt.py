@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,23 @@ def test_training_goes_on_from_an_adapter_with_decided_ranks(tmp_path: Path) -> 
             parameter.add_(torch.randn_like(parameter) * 0.1)
         write_adapter(model, stored_tensors(model), tmp_path / "second")
         again = peft.PeftModel.from_pretrained(llama(), tmp_path / "second")
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_virtual_tokens_and_a_head_are_trained_on_from_a_saved_adapter(tmp_path: Path, method: str) -> None:
+    """peft itself refuses to train saved virtual tokens."""
+    base = network({**CAUSAL, "num_labels": 3}, AutoModelForSequenceClassification)
+    first = adapted(copy.deepcopy(base), {method: {"tokens": 3}}, task_type="SEQ_CLS", fresh=["score.weight"])
+    write_adapter(first, stored_tensors(first), tmp_path / "first")
+    model = adapted(copy.deepcopy(base), {"adapter": str(tmp_path / "first")}, task_type="SEQ_CLS")
+    assert {name.split(".")[0] for name in trained(model)} == {"prompt_encoder", "base_model"}
+    assert [name for name in trained(model) if "score" in name] == ["base_model.score.modules_to_save.default.weight"]
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        write_adapter(model, stored_tensors(model), tmp_path / "second")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second")
         torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
 
 

@@ -21,6 +21,7 @@ from peft import (
 )
 from peft.config import PeftConfig
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -137,6 +138,9 @@ def load_adapter(
         )
         if trained and prompt:
             adapted.get_parameter(f"prompt_encoder.{name}.embedding.weight").requires_grad_(True)
+            for module in adapted.modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    module.modules_to_save[name].requires_grad_(True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise RecipeError(
             f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
