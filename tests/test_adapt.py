@@ -315,7 +315,8 @@ def test_virtual_tokens_and_a_head_are_trained_on_from_a_saved_adapter(tmp_path:
     base = network({**CAUSAL, "num_labels": 3}, AutoModelForSequenceClassification)
     first = adapted(copy.deepcopy(base), {method: {"tokens": 3}}, task_type="SEQ_CLS", fresh=["score.weight"])
     write_adapter(first, stored_tensors(first), tmp_path / "first")
-    model = adapted(copy.deepcopy(base), {"adapter": str(tmp_path / "first")}, task_type="SEQ_CLS")
+    adapter = {"adapter": str(tmp_path / "first")}
+    model = adapted(copy.deepcopy(base), adapter, task_type="SEQ_CLS", fresh=["score.weight"])
     assert {name.split(".")[0] for name in trained(model)} == {"prompt_encoder", "base_model"}
     assert [name for name in trained(model) if "score" in name] == ["base_model.score.modules_to_save.default.weight"]
     with torch.no_grad():
@@ -324,6 +325,31 @@ def test_virtual_tokens_and_a_head_are_trained_on_from_a_saved_adapter(tmp_path:
         write_adapter(model, stored_tensors(model), tmp_path / "second")
         again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second")
         torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_a_saved_adapter_must_contain_the_layers_that_the_base_has_not(tmp_path: Path) -> None:
+    """Else a new head would keep random weights, and would not be exported."""
+    masked = network({**BERT, "vocab_size": 64}, AutoModelForMaskedLM)
+    first = adapted(masked, {"lora": {"r": 2, "targets": ["query"]}}, task_type=None)
+    write_adapter(first, stored_tensors(first), tmp_path / "masked")
+    adapter, fresh = {"adapter": str(tmp_path / "masked")}, ["classifier.bias", "classifier.weight"]
+    says = r"^model\.adapt\.adapter: .* does not contain classifier, which model\.path has no weights for.*ptft merge"
+    with pytest.raises(RecipeError, match=says):
+        adapted(bert(), adapter, task_type="SEQ_CLS", fresh=fresh)
+    assert trained(adapted(bert(), adapter, task_type="SEQ_CLS"))  # with a head in model.path
+    with_head = adapted(bert(), {"lora": {"r": 2}}, task_type="SEQ_CLS", fresh=fresh)
+    write_adapter(with_head, stored_tensors(with_head), tmp_path / "classifier")
+    model = adapted(bert(), {"adapter": str(tmp_path / "classifier")}, task_type="SEQ_CLS", fresh=fresh)
+    assert trained(model) == trained(with_head)
+
+
+def test_an_adapter_of_another_task_has_one_clear_message(tmp_path: Path) -> None:
+    """peft wraps a causal network in a class that a classifier does not fit."""
+    first = adapted(llama(), {"lora": {"r": 2}})
+    write_adapter(first, stored_tensors(first), tmp_path)
+    classifier = network({**CAUSAL, "num_labels": 3}, AutoModelForSequenceClassification)
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.adapter: .* does not fit this network"):
+        adapted(classifier, {"adapter": str(tmp_path)}, task_type="SEQ_CLS")
 
 
 def check_export(model: Any, folder: Path) -> None:

@@ -29,7 +29,7 @@ from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
-from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config, whole_layers
 from ptft_dist.networks.adapt.reading import TASK_CONFIG, task_keys
 from ptft_dist.networks.facts import input_embedding
 
@@ -49,6 +49,7 @@ def add_adapter(
         warnings.simplefilter("ignore")
         if adapt.adapter is not None:
             adapted = load_adapter(model, adapt.adapter, adapt.name, trained=True, preview=preview)
+            _check_new_layers(adapted, adapt.adapter, fresh)
         else:
             config = peft_config(model, adapt, setup, fresh)
             if preview and getattr(config, "init_lora_weights", None) not in (None, False, True):
@@ -70,6 +71,17 @@ def add_adapter(
     if checkpointing:  # peft may have switched to the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
+
+
+def _check_new_layers(model: PeftModel, path: str, fresh: Sequence[str]) -> None:
+    """Raises RecipeError if a saved adapter does not train and save a layer that has random weights."""
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    saved = tuple(f"{name.removeprefix('base_model.').removeprefix('model.')}." for name in wrappers)
+    if missing := [layer for layer in whole_layers(fresh) if not f"{layer}.".startswith(saved)]:
+        raise RecipeError(
+            f"model.adapt.adapter: {path} does not contain {', '.join(missing)}, which model.path has no weights for. "
+            "Use ptft merge, and train a new adapter on the merged model"
+        )
 
 
 def _check_biases(model: PeftModel, adapt: AdaptSection) -> None:
@@ -141,7 +153,7 @@ def load_adapter(
             for module in adapted.modules():
                 if isinstance(module, ModulesToSaveWrapper):
                     module.modules_to_save[name].requires_grad_(True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
         ) from None
