@@ -693,6 +693,14 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"peft": {"type": "verra"}}}, {}, "peft has no method 'verra'; did you mean vera"),
     ("bert", {"adapt": {"peft": {"type": "vera", "rank": 4}}}, {}, "VeraConfig has no such key"),
     ("bert", {"adapt": {"peft": {"type": "poly", "r": 4}}}, {}, "poly needs a task number for each row"),
+    (
+        "llama",
+        {"adapt": {"peft": {"type": "cartridge", "num_virtual_tokens": 3}}},
+        {},
+        "cartridge needs keys and values",
+    ),
+    ("llama", {"adapt": {"peft": {"type": "cpt"}}}, {}, "cpt computes its loss itself"),
+    ("llama", {"adapt": {"peft": {"type": "xlora"}}}, {}, "xlora needs adapters that are already trained"),
     ("bert", {"adapt": {"peft": {"type": "adalora", "total_step": 9}}}, {}, "adalora: use model.adapt.adalora"),
     ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "eva"}}}, {}, "eva: use model.adapt.lora.init"),
     ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "lora_ga"}}}, {}, "lora_ga needs steps before"),
@@ -704,6 +712,12 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"adapter": "x", "embeddings": "new"}}, {}, "embeddings: a saved adapter trains the embeddings"),
     ("llama", {"adapt": {"prompt_tuning": {}}}, {"sft": {"packing": True}}, "packing"),
     ("llama", {"adapt": {"prompt_tuning": {"tokens": 60}}}, {}, "60 virtual tokens leave 4 positions"),
+    (
+        "llama",
+        {"adapt": {"peft": {"type": "prompt_tuning", "num_virtual_tokens": 60}}},
+        {},
+        "adapt: 60 virtual tokens leave 4 positions",
+    ),
     (
         "bert",
         {"adapt": {"lora": {"layers": [1], "targets": ".*layer.0.*query"}}},

@@ -39,6 +39,14 @@ TASK_TYPES = {
 """transformers class -> peft's name of the task; peft treats all others alike."""
 SET_BY_US = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping")
 
+NOT_HERE = {
+    **dict.fromkeys(("multitask_prompt_tuning", "poly"), "needs a task number for each row, which rows do not have"),
+    "cartridge": "needs keys and values of a text, which ptft does not compute. Use prefix_tuning",
+    "cpt": "computes its loss itself, from labels of each token. Use prompt_tuning",
+    "xlora": "needs adapters that are already trained. Use lora",
+}
+"""Methods of peft that cannot be trained -> why."""
+
 
 @dataclass(frozen=True)
 class AdapterSetup:
@@ -279,8 +287,8 @@ def _any(model: torch.nn.Module, given: dict[str, Any], setup: AdapterSetup) -> 
         near = difflib.get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f": {', '.join(sorted(known))}"
         raise RecipeError(f"model.adapt.peft.type: peft has no method {given['type']!r}{hint}")
-    if name in ("multitask_prompt_tuning", "poly"):
-        raise RecipeError(f"model.adapt.peft.type: {name} needs a task number for each row, which rows do not have")
+    if name in NOT_HERE:
+        raise RecipeError(f"model.adapt.peft.type: {name} {NOT_HERE[name]}")
     if name == "adalora":
         raise RecipeError(
             "model.adapt.peft.type: adalora: use model.adapt.adalora, which changes the ranks; peft does not"
