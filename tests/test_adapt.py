@@ -8,14 +8,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from adapt_support import write_adapted, write_base
 from peft.optimizers import create_loraplus_optimizer
+from rl_support import Numbers
 from safetensors.torch import load_file
 from support import eval_rows, start, train_rows
+from task_support import make_task
 from tiny import ALL, BERT, LLAMA, T5
 from transformers import (
     AutoConfig,
@@ -28,6 +31,7 @@ from transformers import (
 import ptft_dist
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection, OptimSection
+from ptft_dist.data.store import Row
 from ptft_dist.engine.optim import parameter_groups
 from ptft_dist.engine.parameters import stored_tensors
 from ptft_dist.errors import RecipeError
@@ -37,6 +41,7 @@ from ptft_dist.networks.adapt.adapters import adapter_state, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.facts import read_facts
+from ptft_dist.tasks.registry import recipe_class
 
 CAUSAL = {**LLAMA, "vocab_size": 64, "pad_token_id": 0}
 
@@ -565,6 +570,50 @@ def test_the_experts_of_a_mixture_are_adapted_as_by_peft() -> None:
             other.add_(0.1)
     assert mine(input_ids=IDS).logits.equal(theirs(input_ids=IDS).logits)
     assert not mine(input_ids=IDS).logits.equal(network(config, AutoModelForCausalLM)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "new_tokens", "fused"),
+    [
+        ("lora", (), True),
+        ({"lora": {"targets": ["q_proj", "lm_head"]}}, (), False),
+        ({"ia3": {"targets": ["q_proj", "lm_head"]}}, (), False),
+        ({"bottleneck": {"targets": ["lm_head"]}}, (), False),
+        ("lora", (7, 12), False),
+        ({"lora": {}, "embeddings": "all"}, (), True),
+        ({"prompt_tuning": {"tokens": 2}}, (), False),
+        ({"prefix_tuning": {"tokens": 2}}, (), True),
+    ],
+    ids=str,
+)
+def test_the_fused_head_is_used_where_it_computes_the_adapted_network(
+    adapt: Any, new_tokens: tuple[int, ...], fused: bool
+) -> None:
+    """It multiplies with the head's weight, and so passes over what an adapter does in the head."""
+    sizes: dict[str, Any] = {"batch": {"global_size": 2, "micro_size": 2}, "train": {"max_steps": 1}}
+    data: dict[str, Any] = {"train": [{"path": "none"}], "max_length": 16}
+    named = {"task": "clm", "model": {"path": "none"}, "tokenizer": {"path": "none"}, "run_dir": "none"}
+    raw = {**named, "data": data, **sizes}
+    recipes = [recipe_class().model_validate({**raw, "clm": {"head": head}}) for head in ("auto", "fused")]
+    base = llama()
+    # As on an accelerator, where auto is fused; nothing is computed there.
+    task, asked = (make_task(each, Numbers(), model=base, device=torch.device("meta")) for each in recipes)
+    task.pad_multiple = 1
+    assert task.fused
+    model = adapted(base, adapt, new_tokens=new_tokens)
+    task.extend_network(model, recipes[0].model)
+    assert task.fused == fused
+    with contextlib.nullcontext() if fused else pytest.raises(RecipeError, match=r"^clm\.head: .*head: logits"):
+        asked.extend_network(model, recipes[1].model)
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    rows = [Row(ids.numpy(), np.zeros(1, np.int64)) for ids in IDS]
+    loss = task.loss(model, task.collate(rows).inputs).loss_sum
+    logits = model(input_ids=IDS).logits[:, :-1].reshape(-1, 64)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, IDS[:, 1:].reshape(-1), reduction="sum"))
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters(model))
 
 
 @pytest.mark.parametrize("adapt", ["lora", "bottleneck", {"prompt_tuning": {"tokens": 2}}, "bitfit"])

@@ -62,6 +62,23 @@ def _layers_with(model: torch.nn.Module, attribute: str, value: Any) -> Iterator
             setattr(part, attribute, old)
 
 
+def computes_logits_by_weight(model: Any) -> bool:
+    """Whether the logits of an adapted causal network are its hidden states times the weight of the output head.
+
+    They are not if the adapter changes the head itself, or puts virtual tokens before the hidden states.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    if not hasattr(model, "peft_config"):
+        return True
+    config = model.active_peft_config
+    if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+        return False
+    head = model.get_base_model().get_output_embeddings()
+    return not isinstance(head, BaseTunerLayer | TrainableTokensWrapper)
+
+
 def shares_base(path: str, section: ModelSection) -> bool:
     """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too, and both leave it as it is.
 
