@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from adapt_support import write_adapted, write_base
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import eval_rows, outcome, start, train_rows
 from task_support import make_task
@@ -307,6 +308,16 @@ def test_dropout_of_an_adapter_is_refused(tokenizer: Any, name: str) -> None:
     section = ModelSection(path="there", adapt={"lora": {"dropout": 0.05}})
     with pytest.raises(RecipeError, match=rf"^model\.adapt\.lora\.dropout: task {name} .*Set it to 0"):
         task.frozen_roles(task.setup, section)
+
+
+def test_dropout_of_an_adapter_that_is_trained_on_is_switched_off(tokenizer: Any, tmp_path: Path) -> None:
+    """As in TRL; its config is its own. A loss without a reference takes any adapter."""
+    task = task_of(tokenizer, "dpo", network(tokenizer, 0), loss="simpo")
+    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(network(tokenizer, 0), lora).train()
+    task.extend_network(model, ModelSection(path="there", adapt={"adapter": "there"}))
+    inputs = task.collate(rows_of(tokenizer, task, [PAIRS[0]], tmp_path)).inputs
+    assert task.loss(model, inputs).loss_sum.item() == task.loss(model, inputs).loss_sum.item()
 
 
 @pytest.mark.parametrize(("name", "row"), [("dpo", PAIRS[0]), ("kto", ANSWERS[0])])
