@@ -735,6 +735,13 @@ def test_dropout_of_an_adapter_is_refused(adapt: dict[str, Any]) -> None:
         task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.0}), section)
 
 
+def test_an_adapter_that_draws_random_numbers_is_refused() -> None:
+    """PVeRA does in every pass of the training, without dropout."""
+    section = ModelSection(path="there", adapt={"peft": {"type": "pvera"}})
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.peft: task ppo.*pvera draws random numbers.*Use vera"):
+        task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.0}), section)
+
+
 def test_dropout_of_an_adapter_that_is_trained_on_is_switched_off() -> None:
     """Its config is its own."""
     model = get_peft_model(llama(0), LoraConfig(target_modules="all-linear", lora_dropout=0.5))

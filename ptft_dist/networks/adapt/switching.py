@@ -247,6 +247,11 @@ def check_no_dropout(adapt: AdaptSection, task: str) -> None:
     Raises:
         RecipeError: it has.
     """
+    if adapt.peft is not None and str(adapt.peft["type"]).lower() == "pvera":
+        raise RecipeError(
+            f"model.adapt.peft: task {task} compares probabilities of the same tokens at several passes, and pvera "
+            "draws random numbers at each. Use vera"
+        )
     settings = adapt.settings if adapt.adds_adapter else None
     given = peft_options(settings) if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     for name, value in given.items():
