@@ -393,6 +393,20 @@ def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_pat
     check_export(model, tmp_path)
 
 
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_training_goes_on_from_an_adapter_of_peft_that_changes_the_base(tmp_path: Path, init: str) -> None:
+    """peft stores it for the base that it decomposes again whenever it loads it, and so it stays."""
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init)
+    theirs = plain(llama(), settings)
+    with torch.no_grad():
+        for parameter in parameters(theirs):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = adapted(llama(), {"adapter": str(tmp_path / "theirs")})
+    torch.testing.assert_close(model.eval()(input_ids=IDS).logits, theirs.eval()(input_ids=IDS).logits)
+    check_export(model, tmp_path / "ours")
+
+
 def test_frozen_matrices_of_an_adapter_are_saved_with_it(tmp_path: Path) -> None:
     """MiCA trains A only. Its B comes from the base's weights, and is another one for a base that is read in bf16."""
     model = adapted(

@@ -64,6 +64,7 @@ def add_adapter(
     if getattr(adapted.active_peft_config, "init_lora_weights", None) not in (None, True, False, "gaussian"):
         # Known before anything is sharded: what PiSSA and OLoRA begin with, and what MiCA never trains.
         adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
+    adapted.changed_base = adapt.adapter is None and changes_base(adapted.active_peft_config)  # type: ignore[assignment]
     if adapt.adalora is not None and not preview:  # a saved adapter keeps its ranks
         adapted.rank_state = RankState(adapted)
     if adapted.active_peft_config.is_prompt_learning and not model.config.is_encoder_decoder:
@@ -235,7 +236,7 @@ def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder:
         model.rank_state.set_rank_pattern()
     state = adapter_state(model, trained)
     config = copy.deepcopy(model.peft_config[name])
-    if changes_base(config):
+    if getattr(model, "changed_base", False):  # a saved adapter stays as it was stored
         state = _relative_to_base(model, config, state)
     config.inference_mode = True
     config.save_pretrained(str(folder))
