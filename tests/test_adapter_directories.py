@@ -202,6 +202,20 @@ def test_several_adapters_do_not_change_each_other(base: Path, tmp_path: Path, m
     assert capsys.readouterr().out.strip() == alone["first"]
 
 
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_an_adapter_that_changes_the_base_is_loaded_alone(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Else another adapter would compute something else beside it."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    spread(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    alone = read_adapter(tmp_path / "theirs")
+    torch.testing.assert_close(logits(load_adapters({"a": alone}, "a", torch.float32)), logits(theirs.eval()))
+    other = read_adapter(export(*adapted(base, "lora"), tmp_path / "other"))
+    with pytest.raises(RecipeError, match=r"adapter a: .*theirs changes weights of the base.*Load it alone"):
+        load_adapters({"a": alone, "b": other}, "b", torch.float32)
+
+
 def test_what_is_wrong_with_adapters_is_said(base: Path, tmp_path: Path) -> None:
     folder = export(*adapted(base, "lora"), tmp_path / "lora")
     more = export(*adapted(base, "lora", added=2), tmp_path / "more")

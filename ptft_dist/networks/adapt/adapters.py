@@ -29,7 +29,7 @@ from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
-from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config, whole_layers
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup, changes_base, peft_config, whole_layers
 from ptft_dist.networks.adapt.reading import TASK_CONFIG, task_keys
 from ptft_dist.networks.facts import input_embedding
 
@@ -257,11 +257,6 @@ def _sort_names(file: Path) -> None:
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def changes_base(config: PeftConfig) -> bool:
-    """Whether the initialization of the adapter has changed the base's weights (PiSSA, OLoRA)."""
-    return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
 
 
 def _low_rank(model: PeftModel) -> dict[str, torch.Tensor]:

@@ -112,6 +112,11 @@ def peft_config(model: Any, adapt: AdaptSection, setup: AdapterSetup, fresh: Seq
     return config
 
 
+def changes_base(config: PeftConfig) -> bool:
+    """Whether the initialization of the adapter has changed the base's weights (PiSSA, OLoRA)."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
+
+
 def whole_layers(parameters: Sequence[str]) -> list[str]:
     """The layers of parameters, such as `pooler.dense`; of a head all of it, such as `classifier`."""
     layers = {name.rpartition(".")[0] for name in parameters}

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from ptft_dist.config.adapt import Quantization
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
-from ptft_dist.networks.adapt.peft_configs import TASK_TYPES
+from ptft_dist.networks.adapt.peft_configs import TASK_TYPES, changes_base
 
 TASK_CONFIG = "task_config.json"
 _LABELS = ("id2label", "label2id", "problem_type")
@@ -193,6 +193,11 @@ def load_adapters(
             raise RecipeError(
                 f"adapters {name} and {use} have different bases: {files.base} and {chosen.base}. Give adapters of one "
                 "base"
+            )
+        if len(adapters) > 1 and (changes_base(files.config) or getattr(files.config, "bias", "none") != "none"):
+            raise RecipeError(
+                f"adapter {name}: {files.path} changes weights of the base when it is loaded, which the other adapters "
+                "need unchanged. Load it alone"
             )
     sizes = {name: _embeddings(files) for name, files in adapters.items()}
     if len(set(sizes.values())) > 1:
