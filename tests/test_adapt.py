@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
 import transformers
 from adapt_support import write_adapted, write_base
 from peft.optimizers import create_loraplus_optimizer
+from rl_support import Numbers
+from safetensors.torch import load_file
 from support import eval_rows, start, train_rows
+from task_support import make_task
 from tiny import ALL, BERT, LLAMA, T5
 from transformers import (
     AutoConfig,
@@ -26,7 +31,9 @@ from transformers import (
 import ptft_dist
 from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.config.recipe import ModelSection, OptimSection
+from ptft_dist.data.store import Row
 from ptft_dist.engine.optim import parameter_groups
+from ptft_dist.engine.parameters import stored_tensors
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, check_backend
 from ptft_dist.networks.adapt.adalora import Orthogonality
@@ -34,6 +41,7 @@ from ptft_dist.networks.adapt.adapters import adapter_state, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.facts import read_facts
+from ptft_dist.tasks.registry import recipe_class
 
 CAUSAL = {**LLAMA, "vocab_size": 64, "pad_token_id": 0}
 
@@ -306,6 +314,67 @@ def test_adalora_allocates_as_a_plain_loop_with_peft() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_training_goes_on_from_an_adapter_with_decided_ranks(tmp_path: Path) -> None:
+    """AdaLoRA's exported matrices have the decided ranks, and so has an adapter that was trained on from them."""
+    first = adapted(llama(), {"adalora": {"r": 4, "target_r": 2}})
+    with torch.no_grad():
+        for parameter in parameters(first):
+            parameter.copy_(torch.randn_like(parameter))
+        first.rank_state.decided.fill_(True)
+        for i, kept in enumerate(value for name, value in first.rank_state.named_buffers() if name.endswith("_kept")):
+            kept[: i % 4] = False
+        write_adapter(first, stored_tensors(first), tmp_path / "first")
+        model = adapted(llama(), {"adapter": str(tmp_path / "first")})
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        write_adapter(model, stored_tensors(model), tmp_path / "second")
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path / "second")
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_virtual_tokens_and_a_head_are_trained_on_from_a_saved_adapter(tmp_path: Path, method: str) -> None:
+    """peft itself refuses to train saved virtual tokens."""
+    base = network({**CAUSAL, "num_labels": 3}, AutoModelForSequenceClassification)
+    first = adapted(copy.deepcopy(base), {method: {"tokens": 3}}, task_type="SEQ_CLS", fresh=["score.weight"])
+    write_adapter(first, stored_tensors(first), tmp_path / "first")
+    adapter = {"adapter": str(tmp_path / "first")}
+    model = adapted(copy.deepcopy(base), adapter, task_type="SEQ_CLS", fresh=["score.weight"])
+    assert {name.split(".")[0] for name in trained(model)} == {"prompt_encoder", "base_model"}
+    assert [name for name in trained(model) if "score" in name] == ["base_model.score.modules_to_save.default.weight"]
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+        write_adapter(model, stored_tensors(model), tmp_path / "second")
+        again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "second")
+        torch.testing.assert_close(again(input_ids=IDS).logits, model.eval()(input_ids=IDS).logits)
+
+
+def test_a_saved_adapter_must_contain_the_layers_that_the_base_has_not(tmp_path: Path) -> None:
+    """Else a new head would keep random weights, and would not be exported."""
+    masked = network({**BERT, "vocab_size": 64}, AutoModelForMaskedLM)
+    first = adapted(masked, {"lora": {"r": 2, "targets": ["query"]}}, task_type=None)
+    write_adapter(first, stored_tensors(first), tmp_path / "masked")
+    adapter, fresh = {"adapter": str(tmp_path / "masked")}, ["classifier.bias", "classifier.weight"]
+    says = r"^model\.adapt\.adapter: .* does not contain classifier, which model\.path has no weights for.*ptft merge"
+    with pytest.raises(RecipeError, match=says):
+        adapted(bert(), adapter, task_type="SEQ_CLS", fresh=fresh)
+    assert trained(adapted(bert(), adapter, task_type="SEQ_CLS"))  # with a head in model.path
+    with_head = adapted(bert(), {"lora": {"r": 2}}, task_type="SEQ_CLS", fresh=fresh)
+    write_adapter(with_head, stored_tensors(with_head), tmp_path / "classifier")
+    model = adapted(bert(), {"adapter": str(tmp_path / "classifier")}, task_type="SEQ_CLS", fresh=fresh)
+    assert trained(model) == trained(with_head)
+
+
+def test_an_adapter_of_another_task_has_one_clear_message(tmp_path: Path) -> None:
+    """peft wraps a causal network in a class that a classifier does not fit."""
+    first = adapted(llama(), {"lora": {"r": 2}})
+    write_adapter(first, stored_tensors(first), tmp_path)
+    classifier = network({**CAUSAL, "num_labels": 3}, AutoModelForSequenceClassification)
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.adapter: .* does not fit this network"):
+        adapted(classifier, {"adapter": str(tmp_path)}, task_type="SEQ_CLS")
+
+
 def check_export(model: Any, folder: Path) -> None:
     """After changes of the adapter, plain peft computes the same from the exported adapter and the unchanged base."""
     with torch.no_grad():
@@ -323,6 +392,16 @@ def test_an_adapter_that_changed_the_base_is_saved_for_the_unchanged_base(tmp_pa
     check_export(model, tmp_path)
 
 
+def test_the_name_of_an_initialization_may_be_written_as_in_its_paper(tmp_path: Path) -> None:
+    """peft takes OLoRA for olora. Else the export would need the base to be decomposed again whenever it is loaded."""
+    model = adapted(
+        llama(), {"peft": {"type": "lora", "r": 4, "init_lora_weights": "OLoRA", "target_modules": ["q_proj"]}}
+    )
+    check_export(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["init_lora_weights"], config["r"]) == (True, 8)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_path: Path, rslora: bool) -> None:
     """peft does not change the weight of the embedding, whose matrices get the doubled rank too."""
@@ -330,6 +409,32 @@ def test_pissa_with_an_adapted_embedding_is_saved_for_the_unchanged_base(tmp_pat
     lora = {"r": 4, "init": "pissa", "targets": ["q_proj", "embed_tokens"], "rslora": rslora, **pattern}
     model = adapted(llama(), {"lora": lora})
     check_export(model, tmp_path)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_training_goes_on_from_an_adapter_of_peft_that_changes_the_base(tmp_path: Path, init: str) -> None:
+    """peft stores it for the base that it decomposes again whenever it loads it, and so it stays."""
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], init_lora_weights=init)
+    theirs = plain(llama(), settings)
+    with torch.no_grad():
+        for parameter in parameters(theirs):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = adapted(llama(), {"adapter": str(tmp_path / "theirs")})
+    torch.testing.assert_close(model.eval()(input_ids=IDS).logits, theirs.eval()(input_ids=IDS).logits)
+    check_export(model, tmp_path / "ours")
+
+
+def test_frozen_matrices_of_an_adapter_are_saved_with_it(tmp_path: Path) -> None:
+    """MiCA trains A only. Its B comes from the base's weights, and is another one for a base that is read in bf16."""
+    model = adapted(
+        llama(), {"peft": {"type": "lora", "r": 4, "init_lora_weights": "mica", "target_modules": ["q_proj"]}}
+    )
+    check_export(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(value) for name, value in theirs.items())
 
 
 GPT2: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 64, "n_embd": 32, "n_layer": 1, "n_head": 2}
@@ -424,6 +529,33 @@ def test_added_tokens_are_refused_where_the_bias_of_the_output_head_would_be_los
     adapted(biased_head(tied=tied), {"lora": {}}, task_type=None)  # without added tokens
 
 
+@pytest.mark.parametrize(
+    ("tied", "peft_keys"),
+    [
+        (True, {"type": "lora", "target_modules": ["query"], "trainable_token_indices": [5]}),
+        (False, {"type": "lora", "target_modules": ["query"], "trainable_token_indices": {"decoder": [5]}}),
+        (True, {"type": "trainable_tokens", "target_modules": ["word_embeddings"], "token_indices": [5]}),
+    ],
+    ids=str,
+)
+def test_rows_of_an_output_head_with_a_bias_are_refused_by_peft_s_keys_too(
+    tied: bool, peft_keys: dict[str, Any]
+) -> None:
+    """peft computes such a head without its bias, so the network changes before it is trained."""
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.peft: .*bias of .*decoder.*model.adapt: full"):
+        adapted(biased_head(tied=tied), {"peft": peft_keys}, task_type=None)
+    tables = {**peft_keys, "trainable_token_indices": {"word_embeddings": [5]}}
+    if not tied:  # rows of the embeddings alone
+        adapted(biased_head(tied=tied), {"peft": tables}, task_type=None)
+
+
+def test_rows_that_the_recipe_names_are_not_replaced_by_added_tokens() -> None:
+    """peft has one key for both."""
+    given = {"type": "lora", "target_modules": ["q_proj"], "trainable_token_indices": [5]}
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.peft\.trainable_token_indices: .*added tokens.*Remove"):
+        adapted(llama(), {"peft": given}, new_tokens=(62, 63))
+
+
 def test_the_bias_of_an_output_head_is_saved_with_the_whole_table(tmp_path: Path) -> None:
     adapt = {"lora": {}, "embeddings": "all"}
     model = adapted(biased_head(tied=False), adapt, task_type=None, new_tokens=(64, 65)).eval()
@@ -470,6 +602,50 @@ def test_the_experts_of_a_mixture_are_adapted_as_by_peft() -> None:
             other.add_(0.1)
     assert mine(input_ids=IDS).logits.equal(theirs(input_ids=IDS).logits)
     assert not mine(input_ids=IDS).logits.equal(network(config, AutoModelForCausalLM)(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize(
+    ("adapt", "new_tokens", "fused"),
+    [
+        ("lora", (), True),
+        ({"lora": {"targets": ["q_proj", "lm_head"]}}, (), False),
+        ({"ia3": {"targets": ["q_proj", "lm_head"]}}, (), False),
+        ({"bottleneck": {"targets": ["lm_head"]}}, (), False),
+        ("lora", (7, 12), False),
+        ({"lora": {}, "embeddings": "all"}, (), True),
+        ({"prompt_tuning": {"tokens": 2}}, (), False),
+        ({"prefix_tuning": {"tokens": 2}}, (), True),
+    ],
+    ids=str,
+)
+def test_the_fused_head_is_used_where_it_computes_the_adapted_network(
+    adapt: Any, new_tokens: tuple[int, ...], fused: bool
+) -> None:
+    """It multiplies with the head's weight, and so passes over what an adapter does in the head."""
+    sizes: dict[str, Any] = {"batch": {"global_size": 2, "micro_size": 2}, "train": {"max_steps": 1}}
+    data: dict[str, Any] = {"train": [{"path": "none"}], "max_length": 16}
+    named = {"task": "clm", "model": {"path": "none"}, "tokenizer": {"path": "none"}, "run_dir": "none"}
+    raw = {**named, "data": data, **sizes}
+    recipes = [recipe_class().model_validate({**raw, "clm": {"head": head}}) for head in ("auto", "fused")]
+    base = llama()
+    # As on an accelerator, where auto is fused; nothing is computed there.
+    task, asked = (make_task(each, Numbers(), model=base, device=torch.device("meta")) for each in recipes)
+    task.pad_multiple = 1
+    assert task.fused
+    model = adapted(base, adapt, new_tokens=new_tokens)
+    task.extend_network(model, recipes[0].model)
+    assert task.fused == fused
+    with contextlib.nullcontext() if fused else pytest.raises(RecipeError, match=r"^clm\.head: .*head: logits"):
+        asked.extend_network(model, recipes[1].model)
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    rows = [Row(ids.numpy(), np.zeros(1, np.int64)) for ids in IDS]
+    loss = task.loss(model, task.collate(rows).inputs).loss_sum
+    logits = model(input_ids=IDS).logits[:, :-1].reshape(-1, 64)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, IDS[:, 1:].reshape(-1), reduction="sum"))
+    loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in parameters(model))
 
 
 @pytest.mark.parametrize("adapt", ["lora", "bottleneck", {"prompt_tuning": {"tokens": 2}}, "bitfit"])
@@ -598,12 +774,31 @@ BROKEN: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("bert", {"adapt": {"peft": {"type": "verra"}}}, {}, "peft has no method 'verra'; did you mean vera"),
     ("bert", {"adapt": {"peft": {"type": "vera", "rank": 4}}}, {}, "VeraConfig has no such key"),
     ("bert", {"adapt": {"peft": {"type": "poly", "r": 4}}}, {}, "poly needs a task number for each row"),
+    (
+        "llama",
+        {"adapt": {"peft": {"type": "cartridge", "num_virtual_tokens": 3}}},
+        {},
+        "cartridge needs keys and values",
+    ),
+    ("llama", {"adapt": {"peft": {"type": "cpt"}}}, {}, "cpt computes its loss itself"),
+    ("llama", {"adapt": {"peft": {"type": "xlora"}}}, {}, "xlora needs adapters that are already trained"),
+    ("bert", {"adapt": {"peft": {"type": "adalora", "total_step": 9}}}, {}, "adalora: use model.adapt.adalora"),
+    ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "eva"}}}, {}, "eva: use model.adapt.lora.init"),
+    ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "lora_ga"}}}, {}, "lora_ga needs steps before"),
+    ("bert", {"adapt": {"peft": {"type": "lora", "init_lora_weights": "loftq"}}}, {}, "loftq needs steps before"),
+    ("bert", {"adapt": {"lora": {}, "name": "my.adapter"}}, {}, "adapt.name: 'my.adapter' contains a dot"),
     ("bert", {"adapt": {"bottleneck": {"targets": ["outputs"]}}}, {}, "no layer of this network is called 'outputs'"),
     ("bert", {"adapt": {"adapter": "no/such/adapter"}}, {}, "no/such/adapter"),
     ("bert", {"adapt": {"lora": {}, "embeddings": "new"}}, {}, "embeddings: new has no effect: no tokens are added"),
     ("bert", {"adapt": {"adapter": "x", "embeddings": "new"}}, {}, "embeddings: a saved adapter trains the embeddings"),
     ("llama", {"adapt": {"prompt_tuning": {}}}, {"sft": {"packing": True}}, "packing"),
     ("llama", {"adapt": {"prompt_tuning": {"tokens": 60}}}, {}, "60 virtual tokens leave 4 positions"),
+    (
+        "llama",
+        {"adapt": {"peft": {"type": "prompt_tuning", "num_virtual_tokens": 60}}},
+        {},
+        "adapt: 60 virtual tokens leave 4 positions",
+    ),
     (
         "bert",
         {"adapt": {"lora": {"layers": [1], "targets": ".*layer.0.*query"}}},

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaptionPromptConfig,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ptft_dist import api
@@ -159,6 +167,15 @@ def test_we_load_what_plain_peft_saves(base: Path, tmp_path: Path, method: str) 
     )
 
 
+def test_a_method_of_peft_without_a_mode_for_inference(base: Path, tmp_path: Path) -> None:
+    config = AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=3, adapter_layers=2)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    spread(theirs)
+    theirs.save_pretrained(tmp_path)
+    again = load_adapters({"a": read_adapter(tmp_path)}, "a", torch.float32)
+    torch.testing.assert_close(logits(again), logits(theirs.eval()))
+
+
 def test_tokens_that_the_base_has_not(base: Path, tmp_path: Path) -> None:
     model, tokenizer = adapted(base, "lora", added=3)
     expected = logits(model, IDS + 60)
@@ -187,6 +204,20 @@ def test_several_adapters_do_not_change_each_other(base: Path, tmp_path: Path, m
     named = [f"{name}={folder}" for name, folder in folders.items()]
     command.generate(base, PROMPT, max_new_tokens=8, temperature=0.0, adapter=named, use="first")
     assert capsys.readouterr().out.strip() == alone["first"]
+
+
+@pytest.mark.parametrize("options", [{"init_lora_weights": "pissa"}, {"bias": "all"}], ids=str)
+def test_an_adapter_that_changes_the_base_is_loaded_alone(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    """Else another adapter would compute something else beside it."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+    theirs = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    spread(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    alone = read_adapter(tmp_path / "theirs")
+    torch.testing.assert_close(logits(load_adapters({"a": alone}, "a", torch.float32)), logits(theirs.eval()))
+    other = read_adapter(export(*adapted(base, "lora"), tmp_path / "other"))
+    with pytest.raises(RecipeError, match=r"adapter a: .*theirs changes weights of the base.*Load it alone"):
+        load_adapters({"a": alone, "b": other}, "b", torch.float32)
 
 
 def test_what_is_wrong_with_adapters_is_said(base: Path, tmp_path: Path) -> None:

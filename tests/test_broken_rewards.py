@@ -525,6 +525,14 @@ def test_a_policy_that_changes_the_base_does_not_share_it(
         assert each.rewards["adapter"] == pytest.approx(score_of(theirs, [*each.prompt.ids, *each.response]), abs=1e-4)
 
 
+def test_eva_reads_the_prompts(session: Make) -> None:
+    adapt = {"adapt": {"lora": {"r": 2, "init": "eva", "eva_rows": 4}}}
+    made = session("ppo", {}, start=True, model=adapt)
+    matrices = [p for name, p in made.trained.model.named_parameters() if "lora_A" in name]
+    for matrix in matrices:  # singular vectors
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), atol=1e-4, rtol=0)
+
+
 # --- EOS and padding --------------------------------------------------------------------------------------------------
 
 

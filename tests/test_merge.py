@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from test_adapter_directories import IDS, adapted, base, export, logits, plain_peft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -100,6 +101,22 @@ def test_what_cannot_be_merged(base: Path, tmp_path: Path, method: str) -> None:
     folder = export(*adapted(base, method), tmp_path / "adapter")
     with pytest.raises(RecipeError, match="so it cannot be merged"):
         api.merge(folder, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"lora_bias": True}, "peft cannot merge it: Impossible to merge LoRA with `lora_bias=True`"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "LORA repeats layers of the base, which no weight of the base can"),
+    ],
+    ids=str,
+)
+def test_options_of_peft_that_cannot_be_merged(base: Path, tmp_path: Path, options: Any, said: str) -> None:
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(RecipeError, match=said):
+        api.merge(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 

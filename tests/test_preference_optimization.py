@@ -8,6 +8,7 @@ import math
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from adapt_support import write_adapted, write_base
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import eval_rows, outcome, start, train_rows
 from task_support import make_task
@@ -35,9 +37,11 @@ from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.environment import place
+from ptft_dist.networks.adapt import adapters
 from ptft_dist.session import Session
 from ptft_dist.tasks.common import preference_losses as losses
 from ptft_dist.tasks.common.chat_template import CHATML
+from ptft_dist.tasks.common.preference_rows import halves
 from ptft_dist.tasks.common.referenced import REFERENCE
 from ptft_dist.tasks.protocol import BASELINE
 from ptft_dist.tasks.registry import encoder_class
@@ -304,6 +308,16 @@ def test_dropout_of_an_adapter_is_refused(tokenizer: Any, name: str) -> None:
     section = ModelSection(path="there", adapt={"lora": {"dropout": 0.05}})
     with pytest.raises(RecipeError, match=rf"^model\.adapt\.lora\.dropout: task {name} .*Set it to 0"):
         task.frozen_roles(task.setup, section)
+
+
+def test_dropout_of_an_adapter_that_is_trained_on_is_switched_off(tokenizer: Any, tmp_path: Path) -> None:
+    """As in TRL; its config is its own. A loss without a reference takes any adapter."""
+    task = task_of(tokenizer, "dpo", network(tokenizer, 0), loss="simpo")
+    lora = LoraConfig(target_modules=["q_proj"], lora_dropout=0.5, init_lora_weights=False)
+    model = get_peft_model(network(tokenizer, 0), lora).train()
+    task.extend_network(model, ModelSection(path="there", adapt={"adapter": "there"}))
+    inputs = task.collate(rows_of(tokenizer, task, [PAIRS[0]], tmp_path)).inputs
+    assert task.loss(model, inputs).loss_sum.item() == task.loss(model, inputs).loss_sum.item()
 
 
 @pytest.mark.parametrize(("name", "row"), [("dpo", PAIRS[0]), ("kto", ANSWERS[0])])
@@ -598,6 +612,30 @@ def test_an_adapter_whose_base_is_not_the_start_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=text):
         session(settings, model)
+
+
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_eva_reads_the_texts_of_rows(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch, cache: Path, task: str
+) -> None:
+    """All of them, and no padding: both texts of a pair, and none of the mismatched ones of KTO."""
+    monkeypatch.setenv("PTFT_CACHE", str(cache))
+    path = write(tmp_path, base, task, {"adapt": {"lora": {"r": 2, "init": "eva", "eva_rows": 4}}}, {})
+    made_here, seen, initialize = Session(load_recipe(str(path)), place()), [], adapters.initialize_from_activations
+    monkeypatch.setattr(
+        "ptft_dist.networks.adapt.adapters.initialize_from_activations",
+        lambda model, inputs: seen.append(inputs) or initialize(model, inputs),
+    )
+    builder: Any = SimpleNamespace(
+        building=lambda **_: nullcontext(), whole=lambda _: nullcontext(), device=torch.device("cpu"),
+        trained_dtype=torch.float32,
+    )  # fmt: skip
+    made_here.trained.build(builder, rows=made_here.prepared.train)
+    rows = [made_here.prepared.train.row(i) for i in range(4)]
+    halved = [halves(row.input_ids, row.columns["parts"]) if task == "dpo" else [row.input_ids] for row in rows]
+    (inputs,) = seen
+    found = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], inputs["tokens"], strict=True)]
+    assert sorted(found) == sorted(text.tolist() for texts in halved for text in texts)
 
 
 def test_a_loss_without_a_reference_takes_any_adapter(session: Callable[..., Session]) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rl_support import EOS, PAD, VOCAB, Numbers, batch_of, llama, look, recipe, some_trajectories, task_for, trajectory
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +34,7 @@ from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
+from ptft_dist.networks.adapt.switching import shares_base
 from ptft_dist.rl.advantages import adapted_kl_coefficient
 from ptft_dist.rl.reward_model import RewardModel, check_reward_model, read_scores
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
@@ -310,6 +312,19 @@ def test_a_rollout_against_single_rows() -> None:
     assert [sample["response"] for sample in rollout.samples] == [each.text for each in trajectories[:3]]
 
 
+def test_a_prompt_that_occurs_twice_gets_other_responses() -> None:
+    """A rollout that ends one epoch and begins the next may contain a row twice."""
+    model, store = llama(0), store_of(PROMPTS)
+    task = task_for(model, "grpo", counted({"kl": 0.0, "group_size": 2, "sampling": {"max_new_tokens": 6}}))
+    task.rewards.functions["final_number"] = lambda completions, **_: [0.0] * len(completions)
+    phase = Phase(0, OneProcess(model), parts_of(2), parts_of(2))
+    trajectories = task.rollout(phase, store, [2, 0, 2]).trajectories
+    assert [(each.prompt.row, each.number) for each in trajectories] == [(2, 0), (2, 1), (0, 0), (0, 1), (2, 2), (2, 3)]
+    assert len({tuple(each.response) for each in trajectories if each.prompt.row == 2}) == 4
+    alone = task.rollout(phase, store, [2]).trajectories
+    assert [each.response.tolist() for each in alone] == [each.response.tolist() for each in trajectories[:2]]
+
+
 def test_a_rollout_does_not_depend_on_micro_batches() -> None:
     model = llama(0)
     tasks = [task_for(model, "rloo", {"kl": 0.0, "group_size": 2}) for _ in range(2)]
@@ -527,6 +542,25 @@ def test_a_reward_model_reads_what_it_was_trained_on(tmp_path: Path) -> None:
     assert {ids.dtype for ids in texts} == {np.dtype(np.int64)}
 
 
+@pytest.mark.parametrize("text", [TEMPLATE, TEMPLATE.replace("<", "{# the same #}<")])
+def test_a_reward_model_gets_conversations_as_its_own_chat_template_writes_them(tmp_path: Path, text: str) -> None:
+    """Also if its tokens are those of the policy, whose template may be another one."""
+    chat, answer = [{"role": "user", "content": "the cat"}], "eats the dog"
+    policy, own = tokenizer_of(300, TEMPLATE), tokenizer_of(300, f"{{{{ bos_token }}}}{text}")
+    own.save_pretrained(tmp_path)
+    model = RewardModel("ppo.rewards.0.model", str(tmp_path), policy)
+    ended, cut, plain = (
+        said(policy, prompt, answer, end) for prompt, end in ((chat, True), (chat, False), ("a", True))
+    )
+    written = own.apply_chat_template([*chat, said_by_assistant(answer)])["input_ids"]
+    assert written[-1] == own.eos_token_id
+    assert [each.tolist() for each in model.texts([ended, cut])] == [written, written[:-1]]
+    assert model.texts([plain])[0].tolist() == [3, *plain.response]
+    tokenizer_of(300, text).save_pretrained(tmp_path / "alike")
+    alike = RewardModel("ppo.rewards.0.model", str(tmp_path / "alike"), policy)
+    assert alike.texts([cut])[0].tolist() == [3, *cut.response]
+
+
 def said_by_assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
@@ -646,6 +680,11 @@ def test_the_reference_is_the_base_under_the_adapter(name: str) -> None:
         ({"adapter": "there"}, "model.adapt.adapter.*Merge the adapter"),
         ({"peft": {"type": "lora", "init_lora_weights": "pissa"}}, "model.adapt.peft.init_lora_weights: pissa changes"),
         ({"peft": {"type": "lora", "bias": "all"}}, "model.adapt.peft.bias: all changes the base"),
+        ({"peft": {"type": "fourierft"}}, "model.adapt.peft: fourierft with init_weights: False does not begin as"),
+        ({"peft": {"type": "C3A"}}, "model.adapt.peft: c3a with init_weights: xavier_uniform does not begin as"),
+        ({"peft": {"type": "vblora"}}, "model.adapt.peft: vblora does not begin as the base.*Use lora"),
+        ({"peft": {"type": "loha", "init_weights": False}}, "model.adapt.peft: loha with init_weights: False does not"),
+        ({"peft": {"type": "ia3", "init_ia3_weights": False}}, "ia3 with init_ia3_weights: False does not"),
     ],
     ids=str,
 )
@@ -656,6 +695,36 @@ def test_adapters_under_which_the_base_is_no_reference(task: str, adapt: dict[st
     with pytest.raises(RecipeError, match=rf"^{task}\.kl: .*{says}.*or set it to 0"):
         task_class(task).frozen_roles(setup(task, {"kl": 0.1}), section)
     assert task_class(task).frozen_roles(setup(task, {"kl": 0.0}), section) == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        ({"type": "fourierft", "n_frequency": 9}, False),
+        ({"type": "fourierft", "n_frequency": 9, "init_weights": True}, True),
+        ({"type": "c3a", "block_size": 8}, False),
+        ({"type": "c3a", "block_size": 8, "init_weights": True}, True),
+        ({"type": "vblora", "num_vectors": 8, "vector_length": 4}, False),
+        ({"type": "unilora"}, False),
+        ({"type": "tinylora", "init_weights": "uniform"}, False),
+        ({"type": "hira", "init_weights": "gaussian"}, True),
+        ({"type": "lokr", "init_weights": "lycoris"}, True),
+        ({"type": "miss", "r": 4, "init_weights": "bat"}, True),
+        ({"type": "boft", "boft_block_size": 4}, True),
+        ({"type": "lora", "init_lora_weights": "orthogonal"}, True),
+    ],
+    ids=str,
+)
+def test_methods_of_peft_whose_start_is_the_base(given: dict[str, Any], same: bool) -> None:
+    """What is refused is what changes the outputs of the network."""
+    base, ids = llama(0), torch.arange(2, 12)[None]
+    section = ModelSection(path="there", adapt={"peft": {**given, "target_modules": ["q_proj", "v_proj"]}})
+    model = adapt_network(llama(0), section.adapt, AdapterSetup("CAUSAL_LM", "there", None, 9, (), "there", 0))
+    with torch.no_grad():
+        change = (model(input_ids=ids).logits - base(input_ids=ids).logits).abs().max()
+    assert (change < 1e-5) == same
+    with contextlib.nullcontext() if same else pytest.raises(RecipeError, match="does not begin as the base"):
+        task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.1}), section)
 
 
 @pytest.mark.parametrize(
@@ -676,12 +745,24 @@ def test_virtual_tokens_before_padded_prompts_are_refused(adapt: dict[str, Any])
 
 @pytest.mark.parametrize(
     "adapt",
-    [{"lora": {"dropout": 0.1}}, {"adalora": {"dropout": 0.1}}, {"peft": {"type": "lora", "lora_dropout": 0.1}}],
+    [
+        {"lora": {"dropout": 0.1}},
+        {"adalora": {"dropout": 0.1}},
+        {"peft": {"type": "lora", "lora_dropout": 0.1}},
+        {"peft": {"type": "shadow"}},  # 0.2 by default
+    ],
 )
 def test_dropout_of_an_adapter_is_refused(adapt: dict[str, Any]) -> None:
     """Else the ratio is not 1 on the first pass."""
     section = ModelSection(path="there", adapt=adapt)
     with pytest.raises(RecipeError, match=r"^model\.adapt\.(ada)?(lora|peft)\.\w*dropout: task ppo.*Set it to 0"):
+        task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.0}), section)
+
+
+def test_an_adapter_that_draws_random_numbers_is_refused() -> None:
+    """PVeRA does in every pass of the training, without dropout."""
+    section = ModelSection(path="there", adapt={"peft": {"type": "pvera"}})
+    with pytest.raises(RecipeError, match=r"^model\.adapt\.peft: task ppo.*pvera draws random numbers.*Use vera"):
         task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.0}), section)
 
 
@@ -694,6 +775,17 @@ def test_dropout_of_an_adapter_that_is_trained_on_is_switched_off() -> None:
     task.advantages(trajectories)
     total, count = task.loss(model.train(), batch_of(task, trajectories).inputs).metrics["ratio"]
     assert float(total) == float(count)
+
+
+@pytest.mark.parametrize(("revision", "same"), [("v1", True), ("v2", False), (None, False)])
+def test_a_reward_adapter_on_another_revision_of_the_base_is_not_read_on_the_policy_s(
+    tmp_path: Path, revision: str | None, same: bool
+) -> None:
+    config = {"base_model_name_or_path": "some/model", "revision": "v1", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.score.weight": torch.zeros(1, 4)}, tmp_path / "adapter_model.safetensors")
+    section = ModelSection(path="some/model", revision=revision, adapt={"lora": {}})
+    assert shares_base(str(tmp_path), section) == same
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------

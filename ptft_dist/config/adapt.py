@@ -284,6 +284,8 @@ class AdaptSection(Section):
                 "embeddings: a saved adapter trains the embeddings that it contains, no others. Remove this key, or "
                 "use ptft merge and train a new adapter on the merged model"
             )
+        if "." in self.name:
+            raise ValueError(f"name: {self.name!r} contains a dot, which names of parts of a network may not")
         _expression(self.match, "match")
         if self.peft is not None and not isinstance(self.peft.get("type"), str):
             raise ValueError("peft needs a type, such as vera, oft or loha")

@@ -84,6 +84,8 @@ class RewardModel:
         self.tokenizer = None if own.get_vocab() == policy.get_vocab() else own
         """The reward model's tokenizer, if it differs from the policy's: texts are then tokenized again."""
         self.after_answer = after_answer(own)
+        self.template_of = None if _write_alike(own, policy) else own
+        """The reward model's tokenizer, if it writes conversations in another way."""
         pad = (self.tokenizer or policy).pad_token_id
         self.pad_id = 0 if pad is None else int(pad)
 
@@ -103,9 +105,12 @@ class RewardModel:
         return texts
 
     def _ids_of(self, each: Trajectory) -> np.ndarray:
-        if self.tokenizer is None:
+        tokenizer = self.tokenizer
+        if tokenizer is None and not isinstance(each.prompt.text, str):
+            tokenizer = self.template_of
+        if tokenizer is None:
             return np.concatenate([each.prompt.ids, each.response, self._rest_of_turn(each)])
-        return self._tokenized_again(self.tokenizer, each)
+        return self._tokenized_again(tokenizer, each)
 
     def _rest_of_turn(self, each: Trajectory) -> np.ndarray:
         """What the chat template writes after the end of turn with which a response ends, such as a newline. The reward
@@ -134,6 +139,9 @@ class RewardModel:
                     "Correct the template or the rows, or use a reward model with the tokenizer of the policy"
                 ) from None
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            end = self.after_answer
+            if not each.ended and end and ids[-len(end) :] == end:
+                ids = ids[: -len(end)]
         return np.array(ids, np.int64)
 
     def padded(self, texts: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
@@ -155,6 +163,22 @@ class RewardModel:
         else:
             scores = self.network.forward(read_scores, inputs)
         return scores
+
+
+def _write_alike(own: PreTrainedTokenizerBase, policy: PreTrainedTokenizerBase) -> bool:
+    """Whether two chat templates write the same text, or the first tokenizer has none."""
+    if not own.chat_template or own.chat_template == policy.chat_template:
+        return True
+    turns = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+    return all(_written(own, messages) == _written(policy, messages) for messages in (turns, turns[1:], turns[1:3]))
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str | None:
+    """A conversation as a chat template writes it; None without a template, and if it refuses the conversation."""
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False)) if tokenizer.chat_template else None
+    except (TemplateError, TypeError, ValueError):
+        return None
 
 
 def read_scores(model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

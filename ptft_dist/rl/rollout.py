@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -90,7 +91,7 @@ class Trajectory:
 
     prompt: Prompt
     number: int
-    """From 0 among the responses to the same prompt."""
+    """From 0 among the responses to the same row of the store."""
     response: np.ndarray
     """int64 [R], its EOS included."""
     ended: bool
@@ -176,9 +177,15 @@ def sample_responses(
 ) -> list[Trajectory]:
     """`group_size` responses to each prompt, in the order of the prompts.
 
-    The log-probabilities of another sampler become the tokens' `sampled`.
+    A prompt may occur twice, if an epoch ends within the rollout; its responses are numbered on, so that no two have
+    the same seed. The log-probabilities of another sampler become the tokens' `sampled`.
     """
-    wanted = [(prompt, number) for prompt in prompts for number in range(group_size)]
+    drawn: Counter[int] = Counter()
+    wanted = []
+    for prompt in prompts:
+        first = drawn[prompt.row]
+        drawn[prompt.row] += group_size
+        wanted += [(prompt, number) for number in range(first, first + group_size)]
     seeds = [response_seed(seed, phase.number, prompt.row, number) for prompt, number in wanted]
     trajectories = []
     for given, each in zip(wanted, sampler(phase, [prompt.ids for prompt, _ in wanted], seeds), strict=True):

@@ -27,6 +27,7 @@ from ptft_dist.networks.new_tokens import NewTokens
 from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.reporting.messages import say
 from ptft_dist.tasks.common.losses import network_inputs
+from ptft_dist.tasks.common.padding import pad, pad_id
 from ptft_dist.tasks.protocol import Task, TaskSetup
 from ptft_dist.tasks.registry import task_class
 
@@ -214,10 +215,14 @@ class TrainedNetwork:
             raise RecipeError("model.adapt.lora.init: eva works for encoders and decoders only; use init: pissa")
         keys = [(0, row) for row in range(min(count, len(store)))]
         rows = [store.row(row) for _, row in keys]
-        inputs = network_inputs(self.task.collate(rows, keys).inputs)
+        given = network_inputs(self.task.collate(rows, keys).inputs)
+        inputs = {name: x for name, x in given.items() if "/" not in name}  # of the rows themselves
         if (mask := inputs.get("attention_mask")) is not None and mask.dim() == 2:
             tokens = mask.bool()  # of all texts of a row
         else:
-            lengths = torch.tensor([len(row.input_ids) for row in rows])[:, None]
+            texts = [text for row in rows for text in self.task_class.texts_of(row)]
+            lengths = torch.tensor([len(text) for text in texts])[:, None]
+            if len(texts) > len(rows) or "input_ids" not in inputs:  # in another order, or prompts padded on the left
+                inputs = {"input_ids": pad(texts, pad_id(self.tokenizer.pad_token_id))}
             tokens = torch.arange(inputs["input_ids"].shape[1]) < lengths
         initialize_from_activations(cast(Any, self.model), {**inputs, "tokens": tokens})

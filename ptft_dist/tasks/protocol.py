@@ -12,6 +12,7 @@ When each hook of a task is called, and on which ranks:
         Task(setup, network, device)
         start_values(model, inputs) the numbers of start_column; once for all rows, on a copy of the network
         prepare_network(model)      what the task changes in the network: a fused head, hooks, ids in its config
+        texts_of(row)               the texts of training rows, for initial values of an adapter (EVA)
         extend_network(model, ...)  after it was adapted: parts that are trained beside it, such as a value head
     once, after the network was wrapped, on every rank
         prepare_frozen, adopt       each frozen network, before and after the engine has placed it
@@ -214,6 +215,10 @@ class Task(Protocol):
         section: model, of the network that training starts from.
         """
 
+    @classmethod
+    def texts_of(cls, row: Row) -> Sequence[np.ndarray]:
+        """The token ids of the texts of a row, one or several."""
+
     def start_values(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The values of `start_column` for the rows of a batch: fp32 [B, width]."""
 
@@ -329,6 +334,10 @@ class BaseTask:
     @classmethod
     def start_column(cls, setup: TaskSetup, section: ModelSection) -> StartColumn | None:  # noqa: ARG003
         return None
+
+    @classmethod
+    def texts_of(cls, row: Row) -> Sequence[np.ndarray]:
+        return [row.input_ids]
 
     def start_values(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError

@@ -35,10 +35,11 @@ def adapted_facts(network: NetworkFacts, adapt: AdaptSection) -> NetworkFacts:
 
 def check_positions_left(network: NetworkFacts, adapt: AdaptSection, max_length: int) -> None:
     """Raises RecipeError if rows and virtual tokens together exceed the network's positions. network: adapted facts."""
-    if adapt.method in PROMPTS and network.max_positions is not None and network.max_positions < max_length:
+    virtual, left = virtual_tokens(adapt), network.max_positions
+    if virtual and left is not None and left < max_length:
         raise RecipeError(
-            f"model.adapt.{adapt.method}.tokens: {adapt.settings.tokens} virtual tokens leave {network.max_positions} "
-            f"positions, and data.max_length is {max_length}: lower one of them"
+            f"model.adapt: {virtual} virtual tokens leave {left} positions, and data.max_length is {max_length}: lower "
+            "one of them"
         )
 
 

@@ -20,6 +20,8 @@ from peft import (
     initialize_lora_eva_weights,
 )
 from peft.config import PeftConfig
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
@@ -27,7 +29,7 @@ from ptft_dist.config.adapt import AdaptSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.adalora import RankState
-from ptft_dist.networks.adapt.peft_configs import AdapterSetup, peft_config
+from ptft_dist.networks.adapt.peft_configs import AdapterSetup, changes_base, peft_config, whole_layers
 from ptft_dist.networks.adapt.reading import TASK_CONFIG, head_labels, task_keys
 from ptft_dist.networks.adapt.virtual import hide_virtual_tokens
 from ptft_dist.networks.facts import input_embedding, labels_of
@@ -49,6 +51,7 @@ def add_adapter(
         warnings.simplefilter("ignore")
         if adapt.adapter is not None:
             adapted = load_adapter(model, adapt.adapter, adapt.name, trained=True, preview=preview)
+            _check_new_layers(adapted, adapt.adapter, fresh)
         else:
             config = peft_config(model, adapt, setup, fresh)
             if preview and getattr(config, "init_lora_weights", None) not in (None, False, True):
@@ -58,14 +61,40 @@ def add_adapter(
                 adapted = get_peft_model(model, config, adapter_name=adapt.name)
             except (TypeError, ValueError, NotImplementedError, AttributeError) as error:
                 raise RecipeError(f"model.adapt.{adapt.method}: {error}") from error
+    if adapt.adapter is None:
+        _check_biases(adapted, adapt)
     if getattr(adapted.active_peft_config, "init_lora_weights", None) not in (None, True, False, "gaussian"):
+        # Known before anything is sharded: what PiSSA and OLoRA begin with, and what MiCA never trains.
         adapted.initial_adapter = _low_rank(adapted)  # type: ignore[assignment]
-    if adapted.active_peft_config.peft_type == PeftType.ADALORA and not preview:
+    adapted.changed_base = adapt.adapter is None and changes_base(adapted.active_peft_config)  # type: ignore[assignment]
+    if adapt.adalora is not None and not preview:  # a saved adapter keeps its ranks
         adapted.rank_state = RankState(adapted)
     hide_virtual_tokens(adapted)
     if checkpointing:  # peft may have switched to the reentrant kind
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return adapted
+
+
+def _check_new_layers(model: PeftModel, path: str, fresh: Sequence[str]) -> None:
+    """Raises RecipeError if a saved adapter does not train and save a layer that has random weights."""
+    wrappers = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    saved = tuple(f"{name.removeprefix('base_model.').removeprefix('model.')}." for name in wrappers)
+    if missing := [layer for layer in whole_layers(fresh) if not f"{layer}.".startswith(saved)]:
+        raise RecipeError(
+            f"model.adapt.adapter: {path} does not contain {', '.join(missing)}, which model.path has no weights for. "
+            "Use ptft merge, and train a new adapter on the merged model"
+        )
+
+
+def _check_biases(model: PeftModel, adapt: AdaptSection) -> None:
+    """Raises RecipeError if single rows of a layer with a bias are trained: peft computes the layer without it."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, TrainableTokensLayer) and getattr(layer.get_base_layer(), "bias", None) is not None:
+            raise RecipeError(
+                f"model.adapt.{adapt.method}: single rows are trained of an output head, and peft ignores the bias of "
+                f"{name.removeprefix('base_model.model.').partition('.token_adapter')[0]} then. Train rows of "
+                "embeddings that are not tied to it, or use model.adapt: full"
+            )
 
 
 def initialize_from_activations(model: PeftModel, inputs: dict[str, torch.Tensor]) -> None:
@@ -125,7 +154,10 @@ def load_adapter(
         )
         if trained and prompt:
             adapted.get_parameter(f"prompt_encoder.{name}.embedding.weight").requires_grad_(True)
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            for module in adapted.modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    module.modules_to_save[name].requires_grad_(True)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecipeError(
             f"{key}: {path} does not fit this network; it was trained on {config.base_model_name_or_path}: {error}"
         ) from None
@@ -151,7 +183,8 @@ def adapter_state(model: PeftModel, trained: Mapping[str, torch.Tensor]) -> dict
 
     trained: the unsharded trained parameters and buffers by name.
     """
-    trained = _with_tied_names(model, trained)
+    frozen = {name: value for name, value in getattr(model, "initial_adapter", {}).items() if name not in trained}
+    trained = {**frozen, **_with_tied_names(model, trained)}
     name = model.active_adapter
     config: Any = model.peft_config[name]
     if not config.is_prompt_learning:
@@ -206,7 +239,7 @@ def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder:
         model.rank_state.set_rank_pattern()
     state = adapter_state(model, trained)
     config = copy.deepcopy(model.peft_config[name])
-    if changes_base(config):
+    if getattr(model, "changed_base", False):  # a saved adapter stays as it was stored
         state = _relative_to_base(model, config, state)
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -227,11 +260,6 @@ def _sort_names(file: Path) -> None:
         if isinstance(config.get(key), list):
             config[key] = sorted(config[key])
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def changes_base(config: PeftConfig) -> bool:
-    """Whether the initialization of the adapter has changed the base's weights (PiSSA, OLoRA)."""
-    return str(getattr(config, "init_lora_weights", "")).startswith(("pissa", "olora"))
 
 
 def _low_rank(model: PeftModel) -> dict[str, torch.Tensor]:

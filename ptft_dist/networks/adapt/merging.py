@@ -31,6 +31,8 @@ def not_mergeable(files: AdapterFiles) -> str | None:
         reason = "trains virtual tokens"
     elif method == "BOTTLENECK":
         reason = "adds nonlinear layers"
+    elif getattr(files.config, "layer_replication", None):
+        reason = "repeats layers of the base"  # the copies share their weights
     else:
         return None
     return f"{method} {reason}, which no weight of the base can replace, so it cannot be merged"
@@ -64,8 +66,10 @@ def merge(files: AdapterFiles, dtype: torch.dtype, folder: Path) -> tuple[float,
         expected = _outputs(adapted, inputs)
     try:
         merged: Any = adapted.merge_and_unload(safe_merge=True)
-    except (AttributeError, NotImplementedError, ValueError, TypeError) as error:
-        raise RecipeError(f"{files.path}: peft cannot merge it: {error}. Use the adapter directory itself") from None
+    except (AttributeError, RuntimeError, ValueError, TypeError) as error:  # also NotImplementedError
+        raise RecipeError(
+            f"{files.path}: peft cannot merge it: {str(error).rstrip('.')}. Use the adapter directory itself"
+        ) from None
     _compare(files, _outputs(merged, inputs), expected, FP32_TOLERANCE * _growth(merged.config), "fp32")
     auto_class = files.auto_class
     merged.config.architectures = [type(merged).__name__]

@@ -39,6 +39,14 @@ TASK_TYPES = {
 """transformers class -> peft's name of the task; peft treats all others alike."""
 SET_BY_US = ("peft_type", "task_type", "inference_mode", "base_model_name_or_path", "revision", "auto_mapping")
 
+NOT_HERE = {
+    **dict.fromkeys(("multitask_prompt_tuning", "poly"), "needs a task number for each row, which rows do not have"),
+    "cartridge": "needs keys and values of a text, which ptft does not compute. Use prefix_tuning",
+    "cpt": "computes its loss itself, from labels of each token. Use prompt_tuning",
+    "xlora": "needs adapters that are already trained. Use lora",
+}
+"""Methods of peft that cannot be trained -> why."""
+
 
 @dataclass(frozen=True)
 class AdapterSetup:
@@ -102,6 +110,11 @@ def peft_config(model: Any, adapt: AdaptSection, setup: AdapterSetup, fresh: Seq
             )
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *whole})
     return config
+
+
+def changes_base(config: PeftConfig) -> bool:
+    """Whether the initialization of the adapter has changed the base's weights (PiSSA, OLoRA)."""
+    return str(getattr(config, "init_lora_weights", "")).lower().startswith(("pissa", "olora"))
 
 
 def whole_layers(parameters: Sequence[str]) -> list[str]:
@@ -279,8 +292,13 @@ def _any(model: torch.nn.Module, given: dict[str, Any], setup: AdapterSetup) -> 
         near = difflib.get_close_matches(name, known, 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else f": {', '.join(sorted(known))}"
         raise RecipeError(f"model.adapt.peft.type: peft has no method {given['type']!r}{hint}")
-    if name in ("multitask_prompt_tuning", "poly"):
-        raise RecipeError(f"model.adapt.peft.type: {name} needs a task number for each row, which rows do not have")
+    if name in NOT_HERE:
+        raise RecipeError(f"model.adapt.peft.type: {name} {NOT_HERE[name]}")
+    if name == "adalora":
+        raise RecipeError(
+            "model.adapt.peft.type: adalora: use model.adapt.adalora, which changes the ranks; peft does not"
+        )
+    _check_initial_values(str(given.get("init_lora_weights")).lower())
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[known[name]]
     arguments = {key: value for key, value in given.items() if key != "type"}
     fields = {each.name for each in dataclasses.fields(config_class)} - set(SET_BY_US)
@@ -292,6 +310,18 @@ def _any(model: torch.nn.Module, given: dict[str, Any], setup: AdapterSetup) -> 
     if isinstance(targets := arguments.get("target_modules"), list | str):
         _targets(model, targets, "model.adapt.peft.target_modules")
     return config_class(**arguments)
+
+
+def _check_initial_values(init: str) -> None:
+    """Raises RecipeError if peft needs more than its config for these initial values of LoRA; some it replaces by the
+    default without a word."""
+    key = "model.adapt.peft.init_lora_weights"
+    if init == "eva":
+        raise RecipeError(f"{key}: eva: use model.adapt.lora.init, which computes it from training rows; peft does not")
+    if init in ("corda", "loftq", "lora_ga"):
+        raise RecipeError(
+            f"{key}: {init} needs steps before the training that ptft does not have. Use model.adapt.lora"
+        )
 
 
 def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: AdapterSetup) -> None:
@@ -314,6 +344,11 @@ def _save_embeddings(model: Any, config: Any, adapt: AdaptSection, setup: Adapte
             + f" added tokens. Use {remedy}model.adapt: full"
         )
     if single_rows:
+        if config.trainable_token_indices is not None:
+            raise RecipeError(
+                "model.adapt.peft.trainable_token_indices: peft trains the rows of added tokens by this key, which "
+                "would replace yours. Remove it, or set model.adapt.embeddings: all"
+            )
         chosen = {names[id(table)].rpartition(".")[2]: list(setup.new_tokens)}
         if head is not None and not tied:
             chosen[names[id(head)].rpartition(".")[2]] = list(setup.new_tokens)

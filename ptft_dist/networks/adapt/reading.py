@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrained
 from ptft_dist.config.adapt import Quantization
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
-from ptft_dist.networks.adapt.peft_configs import TASK_TYPES
+from ptft_dist.networks.adapt.peft_configs import TASK_TYPES, changes_base
 from ptft_dist.networks.adapt.virtual import hide_virtual_tokens
 
 TASK_CONFIG = "task_config.json"
@@ -208,6 +208,11 @@ def load_adapters(
                 f"adapters {name} and {use} have different bases: {files.base} and {chosen.base}. Give adapters of one "
                 "base"
             )
+        if len(adapters) > 1 and (changes_base(files.config) or getattr(files.config, "bias", "none") != "none"):
+            raise RecipeError(
+                f"adapter {name}: {files.path} changes weights of the base when it is loaded, which the other adapters "
+                "need unchanged. Load it alone"
+            )
     sizes = {name: _embeddings(files) for name, files in adapters.items()}
     if len(set(sizes.values())) > 1:
         counts = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
@@ -228,7 +233,8 @@ def load_adapters(
                     model = PeftModel.from_pretrained(model, str(files.path), name, config=files.config)
         except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
             raise RecipeError(f"adapter {name}: {files.path} cannot be loaded on {files.base}: {error}") from None
-    model.set_adapter(use, inference_mode=True)
+    if len(adapters) > 1:  # some methods cannot switch, and have only one adapter
+        model.set_adapter(use, inference_mode=True)
     hide_virtual_tokens(model)
     adapted: PeftModel = model.eval()
     return adapted

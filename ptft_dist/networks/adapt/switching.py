@@ -6,6 +6,7 @@ peft's own `disable_adapter` and `set_adapter` also change requires_grad.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,10 @@ _HEADS = (".score.weight", ".classifier.weight")
 _KEEPS_BASE = ("default", "gaussian", "orthogonal", "eva")  # model.adapt.lora.init
 _PLAIN_STARTS = (True, "gaussian", "orthogonal", "eva")
 """Values of peft's init_lora_weights that leave the base as it is."""
+_NEVER_BASE = ("vblora", "unilora")
+"""Methods of peft that change the outputs of the network from the start, whatever their options."""
+_RANDOM_IF_NAMED = ("c3a", "tinylora")
+"""Methods whose init_weights is the name of a random distribution, or true for zeros."""
 
 
 @contextlib.contextmanager
@@ -57,6 +62,23 @@ def _layers_with(model: torch.nn.Module, attribute: str, value: Any) -> Iterator
             setattr(part, attribute, old)
 
 
+def computes_logits_by_weight(model: Any) -> bool:
+    """Whether the logits of an adapted causal network are its hidden states times the weight of the output head.
+
+    They are not if the adapter changes the head itself, or puts virtual tokens before the hidden states.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import TrainableTokensWrapper
+
+    if not hasattr(model, "peft_config"):
+        return True
+    config = model.active_peft_config
+    if config.is_prompt_learning and config.peft_type != "PREFIX_TUNING":
+        return False
+    head = model.get_base_model().get_output_embeddings()
+    return not isinstance(head, BaseTunerLayer | TrainableTokensWrapper)
+
+
 def shares_base(path: str, section: ModelSection) -> bool:
     """Whether `path` is a LoRA adapter on the base that `section` adapts with LoRA too, and both leave it as it is.
 
@@ -67,7 +89,10 @@ def shares_base(path: str, section: ModelSection) -> bool:
         return False
     config = json.loads((Path(path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     base, own = str(config.get("base_model_name_or_path")), str(section.path)
-    same = base == own or (Path(base).is_dir() and Path(base).resolve() == Path(own).resolve())
+    if Path(base).is_dir():
+        same = Path(base).resolve() == Path(own).resolve()
+    else:
+        same = (base, config.get("revision")) == (own, section.revision)
     plain = config.get("peft_type") == "LORA" and config.get("init_lora_weights", True) in _PLAIN_STARTS
     file = Path(path) / "adapter_model.safetensors"
     if not (same and plain and file.is_file()):
@@ -142,11 +167,38 @@ def check_start_is_base(adapt: AdaptSection, key: str, otherwise: str = ", or se
             f"{key}: model.adapt.lora.init: {adapt.lora.init} changes the weights of the base, so the network without "
             f"its adapter is not the one that training starts from. Use init: default{otherwise}"
         )
+    if adapt.peft is not None and (unlike := _unlike_base(adapt.peft)):
+        raise RecipeError(
+            f"{key}: model.adapt.peft: {unlike} does not begin as the base, so the network without its adapter is not "
+            f"the one that training starts from. Use lora{otherwise}"
+        )
     if any(each is not None for each in (adapt.prompt_tuning, adapt.p_tuning, adapt.prefix_tuning)):
         raise RecipeError(
             f"{key}: model.adapt: {adapt.method} changes the input of the network, and the reference needs the base "
             f"without it. Use lora{otherwise}"
         )
+
+
+def _unlike_base(given: dict[str, Any]) -> str | None:
+    """The method of model.adapt.peft, and its initial values, if they change the outputs of the network; else None."""
+    method, options = str(given["type"]).lower(), peft_options(given)
+    if method in _NEVER_BASE:
+        return method
+    for name in ("init_weights", "init_ia3_weights"):
+        value = options.get(name)
+        if value is False or (isinstance(value, str) and method in _RANDOM_IF_NAMED):
+            return f"{method} with {name}: {value}"
+    return None
+
+
+def peft_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of model.adapt.peft with the defaults of peft's config; an unknown method has no defaults."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    known: Any = {str(kind.value).lower(): each for kind, each in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config_class = known.get(str(given["type"]).lower())
+    defaults = {} if config_class is None else {field.name: field.default for field in dataclasses.fields(config_class)}
+    return {**defaults, **given}
 
 
 def check_base_stays(adapt: AdaptSection, key: str, otherwise: str = ", or set it to 0") -> None:
@@ -195,10 +247,15 @@ def check_no_dropout(adapt: AdaptSection, task: str) -> None:
     Raises:
         RecipeError: it has.
     """
+    if adapt.peft is not None and str(adapt.peft["type"]).lower() == "pvera":
+        raise RecipeError(
+            f"model.adapt.peft: task {task} compares probabilities of the same tokens at several passes, and pvera "
+            "draws random numbers at each. Use vera"
+        )
     settings = adapt.settings if adapt.adds_adapter else None
-    given = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})  # adapter: a path
+    given = peft_options(settings) if isinstance(settings, dict) else getattr(settings, "__dict__", {})
     for name, value in given.items():
-        if "dropout" in name and value:
+        if name.endswith("dropout") and isinstance(value, int | float) and value:
             raise RecipeError(
                 f"model.adapt.{adapt.method}.{name}: task {task} compares probabilities of the same tokens at several "
                 "passes, which dropout would change. Set it to 0"

@@ -20,7 +20,8 @@ class ClmSettings(DocumentSettings):
     as those of Llama, Gemma and Mistral do. Every document ends with EOS."""
     head: Literal["auto", "fused", "logits"] = "auto"
     """`fused`: compute the loss in tiles, without [batch, length, vocabulary] logits in memory. `logits`: compute all
-    logits. `auto`: fused on an accelerator, logits on a CPU, where they are faster."""
+    logits. `auto`: fused on an accelerator, logits on a CPU, where they are faster, and where an adapter changes the
+    output head."""
 
     def boundaries(self, *, adds_bos: bool) -> tuple[str | None, str]:
         begins = adds_bos if self.bos == "auto" else self.bos

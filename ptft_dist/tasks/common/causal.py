@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
+from ptft_dist.networks.adapt.switching import computes_logits_by_weight
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.isolation import (
     LEAK_TOLERANCE,
@@ -54,6 +57,18 @@ class NextTokenTask(BaseTask):
             from trl.trainer.utils import add_fused_lm_head
 
             add_fused_lm_head(model)
+
+    def extend_network(self, model: Any, section: ModelSection) -> None:
+        """Use the logits where the fused head would pass over a part of the adapter, unless it is asked for."""
+        super().extend_network(model, section)
+        if not self.fused or computes_logits_by_weight(model):
+            return
+        if self.settings.head == "fused":
+            raise RecipeError(
+                f"{self.setup.name}.head: fused multiplies with the weight of the output head, and model.adapt changes "
+                f"more than that, so the loss would be another one: set {self.setup.name}.head: logits"
+            )
+        self.fused = False
 
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad rows on the right: input_ids and targets [B, T], where targets[t] is the token after input_ids[t].

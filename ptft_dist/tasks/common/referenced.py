@@ -93,6 +93,10 @@ class ReferencedTask(NextTokenTask):
         end_texts_with(model, end_ids(self.setup, self.network))
         turn_off_dropout(model)
 
+    def extend_network(self, model: Any, section: ModelSection) -> None:
+        super().extend_network(model, section)
+        turn_off_dropout(model)  # also that of an adapter which is trained on
+
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:  # noqa: ARG002
         if model.config.get_text_config().vocab_size < len(self.tokenizer):
             raise RecipeError(

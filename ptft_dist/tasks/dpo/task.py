@@ -47,6 +47,10 @@ class DirectPreference(ReferencedTask):
     def reference_width(cls, settings: Any) -> int:  # noqa: ARG003
         return 2
 
+    @classmethod
+    def texts_of(cls, row: Row) -> Sequence[np.ndarray]:
+        return halves(row.input_ids, row.columns["parts"])
+
     def collate(self, rows: Sequence[Row], keys: Sequence[tuple[int, int]] = ()) -> Batch:  # noqa: ARG002
         """Pad the chosen and then the rejected texts, [2B, T]; reference [B, 2] if it is cached.
 
