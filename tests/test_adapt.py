@@ -220,10 +220,6 @@ THEIRS: dict[str, tuple[Any, Any]] = {
         {"prefix_tuning": {"tokens": 3}},
         lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     ),
-    "cartridge by its type": (
-        {"peft": {"type": "cartridge", "num_virtual_tokens": 3}},
-        lambda: peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-    ),
     "vera by its type": (
         {"peft": {"type": "vera", "r": 8, "target_modules": ["q_proj"]}},
         lambda: peft.VeraConfig(task_type="CAUSAL_LM", r=8, target_modules=["q_proj"]),

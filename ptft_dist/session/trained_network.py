@@ -22,7 +22,6 @@ from ptft_dist.networks.export import export_dtype
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import Digests, files_identity
 from ptft_dist.networks.load import build_config, build_network, check_positions, local_or_hub, read_config
-from ptft_dist.networks.names import is_adapter
 from ptft_dist.networks.new_tokens import NewTokens
 from ptft_dist.networks.preview import check_weights, preview_network
 from ptft_dist.reporting.messages import say
@@ -194,10 +193,10 @@ class TrainedNetwork:
         with builder.whole(tables):
             self.new_tokens.initialize(tables)
         adapt = section.adapt
-        if adapt.adapter is not None and is_adapter(adapt.adapter):
-            from ptft_dist.networks.adapt.reading import read_adapter
+        if adapt.adapter is not None:
+            from ptft_dist.networks.adapt.reading import saved_keys, set_generation_keys
 
-            read_adapter(Path(adapt.adapter), check_base=False).set_generation_keys(base)
+            set_generation_keys(base, saved_keys(adapt.adapter))
         self.facts = adapted_facts(read_facts(base), adapt)
         self.task = wrap(self.task_class(self.setup, self.facts, builder.device))
         self.task.prepare_network(base)

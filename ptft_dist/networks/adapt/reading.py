@@ -42,10 +42,25 @@ def task_keys(model: PreTrainedModel) -> dict[str, Any]:
     return {key: value for key, value in values.items() if value is not None}
 
 
+def saved_keys(path: str | Path) -> dict[str, Any]:
+    """The contents of TASK_CONFIG in an adapter directory; empty in one of other programs. Raises RecipeError."""
+    file = Path(path) / TASK_CONFIG
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except ValueError as error:
+        raise RecipeError(f"{file} cannot be read: {error}. Export the adapter again") from None
+
+
+def set_generation_keys(model: PreTrainedModel, keys: Mapping[str, Any]) -> None:
+    """Let a base begin and end its texts as it did when an adapter was trained. keys: see `saved_keys`."""
+    for key in (*_OF_GENERATION, "decoder_start_token_id"):
+        if key in keys and model.generation_config is not None:
+            setattr(model.generation_config, key, keys[key])
+
+
 def head_labels(path: str | Path) -> list[str]:
     """The labels of the classification head in an adapter directory, in the order of their ids; empty without one."""
-    file = Path(path) / TASK_CONFIG
-    keys = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    keys = saved_keys(path)
     names = keys.get("id2label") or {}
     classifies = any(architecture.endswith("Classification") for architecture in keys.get("architectures", ()))
     return [names[i] for i in sorted(names, key=int)] if classifies else []
@@ -152,13 +167,7 @@ class AdapterFiles:
     def set_task_keys(self, model: PreTrainedModel) -> None:
         """Set the ids and other keys of the task in the config of a base that has embeddings for all tokens."""
         model.config.update({key: self.keys[key] for key in _OTHER_KEYS if key in self.keys})
-        self.set_generation_keys(model)
-
-    def set_generation_keys(self, model: PreTrainedModel) -> None:
-        """Let the base begin and end its texts as it did when the adapter was trained."""
-        for key in (*_OF_GENERATION, "decoder_start_token_id"):
-            if key in self.keys and model.generation_config is not None:
-                setattr(model.generation_config, key, self.keys[key])
+        set_generation_keys(model, self.keys)
 
     def _no_base(self, reason: str) -> str:
         if Path(self.base).is_absolute() and not Path(self.base).is_dir():
@@ -179,13 +188,7 @@ def read_adapter(path: Path, *, check_base: bool = True) -> AdapterFiles:
         raise RecipeError(f"{path} is no adapter directory: {error}") from None
     if not config.base_model_name_or_path:
         raise RecipeError(f"{path}: adapter_config.json does not name its base (base_model_name_or_path)")
-    keys: dict[str, Any] = {}
-    if (file := path / TASK_CONFIG).is_file():
-        try:
-            keys = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise RecipeError(f"{file} cannot be read: {error}. Export the adapter again") from None
-    files = AdapterFiles(path, config, str(config.base_model_name_or_path), config.revision, keys)
+    files = AdapterFiles(path, config, str(config.base_model_name_or_path), config.revision, saved_keys(path))
     if check_base:
         files.base_config()  # a missing base is reported before anything else is loaded
     return files
