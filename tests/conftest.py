@@ -28,7 +28,7 @@ if hasattr(os, "SCHED_BATCH"):
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
-# Begun first, so that no process is left with them alone: those that wait for Slurm, and the longest ones.
+# Begun first, so that no process is left with them alone: those that wait for Slurm, and then all that start processes.
 LONG = (
     "tests/slurm/",
     "tests/distributed/",
@@ -37,6 +37,17 @@ LONG = (
     "tests/test_real_models.py",
     "tests/test_launch.py",
     "tests/immunity/",
+    "tests/test_sweep.py",
+    "tests/test_trackers.py",
+    "tests/test_docs_commands.py",
+    "tests/test_recipes.py",
+    "tests/test_srun_rank.py",
+    "tests/test_gpu_dry.py",
+    "tests/test_prefetch.py",
+    "tests/test_verbs_of_runs.py",
+    "tests/test_pipeline.py",
+    "tests/test_harness.py",
+    "tests/test_critic.py",
 )
 
 
