@@ -34,6 +34,8 @@ from ptft_dist.data.tokenizer import (
 )
 from ptft_dist.data.tokenizer_learning import learn
 from ptft_dist.errors import RecipeError
+from ptft_dist.judging.perplexity import count_bytes
+from ptft_dist.tasks.common.generation import generated_text
 
 
 @pytest.fixture(scope="session")
@@ -273,6 +275,22 @@ def test_bytes_of_unknown_characters() -> None:
     assert fallback.unk_token_id not in ids
     assert fallback.decode(ids) == text
     assert fallback.convert_tokens_to_ids("<0x0A>") not in ids  # it is written out, and no line end
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "bpe"}, {"algorithm": "unigram", "byte_fallback": True}])
+def test_bytes_of_tokens_that_begin_or_end_inside_a_character(settings: dict[str, Any]) -> None:
+    tokenizer = trained(["a cat sat"], vocab_size=300, special_tokens=["<|im_start|>"], **settings)
+    tokenizer.add_tokens(["猫猫"])
+    text = "a cat 北京 \ufffd 🙂 猫猫 sat"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+    def count(part: list[int]) -> int:
+        return count_bytes(tokenizer, part, generated_text(tokenizer, part))
+
+    assert count(ids) == count([special, *ids]) == len(text.encode())
+    cuts = [count(ids[:cut]) + count([*ids[cut:], special]) for cut in range(1, len(ids))]
+    assert set(cuts) <= {len(text.encode()), len(text.encode()) - 1}  # decoders may remove the first space
 
 
 def test_special_tokens_of_the_recipe() -> None:
