@@ -23,6 +23,9 @@ from ptft_dist.networks.names import is_adapter
 _CAUSAL, _SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditionalGeneration": _SEQ2SEQ}
 
+_ALL_TOKENS = {"top_k": 0, "top_h": None, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Nothing but top_p limits the tokens that are sampled from. transformers has top_k: 50 otherwise."""
+
 _ANSWERING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
 
@@ -92,16 +95,26 @@ def continue_prompt(
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
 ) -> Tensor:
-    """Generate tokens after a prompt [1, T]: int64 [T + N] with the prompt; of an encoder-decoder the decoder's [N]."""
-    options: dict[str, Any] = {"do_sample": False}
+    """Generate tokens after a prompt [1, T]: int64 [T + N] with the prompt; of an encoder-decoder the decoder's [N].
+
+    How tokens are chosen follows from `sampling` alone; penalties, forced tokens and stop strings of the network's
+    generation config apply.
+    """
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     if sampling.temperature:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        options |= _ALL_TOKENS | {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad_id}
     if streamer is not None:
         options["streamer"] = streamer
     # Without a mask, transformers takes tokens of the prompt that are PAD for padding.
-    output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    output: Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        tokenizer=tokenizer,
+        return_dict_in_generate=False,
+        **options,
+    )
     return output[0]
 
 

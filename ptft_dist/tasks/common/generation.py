@@ -60,18 +60,25 @@ def end_texts_with(model: PreTrainedModel, eos_ids: Sequence[int]) -> None:
 
 
 def generate(
-    model: Any, inputs: Mapping[str, torch.Tensor], settings: GenerationSettings, *, pad_id: int, eos_ids: Sequence[int]
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    settings: GenerationSettings,
+    *,
+    pad_id: int,
+    eos_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> torch.Tensor:
     """Generate a text for each row by greedy decoding or beam search: token ids, int64 [B, max_new_tokens].
 
     The ids contain neither the prompt nor the decoder's start token, and are padded with `pad_id` after EOS. Other
-    settings of the network's generation config (forced tokens, penalties) apply. Every process must make the same
-    number of calls: with sharded weights each decoding step needs all processes, so all of them continue until the
-    last one has finished.
+    settings of the network's generation config (forced tokens, penalties, stop strings) apply. Every process must make
+    the same number of calls: with sharded weights each decoding step needs all processes, so all of them continue until
+    the last one has finished.
 
     Args:
         model: the unwrapped network, called within the engine's forward pass, in evaluation mode.
         inputs: input_ids and attention_mask [B, T]: the encoder's inputs; for a decoder, prompts padded on the left.
+        tokenizer: for stop strings.
     """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -84,7 +91,7 @@ def generate(
         eos_token_id=list(eos_ids),
     )
     together = dist.is_initialized() and dist.get_world_size() > 1
-    ids: torch.Tensor = model.generate(**inputs, generation_config=config, synced_gpus=together)
+    ids: torch.Tensor = model.generate(**inputs, generation_config=config, tokenizer=tokenizer, synced_gpus=together)
     ids = ids[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].size(1) :]
     ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
     ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search pads shorter texts with EOS

@@ -135,7 +135,14 @@ class Prompting(NextTokenTask):
 
     def _generated(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        return generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
+        return generate(
+            model,
+            prompts,
+            self.settings.generation,
+            pad_id=self.fill_id,
+            eos_ids=self.eos_ids,
+            tokenizer=self.tokenizer,
+        )
 
     def _content_free(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor | float:
         """The log-likelihoods of the labels after the content-free prompt: fp32 [labels]; 0 without calibration.
