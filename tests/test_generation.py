@@ -172,6 +172,41 @@ def test_a_prompt_is_read_with_its_padding_tokens(name: str) -> None:
     assert found == ([START] if model.config.is_encoder_decoder else prompt.tolist()) + expected
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_length": 7},
+        {"encoder_repetition_penalty": 9.0, "repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"min_length": 20, "min_new_tokens": 5},
+    ],
+)
+def test_penalties_of_a_decoder_do_not_count_padding(own: dict[str, Any], beams: int) -> None:
+    """Those of each row alone, as transformers applies them. PAD is the end of a text, as in many chat models."""
+    model, settings = network("llama"), GenerationSettings(max_new_tokens=LENGTH, num_beams=beams)
+    end = naive(model, prompts()[2], [])[2]
+    options = {"num_beams": beams, "max_new_tokens": LENGTH, "eos_token_id": end, "pad_token_id": end}
+    rows = prompts()
+
+    def alone() -> list[list[int]]:
+        texts = [
+            model.generate(torch.from_numpy(row)[None], attention_mask=torch.ones(1, len(row)), **options)[
+                0, len(row) :
+            ]
+            for row in rows
+        ]
+        return [[*text.tolist(), *[end] * (LENGTH - len(text))] for text in texts]
+
+    plain = alone()
+    model.generation_config.update(**own)
+    expected = alone()
+    assert expected != plain
+    found = generate(model, left_padded(rows, end), settings, pad_id=end, eos_ids=[end])
+    assert found.tolist() == expected
+
+
 @pytest.mark.parametrize("name", ["t5", "llama"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_tokens_are_chosen_as_the_user_says(name: str, temperature: float) -> None:
