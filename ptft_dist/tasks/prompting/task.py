@@ -19,6 +19,7 @@ from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
     check_room,
     check_room_left,
+    end_ids,
     generate,
     generated_text,
     judged_text,
@@ -45,8 +46,7 @@ class Prompting(NextTokenTask):
             check_room_left(setup, network)
         self.free_row = None if self.settings.calibrate is None else self._free_row(self.settings.calibrate)
         self.free: torch.Tensor | None = None  # fp32 [labels]: log-likelihoods after the content-free prompt
-        eos = self.tokenizer.eos_token_id
-        self.eos_ids = list(dict.fromkeys([*([] if eos is None else [eos]), *network.eos_ids]))
+        self.eos_ids = end_ids(setup, network)
         if not self.labels and not self.eos_ids:
             raise RecipeError("tokenizer: it has no EOS token, so a generated text never ends. Use a model with one")
         # Pad generated texts with a special token, because decoding with skip_special_tokens removes only these.
