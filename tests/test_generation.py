@@ -233,15 +233,15 @@ def test_tokens_are_chosen_as_the_user_says(name: str, temperature: float) -> No
         assert expected == begin + naive(model, text[0].numpy(), [1])
 
 
-def test_stop_strings_of_a_network_end_its_texts(tmp_path: Path) -> None:
+def test_stop_strings_of_a_network_and_the_end_of_a_turn_end_its_texts(tmp_path: Path) -> None:
     tokenizer = exported(tmp_path, "llama")
     model = LlamaForCausalLM.from_pretrained(tmp_path)
     own, prompt = model.generation_config, np.array(tokenizer("one two").input_ids)
     own.suppress_tokens = [i for token, i in tokenizer.get_vocab().items() if not (token.isascii() and token.isalpha())]
 
-    def written() -> list[int]:
-        ids = torch.from_numpy(prompt)[None]
-        return continue_prompt(model, tokenizer, ids, Sampling(LENGTH, 0.0, 1.0, 0))[len(prompt) :].tolist()
+    def written(*, chat: bool = False) -> list[int]:
+        ids, greedy = torch.from_numpy(prompt)[None], Sampling(LENGTH, 0.0, 1.0, 0)
+        return continue_prompt(model, tokenizer, ids, greedy, chat=chat)[len(prompt) :].tolist()
 
     free = written()
     own.stop_strings = tokenizer.convert_ids_to_tokens(free[2])
@@ -250,6 +250,10 @@ def test_stop_strings_of_a_network_end_its_texts(tmp_path: Path) -> None:
     settings = GenerationSettings(max_new_tokens=LENGTH)
     found = generate(model, left_padded([prompt], PAD), settings, pad_id=PAD, eos_ids=[1], tokenizer=tokenizer)
     assert found[0].tolist() == expected + [PAD] * (LENGTH - len(expected))
+    end, own.stop_strings = own.stop_strings, None
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    assert (written(), written(chat=True)) == (free, expected)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -62,7 +62,7 @@ class Chat:
         streamer = _Streamer(self._tokenizer, show) if show is not None else None
         with libraries_restored():
             torch.manual_seed(self._sampling.seed + len(self.messages))
-            output = continue_prompt(self._model, self._tokenizer, ids, self._sampling, streamer)
+            output = continue_prompt(self._model, self._tokenizer, ids, self._sampling, streamer, chat=True)
         text = str(self._tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)).strip()
         self.messages = [*asked, {"role": "assistant", "content": text}]
         return text

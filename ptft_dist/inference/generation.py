@@ -16,9 +16,10 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ptft_dist.data.tokenizer import added_around
+from ptft_dist.data.tokenizer import added_around, after_answer
 from ptft_dist.errors import CheckpointError, RecipeError
 from ptft_dist.networks.names import is_adapter
+from ptft_dist.tasks.common.control_tokens import ControlTokens
 
 _CAUSAL, _SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditionalGeneration": _SEQ2SEQ}
@@ -62,7 +63,7 @@ def generate(
         if ids.shape[1] == 0:
             raise RecipeError("prompt: the tokenizer returns no token for it. Give some text.")
         _check_positions(model, ids.shape[1], sampling.max_new_tokens)
-        output = continue_prompt(model, tokenizer, ids, sampling)
+        output = continue_prompt(model, tokenizer, ids, sampling, chat=chat)
     begin = ids.shape[1] if chat else 0  # an answer is returned without the question
     return str(tokenizer.decode(output[begin:], skip_special_tokens=True)).strip()
 
@@ -94,11 +95,16 @@ def continue_prompt(
     ids: Tensor,
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
+    *,
+    chat: bool = False,
 ) -> Tensor:
     """Generate tokens after a prompt [1, T]: int64 [T + N] with the prompt; of an encoder-decoder the decoder's [N].
 
     How tokens are chosen follows from `sampling` alone; penalties, forced tokens and stop strings of the network's
     generation config apply.
+
+    Args:
+        chat: the text is an answer, which ends with its turn, whether or not the network's config says so.
     """
     options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     if sampling.temperature:
@@ -107,6 +113,10 @@ def continue_prompt(
     options |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad_id}
     if streamer is not None:
         options["streamer"] = streamer
+    if chat and (turn := ControlTokens(tokenizer).of(after_answer(tokenizer))):
+        own = model.generation_config.eos_token_id
+        ends = [tokenizer.eos_token_id, turn[0], *(own if isinstance(own, list) else [own])]
+        options["eos_token_id"] = [i for i in dict.fromkeys(ends) if i is not None]
     # Without a mask, transformers takes tokens of the prompt that are PAD for padding.
     output: Tensor = model.generate(
         input_ids=ids,
