@@ -269,7 +269,10 @@ def test_strided_perplexity_is_that_of_a_loop(language_model: Path, tmp_path: Pa
     found = result.details["strided_perplexity"]
     assert (found["tokens"], found["documents"], found["window"], found["stride"]) == (count, 3, 24, 10)
     assert found["token"] == pytest.approx(math.exp(total / count), rel=1e-4)
-    size, words = sum(len(text.encode()) for text in TEXTS), sum(len(text.split()) for text in TEXTS)
+    starts = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:1]) for text in TEXTS]
+    rests = [text.removeprefix(start) for text, start in zip(TEXTS, starts, strict=True)]  # what is predicted
+    size, words = sum(len(text.encode()) for text in rests), sum(len(text.split()) for text in rests)
+    assert (found["bytes"], found["words"]) == (size, words)
     assert found["byte"] == pytest.approx(math.exp(total / size), rel=1e-4)
     assert found["word"] == pytest.approx(math.exp(total / words), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-4)

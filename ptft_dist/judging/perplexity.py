@@ -102,15 +102,20 @@ class StridedPerplexity:
             raise RecipeError(f"--stride: {stride} is not between 0 and data.max_length ({self.window})")
         encoder = kind(EncoderContext.of(recipe, tokenizer))
         read = sided(recipe.data, records_of(recipe, loaded.base, kind), kind.key)
-        self.texts: list[str] = []
+        self.documents = self.size = self.words = 0
         self.rows: list[Row] = []
         for place, record in read:
             if place.side != "validation" or not record.values["text"].strip():
                 continue
             (outcome,) = encoder.outcomes([record])
             for example in outcome.examples:
-                self.texts.append(record.values["text"])
-                self.rows += windows(np.array(example.columns["input_ids"], np.int64), self.window, stride)
+                ids = np.array(example.columns["input_ids"], np.int64)
+                first, rest = ids[:1].tolist(), ids[1:].tolist()
+                self.documents += 1
+                self.size += len(record.values["text"].encode())
+                self.size -= count_bytes(tokenizer, first, generated_text(tokenizer, first))  # it is not predicted
+                self.words += count_words(generated_text(tokenizer, rest))
+                self.rows += windows(ids, self.window, stride)
 
     def measure(self, engine: Engine, task: Task, shape: Shape) -> dict[str, Any]:
         """`perplexity_of`, window, stride and number of documents; the same on every rank."""
@@ -131,12 +136,10 @@ class StridedPerplexity:
                 shown.advance()
         loss, tokens = engine.all_sum(*total.unbind()).tolist()
         return {
-            **perplexity_of(
-                loss, tokens, sum(len(text.encode()) for text in self.texts), sum(map(count_words, self.texts))
-            ),
+            **perplexity_of(loss, tokens, self.size, self.words),
             "window": self.window,
             "stride": self.stride,
-            "documents": len(self.texts),
+            "documents": self.documents,
         }
 
 
