@@ -218,6 +218,10 @@ def test_a_journal_of_other_work_is_dropped(tmp_path: Path) -> None:
     again.keep(1)
     again.add({"b": 2})
     assert list(again.values()) == [{"a": 1}, {"b": 2}]
+    for model in (1, 2):  # neither shares the lines nor drops them
+        with pytest.raises(PtftError, match="j: another command writes it now"):
+            Journal(tmp_path / "j", {"model": model})
+    assert list(again.values()) == [{"a": 1}, {"b": 2}]
     again.close()
     other = Journal(tmp_path / "j", {"model": 2})
     assert (other.count, list(other.values())) == (0, [])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -110,7 +111,7 @@ def evaluate(target: Target, place: Place, *, out: Path | None = None, stride: i
         raise RecipeError("data.validation: not set, so there are no rows to evaluate; give a fraction, or sources")
     start = loaded.recipe.model
     trained = target.for_reading(place.world_size)
-    with libraries_restored():
+    with libraries_restored(), ExitStack() as at_end:
         session = Session(trained, place, start=start, tokenizer_from=target.tokenizer)
         _check_tokenizer(session.trained.tokenizer, model, loaded.recipe.tokenizer.trust_remote_code)
         windows = None if stride is None else StridedPerplexity(trained, session.trained.tokenizer, stride)
@@ -120,6 +121,7 @@ def evaluate(target: Target, place: Place, *, out: Path | None = None, stride: i
         decode = partial(generated_text, session.trained.tokenizer)
         identity = [target.files(), validation.identity, loaded.recipe.own_values(), place.world_size]
         rows = RowResults(out, identity, place)
+        at_end.callback(rows.close)
         scores = validation.score(engine, task, keeper=rows)
         assert scores is not None
         examples = rows.examples(engine, validation.store, encoder_class(loaded.recipe.task).numbered, task, decode)

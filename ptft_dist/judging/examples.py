@@ -48,6 +48,11 @@ class RowResults:
         if self._journal is not None:
             self._journal.add(_to_json(result))
 
+    def close(self) -> None:
+        """Keep the journal for the next start."""
+        if self._journal is not None:
+            self._journal.close()
+
     def remove(self) -> None:
         if self._journal is not None:
             self._journal.remove()
