@@ -146,8 +146,8 @@ class WithoutPadding(LogitsProcessor):
         ]
 
     @staticmethod
-    def _processors(wanted: Mapping[str, Any], prompt: torch.Tensor, eos_ids: Sequence[int]) -> LogitsProcessorList:
-        """Those of one row, in the order of transformers. prompt: [1, T]."""
+    def _processors(wanted: Mapping[str, Any], prompt: Any, eos_ids: Sequence[int]) -> LogitsProcessorList:
+        """Those of one row, in the order of transformers. prompt: int64 [1, T]."""
         make: dict[str, Callable[[Any], LogitsProcessor]] = {
             "encoder_repetition_penalty": lambda x: EncoderRepetitionPenaltyLogitsProcessor(float(x), prompt),
             "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
