@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ptft_dist import api
 from ptft_dist.cli.ranks import launched
 from ptft_dist.data.formats import read_file
+from ptft_dist.data.store import Row
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.judging import prediction
 from ptft_dist.judging.examples import RowResults
@@ -37,6 +39,7 @@ from ptft_dist.judging.target import find_target, recipe_of
 from ptft_dist.pages.evaluation import paired, why_not_paired
 from ptft_dist.pages.read import read_run
 from ptft_dist.reporting.tables import SEPARATORS, table
+from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.scores.tables import calibration
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.registry import TASKS, encoder_class
@@ -294,6 +297,14 @@ def test_perplexity_by_byte_and_word(language_model: Path, tmp_path: Path) -> No
     assert found["bytes"] == sum(len(text.encode()) for text in predicted)
     loss = math.log(found["token"]) * found["tokens"]
     assert found["byte"] == pytest.approx(math.exp(loss / found["bytes"]))
+
+
+def test_the_token_before_the_targets() -> None:
+    """Its text is not counted, but the space after it is, which decoders of SentencePiece remove at the beginning."""
+    row = Row(np.array([5, 6, 9, 7, 8]), np.zeros(1, np.int64))
+    for targets, expected in (([-100, -100, 7, 8], [9]), ([6, 9, 7, 8], [5]), ([-100] * 4, [])):
+        task: Any = SimpleNamespace(_targets=lambda _row, targets=targets: np.array(targets))
+        assert NextTokenTask.before_targets(task, row).tolist() == expected
 
 
 def test_windows_predict_each_token_once() -> None:

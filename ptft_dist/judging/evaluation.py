@@ -163,11 +163,13 @@ def _details(task: Task, examples: Sequence[ExampleResult], tokenizer: PreTraine
     details = task.details(judged) if judged else {}
     targets = [(*each.values["loss"], *each.targets) for each in examples if each.targets is not None]
     if targets:
+        losses, counts, before, ids = zip(*targets, strict=True)
+        sizes = [count_bytes(tokenizer, [*a, *b]) - count_bytes(tokenizer, a) for a, b in zip(before, ids, strict=True)]
         details["perplexity"] = perplexity_of(
-            sum(loss for loss, _, _, _ in targets),
-            sum(count for _, count, _, _ in targets),
-            sum(count_bytes(tokenizer, ids, text) for _, _, ids, text in targets),
-            sum(count_words(text) for _, _, _, text in targets),
+            sum(losses),
+            sum(counts),
+            sum(sizes),
+            sum(count_words(generated_text(tokenizer, each)) for each in ids),
         )
     with_loss = [
         (each.values["loss"][0] / (each.values["loss"][1] or 1.0), each) for each in examples if "loss" in each.values

@@ -94,8 +94,8 @@ class ExampleResult:
     """None for tasks without answers."""
     values: Mapping[str, tuple[float, float]]
     """Name of a metric -> total and count."""
-    targets: tuple[list[int], str] | None
-    """The tokens whose log-likelihood is the loss, and their text."""
+    targets: tuple[list[int], list[int]] | None
+    """The tokens whose log-likelihood is the loss, after the token before them."""
 
     @property
     def id(self) -> str:
@@ -122,7 +122,7 @@ def _example(task: Task, decode: Decode, results: Sequence[_RowResult], rows: Se
     if losses:
         values = {"loss": (sum(loss for loss, _ in losses), sum(count for _, count in losses)), **values}
     ids = task.target_ids(rows[0]) if losses else None
-    targets = None if ids is None else (ids.tolist(), decode(ids.tolist()))
+    targets = None if ids is None else (task.before_targets(rows[0]).tolist(), ids.tolist())
     return ExampleResult(results[0].number, _text(rows, decode), judged, values, targets)
 
 

@@ -54,14 +54,12 @@ def perplexity_of(loss: float, tokens: float, size: int, words: int) -> dict[str
     }
 
 
-def count_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], text: str) -> int:
+def count_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
     """The number of bytes (UTF-8) of tokens, special tokens not included.
 
     A row may begin or end inside a character, which its text then has as U+FFFD: three bytes, whatever was there.
-
-    Args:
-        text: of the tokens.
     """
+    text = generated_text(tokenizer, ids)
     if "\ufffd" not in text or not tokenizer.is_fast:
         return len(text.encode())
     if b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__():  # each character of a token is a byte
@@ -110,11 +108,10 @@ class StridedPerplexity:
             (outcome,) = encoder.outcomes([record])
             for example in outcome.examples:
                 ids = np.array(example.columns["input_ids"], np.int64)
-                first, rest = ids[:1].tolist(), ids[1:].tolist()
                 self.documents += 1
                 self.size += len(record.values["text"].encode())
-                self.size -= count_bytes(tokenizer, first, generated_text(tokenizer, first))  # it is not predicted
-                self.words += count_words(generated_text(tokenizer, rest))
+                self.size -= count_bytes(tokenizer, ids[:1].tolist())  # it is not predicted
+                self.words += count_words(generated_text(tokenizer, ids[1:].tolist()))
                 self.rows += windows(ids, self.window, stride)
 
     def measure(self, engine: Engine, task: Task, shape: Shape) -> dict[str, Any]:

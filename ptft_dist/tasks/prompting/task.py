@@ -205,5 +205,9 @@ class Prompting(NextTokenTask):
     def target_ids(self, row: Row) -> np.ndarray | None:  # type: ignore[override]
         return None if self.labels else row.columns["answers"]
 
+    def before_targets(self, row: Row) -> np.ndarray:
+        prompt = int(row.columns["prompt"][0])
+        return row.input_ids[prompt - 1 : prompt]
+
     def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
         return label_tables(judged, self.labels) if self.labels else {}
