@@ -40,6 +40,7 @@ from ptft_dist.networks.adapt.adalora import Orthogonality
 from ptft_dist.networks.adapt.adapters import adapter_state, write_adapter
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.networks.adapt.rates import lr_scales
+from ptft_dist.networks.export import cast_weights
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.tasks.registry import recipe_class
 
@@ -386,6 +387,20 @@ def check_export(model: Any, folder: Path) -> None:
 def test_an_adapter_that_changed_the_base_is_saved_for_the_unchanged_base(tmp_path: Path, init: str) -> None:
     model = adapted(llama(), {"lora": {"r": 4, "init": init, "rslora": init == "olora"}})
     check_export(model, tmp_path)
+
+
+def test_what_an_adapter_that_changed_the_base_has_learned_is_not_lost_in_bf16(tmp_path: Path) -> None:
+    """A and B are the largest parts of the base's weights, with rounding errors larger than what is learned."""
+    model, base = adapted(llama(), {"lora": {"r": 4, "init": "pissa"}}), llama()
+    with torch.no_grad():
+        for parameter in parameters(model):
+            parameter.add_(torch.randn_like(parameter) * 1e-3 * parameter.abs().mean())
+        write_adapter(model, stored_tensors(model), tmp_path, lambda state: cast_weights(state, torch.bfloat16))
+        learned = model.eval()(input_ids=IDS).logits - base(input_ids=IDS).logits
+        again = peft.PeftModel.from_pretrained(llama(), tmp_path)
+        kept = again(input_ids=IDS).logits - base(input_ids=IDS).logits
+    assert load_file(tmp_path / "adapter_model.safetensors").popitem()[1].dtype == torch.bfloat16
+    assert float((kept - learned).norm() / learned.norm()) < 0.02
 
 
 def test_the_name_of_an_initialization_may_be_written_as_in_its_paper(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from adapt_support import METHODS, write_adapted
 from support import start, write_recipe
 from tiny import write_tiny
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ptft_dist import api
 from ptft_dist.cli import command
+from ptft_dist.config.tokenizer_section import TokenizerTraining
+from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.inference import chatting
 from ptft_dist.tasks.common.chat import UNTEMPLATED
@@ -32,6 +35,22 @@ def run(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     trained = start("train", "recipe.yaml", cwd=folder, cache=cache)
     assert trained.wait() == 0, trained.stderr
     return folder / "run"
+
+
+@pytest.mark.parametrize("algorithm", ["bpe", "unigram"])
+def test_what_is_shown_is_the_answer(algorithm: Any) -> None:
+    """Characters that are split over tokens, and lines that begin with spaces, which decoders may remove."""
+    settings = {"algorithm": algorithm, "vocab_size": 300} | ({"byte_fallback": True} if algorithm == "unigram" else {})
+    tokenizer = train_tokenizer(TokenizerTraining.model_validate(settings), ["def f(x): return x one two"] * 9)
+    text, shown = "def f(x):\n    return x\n  # 鹦鹉螺号你好 🙂\n\n 한국어 ひらがな end", []
+    streamer = chatting._Streamer(tokenizer, shown.append)
+    streamer.put(torch.tensor([[1, 2]]))  # the prompt
+    for i in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        streamer.put(torch.tensor([i]))
+    streamer.end()
+    assert "".join(shown) == text
+    assert "�" not in "".join(shown)
+    assert len(shown) > 10
 
 
 @pytest.mark.parametrize("system", [None, "small house"])

@@ -579,6 +579,15 @@ def test_the_defaults_are_those_of_the_installed_libraries() -> None:
         assert trl.SFTConfig.__dataclass_fields__[name].default == ours["defaults"]["trl"][name]
 
 
+def test_axolotls_batch_size_is_that_of_a_process(tmp_path: Path) -> None:
+    """gradient_accumulation_steps = batch_size // micro_batch_size, whatever the number of processes."""
+    assert "gradient_accumulation_steps: 3\n" in AXOLOTL
+    text = AXOLOTL.replace("gradient_accumulation_steps: 3\n", "batch_size: 9\n")
+    values = converted(tmp_path, text, processes=4)
+    assert values["batch"] == {"micro_size": 2, "global_size": 2 * (9 // 2) * 4}
+    assert reports[tmp_path].converted["batch_size"] == "batch.micro_size: 2, batch.global_size: 32"
+
+
 def test_the_command_reports_every_key_and_imports_no_torch(tmp_path: Path) -> None:
     (tmp_path / "theirs.yaml").write_text(AXOLOTL)
     probe = (

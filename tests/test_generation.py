@@ -172,6 +172,90 @@ def test_a_prompt_is_read_with_its_padding_tokens(name: str) -> None:
     assert found == ([START] if model.config.is_encoder_decoder else prompt.tolist()) + expected
 
 
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"min_length": 7},
+        {"encoder_repetition_penalty": 9.0, "repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 1},
+        {"encoder_no_repeat_ngram_size": 1},
+        {"min_length": 20, "min_new_tokens": 5},
+    ],
+)
+def test_penalties_of_a_decoder_do_not_count_padding(own: dict[str, Any], beams: int) -> None:
+    """Those of each row alone, as transformers applies them. PAD is the end of a text, as in many chat models."""
+    model, settings = network("llama"), GenerationSettings(max_new_tokens=LENGTH, num_beams=beams)
+    end = naive(model, prompts()[2], [])[2]
+    options = {"num_beams": beams, "max_new_tokens": LENGTH, "eos_token_id": end, "pad_token_id": end}
+    rows = prompts()
+
+    def alone() -> list[list[int]]:
+        texts = [
+            model.generate(torch.from_numpy(row)[None], attention_mask=torch.ones(1, len(row)), **options)[
+                0, len(row) :
+            ]
+            for row in rows
+        ]
+        return [[*text.tolist(), *[end] * (LENGTH - len(text))] for text in texts]
+
+    plain = alone()
+    model.generation_config.update(**own)
+    expected = alone()
+    assert expected != plain
+    found = generate(model, left_padded(rows, end), settings, pad_id=end, eos_ids=[end])
+    assert found.tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["t5", "llama"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_tokens_are_chosen_as_the_user_says(name: str, temperature: float) -> None:
+    """`ptft generate` and `ptft chat`: neither top_k 50, transformers' default, nor what the network brings along."""
+    model, text = network(name), torch.from_numpy(prompts(1)[0])[None]
+    tokenizer: Any = SimpleNamespace(pad_token_id=PAD, eos_token_id=1)
+
+    def sampled() -> list[int]:
+        torch.manual_seed(0)
+        return continue_prompt(model, tokenizer, text, Sampling(LENGTH, temperature, 1.0, 0)).tolist()
+
+    own = model.generation_config
+    own.top_k, own.do_sample = 0, True
+    expected = sampled()
+    for changes in (
+        {"top_k": 1},
+        {"top_k": 0, "min_p": 0.9, "typical_p": 0.1, "eta_cutoff": 0.9, "epsilon_cutoff": 0.9, "top_h": 0.1},
+        {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True},
+    ):
+        own.update(**changes)
+        assert sampled() == expected
+    if not temperature:
+        begin = [START] if model.config.is_encoder_decoder else text[0].tolist()
+        assert expected == begin + naive(model, text[0].numpy(), [1])
+
+
+def test_stop_strings_of_a_network_and_the_end_of_a_turn_end_its_texts(tmp_path: Path) -> None:
+    tokenizer = exported(tmp_path, "llama")
+    model = LlamaForCausalLM.from_pretrained(tmp_path)
+    own, prompt = model.generation_config, np.array(tokenizer("one two").input_ids)
+    own.suppress_tokens = [i for token, i in tokenizer.get_vocab().items() if not (token.isascii() and token.isalpha())]
+
+    def written(*, chat: bool = False) -> list[int]:
+        ids, greedy = torch.from_numpy(prompt)[None], Sampling(LENGTH, 0.0, 1.0, 0)
+        return continue_prompt(model, tokenizer, ids, greedy, chat=chat)[len(prompt) :].tolist()
+
+    free = written()
+    own.stop_strings = tokenizer.convert_ids_to_tokens(free[2])
+    expected = free[: free.index(free[2]) + 1]
+    assert written() == expected != free
+    settings = GenerationSettings(max_new_tokens=LENGTH)
+    found = generate(model, left_padded([prompt], PAD), settings, pad_id=PAD, eos_ids=[1], tokenizer=tokenizer)
+    assert found[0].tolist() == expected + [PAD] * (LENGTH - len(expected))
+    end, own.stop_strings = own.stop_strings, None
+    tokenizer.add_special_tokens({"additional_special_tokens": [end]})
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + end + "{% endfor %}"
+    assert (written(), written(chat=True)) == (free, expected)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_nothing_is_changed_and_nothing_drawn(name: str) -> None:
     model, settings = network(name), GenerationSettings(max_new_tokens=LENGTH, num_beams=2)

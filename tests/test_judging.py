@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from ptft_dist import api
 from ptft_dist.cli.ranks import launched
 from ptft_dist.data.formats import read_file
+from ptft_dist.data.store import Row
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.judging import prediction
 from ptft_dist.judging.examples import RowResults
@@ -37,6 +39,7 @@ from ptft_dist.judging.target import find_target, recipe_of
 from ptft_dist.pages.evaluation import paired, why_not_paired
 from ptft_dist.pages.read import read_run
 from ptft_dist.reporting.tables import SEPARATORS, table
+from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.scores.tables import calibration
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.registry import TASKS, encoder_class
@@ -218,6 +221,10 @@ def test_a_journal_of_other_work_is_dropped(tmp_path: Path) -> None:
     again.keep(1)
     again.add({"b": 2})
     assert list(again.values()) == [{"a": 1}, {"b": 2}]
+    for model in (1, 2):  # neither shares the lines nor drops them
+        with pytest.raises(PtftError, match="j: another command writes it now"):
+            Journal(tmp_path / "j", {"model": model})
+    assert list(again.values()) == [{"a": 1}, {"b": 2}]
     again.close()
     other = Journal(tmp_path / "j", {"model": 2})
     assert (other.count, list(other.values())) == (0, [])
@@ -269,7 +276,10 @@ def test_strided_perplexity_is_that_of_a_loop(language_model: Path, tmp_path: Pa
     found = result.details["strided_perplexity"]
     assert (found["tokens"], found["documents"], found["window"], found["stride"]) == (count, 3, 24, 10)
     assert found["token"] == pytest.approx(math.exp(total / count), rel=1e-4)
-    size, words = sum(len(text.encode()) for text in TEXTS), sum(len(text.split()) for text in TEXTS)
+    starts = [tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"][:1]) for text in TEXTS]
+    rests = [text.removeprefix(start) for text, start in zip(TEXTS, starts, strict=True)]  # what is predicted
+    size, words = sum(len(text.encode()) for text in rests), sum(len(text.split()) for text in rests)
+    assert (found["bytes"], found["words"]) == (size, words)
     assert found["byte"] == pytest.approx(math.exp(total / size), rel=1e-4)
     assert found["word"] == pytest.approx(math.exp(total / words), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(total / size / math.log(2), rel=1e-4)
@@ -287,6 +297,14 @@ def test_perplexity_by_byte_and_word(language_model: Path, tmp_path: Path) -> No
     assert found["bytes"] == sum(len(text.encode()) for text in predicted)
     loss = math.log(found["token"]) * found["tokens"]
     assert found["byte"] == pytest.approx(math.exp(loss / found["bytes"]))
+
+
+def test_the_token_before_the_targets() -> None:
+    """Its text is not counted, but the space after it is, which decoders of SentencePiece remove at the beginning."""
+    row = Row(np.array([5, 6, 9, 7, 8]), np.zeros(1, np.int64))
+    for targets, expected in (([-100, -100, 7, 8], [9]), ([6, 9, 7, 8], [5]), ([-100] * 4, [])):
+        task: Any = SimpleNamespace(_targets=lambda _row, targets=targets: np.array(targets))
+        assert NextTokenTask.before_targets(task, row).tolist() == expected
 
 
 def test_windows_predict_each_token_once() -> None:

@@ -27,6 +27,7 @@ from ptft_dist import api
 from ptft_dist.errors import DataError, RecipeError
 
 CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+CHAT_PROMPT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 
 
@@ -218,6 +219,36 @@ def test_a_chat_template_renders_the_examples(model: Path, tmp_path: Path) -> No
         api.prepare(recipe)
     with pytest.raises(RecipeError, match=r"prompting\.chat: this tokenizer has no chat template"):
         api.prepare(write_recipe(tmp_path, model, prompting={"chat": True}))
+
+
+def test_a_text_of_a_chat_ends_with_its_turn(model: Path, tmp_path: Path) -> None:
+    """The end of a turn is no EOS of this tokenizer or generation config."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template, end = CHAT, tokenizer.convert_tokens_to_ids("<|im_end|>")
+    network = AutoModelForCausalLM.from_pretrained(model)
+    torch.manual_seed(1)
+    network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    texts = [CHAT_PROMPT.format(row["text"]) for row in ROWS[40:]]
+    prompts = [tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"] for text in texts]
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+    third = network.generate(prompts[0], **options)[0, prompts[0].shape[1] + 2]
+    network.lm_head.weight.data[end] = 1.01 * network.lm_head.weight.data[third]  # now this is written instead
+
+    def written(ends: list[int]) -> list[str]:
+        texts = [network.generate(ids, eos_token_id=ends, **options)[0, ids.shape[1] :] for ids in prompts]
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in texts]
+
+    expected = written([tokenizer.eos_token_id, end])
+    assert expected != written([tokenizer.eos_token_id])
+    network.save_pretrained(tmp_path / "chat")
+    tokenizer.save_pretrained(tmp_path / "chat")
+    write_rows(tmp_path / "new.jsonl", [{"text": row["text"]} for row in ROWS[40:]])
+    prompting = {"template": "{text}", "labels": None, "chat": True, "generation": {"max_new_tokens": 6}}
+    recipe = write_recipe(tmp_path, tmp_path / "chat", prompting=prompting)
+    api.predict(tmp_path / "chat", "new.jsonl", "answers.jsonl", source=recipe)
+    answers = [json.loads(line)["prediction"] for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
+    assert [each["text"] for each in answers] == expected
 
 
 def test_a_row_is_not_its_own_example(model: Path, tmp_path: Path) -> None:

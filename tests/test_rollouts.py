@@ -32,13 +32,16 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import adapt_network
+from ptft_dist.networks.adapt import adapt_network, adapted_facts
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.networks.adapt.switching import shares_base
+from ptft_dist.networks.facts import read_facts
 from ptft_dist.rl.advantages import adapted_kl_coefficient
 from ptft_dist.rl.reward_model import RewardModel, check_reward_model, read_scores
 from ptft_dist.rl.rollout import Phase, Rollout, Trajectory
+from ptft_dist.rl.sampling import sample
 from ptft_dist.tasks.common.chat_template import CHATML
+from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.preference_rows import PreferenceRows, halves
 from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import task_class
@@ -678,6 +681,8 @@ def test_the_reference_is_the_base_under_the_adapter(name: str) -> None:
         ({"lora": {"init": "olora"}}, "model.adapt.lora.init: olora changes"),
         ({"lora": {"bias": "all"}}, "model.adapt.lora.bias: all trains biases of the base.*bias: none"),
         ({"adapter": "there"}, "model.adapt.adapter.*Merge the adapter"),
+        ({"prompt_tuning": {}}, "model.adapt: prompt_tuning changes the input"),
+        ({"peft": {"type": "prompt_tuning"}}, "model.adapt.peft: prompt_tuning adapts no layers that"),
         ({"peft": {"type": "lora", "init_lora_weights": "pissa"}}, "model.adapt.peft.init_lora_weights: pissa changes"),
         ({"peft": {"type": "lora", "bias": "all"}}, "model.adapt.peft.bias: all changes the base"),
         ({"peft": {"type": "fourierft"}}, "model.adapt.peft: fourierft with init_weights: False does not begin as"),
@@ -727,20 +732,29 @@ def test_methods_of_peft_whose_start_is_the_base(given: dict[str, Any], same: bo
         task_class("ppo").frozen_roles(setup("ppo", {"kl": 0.1}), section)
 
 
-@pytest.mark.parametrize(
-    "adapt",
-    [
-        {"prompt_tuning": {}},
-        {"p_tuning": {}},
-        {"prefix_tuning": {}},
-        {"peft": {"type": "prompt_tuning", "num_virtual_tokens": 3}},
-    ],
-    ids=str,
-)
-def test_virtual_tokens_before_padded_prompts_are_refused(adapt: dict[str, Any]) -> None:
-    """Else a probability depends on the prompts beside it, and the ratio is not 1 on the first pass."""
-    with pytest.raises(RecipeError, match=r"^model\.adapt: .*virtual tokens would stand before the padding.*Use lora"):
-        task_class("grpo").frozen_roles(setup("grpo", {"kl": 0.0}), ModelSection(path="there", adapt=adapt))
+@pytest.mark.parametrize("method", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bloom"])
+def test_virtual_tokens_before_padded_prompts(name: str, method: str) -> None:
+    """Padding lies between them and a prompt: responses and log-probabilities are those of each row alone."""
+    section, base = AdaptSection.model_validate({method: {"tokens": 3}}), policy(name)
+    task = task_for(base, "grpo", {"sampling": {"temperature": 0.7}})
+    task.network = adapted_facts(read_facts(base), section)
+    model: Any = adapt_network(base, section, AdapterSetup("CAUSAL_LM", "nowhere", None, 10, (), "nowhere", 0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.4)
+    trajectories = some_trajectories()
+    look(task, task.look_at_policy, model, trajectories)
+    for each in trajectories:
+        assert each.tokens["logprobs"].tolist() == pytest.approx(one_row(model, each, 0.7)[0], abs=1e-5)
+    prompts = [each.prompt.ids for each in trajectories[::3]]
+    assert len({len(ids) for ids in prompts}) > 1
+    options: dict[str, Any] = {"pad_id": PAD, "eos_ids": [EOS]}
+    found = sample(model, left_padded(prompts, PAD), task.settings.sampling, [7, 8], **options)
+    for seed, ids, response in zip([7, 8], prompts, found.tolist(), strict=True):
+        alone = sample(model, left_padded([ids], PAD), task.settings.sampling, [seed], **options)[0].tolist()
+        assert response == alone + [PAD] * (len(response) - len(alone))
 
 
 @pytest.mark.parametrize(

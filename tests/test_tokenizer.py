@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from ptft_dist.data.tokenizer import (
 )
 from ptft_dist.data.tokenizer_learning import learn
 from ptft_dist.errors import RecipeError
+from ptft_dist.judging.perplexity import count_bytes
 
 
 @pytest.fixture(scope="session")
@@ -273,6 +275,26 @@ def test_bytes_of_unknown_characters() -> None:
     assert fallback.unk_token_id not in ids
     assert fallback.decode(ids) == text
     assert fallback.convert_tokens_to_ids("<0x0A>") not in ids  # it is written out, and no line end
+
+
+@pytest.mark.parametrize("settings", [{"algorithm": "bpe"}, {"algorithm": "unigram", "byte_fallback": True}])
+def test_bytes_of_tokens_that_begin_or_end_inside_a_character(settings: dict[str, Any]) -> None:
+    tokenizer = trained(["a cat sat"], vocab_size=300, special_tokens=["<|im_start|>"], **settings)
+    tokenizer.add_tokens(["猫猫"])
+    text = "a cat 北京 \ufffd 🙂 猫猫 sat"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    special = tokenizer.convert_tokens_to_ids("<|im_start|>")
+
+    assert count_bytes(tokenizer, ids) == count_bytes(tokenizer, [special, *ids]) == len(text.encode())
+    # Decoders may remove the space of a first token, so a row is decoded with the token before it.
+    for i, j in itertools.combinations(range(1, len(ids)), 2):
+        rows = ([special, *ids[:i]], ids[i:j], [*ids[j:], special])
+        befores = ([], ids[i - 1 : i], ids[j - 1 : j])
+        sizes = [
+            count_bytes(tokenizer, [*before, *row]) - count_bytes(tokenizer, before)
+            for before, row in zip(befores, rows, strict=True)
+        ]
+        assert sum(sizes) == len(text.encode())
 
 
 def test_special_tokens_of_the_recipe() -> None:

@@ -101,9 +101,10 @@ class Draft:
     @property
     def rows(self) -> int:
         """Rows of an update, over all processes."""
-        total = self.own("batch_size") if self.trainer == "axolotl" else None
-        micro = self.value("per_device_train_batch_size")
-        return int(total or micro * self.value("gradient_accumulation_steps") * self.processes)
+        micro, accumulation = self.value("per_device_train_batch_size"), self.value("gradient_accumulation_steps")
+        if self.trainer == "axolotl" and (of_process := self.own("batch_size")):
+            accumulation = max(of_process // micro, 1)
+        return int(micro * accumulation * self.processes)
 
     def set(self, key: str, value: Any) -> None:
         """Set a dotted key. An empty section keeps what is there."""

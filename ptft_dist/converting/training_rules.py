@@ -23,6 +23,12 @@ def batch(entry: Entry) -> Outcome:
 
 
 @rule
+def batch_size(entry: Entry) -> Outcome:
+    """axolotl's counts the rows of an update of one process, as its code divides it by micro_batch_size alone."""
+    return batch(entry) if entry.draft.trainer == "axolotl" else {entry.key: entry.value}
+
+
+@rule
 def group(entry: Entry) -> Outcome:
     """A rollout of TRL has the responses of one update."""
     prompts = entry.key.replace("group_size", "prompts")

@@ -62,7 +62,7 @@ class Chat:
         streamer = _Streamer(self._tokenizer, show) if show is not None else None
         with libraries_restored():
             torch.manual_seed(self._sampling.seed + len(self.messages))
-            output = continue_prompt(self._model, self._tokenizer, ids, self._sampling, streamer)
+            output = continue_prompt(self._model, self._tokenizer, ids, self._sampling, streamer, chat=True)
         text = str(self._tokenizer.decode(output[ids.shape[1] :], skip_special_tokens=True)).strip()
         self.messages = [*asked, {"role": "assistant", "content": text}]
         return text
@@ -76,12 +76,27 @@ class Chat:
 
 
 class _Streamer(TextStreamer):
-    """Passes the text of an answer on while it is generated."""
+    """Passes the text of an answer on while it is generated, up to the last white space or Chinese character.
+
+    The text is decoded from all tokens. TextStreamer begins again after each line, and decoders of SentencePiece remove
+    the first space of what they decode, so indented lines would be shown with one space less.
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, show: Callable[[str], None]) -> None:
         decoding: dict[str, Any] = {"skip_special_tokens": True}
         super().__init__(tokenizer, skip_prompt=True, **decoding)
         self._show = show
+
+    def put(self, value: Tensor) -> None:
+        """value: the prompt [1, T], then each new token [1]."""
+        if self.next_tokens_are_prompt:
+            self.next_tokens_are_prompt = False
+            return
+        self.token_cache += value.reshape(-1).tolist()
+        new = str(self.tokenizer.decode(self.token_cache, **self.decode_kwargs))[self.print_len :]
+        ends = [i for i, each in enumerate(new, 1) if each.isspace() or self._is_chinese_char(ord(each))]
+        self.print_len += ends[-1] if ends else 0
+        self.on_finalized_text(new[: ends[-1] if ends else 0])
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:  # noqa: ARG002
         if text:

@@ -16,12 +16,16 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import logging
 
-from ptft_dist.data.tokenizer import added_around
+from ptft_dist.data.tokenizer import added_around, after_answer
 from ptft_dist.errors import CheckpointError, RecipeError
 from ptft_dist.networks.names import is_adapter
+from ptft_dist.tasks.common.control_tokens import ControlTokens
 
 _CAUSAL, _SEQ2SEQ = "AutoModelForCausalLM", "AutoModelForSeq2SeqLM"
 _AUTO_CLASSES = {"ForCausalLM": _CAUSAL, "LMHeadModel": _CAUSAL, "ForConditionalGeneration": _SEQ2SEQ}
+
+_ALL_TOKENS = {"top_k": 0, "top_h": None, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
+"""Nothing but top_p limits the tokens that are sampled from. transformers has top_k: 50 otherwise."""
 
 _ANSWERING = ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
 
@@ -59,7 +63,7 @@ def generate(
         if ids.shape[1] == 0:
             raise RecipeError("prompt: the tokenizer returns no token for it. Give some text.")
         _check_positions(model, ids.shape[1], sampling.max_new_tokens)
-        output = continue_prompt(model, tokenizer, ids, sampling)
+        output = continue_prompt(model, tokenizer, ids, sampling, chat=chat)
     begin = ids.shape[1] if chat else 0  # an answer is returned without the question
     return str(tokenizer.decode(output[begin:], skip_special_tokens=True)).strip()
 
@@ -91,17 +95,36 @@ def continue_prompt(
     ids: Tensor,
     sampling: Sampling,
     streamer: BaseStreamer | None = None,
+    *,
+    chat: bool = False,
 ) -> Tensor:
-    """Generate tokens after a prompt [1, T]: int64 [T + N] with the prompt; of an encoder-decoder the decoder's [N]."""
-    options: dict[str, Any] = {"do_sample": False}
+    """Generate tokens after a prompt [1, T]: int64 [T + N] with the prompt; of an encoder-decoder the decoder's [N].
+
+    How tokens are chosen follows from `sampling` alone; penalties, forced tokens and stop strings of the network's
+    generation config apply.
+
+    Args:
+        chat: the text is an answer, which ends with its turn, whether or not the network's config says so.
+    """
+    options: dict[str, Any] = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
     if sampling.temperature:
-        options = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        options |= _ALL_TOKENS | {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
     pad_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     options |= {"max_new_tokens": sampling.max_new_tokens, "pad_token_id": pad_id}
     if streamer is not None:
         options["streamer"] = streamer
+    if chat and (turn := ControlTokens(tokenizer).of(after_answer(tokenizer))):
+        own = model.generation_config.eos_token_id
+        ends = [tokenizer.eos_token_id, turn[0], *(own if isinstance(own, list) else [own])]
+        options["eos_token_id"] = [i for i in dict.fromkeys(ends) if i is not None]
     # Without a mask, transformers takes tokens of the prompt that are PAD for padding.
-    output: Tensor = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    output: Tensor = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        tokenizer=tokenizer,
+        return_dict_in_generate=False,
+        **options,
+    )
     return output[0]
 
 

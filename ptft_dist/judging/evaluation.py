@@ -6,16 +6,19 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.judging.examples import ExampleResult, RowResults
-from ptft_dist.judging.perplexity import StridedPerplexity, perplexity_of
+from ptft_dist.judging.perplexity import StridedPerplexity, count_bytes, perplexity_of
 from ptft_dist.judging.target import Target, find_target, source_of
 from ptft_dist.launch.environment import Place
 from ptft_dist.launch.result import RESULT, read_json
@@ -25,6 +28,7 @@ from ptft_dist.reporting.tensorboard import add_evaluation
 from ptft_dist.run import libraries_restored
 from ptft_dist.session import Session
 from ptft_dist.tasks.common.generation import generated_text
+from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.protocol import Task
 from ptft_dist.tasks.registry import encoder_class
 from ptft_dist.training.validation import Validation
@@ -107,7 +111,7 @@ def evaluate(target: Target, place: Place, *, out: Path | None = None, stride: i
         raise RecipeError("data.validation: not set, so there are no rows to evaluate; give a fraction, or sources")
     start = loaded.recipe.model
     trained = target.for_reading(place.world_size)
-    with libraries_restored():
+    with libraries_restored(), ExitStack() as at_end:
         session = Session(trained, place, start=start, tokenizer_from=target.tokenizer)
         _check_tokenizer(session.trained.tokenizer, model, loaded.recipe.tokenizer.trust_remote_code)
         windows = None if stride is None else StridedPerplexity(trained, session.trained.tokenizer, stride)
@@ -117,10 +121,11 @@ def evaluate(target: Target, place: Place, *, out: Path | None = None, stride: i
         decode = partial(generated_text, session.trained.tokenizer)
         identity = [target.files(), validation.identity, loaded.recipe.own_values(), place.world_size]
         rows = RowResults(out, identity, place)
+        at_end.callback(rows.close)
         scores = validation.score(engine, task, keeper=rows)
         assert scores is not None
         examples = rows.examples(engine, validation.store, encoder_class(loaded.recipe.task).numbered, task, decode)
-        details = _details(task, examples)
+        details = _details(task, examples, session.trained.tokenizer)
         if windows is not None:
             details["strided_perplexity"] = windows.measure(engine, task, session.layout)
         result = _result(target, scores[0], validation, examples, details)
@@ -152,16 +157,19 @@ def _result(
     )
 
 
-def _details(task: Task, examples: Sequence[ExampleResult]) -> dict[str, Any]:
+def _details(task: Task, examples: Sequence[ExampleResult], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The task's tables, the perplexity by token, byte and word, and the examples with the largest mean loss."""
     judged = [each.judged for each in examples if each.judged is not None]
     details = task.details(judged) if judged else {}
-    targets = [(each.values["loss"], each.target_text) for each in examples if each.target_text is not None]
+    targets = [(*each.values["loss"], *each.targets) for each in examples if each.targets is not None]
     if targets:
+        losses, counts, before, ids = zip(*targets, strict=True)
+        sizes = [count_bytes(tokenizer, [*a, *b]) - count_bytes(tokenizer, a) for a, b in zip(before, ids, strict=True)]
         details["perplexity"] = perplexity_of(
-            sum(loss for (loss, _), _ in targets),
-            sum(count for (_, count), _ in targets),
-            [text for _, text in targets],
+            sum(losses),
+            sum(counts),
+            sum(sizes),
+            sum(count_words(generated_text(tokenizer, each)) for each in ids),
         )
     with_loss = [
         (each.values["loss"][0] / (each.values["loss"][1] or 1.0), each) for each in examples if "loss" in each.values

@@ -48,6 +48,11 @@ class RowResults:
         if self._journal is not None:
             self._journal.add(_to_json(result))
 
+    def close(self) -> None:
+        """Keep the journal for the next start."""
+        if self._journal is not None:
+            self._journal.close()
+
     def remove(self) -> None:
         if self._journal is not None:
             self._journal.remove()
@@ -89,8 +94,8 @@ class ExampleResult:
     """None for tasks without answers."""
     values: Mapping[str, tuple[float, float]]
     """Name of a metric -> total and count."""
-    target_text: str | None
-    """The text of the tokens whose log-likelihood is the loss."""
+    targets: tuple[list[int], list[int]] | None
+    """The tokens whose log-likelihood is the loss, after the token before them."""
 
     @property
     def id(self) -> str:
@@ -116,9 +121,9 @@ def _example(task: Task, decode: Decode, results: Sequence[_RowResult], rows: Se
     losses = [each.loss for each in results if each.loss is not None]
     if losses:
         values = {"loss": (sum(loss for loss, _ in losses), sum(count for _, count in losses)), **values}
-    targets = task.target_ids(rows[0]) if losses else None
-    target_text = None if targets is None else decode(targets.tolist())
-    return ExampleResult(results[0].number, _text(rows, decode), judged, values, target_text)
+    ids = task.target_ids(rows[0]) if losses else None
+    targets = None if ids is None else (task.before_targets(rows[0]).tolist(), ids.tolist())
+    return ExampleResult(results[0].number, _text(rows, decode), judged, values, targets)
 
 
 def _text(rows: Sequence[Row], decode: Decode) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import itertools
 import json
 from collections.abc import Iterator
@@ -19,13 +21,18 @@ class Journal:
     """
 
     def __init__(self, path: Path, identity: Any) -> None:
-        """identity: what the lines depend on, as JSON. Raises PtftError if the file cannot be written."""
+        """identity: what the lines depend on, as JSON.
+
+        Raises:
+            PtftError: the file cannot be written, or another command writes it now.
+        """
         self.path = path
         header = json.dumps(identity, sort_keys=True).encode() + b"\n"
         self.count = 0
         """Number of lines, without the first."""
         try:
             self._file = path.open("a+b")
+            self._lock()
             self._file.seek(0)
             size = len(header)
             if self._file.readline() == header:
@@ -42,6 +49,18 @@ class Journal:
             self._start = len(header)
         except OSError as error:
             raise self._problem(error) from None
+
+    def _lock(self) -> None:
+        """Until the file is closed. Two commands with the same output would mix their lines."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise PtftError(
+                f"{self.path}: another command writes it now. Wait until it has ended, or name another file"
+            ) from None
+        except OSError:  # a file system without locks
+            return
 
     def add(self, *values: Any) -> None:
         """Append a line for each value. Raises PtftError if the disk is full."""
@@ -68,7 +87,10 @@ class Journal:
         return map(json.loads, self.lines())
 
     def close(self) -> None:
-        self._file.close()
+        if not self._file.closed:
+            with contextlib.suppress(OSError):
+                fcntl.flock(self._file, fcntl.LOCK_UN)  # also for processes that were forked meanwhile
+            self._file.close()
 
     def remove(self) -> None:
         """Close and delete the file, when its contents are elsewhere."""

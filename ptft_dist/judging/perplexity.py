@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,24 +23,26 @@ from ptft_dist.judging.rows import RowList
 from ptft_dist.reporting.messages import progress
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.documents import DocumentRows
+from ptft_dist.tasks.common.generation import generated_text
 from ptft_dist.tasks.common.losses import perplexity
 from ptft_dist.tasks.common.scores.text import count_words
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, LossOut, Task
 from ptft_dist.tasks.registry import encoder_class, task_class
 from ptft_dist.training.batches import Shape, micro_batch
 
+_BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 
-def perplexity_of(loss: float, tokens: float, texts: Sequence[str]) -> dict[str, float]:
-    """exp(loss / N), where N is the number of tokens, of bytes (UTF-8) or of words in the texts; and bits per byte.
+
+def perplexity_of(loss: float, tokens: float, size: int, words: int) -> dict[str, float]:
+    """exp(loss / N), where N is the number of tokens, of bytes (UTF-8) or of words; and bits per byte.
 
     Perplexities by byte or word can be compared between tokenizers. A word has no white space in it; each Chinese or
     Japanese character is a word.
 
     Args:
         loss: summed negative log-likelihood in nats.
-        tokens: number of tokens that it is the sum over.
+        tokens, size, words: numbers of tokens, bytes and words that it is the sum over.
     """
-    size, words = sum(len(text.encode()) for text in texts), sum(map(count_words, texts))
     return {
         "token": perplexity(loss / (tokens or 1)),
         "byte": perplexity(loss / (size or 1)),
@@ -49,6 +52,28 @@ def perplexity_of(loss: float, tokens: float, texts: Sequence[str]) -> dict[str,
         "bytes": size,
         "words": words,
     }
+
+
+def count_bytes(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> int:
+    """The number of bytes (UTF-8) of tokens, special tokens not included.
+
+    A row may begin or end inside a character, which its text then has as U+FFFD: three bytes, whatever was there.
+    """
+    text = generated_text(tokenizer, ids)
+    if "\ufffd" not in text or not tokenizer.is_fast:
+        return len(text.encode())
+    if b"ByteLevel" in tokenizer.backend_tokenizer.decoder.__getstate__():  # each character of a token is a byte
+        added, special = tokenizer.added_tokens_decoder, set(tokenizer.all_special_ids)
+        return sum(
+            len(added[i].content.encode()) if i in added else len(str(tokenizer.convert_ids_to_tokens(i)))
+            for i in ids
+            if i not in special
+        )
+    one_byte = tokenizer.get_vocab().get("<0x41>")  # SentencePiece's byte fallback, a token for each byte
+    if one_byte is None:
+        return len(text.encode())
+    ascii_ids = [one_byte if _BYTE_TOKEN.fullmatch(str(tokenizer.convert_ids_to_tokens(i))) else i for i in ids]
+    return len(generated_text(tokenizer, ascii_ids).encode())
 
 
 class StridedPerplexity:
@@ -75,15 +100,19 @@ class StridedPerplexity:
             raise RecipeError(f"--stride: {stride} is not between 0 and data.max_length ({self.window})")
         encoder = kind(EncoderContext.of(recipe, tokenizer))
         read = sided(recipe.data, records_of(recipe, loaded.base, kind), kind.key)
-        self.texts: list[str] = []
+        self.documents = self.size = self.words = 0
         self.rows: list[Row] = []
         for place, record in read:
             if place.side != "validation" or not record.values["text"].strip():
                 continue
             (outcome,) = encoder.outcomes([record])
             for example in outcome.examples:
-                self.texts.append(record.values["text"])
-                self.rows += windows(np.array(example.columns["input_ids"], np.int64), self.window, stride)
+                ids = np.array(example.columns["input_ids"], np.int64)
+                self.documents += 1
+                self.size += len(record.values["text"].encode())
+                self.size -= count_bytes(tokenizer, ids[:1].tolist())  # it is not predicted
+                self.words += count_words(generated_text(tokenizer, ids[1:].tolist()))
+                self.rows += windows(ids, self.window, stride)
 
     def measure(self, engine: Engine, task: Task, shape: Shape) -> dict[str, Any]:
         """`perplexity_of`, window, stride and number of documents; the same on every rank."""
@@ -104,10 +133,10 @@ class StridedPerplexity:
                 shown.advance()
         loss, tokens = engine.all_sum(*total.unbind()).tolist()
         return {
-            **perplexity_of(loss, tokens, self.texts),
+            **perplexity_of(loss, tokens, self.size, self.words),
             "window": self.window,
             "stride": self.stride,
-            "documents": len(self.texts),
+            "documents": self.documents,
         }
 
 

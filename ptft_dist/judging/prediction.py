@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -80,12 +81,14 @@ def predict(
         raise RecipeError(f"{model}: task {task} gives no answers to rows{these}. {_INSTEAD}")
     if place.is_main:
         check_writable(out)
-    with libraries_restored():
+    with libraries_restored(), ExitStack() as at_end:
         predictor = Predictor(target, place, kind)
         count = predictor.check(file)
         stat = file.stat()
         identity = [target.files(), str(file.absolute()), stat.st_size, stat.st_mtime_ns, predictor.recipe.own_values()]
         journal = Journal(out.with_name(f".{out.name}.journal"), identity) if place.is_main else None
+        if journal is not None:
+            at_end.callback(journal.close)
         predictor.start()
         done = predictor.engine.gather_objects(None if journal is None else journal.count)[0]
         if done:

@@ -78,7 +78,7 @@ def export(engine: Writer, content: Export, target: Path) -> None:
         if adapter:
             from ptft_dist.networks.adapt.adapters import write_adapter
 
-            write_adapter(content.model, cast_weights(state, content.dtype), partial)
+            write_adapter(content.model, state, partial, lambda weights: cast_weights(weights, content.dtype))
             _write_tokenizer(content, partial)
         else:
             write_model(content, state, partial)

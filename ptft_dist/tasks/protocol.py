@@ -282,6 +282,9 @@ class Task(Protocol):
     def target_ids(self, row: Row) -> np.ndarray | None:
         """The tokens whose negative log-likelihood is the row's loss, in order; None if the loss is something else."""
 
+    def before_targets(self, row: Row) -> np.ndarray:
+        """The token before `target_ids` in the text, at most one: decoders remove the space of a first token."""
+
     def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
         """Tables about all examples as JSON, by name, such as the scores of each label."""
 
@@ -396,6 +399,9 @@ class BaseTask:
 
     def target_ids(self, row: Row) -> np.ndarray | None:  # noqa: ARG002
         return None
+
+    def before_targets(self, row: Row) -> np.ndarray:
+        return row.input_ids[:0]
 
     def details(self, judged: Sequence[Judged]) -> dict[str, Any]:  # noqa: ARG002
         return {}

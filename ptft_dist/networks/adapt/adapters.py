@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +36,7 @@ from ptft_dist.networks.facts import input_embedding, labels_of
 from ptft_dist.networks.load import check_head
 
 WEIGHTS = "adapter_model.safetensors"
+Weights = Mapping[str, torch.Tensor]
 
 
 def add_adapter(
@@ -232,8 +233,10 @@ def _prompt_encoder(model: PeftModel, config: Any) -> torch.nn.Module:
     return PromptEmbedding(plain, torch.nn.Embedding(1, config.token_dim))
 
 
-def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder: Path) -> None:
-    """Write an adapter directory that plain peft loads."""
+def write_adapter(
+    model: PeftModel, trained: Weights, folder: Path, to_dtype: Callable[[Weights], Weights] = dict
+) -> None:
+    """Write an adapter directory that plain peft loads. to_dtype: casts the weights to the data type of the file."""
     name = model.active_adapter
     if hasattr(model, "rank_state"):
         model.rank_state.set_rank_pattern()
@@ -249,7 +252,7 @@ def write_adapter(model: PeftModel, trained: Mapping[str, torch.Tensor], folder:
     )
     (folder / TASK_CONFIG).write_text(f"{keys}\n", encoding="utf-8")
     # safetensors refuses two names of one tensor, such as tied embeddings.
-    copies = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in to_dtype(state).items()}
     save_file(copies, folder / WEIGHTS, {"format": "pt"})
 
 
@@ -272,16 +275,17 @@ def _low_rank(model: PeftModel) -> dict[str, torch.Tensor]:
 
 
 def _relative_to_base(model: PeftModel, config: Any, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The adapter for the unchanged base: of rank 2 r, since W - s B0 A0 + s B A = W + s [B, -B0] [A; A0].
+    """The adapter for the unchanged base: of rank 2 r, since W - s B0 A0 + s B A = W + s [B - B0, B0] [A; A - A0].
 
-    peft leaves the weights of embeddings as they are, so zeros follow there.
+    Differences, because [B, -B0] [A; A0] would be lost in the rounding of A and B to bf16: these are the largest parts
+    of W. peft leaves the weights of embeddings as they are, so zeros follow there.
     """
     initial = {key.replace(f".{model.active_adapter}.", "."): value for key, value in model.initial_adapter.items()}
     for key, start in initial.items():
         if "lora_A" in key:
-            state[key] = torch.cat([state[key].cpu(), start.to(state[key].dtype)], 0)
+            state[key] = torch.cat([state[key].cpu(), state[key].cpu() - start], 0)
         elif "lora_B" in key:
-            state[key] = torch.cat([state[key].cpu(), -start.to(state[key].dtype)], 1)
+            state[key] = torch.cat([state[key].cpu() - start, start], 1)
     for key, value in state.items():
         if "lora_embedding_A" in key:
             state[key] = torch.cat([value, torch.zeros_like(value)], 0)

@@ -106,6 +106,9 @@ class NextTokenTask(BaseTask):
         targets = self._targets(row)
         return targets[targets != IGNORE]
 
+    def before_targets(self, row: Row) -> np.ndarray:
+        return row.input_ids[np.flatnonzero(self._targets(row) != IGNORE)[:1]]
+
     def next_tokens(self, row: Row) -> np.ndarray:
         """The targets of all tokens except the last: int64 [T - 1], -100 without a label."""
         return row.input_ids[1:]

@@ -142,6 +142,10 @@ class Distillation:
         ids: np.ndarray | None = self.task.target_ids(row)
         return ids
 
+    def before_targets(self, row: Row) -> np.ndarray:
+        ids: np.ndarray = self.task.before_targets(row)
+        return ids
+
     def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return self.task.predict(model, self._inputs_of_student(inputs))
 

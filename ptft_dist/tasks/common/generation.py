@@ -9,7 +9,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinLengthLogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
@@ -60,18 +71,25 @@ def end_texts_with(model: PreTrainedModel, eos_ids: Sequence[int]) -> None:
 
 
 def generate(
-    model: Any, inputs: Mapping[str, torch.Tensor], settings: GenerationSettings, *, pad_id: int, eos_ids: Sequence[int]
+    model: Any,
+    inputs: Mapping[str, torch.Tensor],
+    settings: GenerationSettings,
+    *,
+    pad_id: int,
+    eos_ids: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> torch.Tensor:
     """Generate a text for each row by greedy decoding or beam search: token ids, int64 [B, max_new_tokens].
 
     The ids contain neither the prompt nor the decoder's start token, and are padded with `pad_id` after EOS. Other
-    settings of the network's generation config (forced tokens, penalties) apply. Every process must make the same
-    number of calls: with sharded weights each decoding step needs all processes, so all of them continue until the
-    last one has finished.
+    settings of the network's generation config (forced tokens, penalties, stop strings) apply. Every process must make
+    the same number of calls: with sharded weights each decoding step needs all processes, so all of them continue until
+    the last one has finished.
 
     Args:
         model: the unwrapped network, called within the engine's forward pass, in evaluation mode.
         inputs: input_ids and attention_mask [B, T]: the encoder's inputs; for a decoder, prompts padded on the left.
+        tokenizer: for stop strings.
     """
     config = GenerationConfig(
         max_new_tokens=settings.max_new_tokens,
@@ -83,12 +101,71 @@ def generate(
         pad_token_id=pad_id,
         eos_token_id=list(eos_ids),
     )
+    processors = LogitsProcessorList()
+    if not model.config.is_encoder_decoder:
+        processors.append(WithoutPadding(model.generation_config, inputs, eos_ids))
+        config.update(**_OF_WHOLE_ROWS)
     together = dist.is_initialized() and dist.get_world_size() > 1
-    ids: torch.Tensor = model.generate(**inputs, generation_config=config, synced_gpus=together)
+    ids: torch.Tensor = model.generate(
+        **inputs,
+        generation_config=config,
+        logits_processor=processors,
+        tokenizer=tokenizer,
+        synced_gpus=together,
+    )
     ids = ids[:, 1 if model.config.is_encoder_decoder else inputs["input_ids"].size(1) :]
     ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
     ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search pads shorter texts with EOS
     return F.pad(ids, (0, settings.max_new_tokens - ids.size(1)), value=pad_id)
+
+
+_OF_WHOLE_ROWS = {
+    "min_length": 0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+}
+"""Keys of a generation config that transformers applies to a decoder's prompt with its padding, and no effect."""
+
+
+class WithoutPadding(LogitsProcessor):
+    """Applies these keys of a decoder's own generation config to each row without the padding on its left.
+
+    A text then does not depend on the other prompts of its batch.
+    """
+
+    def __init__(self, own: GenerationConfig, inputs: Mapping[str, torch.Tensor], eos_ids: Sequence[int]) -> None:
+        """inputs: input_ids and attention_mask [B, P]."""
+        wanted = {key: x for key, none in _OF_WHOLE_ROWS.items() if (x := getattr(own, key)) not in (None, none)}
+        if own.min_new_tokens is not None:  # takes the place of min_length, and counts new tokens only
+            wanted.pop("min_length", None)
+        self.starts = (inputs["attention_mask"] != 0).int().argmax(1).tolist() if wanted else []
+        self.rows = [
+            self._processors(wanted, ids[None, start:], eos_ids)
+            for ids, start in zip(inputs["input_ids"], self.starts, strict=False)
+        ]
+
+    @staticmethod
+    def _processors(wanted: Mapping[str, Any], prompt: Any, eos_ids: Sequence[int]) -> LogitsProcessorList:
+        """Those of one row, in the order of transformers. prompt: int64 [1, T]."""
+        make: dict[str, Callable[[Any], LogitsProcessor]] = {
+            "encoder_repetition_penalty": lambda x: EncoderRepetitionPenaltyLogitsProcessor(float(x), prompt),
+            "no_repeat_ngram_size": NoRepeatNGramLogitsProcessor,
+            "encoder_no_repeat_ngram_size": lambda x: EncoderNoRepeatNGramLogitsProcessor(x, prompt),
+            "min_length": lambda x: MinLengthLogitsProcessor(x, list(eos_ids), device=str(prompt.device)),
+        }
+        return LogitsProcessorList([make[key](wanted[key]) for key in make if key in wanted])
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """input_ids [B x beams, T], scores [B x beams, V]."""
+        if not self.rows:
+            return scores
+        beams = len(scores) // len(self.rows)
+        found = [
+            self.rows[i // beams](ids[None, self.starts[i // beams] :], row[None])
+            for i, (ids, row) in enumerate(zip(input_ids, scores, strict=True))
+        ]
+        return torch.cat(found)  # type: ignore[return-value]
 
 
 def left_padded(prompts: Sequence[np.ndarray], pad_id: int, multiple: int = 1) -> dict[str, torch.Tensor]:

@@ -16,7 +16,6 @@ from ptft_dist.config.recipe import ModelSection
 from ptft_dist.data.store import Row, Store
 from ptft_dist.data.tokenizer import after_answer
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.adapt import virtual_tokens
 from ptft_dist.networks.adapt.switching import (
     adapters_off,
     add_frozen_scorer,
@@ -96,11 +95,6 @@ class RolloutTask(BaseTask):
         """The reward models, and the reference: where all weights are trained, a second copy of model.path."""
         roles: dict[str, FrozenRole] = {}
         check_no_dropout(section.adapt, setup.name)
-        if virtual_tokens(section.adapt):
-            raise RecipeError(
-                f"model.adapt: {section.adapt.method}: prompts are padded on the left, and virtual tokens would stand "
-                f"before the padding, so the probabilities of task {setup.name} would depend on it. Use lora"
-            )
         if setup.settings.sampling.vllm is not None:
             check_vllm(f"{setup.name}.sampling.vllm", section)
         if setup.settings.kl and not section.adapt.adds_adapter:

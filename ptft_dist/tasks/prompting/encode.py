@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ptft_dist.data.encoder import EncoderContext, Example, RowError
 from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder, require, require_text
+from ptft_dist.data.tokenizer import after_answer
 from ptft_dist.errors import DataError
 from ptft_dist.tasks.common.chat import Plain
 from ptft_dist.tasks.common.control_tokens import ControlTokens
@@ -54,6 +55,8 @@ class PromptedRows(RowEncoder):
                     self.control.check_texts(Plain(*shot))
                 except RowError as problem:
                     raise DataError(f"data: an example of prompting.shots: {problem}") from None
+            if special := self.control.of(after_answer(self.tokenizer)):
+                self.discovered = {"end_of_turn": special[0]}
 
     @classmethod
     def check(cls, settings: PromptingSettings, record: Record) -> None:

@@ -19,6 +19,7 @@ from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
     check_room,
     check_room_left,
+    end_ids,
     generate,
     generated_text,
     judged_text,
@@ -45,8 +46,7 @@ class Prompting(NextTokenTask):
             check_room_left(setup, network)
         self.free_row = None if self.settings.calibrate is None else self._free_row(self.settings.calibrate)
         self.free: torch.Tensor | None = None  # fp32 [labels]: log-likelihoods after the content-free prompt
-        eos = self.tokenizer.eos_token_id
-        self.eos_ids = list(dict.fromkeys([*([] if eos is None else [eos]), *network.eos_ids]))
+        self.eos_ids = end_ids(setup, network)
         if not self.labels and not self.eos_ids:
             raise RecipeError("tokenizer: it has no EOS token, so a generated text never ends. Use a model with one")
         # Pad generated texts with a special token, because decoding with skip_special_tokens removes only these.
@@ -135,7 +135,14 @@ class Prompting(NextTokenTask):
 
     def _generated(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        return generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
+        return generate(
+            model,
+            prompts,
+            self.settings.generation,
+            pad_id=self.fill_id,
+            eos_ids=self.eos_ids,
+            tokenizer=self.tokenizer,
+        )
 
     def _content_free(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor | float:
         """The log-likelihoods of the labels after the content-free prompt: fp32 [labels]; 0 without calibration.
@@ -197,6 +204,10 @@ class Prompting(NextTokenTask):
 
     def target_ids(self, row: Row) -> np.ndarray | None:  # type: ignore[override]
         return None if self.labels else row.columns["answers"]
+
+    def before_targets(self, row: Row) -> np.ndarray:
+        prompt = int(row.columns["prompt"][0])
+        return row.input_ids[prompt - 1 : prompt]
 
     def details(self, judged: Sequence[Judged]) -> dict[str, Any]:
         return label_tables(judged, self.labels) if self.labels else {}

@@ -114,7 +114,14 @@ class Seq2Seq(BaseTask):
     def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Generated token ids: int64 [B, max_new_tokens]."""
         source = {key: inputs[key] for key in ("input_ids", "attention_mask")}
-        return generate(model, source, self.settings.generation, pad_id=self.pad_id, eos_ids=[self.eos_id])
+        return generate(
+            model,
+            source,
+            self.settings.generation,
+            pad_id=self.pad_id,
+            eos_ids=[self.eos_id],
+            tokenizer=self.tokenizer,
+        )
 
     @staticmethod
     def _loss(model: torch.nn.Module, inputs: dict[str, torch.Tensor], smoothing: float) -> LossOut:

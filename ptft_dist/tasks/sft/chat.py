@@ -76,11 +76,14 @@ def _nearest_shape(values: Mapping[str, Any]) -> tuple[str, str, str]:
     return "alpaca", shapes, f"Map them, such as with {as_fields(mapping)}"
 
 
-def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conversation | Plain:
+def read_row(
+    values: Mapping[str, Any], shape: str, system: str | None, loss: str = "assistant"
+) -> Conversation | Plain:
     """A row as messages or plain text.
 
     Args:
         system: the system message for conversations without one.
+        loss: sft.loss.
 
     Raises:
         RowError: the row does not have this shape, or contains nothing to learn.
@@ -90,7 +93,7 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
     if shape == "prompt_completion" and isinstance(values.get("prompt"), str):
         return Plain(require_text(values, "prompt", empty=True), require_text(values, "completion"))
     for column in ("messages", "conversations", "completion"):
-        _check_learned(values.get(column))
+        _check_learned(values.get(column), loss)
     given = 0
     if shape == "messages":
         messages = [as_message(m, i) for i, m in enumerate(require_list(values, "messages"))]
@@ -116,14 +119,18 @@ def read_row(values: Mapping[str, Any], shape: str, system: str | None) -> Conve
     return _complete(messages, tools_of(values), given)
 
 
-def _check_learned(messages: Any) -> None:
-    """Raises RowError if a message says that it is not learned, which only sft.loss decides."""
-    for i, message in enumerate(messages if isinstance(messages, list) else ()):
-        for key in _LEARNED if isinstance(message, dict) else ():
-            if message.get(key) in (0, False):
+def _check_learned(messages: Any, loss: str) -> None:
+    """Raises RowError if a message says that it is not learned, and sft.loss learns it."""
+    turns = [each if isinstance(each, dict) else {} for each in messages] if isinstance(messages, list) else []
+    answers = [i for i, turn in enumerate(turns) if (turn.get("role") or turn.get("from")) in ANSWERING]
+    last = answers[-1] if answers else -1
+    learned = {"assistant": answers, "last": [last], "all": range(last + 1)}[loss]
+    for i, turn in enumerate(turns):
+        for key in _LEARNED if i in learned else ():
+            if turn.get(key) in (0, False):
                 raise RowError(
-                    f"message {i + 1} is not to be learned ({key}: {message[key]}), a key that is not read. Remove it; "
-                    "or end the row with the answer to learn, and set sft.loss: last."
+                    f"message {i + 1} is not to be learned ({key}: {turn[key]}), and sft.loss: {loss} learns it. "
+                    "Remove the key; or end the row with the answer to learn, and set sft.loss: last."
                 )
 
 

@@ -283,4 +283,4 @@ def learned_tokens(offsets: np.ndarray, spans: Sequence[Span]) -> np.ndarray:
 
 def _read(settings: SftSettings, record: Record) -> Conversation | Plain:
     shape = settings.shape if settings.shape != "auto" else shape_of(record.values)
-    return read_row(record.values, shape, settings.system)
+    return read_row(record.values, shape, settings.system, settings.loss)

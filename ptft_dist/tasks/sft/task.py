@@ -96,7 +96,14 @@ class SupervisedFineTuning(NextTokenTask):
     def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Generated token ids: int64 [B, max_new_tokens]."""
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        return generate(model, prompts, self.settings.generation, pad_id=self.fill_id, eos_ids=self.eos_ids)
+        return generate(
+            model,
+            prompts,
+            self.settings.generation,
+            pad_id=self.fill_id,
+            eos_ids=self.eos_ids,
+            tokenizer=self.tokenizer,
+        )
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
