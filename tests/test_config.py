@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from ruamel.yaml import YAML
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.load import Loaded, describe
+from ptft_dist.config.places import local_directory
+from ptft_dist.config.recipe import Source
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.config.shipped import find_shipped, shipped
+from ptft_dist.data.cache import cache_root
+from ptft_dist.data.sources import source_files
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.registry import TASKS, recipe_class
 
@@ -871,3 +876,21 @@ def test_a_name_that_is_not_shipped(name: str, expected: str) -> None:
 def test_the_micro_batches_of_an_update_hold_all_of_it(batch: dict[str, Any], ranks: int, expected: int) -> None:
     """Rows have up to 32 tokens; the last micro-batch may be a small one."""
     assert batch_shape(in_process.make_recipe(batch=batch), ranks).accumulation == expected
+
+
+def test_home_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand ~ within key=value; an unknown user is a mistake in the recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PTFT_CACHE", "~nobody-here/cache")
+    assert load(tmp_path, GOOD, "run_dir=~/runs/a").recipe.run_dir == str(tmp_path / "home/runs/a")
+    message = "~nobody-here has no home directory here; write the whole path"
+    calls: dict[str, Callable[[], Any]] = {
+        "~nobody-here/recipe.yaml": lambda: load_recipe("~nobody-here/recipe.yaml"),
+        "~nobody-here/run": lambda: load(tmp_path, GOOD, "run_dir=~nobody-here/run"),
+        "~nobody-here/a.txt": lambda: source_files(Source(path="~nobody-here/a.txt"), tmp_path),
+        "~nobody-here/model": lambda: local_directory("~nobody-here/model", tmp_path, "model.path"),
+        "~nobody-here/cache": lambda: cache_root(None, tmp_path),
+    }
+    for path, call in calls.items():
+        with pytest.raises(RecipeError, match=rf"{path}: {message}"):
+            call()
