@@ -78,6 +78,8 @@ def test_good_configs_pass(keys: dict[str, Any]) -> None:
         (T5, "num_layers", -1, "-1 is not between 1 and"),
         (T5, "num_heads", 0, "0 is not between 1 and"),
         (T5, "d_ff", -1, "-1 is not between 1 and"),
+        (LLAMA, "dtype", "bfloat16", "has no effect: new weights are trained in fp32. train.precision sets"),
+        (LLAMA, "torch_dtype", "bfloat16", "has no effect: new weights are trained in fp32. train.precision sets"),
         (GPT2, "n_embd", -1, "-1 is not between 1 and"),
         (GPT2, "activation_function", "foo", "no activation 'foo'"),
     ],
