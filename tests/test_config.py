@@ -722,7 +722,7 @@ def test_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "text",
     [
         "no", "1e-4", "010", "null", "~", "", " a ", "a: b", "# x", "two\nlines\n", "é漢😀", "2024-01-01", "=", "yes",
-        "$${x}", "*x", "!x", "a'b\"c", "\\", "\u2028", "${env:A_9}b", "-", "x" * 5000, "a " * 3000,
+        "$${x}", "*x", "!x", "a'b\"c", "\\", "\u2028", "a\x85b", "\x85", "${env:A_9}b", "-", "x" * 5000, "a " * 3000,
     ],
 )  # fmt: skip
 def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -730,7 +730,7 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
     loaded = load(
         tmp_path,
         GOOD,
-        f"model.config.text={json.dumps(text, ensure_ascii=False)}",
+        f"model.config.text={json.dumps(text)}",
         "optim.lr=1e-5",
         "optim.schedule=constant",
     )
@@ -739,6 +739,13 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
     again = load_recipe(str(resolved))
     assert again.recipe == loaded.recipe
     assert again.resolved == loaded.resolved
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\x7fb", "a\x80b", "\ufeffa", "a\uffffb", "\u2028", "é漢😀"])
+def test_a_dictionary_may_have_any_character(text: str) -> None:
+    values = YAML(typ="safe").load(GOOD) | {"run_dir": text}
+    assert load_recipe(values).recipe.run_dir == text
+    assert load_recipe(values | {"run_dir": "x"}, {"run_dir": text}).recipe.run_dir == text
 
 
 def test_the_first_line_says_where_data_paths_start(tmp_path: Path) -> None:
