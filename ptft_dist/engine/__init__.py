@@ -280,8 +280,10 @@ class Engine:
         """
         if self.kind.startswith("zero"):
             return
-        with self.micro_batch(last=True):
-            self.backend.warm_up_backward(self.forward(call, inputs)[0].sum())
+        again = True
+        while again:
+            with self.micro_batch(last=True):
+                again = self.backend.warm_up_backward(self.forward(call, inputs)[0].sum())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
