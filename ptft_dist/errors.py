@@ -129,7 +129,7 @@ def exit_code_of(error: BaseException, cause: int | None = None) -> int:
         return error.exit_code
     if _is_out_of_memory(error):
         return EXIT_MEMORY
-    if is_hardware_fault(error):
+    if is_hardware_fault(error) or is_killed_worker(error):
         return EXIT_LOST
     if is_network_failure(error):
         return EXIT_LOST if cause is None else cause
@@ -150,6 +150,11 @@ def is_disk_full(error: BaseException) -> bool:
 def is_hardware_fault(error: BaseException) -> bool:
     """Whether a GPU of this machine, or its connection, is faulty."""
     return not isinstance(error, PtftError) and not _is_out_of_memory(error) and _says(error, _HARDWARE)
+
+
+def is_killed_worker(error: BaseException) -> bool:
+    """Whether a process that reads data for this rank was killed. The texts are those of torch.utils.data."""
+    return str(error).startswith("DataLoader worker") and _says(error, ("by signal: Killed", "exited unexpectedly"))
 
 
 def is_network_failure(error: BaseException) -> bool:

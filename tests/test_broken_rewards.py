@@ -391,7 +391,7 @@ REFUSED: dict[str, tuple[Callable[[Path, Path], object], str]] = {
         ),
         r"has 19 positions, and a prompt with its response has up to 20 tokens: lower data.max_length or",
     ),
-    "no directory": (lambda _folder, _home: None, "there is no directory .*/model, neither in"),
+    "no directory": (lambda _folder, _home: None, "there is no directory .*/model$"),
     "an empty directory": (lambda folder, _: folder.mkdir(), "cannot load a config from '.*/model'"),
     "a damaged file": (
         lambda folder, _: (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,12 @@ from ruamel.yaml import YAML
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.load import Loaded, describe
+from ptft_dist.config.places import local_directory
+from ptft_dist.config.recipe import Source
 from ptft_dist.config.resolve import batch_shape
 from ptft_dist.config.shipped import find_shipped, shipped
+from ptft_dist.data.cache import cache_root
+from ptft_dist.data.sources import source_files
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.registry import TASKS, recipe_class
 
@@ -717,7 +722,7 @@ def test_origins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "text",
     [
         "no", "1e-4", "010", "null", "~", "", " a ", "a: b", "# x", "two\nlines\n", "é漢😀", "2024-01-01", "=", "yes",
-        "$${x}", "*x", "!x", "a'b\"c", "\\", "\u2028", "${env:A_9}b", "-", "x" * 5000, "a " * 3000,
+        "$${x}", "*x", "!x", "a'b\"c", "\\", "\u2028", "a\x85b", "\x85", "${env:A_9}b", "-", "x" * 5000, "a " * 3000,
     ],
 )  # fmt: skip
 def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
@@ -725,7 +730,7 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
     loaded = load(
         tmp_path,
         GOOD,
-        f"model.config.text={json.dumps(text, ensure_ascii=False)}",
+        f"model.config.text={json.dumps(text)}",
         "optim.lr=1e-5",
         "optim.schedule=constant",
     )
@@ -734,6 +739,13 @@ def test_the_resolved_recipe_gives_an_equal_recipe(tmp_path: Path, monkeypatch: 
     again = load_recipe(str(resolved))
     assert again.recipe == loaded.recipe
     assert again.resolved == loaded.resolved
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\x7fb", "a\x80b", "\ufeffa", "a\uffffb", "\u2028", "é漢😀"])
+def test_a_dictionary_may_have_any_character(text: str) -> None:
+    values = YAML(typ="safe").load(GOOD) | {"run_dir": text}
+    assert load_recipe(values).recipe.run_dir == text
+    assert load_recipe(values | {"run_dir": "x"}, {"run_dir": text}).recipe.run_dir == text
 
 
 def test_the_first_line_says_where_data_paths_start(tmp_path: Path) -> None:
@@ -871,3 +883,21 @@ def test_a_name_that_is_not_shipped(name: str, expected: str) -> None:
 def test_the_micro_batches_of_an_update_hold_all_of_it(batch: dict[str, Any], ranks: int, expected: int) -> None:
     """Rows have up to 32 tokens; the last micro-batch may be a small one."""
     assert batch_shape(in_process.make_recipe(batch=batch), ranks).accumulation == expected
+
+
+def test_home_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not expand ~ within key=value; an unknown user is a mistake in the recipe."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PTFT_CACHE", "~nobody-here/cache")
+    assert load(tmp_path, GOOD, "run_dir=~/runs/a").recipe.run_dir == str(tmp_path / "home/runs/a")
+    message = "~nobody-here has no home directory here; write the whole path"
+    calls: dict[str, Callable[[], Any]] = {
+        "~nobody-here/recipe.yaml": lambda: load_recipe("~nobody-here/recipe.yaml"),
+        "~nobody-here/run": lambda: load(tmp_path, GOOD, "run_dir=~nobody-here/run"),
+        "~nobody-here/a.txt": lambda: source_files(Source(path="~nobody-here/a.txt"), tmp_path),
+        "~nobody-here/model": lambda: local_directory("~nobody-here/model", tmp_path, "model.path"),
+        "~nobody-here/cache": lambda: cache_root(None, tmp_path),
+    }
+    for path, call in calls.items():
+        with pytest.raises(RecipeError, match=rf"{path}: {message}"):
+            call()

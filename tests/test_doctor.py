@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from collections import namedtuple
 from pathlib import Path
 
+import psutil
 import pytest
 from packaging.requirements import Requirement
 from preloaded_ranks import forked_ptft, preloaded
@@ -58,9 +60,16 @@ def test_two_processes_that_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Error" in found.text
 
 
-def test_two_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handshake, "LIMIT_S", 0.01)
+def test_two_processes_that_do_not_meet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are killed, although they have sessions of their own, as those of torchrun."""
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f"#!/bin/sh\nsetsid sleep 300 &\necho $! > {tmp_path}/rank\nwait\n")
+    launcher.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(launcher))
+    monkeypatch.setattr(handshake, "LIMIT_S", 0.4)
     (found,) = shake_hands(0)
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "rank").read_text())).wait(5)  # raises if it goes on
     assert (found.level, found.text) == ("error", "they did not meet within 0 s")
     assert "GLOO_SOCKET_IFNAME" in found.remedy
 

@@ -55,6 +55,46 @@ def digest(engine: Engine) -> str:
     return hashlib.sha256(raw).hexdigest()
 
 
+# --- parameters without a gradient ------------------------------------------------------------------------------------
+
+
+def with_unused() -> Any:
+    """A network with a parameter that its loss does not depend on."""
+    model = llama()
+    model.unused = torch.nn.Parameter(torch.ones(3))  # type: ignore[assignment]
+    return model
+
+
+def train_with_unused() -> Any:
+    """The network after a warm-up and two updates of two micro-batches, on rank 0."""
+    engine = make_engine()
+    engine.prepare(with_unused(), section(weight_decay=0.1, max_grad_norm=1.0))
+    engine.warm_up(cross_entropy, rows(0))
+    for step in range(2):
+        update(engine, step, micro_batches=2)
+    state = engine.full_state_dict()
+    return {name: value.cpu().numpy() for name, value in state.items()} if engine.is_main else None
+
+
+def test_ddp_leaves_parameters_without_a_gradient_alone(tmp_path: Path) -> None:
+    """As one process does. DDP itself would fail in the second forward pass."""
+    found, _ = on_ranks(train_with_unused, folder=tmp_path)
+    assert found.pop("unused").tolist() == [1.0] * 3
+    plain = llama()
+    sides = [[p for p in plain.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False)]
+    groups = [{"params": sides[0], "weight_decay": 0.1}, {"params": sides[1], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.95))
+    for step in range(2):
+        optimizer.zero_grad()
+        sum(cross_entropy(plain, rows(100 * step + 10 * rank + i))[0] / 2 for rank in (0, 1) for i in (0, 1)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+        optimizer.step()
+    expected = dict(plain.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        torch.testing.assert_close(torch.from_numpy(value), expected[name].detach(), rtol=1e-4, atol=1e-6)
+
+
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -160,6 +161,26 @@ def test_a_lost_peer_follows_from_the_failure_that_was_announced_first(text: str
     assert exit_code_of(error) == EXIT_LOST
     for code in (EXIT_FAILED, EXIT_LOST, EXIT_MEMORY, EXIT_DISK, 3):
         assert exit_code_of(error, cause=code) == code
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, row: int) -> int:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+
+def test_a_killed_data_worker_is_a_lost_process(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a killed rank is; the kernel kills the one or the other if the memory is used up."""
+    with pytest.raises(RuntimeError, match="DataLoader worker") as killed:
+        next(iter(torch.utils.data.DataLoader(Rows(), num_workers=1)))
+    assert exit_code_of(killed.value) == EXIT_LOST
+    assert exit_code_of(RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. ")) == EXIT_FAILED
+    FailureReport(tmp_path, Place(0, 1, 0, launched=False)).write(killed.value, EXIT_LOST, 1.0)
+    assert "Perhaps the machine ran out of memory: lower data.workers" in caplog.text
+    assert "Another rank" not in caplog.text
 
 
 @pytest.mark.parametrize(

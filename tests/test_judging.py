@@ -195,6 +195,7 @@ def test_an_interrupted_evaluation_goes_on(run_of: Any, tmp_path: Path, monkeypa
     assert not (tmp_path / "part.json").exists()
     journal = tmp_path / ".part.json.rank-0"
     journal.write_bytes(journal.read_bytes() + b'{"loss_s')  # cut off by a kill
+    (tmp_path / ".part.json.rank-1").write_bytes(journal.read_bytes())  # it had two processes
     parts: list[int] = []
     batches = Validation.batches
 
@@ -500,6 +501,23 @@ def test_a_changed_file_is_answered_from_its_beginning(run_of: Any, tmp_path: Pa
     journal.close()
     api.predict(run, file, "out.jsonl")
     assert [row["text"] for row in lines(tmp_path / "out.jsonl")] == [row["text"] for row in rows]
+
+
+def test_a_changed_custom_step_answers_all_rows_again(
+    run_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_of("classification")
+    file, _ = validation_rows(run, "classification", 3)
+    module, steps = run.parent / "more_words.py", {"data.steps": [{"custom": {"function": "more_words.step"}}]}
+    module.write_text("def step(text):\n    return text\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "lines", lambda _self: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            api.predict(run, file, "out.jsonl", overrides=steps)
+    module.write_text("def step(text):\n    return text + ' dog bird'\n")
+    api.predict(run, file, "out.jsonl", overrides=steps)
+    api.predict(run, file, "whole.jsonl", overrides=steps)
+    assert lines(tmp_path / "out.jsonl") == lines(tmp_path / "whole.jsonl")
 
 
 def test_rows_without_an_answer_say_why(run_of: Any, tmp_path: Path) -> None:

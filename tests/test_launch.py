@@ -267,6 +267,22 @@ def test_a_number_of_threads_of_the_user_stays(
     assert environments[0]["OMP_NUM_THREADS"] == expected
 
 
+def test_the_stop_file_of_a_killed_launcher_stops_no_later_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All starts in an interactive Slurm job have the same token. That of a user stays."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    environments_of_children(monkeypatch)
+    for text, address, stays in (
+        (start_token({"SLURM_JOB_ID": "7"}), None, False),
+        (start_token({"SLURM_JOB_ID": "7"}), "127.0.0.1:29500", True),  # perhaps of another machine of this start
+        ("", None, True),
+    ):
+        (tmp_path / "stop").write_text(text)
+        assert launch(["accelerate", "launch"], tmp_path, 1, {}, address) == 0
+        assert (tmp_path / "stop").exists() == stays, text
+
+
 # --- processes and machines -------------------------------------------------------------------------------------------
 
 

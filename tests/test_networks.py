@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from ptft_dist.api import load_recipe
+from ptft_dist.config.places import local_directory
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks import preview
@@ -77,6 +78,8 @@ def test_good_configs_pass(keys: dict[str, Any]) -> None:
         (T5, "num_layers", -1, "-1 is not between 1 and"),
         (T5, "num_heads", 0, "0 is not between 1 and"),
         (T5, "d_ff", -1, "-1 is not between 1 and"),
+        (LLAMA, "dtype", "bfloat16", "has no effect: new weights are trained in fp32. train.precision sets"),
+        (LLAMA, "torch_dtype", "bfloat16", "has no effect: new weights are trained in fp32. train.precision sets"),
         (GPT2, "n_embd", -1, "-1 is not between 1 and"),
         (GPT2, "activation_function", "foo", "no activation 'foo'"),
     ],
@@ -258,6 +261,27 @@ def test_a_frozen_network_is_loaded_as_it_is_used(tmp_path: Path) -> None:
     assert model.config._attn_implementation == "eager"
     for name, value in model.state_dict().items():
         assert torch.equal(value, saved.state_dict()[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("key", ["model", "tokenizer", "ppo.rewards.0"])
+def test_a_revision_of_a_local_directory_has_no_effect(tmp_path: Path, key: str) -> None:
+    paths = {"model": "org/policy", "tokenizer": "org/policy", "ppo.rewards.0": "org/reward"} | {key: str(tmp_path)}
+    words = [f"model.path={paths['model']}", f"tokenizer={{path: {paths['tokenizer']}}}"]
+    words += [f"ppo.rewards=[{{model: {paths['ppo.rewards.0']}}}]"]
+    assert load_recipe("ppo", words).recipe
+    with pytest.raises(RecipeError, match=rf"^{key}\.revision: has no effect on the local directory {tmp_path}"):
+        load_recipe("ppo", [*words, f"{key}.revision=v1"])
+    load_recipe("ppo", [*[word.replace(str(tmp_path), "org/other") for word in words], f"{key}.revision=v1"])
+
+
+def test_a_missing_directory_is_looked_for_in_each_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RecipeError, match=rf"^model\.path: there is no directory \./x in {tmp_path}$"):
+        local_directory("./x", tmp_path, "model.path")
+    with pytest.raises(RecipeError, match=rf"there is no directory \./x in {tmp_path}/recipes or {tmp_path}$"):
+        local_directory("./x", tmp_path / "recipes", "model.path")
+    with pytest.raises(RecipeError, match=r"there is no directory /x$"):
+        local_directory("/x", tmp_path, "model.path")
 
 
 def test_messages_name_the_key_of_the_frozen_network(tmp_path: Path) -> None:

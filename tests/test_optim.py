@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from ptft_dist.config.recipe import OptimSection
-from ptft_dist.engine.optim import build_optimizer, parameter_groups, set_lr
+from ptft_dist.engine.optim import build_optimizer, moment_bytes, parameter_groups, set_lr
 from ptft_dist.engine.state import flatten_optimizer, unflatten_optimizer, write_tensors
 from ptft_dist.errors import RecipeError
 
@@ -196,6 +196,9 @@ def test_saved_and_restored_it_goes_on_bit_for_bit(tmp_path: Path, settings: dic
     interrupted, resumed = Fit(section), Fit(section)
     interrupted.steps(0, 6)
     interrupted.save(tmp_path)
+    tensors = load_file(tmp_path / "optimizer.safetensors")
+    stored = sum(tensor.nbytes for name, tensor in tensors.items() if not name.endswith(".step"))
+    assert stored == moment_bytes(section, [parameter.shape for parameter in whole.model.parameters()])
     resumed.load(tmp_path)
     for group, saved in zip(resumed.optimizer.param_groups, interrupted.optimizer.param_groups, strict=True):
         assert plain(group) == plain(saved)

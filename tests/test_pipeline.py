@@ -101,6 +101,7 @@ def test_references_are_the_outputs_of_earlier_stages(folder: Path) -> None:
     assert [stage.references for stage in (words, base, more, judge, other)] == [
         (), ("words",), ("base", "words"), ("more",), (),
     ]  # fmt: skip
+    assert read_pipeline("steps.yaml", out="~/runs").out == Path.home() / "runs"
 
 
 def test_a_stage_that_is_done_is_not_done_again(folder: Path) -> None:

@@ -408,13 +408,18 @@ def test_scoring_replaces_neither_columns_nor_the_file(trained: Path, tmp_path: 
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-def test_a_model_is_scored_in_the_shape_of_its_training(tmp_path: Path, cache: Path) -> None:
-    rows = [{"prompt": f"a {w}", "chosen": f"cat {w}", "rejected": f"dog {w}"} for w in WORDS] * 3
+def test_a_model_is_scored_in_the_shape_of_its_training(
+    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ptft")
+    rows = [{"prompt": f"a  {w}", "chosen": f"cat {w}", "rejected": f"dog {w}"} for w in WORDS] * 3
     settings = {"shape": "single_turn", "system": "be kind"}
-    train(tmp_path, cache, rows, reward=settings, data={"max_length": 64, "validation": None})
+    data = {"max_length": 64, "validation": None, "steps": [{"whitespace": {}}]}
+    train(tmp_path, cache, rows, reward=settings, data=data)
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run/model").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
     ptft_dist.score(tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "scores.jsonl")
+    assert "data.steps (whitespace) changed; here, rows are scored as they are" in caplog.text
     scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     system = {"role": "system", "content": "be kind"}
     said = [

@@ -18,10 +18,13 @@ from typing import Any
 import pytest
 from support import last_step, start, write_recipe
 
+from ptft_dist.api import load_recipe
+from ptft_dist.cli.train import _train_rank
 from ptft_dist.reporting import messages, terminal
 from ptft_dist.reporting.messages import LIVE, progress, say, show_messages
 from ptft_dist.reporting.summary import continuing, results
 from ptft_dist.reporting.terminal import Terminal
+from ptft_dist.run import Result
 
 TRAIN = {"lr": 1e-3, "tokens_per_s": 12345.6}
 
@@ -119,6 +122,35 @@ def test_plain_lines_with_the_time_elsewhere(capsys: pytest.CaptureFixture[str])
     assert texts[2] == "step 200/200  loss 2.5000  12,346 tokens/s  0:00 left"
     assert len(texts) == 3  # updates 2 and 3 came within ten seconds
     assert all(len(line) <= 100 for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_training_outlives_its_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Also `tee`, which ends at Ctrl-C before the run has saved."""
+    reading, writing = pty.openpty() if kind == "terminal" else os.pipe()
+    with os.fdopen(writing, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        shown = Terminal(200, 0, "accuracy")
+        os.close(reading)
+        shown.write({"step": 50, "loss": 2.5, **TRAIN})
+        show_messages()
+        say("a message")
+        shown.write({"step": 50, "eval/loss": 1.5, "eval/time_s": 3.0})
+        shown.close()
+        messages.hide_messages()
+        stderr.flush()  # as the interpreter does at its end
+
+
+def test_a_finished_run_without_a_reader_has_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, documents: Path
+) -> None:
+    result = Result("finished", "all updates done", 1, tmp_path, tmp_path, {}, 1, None, [], "the summary")
+    monkeypatch.setattr("ptft_dist.run.run", lambda *_args, **_options: result)
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert _train_rank(load_recipe(write_recipe(tmp_path, documents)), "auto", ()) == 0
 
 
 def result_lines(first: dict[str, float], **more: Any) -> list[str]:

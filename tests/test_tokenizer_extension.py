@@ -203,6 +203,20 @@ def test_an_added_word_is_found_where_transformers_finds_it(tmp_path: Path) -> N
         assert len(expected) - 1 in tokenizer(text)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [("你好", r"'你好' is already a token, 'ä½łå¥½' in its vocabulary"), ("a", "'a' is already a token")],
+)
+def test_a_word_that_is_one_token_is_not_added(tmp_path: Path, word: str, message: str) -> None:
+    """A byte-level vocabulary spells the bytes of a word."""
+    base = write_text(tmp_path)
+    train_tokenizer(TokenizerTraining(vocab_size=300), ["你好\n"] * 9).save_pretrained(base / "given")
+    assert len(load_tokenizer(base / "given")("你好")["input_ids"]) == 1
+    with pytest.raises(RecipeError, match=rf"^tokenizer\.add: {message}. Remove it"):
+        prepare(extended(base, add=["zebra", word]), base)
+    assert "女" in load_tokenizer(prepare(extended(base, add=["女"]), base).tokenizer_path).get_vocab()
+
+
 def test_the_pieces_of_a_tokenizer_that_was_extended_before_are_kept(tmp_path: Path) -> None:
     """Otherwise the embeddings of its tokens would start at random in a network that has none for them."""
     base = write_text(tmp_path)
@@ -229,6 +243,7 @@ def test_its_fingerprint_follows_texts_and_settings(tmp_path: Path) -> None:
     ("tokenizer", "message"),
     [
         ({"train": {"vocab_size": 300}, "extend": {"tokens": 3}}, "extend has no effect here: it needs tokenizer.path"),
+        ({"path": "x", "add": ["a", "b", "a"]}, "add: 'a' is listed twice"),
         ({"path": "x", "add": ["a"], "init_added": "mean"}, "init_added: has no effect here: it needs model.path"),
     ],
 )

@@ -113,13 +113,22 @@ def _joined_without_template(model: Path) -> bool:
     return bool(count) and count >= sum(side["examples"] for side in sides if side)
 
 
+def _editing_steps(model: Path) -> str:
+    """The steps of data.steps that changed texts of the run with this model."""
+    from ptft_dist.launch.result import read_json
+
+    steps = read_json(model.parent / "data_report.json").get("steps", [])
+    return ", ".join(dict.fromkeys(step["name"] for step in steps if step["changed"]))
+
+
 @hiding_secrets
 def score(
     model_dir: str | Path, file: str | Path, out: str | Path, *, shape: str | None = None, batch_tokens: int = 8192
 ) -> dict[str, float]:
     """Score the rows of a file with a reward model, and write them with their scores as JSON lines, atomically.
 
-    Pairs (chosen, rejected) get `score_chosen` and `score_rejected`; conversations and texts get `score`.
+    Pairs (chosen, rejected) get `score_chosen` and `score_rejected`; conversations and texts get `score`. Rows are
+    scored as they are: data.steps of the run does not apply.
 
     Args:
         model_dir: the directory of a finished run, a model directory, or an adapter directory.
@@ -142,6 +151,10 @@ def score(
     model = model_of(model_dir)
     if not Path(file).is_file():
         raise DataError(f"{file} does not exist. Give a file with rows to score.")
+    if steps := _editing_steps(model):
+        from ptft_dist.reporting.messages import say
+
+        say(f"this run was trained on texts that data.steps ({steps}) changed; here, rows are scored as they are")
     quiet_imports()
     from ptft_dist.inference.scoring import score as run
 

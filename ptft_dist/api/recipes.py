@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ptft_dist.api.calls import Overrides, Source, as_words, hiding_secrets
 from ptft_dist.config.load import Loaded, read_recipe
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.names import check_not_replaced
+from ptft_dist.networks.names import check_not_replaced, check_revisions
 from ptft_dist.tasks.registry import recipe_class
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def load_recipe(source: Source, overrides: Overrides = (), *, training: bool = F
     loaded = read_recipe(source if isinstance(source, Mapping) else str(source), as_words(overrides), recipe_class())
     if training and not loaded.recipe.settings.trains:
         raise RecipeError(f"task: {loaded.recipe.task} is evaluated only: ptft evaluate MODEL RECIPE")
+    check_revisions(loaded.recipe, loaded.base)
     if training:
         check_not_replaced(loaded.recipe, loaded.base)
     return loaded

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from ptft_dist.config.places import expanded
 from ptft_dist.errors import RecipeError
 
 _FIRST_RUN = re.compile(r"^# First run: ptft train (\w+)$", re.MULTILINE)
@@ -66,12 +67,12 @@ def _task_and_folder(first: str | None, second: str | None) -> tuple[str | None,
     from ptft_dist.tasks.registry import TASKS
 
     if first is None or first in TASKS:
-        return first, Path(second or ".").expanduser()
+        return first, expanded(second or ".")
     near = get_close_matches(first, TASKS, n=1, cutoff=0.7)
     if second is not None or (near and not Path(first).exists()):
         hint = f"; did you mean {near[0]}?" if near else f"; the tasks are {', '.join(TASKS)}"
         raise RecipeError(f"there is no task {first}{hint}")
-    return None, Path(first).expanduser()
+    return None, expanded(first)
 
 
 def _write_recipe(data: Path, task: str | None, folder: Path, model: str | None) -> None:
@@ -106,7 +107,7 @@ def _copy_shipped(directory: str, recipe: str, launch: str | None, site: bool) -
 
     source = find_shipped("recipes", recipe, ".yaml")
     file = read_launch_file(launch or default_launch())
-    folder = Path(directory).expanduser()
+    folder = expanded(directory)
     copies = {
         folder / source.name: source,
         folder / file.path.name: file.path,

@@ -84,7 +84,7 @@ def train(
 def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
     """Train as this process's rank; return the exit code. Failures are already reported."""
     from ptft_dist.launch.environment import place
-    from ptft_dist.reporting.messages import show_messages
+    from ptft_dist.reporting.messages import show_messages, write_now
     from ptft_dist.training.stopping import ending_at_once
 
     here = place()
@@ -98,7 +98,7 @@ def _train_rank(loaded: Loaded, resume: str, accept: tuple[str, ...]) -> int:
             result = run(loaded, here, resume=resume, accept=accept, failures=failures)
             code = result.exit_code
             if here.is_main:
-                print(result.summary, flush=True)
+                write_now(result.summary, sys.stdout)
         except Exception:
             code = failures.exit_code
     if here.world_size > 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from ptft_dist.config.document import COMMAND_LINE, Document, Mistake, Written, leaves, put
 from ptft_dist.config.mistakes import explain, schema_of
@@ -26,6 +28,9 @@ from ptft_dist.errors import RecipeError
 DICTIONARY = Path("recipe")
 """The path shown for a recipe that was given as a dictionary."""
 _STARTS_AT = "Its relative data paths start at "
+_NOT_IN_YAML = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
+"""Characters that JSON may contain, and that YAML refuses or reads as the end of a line."""
+_NEXT_LINE = "\x85"
 _S = TypeVar("_S", bound=Section)
 _OF_THIS_MACHINE = {"run_dir": None, "log": None, "data": ("cache_dir", "workers")}
 """Keys of the recipe that say nothing about the model."""
@@ -129,9 +134,10 @@ def as_json(value: Any, indent: int | None = None) -> str:
         raise TypeError(f"a value of the type {type(value).__name__} is not allowed")
 
     try:
-        return json.dumps(value, indent=indent, ensure_ascii=False, default=plain)
+        text = json.dumps(value, indent=indent, ensure_ascii=False, default=plain)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"recipe: {error}; use numbers, text, booleans, lists and dictionaries") from None
+    return _NOT_IN_YAML.sub(lambda character: f"\\u{ord(character[0]):04x}", text)
 
 
 def _read(path: Path) -> str:
@@ -239,9 +245,20 @@ def flat(values: Mapping[str, Any]) -> dict[str, bool | int | float | str | None
     return found
 
 
+class _Representer(SafeRepresenter):
+    """Quotes texts with NEL, which ends a line, so that it is escaped. ruamel.yaml escapes the other line ends."""
+
+    def represent_str(self, data: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, '"' if _NEXT_LINE in data else None)
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
 def to_yaml(values: Mapping[str, Any]) -> str:
     """Nested values as YAML text, in their order."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # declared as None
     yaml.width = 4096

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from ptft_dist.config.adapt import AdaptSection, Quantization
 from ptft_dist.config.consistency import problems
@@ -16,6 +16,7 @@ from ptft_dist.config.continual import ContinualSection
 from ptft_dist.config.data_section import Augmentation, DataSection, Source
 from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.log_section import LogSection
+from ptft_dist.config.places import expanded
 from ptft_dist.config.section import (
     BelowOne,
     Fraction,
@@ -297,6 +298,11 @@ class Recipe(Section):
     log: LogSection = LogSection()
     run_dir: Text
     """The directory for everything the run writes. A relative path starts at the current directory."""
+
+    @field_validator("run_dir")
+    @classmethod
+    def _in_home(cls, given: str) -> str:
+        return str(expanded(given)) if given.startswith("~") else given
 
     @property
     def settings(self) -> TaskSettings:

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
+from ptft_dist.config.places import expanded
 from ptft_dist.errors import RecipeError
 
 Kind = Literal["launch_configs", "ds_configs", "slurm", "recipes", "pipelines", "sweeps"]
@@ -37,7 +38,7 @@ def find_shipped(kind: Kind, name: str, suffix: str) -> Path:
     Raises:
         RecipeError: there is no such file. The message contains the nearest name and all available names.
     """
-    given = Path(name).expanduser()
+    given = expanded(name)
     try:
         is_directory = given.is_dir()
         if given.exists() and not is_directory:

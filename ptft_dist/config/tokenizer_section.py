@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -111,4 +112,6 @@ class TokenizerSection(Section):
     def _check(self) -> TokenizerSection:
         exactly_one(self, "path", "train")
         only_with(self, ("revision", "trust_remote_code", "extend"), self.path is not None, "tokenizer.path")
+        if twice := [word for word, count in Counter(self.add).items() if count > 1]:
+            raise ValueError(f"add: {twice[0]!r} is listed twice. Remove one")
         return self

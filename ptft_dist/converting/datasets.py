@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ptft_dist.config.places import expanded
 from ptft_dist.converting.draft import Draft, trainers
 from ptft_dist.errors import RecipeError
 
@@ -36,7 +37,7 @@ def sources(draft: Draft, value: Any) -> list[Sourced]:
 
 def located(draft: Draft, name: str) -> dict[str, Any]:
     """A path or the name of a Hub data set as a source. Existing relative paths become relative to the recipe."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     found = next((each for each in (path, draft.path.parent / path) if each.exists()), None)
     if found is None:
         local = name.startswith((".", "/", "~")) or name.endswith(_SUFFIXES)

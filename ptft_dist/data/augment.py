@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ptft_dist.config.places import expanded
 from ptft_dist.config.recipe import Augmentation, Recipe
 from ptft_dist.data.back_translation import BackTranslation, model_contents
 from ptft_dist.data.cache import HashMemo, fingerprint
@@ -220,4 +221,4 @@ def read_synonyms(path: Path) -> dict[str, list[str]]:
 
 
 def _path(base: Path, given: str) -> Path:
-    return base / Path(given).expanduser()
+    return base / expanded(given)

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from ptft_dist.config.places import local_directory
 from ptft_dist.data.cache import HashMemo
 from ptft_dist.data.tokenizer import marks_languages
 from ptft_dist.errors import RecipeError
@@ -108,13 +109,7 @@ def _place(name: str, base: Path) -> str:
     Raises:
         RecipeError: the name has the form of a path, and there is no such directory.
     """
-    given = Path(name).expanduser()
-    for candidate in (base / given, given.absolute()):
-        if candidate.is_dir():
-            return str(candidate)
-    if given.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise RecipeError(f"data.augment: there is no directory {name}, neither in {base} nor in {Path.cwd()}.")
-    return name
+    return str(local_directory(name, base, "data.augment") or name)
 
 
 def model_contents(name: str, base: Path, memo: HashMemo) -> list[Any]:

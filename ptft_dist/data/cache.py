@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from ptft_dist.config.places import expanded
 from ptft_dist.errors import DataError, PtftError, RecipeError
 from ptft_dist.reporting.messages import Progress, progress, say
 
@@ -45,7 +46,7 @@ def cache_root(cache_dir: str | None, base: Path) -> Path:
     import platformdirs
 
     given = cache_dir or os.environ.get("PTFT_CACHE") or platformdirs.user_cache_dir("ptft")
-    root = base / Path(given).expanduser() if cache_dir else Path(given).expanduser().absolute()
+    root = base / expanded(given) if cache_dir else expanded(given).absolute()
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from stat import S_ISDIR, S_ISREG
 from typing import Any
 
+from ptft_dist.config.places import expanded
 from ptft_dist.config.recipe import Recipe, Source
 from ptft_dist.data.builtin import read_builtin, stdlib_files
 from ptft_dist.data.cache import HashMemo, fingerprint
@@ -178,7 +179,7 @@ def source_files(source: Source, base: Path) -> list[Path]:
     assert source.path is not None
     if source.only_files is not None:
         return list(source.only_files)
-    pattern = Path(source.path).expanduser()
+    pattern = expanded(source.path)
     if (base / pattern).is_file():  # a file name may contain brackets without being a glob
         matches = [base / pattern]
     else:
@@ -219,7 +220,7 @@ def _why_nothing(pattern: str, matches: list[Path], base: Path) -> str:
             return f"datasets.save_to_disk wrote the splits {', '.join(splits)} here. Name one: {path / splits[0]}"
     if matches:
         folder = matches[0]
-        named = pattern if (base / Path(pattern).expanduser()).is_dir() else str(folder)
+        named = pattern if (base / expanded(pattern)).is_dir() else str(folder)
         endings = _endings(folder)
         if not endings:
             return f"this is a directory without a file that can be read. Supported are: {KNOWN}."

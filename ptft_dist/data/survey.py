@@ -10,6 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from ptft_dist.config.places import expanded
 from ptft_dist.config.recipe import Source
 from ptft_dist.data.formats import FORMATS, KNOWN, DocumentUnit, Record, file_format, read_file
 from ptft_dist.data.sources import source_files
@@ -106,7 +107,7 @@ def survey(path: Path) -> Survey:
     Raises:
         DataError: there is no such file, it cannot be read, or a folder has files of several formats.
     """
-    pattern = _pattern(path.expanduser())
+    pattern = _pattern(expanded(path))
     files = source_files(Source(path=str(pattern)), Path.cwd())
     unit = _unit(files[0])
     records = chain.from_iterable(read_file(file, columns=(), unit=unit or "file") for file in files)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ptft_dist.config.places import local_directory
 from ptft_dist.data.cache import HashMemo, build_once, fingerprint, writing
 from ptft_dist.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from ptft_dist.errors import RecipeError
@@ -41,7 +42,7 @@ class TokenizerFiles:
         Raises:
             RecipeError: there is no such tokenizer.
         """
-        if (local := _local_directory(path, base)) is not None:
+        if (local := local_directory(path, base, "tokenizer.path")) is not None:
             return self._fingerprint(local), local
         tokenizer = load_tokenizer(path, revision=revision, trust_remote_code=trust_remote_code)
         return self.build(tokenizer_fingerprint(tokenizer), lambda: tokenizer)
@@ -97,7 +98,7 @@ class TokenizerFiles:
         Raises:
             RecipeError: there is no such tokenizer.
         """
-        local = _local_directory(path, base)
+        local = local_directory(path, base, "tokenizer.path")
         return None if local is None else self._fingerprint(local)
 
     def _fingerprint(self, directory: Path) -> str:
@@ -154,18 +155,3 @@ def contents_of(directory: Path) -> str:
     """A hash of the names and contents of a directory's files."""
     files = sorted(path for path in directory.iterdir() if path.is_file() and path.name != ORIGIN)
     return fingerprint({path.name: hashlib.blake2b(path.read_bytes()).hexdigest() for path in files})
-
-
-def _local_directory(path: str, base: Path) -> Path | None:
-    """The directory of tokenizer.path, relative to the recipe or else to the current directory; None for a Hub name.
-
-    Raises:
-        RecipeError: the name has the form of a path, and there is no such directory.
-    """
-    given = Path(path).expanduser()
-    for candidate in (base / given, given.absolute()):
-        if candidate.is_dir():
-            return candidate
-    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise RecipeError(f"tokenizer.path: there is no directory {path}, neither in {base} nor in {Path.cwd()}.")
-    return None

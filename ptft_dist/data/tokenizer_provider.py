@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -117,9 +117,7 @@ class TokenizerProvider:
             what = f"learning {extension.tokens:,} new tokens from the training texts"
             with self._texts(what, extension.max_megabytes) as texts:
                 tokenizer = extend(before, extension, texts)
-        known = tokenizer.get_vocab()
-        if duplicates := [word for word in self._recipe.tokenizer.add if word in known]:
-            raise RecipeError(f"tokenizer.add: {duplicates[0]!r} is already a token. Remove it.")
+        _check_new(self._recipe.tokenizer.add, tokenizer)
         if template is not None:
             tokenizer.chat_template = template
         control = str(tokenizer.chat_template or "")
@@ -152,6 +150,17 @@ class TokenizerProvider:
             texts = stream.training_texts(self._recipe, self._inputs.records, self._encoder)
             yield map(measured, first_megabytes(texts, megabytes))
         self._inputs.check_unchanged()
+
+
+def _check_new(words: Sequence[str], tokenizer: Any) -> None:
+    """Raises RecipeError if a word is a token of the tokenizer, perhaps in the spelling of its bytes."""
+    known = tokenizer.get_vocab()
+    for word in words:
+        ids = [known[word]] if word in known else tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
+            spelling = tokenizer.convert_ids_to_tokens(ids[0])
+            shown = "" if spelling == word else f", {spelling!r} in its vocabulary"
+            raise RecipeError(f"tokenizer.add: {word!r} is already a token{shown}. Remove it.")
 
 
 def _is_control(token: str, template: str) -> bool:

@@ -5,6 +5,7 @@ python -m ptft_dist.doctor.handshake FILE: what each of them runs.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 from ptft_dist.doctor.finding import Finding
 
@@ -28,16 +31,18 @@ def shake_hands(gpus: int) -> Iterator[Finding]:
         words += ["ptft_dist.doctor.handshake", str(answer), backend]
         began = time.monotonic()
         environment = {"OMP_NUM_THREADS": "1", **os.environ}
+        done = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
         try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=LIMIT_S, check=False, env=environment)
+            _, stderr = done.communicate(timeout=LIMIT_S)
         except subprocess.TimeoutExpired:
+            _kill_all(done)
             text = f"they did not meet within {LIMIT_S:.0f} s"
             remedy = "look for a firewall or a proxy on this machine; try NCCL_P2P_DISABLE=1, and GLOO_SOCKET_IFNAME=lo"
             yield Finding("two processes", backend, "error", text, remedy)
             return
         seconds = time.monotonic() - began
         if done.returncode or not answer.exists():
-            last = next((line for line in reversed(done.stderr.splitlines()) if "Error" in line), done.stderr[-200:])
+            last = next((line for line in reversed(stderr.splitlines()) if "Error" in line), stderr[-200:])
             yield Finding("two processes", backend, "error", f"they failed: {last.strip()}")
             return
         found = json.loads(answer.read_text())
@@ -45,6 +50,16 @@ def shake_hands(gpus: int) -> Iterator[Finding]:
         f"met and agreed in {seconds:.0f} s; {found['gigabytes_per_s']:.2f} GB/s in sums of {4 * ELEMENTS / 1e6:.0f} MB"
     )
     yield Finding("two processes", backend, "ok", text)
+
+
+def _kill_all(launcher: subprocess.Popen[str]) -> None:
+    """Kill torchrun and its processes, which have sessions of their own and would go on waiting for each other."""
+    processes = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.kill()
+    for each in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            each.kill()
+    launcher.communicate()
 
 
 def main(answer: Path, backend: str) -> None:

@@ -28,8 +28,15 @@ from ptft_dist.engine.deepspeed_settings import Precision, complete_deepspeed_co
 from ptft_dist.engine.frozen import FrozenNetwork, place_frozen
 from ptft_dist.engine.loss_module import LossModule
 from ptft_dist.engine.machines import Loss, Machines, watch_machines
-from ptft_dist.engine.optim import BITSANDBYTES, build_optimizer, parameter_groups, set_lr
-from ptft_dist.engine.parameters import element_counts, first_names, require_tied, tied_groups, trainable_names
+from ptft_dist.engine.optim import BITSANDBYTES, build_optimizer, moment_bytes, parameter_groups, set_lr
+from ptft_dist.engine.parameters import (
+    element_counts,
+    first_names,
+    real_shape,
+    require_tied,
+    tied_groups,
+    trainable_names,
+)
 from ptft_dist.engine.processes import (
     PROCESS_GROUP_TIMEOUT,
     STORE_GONE,
@@ -273,8 +280,10 @@ class Engine:
         """
         if self.kind.startswith("zero"):
             return
-        with self.micro_batch(last=True):
-            self.backend.warm_up_backward(self.forward(call, inputs)[0].sum())
+        again = True
+        while again:
+            with self.micro_batch(last=True):
+                again = self.backend.warm_up_backward(self.forward(call, inputs)[0].sum())
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -374,11 +383,12 @@ class Engine:
     def state_bytes(self) -> int:
         """An upper bound of what save_state writes on all ranks together; see Checkpoints.commit.
 
-        That is fp32 weights and two moments of the trained parameters. ZeRO-1 and ZeRO-2 also store the network in
-        addition to their fp32 copy.
+        That is fp32 weights and the optimizer's moments of the trained parameters. ZeRO-1 and ZeRO-2 also store the
+        network in addition to their fp32 copy.
         """
-        each = (8 if self.optim.name == "sgd" else 12) + (4 if self.kind in ("zero1", "zero2") else 0)
-        return each * self.trained_count + 2**20
+        each = 8 if self.kind in ("zero1", "zero2") else 4
+        shapes = [real_shape(parameter) for parameter in self.model.parameters() if parameter.requires_grad]
+        return each * self.trained_count + moment_bytes(self.optim, shapes) + 2**20
 
     def full_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights by name on rank 0; undefined on other ranks. All ranks must call it.

@@ -56,8 +56,8 @@ class Backend(Protocol):
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:
         """The context in which each rank has the complete weights. All ranks must enter and leave it together."""
 
-    def warm_up_backward(self, loss: torch.Tensor) -> None:
-        """Run a backward pass and discard the gradients."""
+    def warm_up_backward(self, loss: torch.Tensor) -> bool:
+        """Run a backward pass and discard the gradients; return whether to repeat it, with another forward pass."""
 
     def save(self, folder: Path) -> Files:
         """Write trained parameters, buffers and optimizer; return the hashes of the files that this rank hashed."""

@@ -98,9 +98,10 @@ class Fsdp2:
                 group.post_forward_mesh_info = mesh
             self._reshard()
 
-    def warm_up_backward(self, loss: torch.Tensor) -> None:
+    def warm_up_backward(self, loss: torch.Tensor) -> bool:
         (loss * 0.0).backward()
         self.optimizer.zero_grad(set_to_none=True)
+        return False
 
     def save(self, folder: Path) -> Files:
         gathered = StateDictOptions(full_state_dict=True, cpu_offload=True)

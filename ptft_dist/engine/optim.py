@@ -13,6 +13,7 @@ from ptft_dist.errors import RecipeError
 
 BITSANDBYTES = ("adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 """The optimizers of bitsandbytes."""
+_SMALLEST_8BIT = 4096  # elements; bitsandbytes keeps fp32 state of smaller parameters
 
 
 def parameter_groups(
@@ -84,3 +85,19 @@ def build_optimizer(
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
+
+
+def moment_bytes(optim: OptimSection, shapes: Iterable[torch.Size]) -> int:
+    """The size of the optimizer's state for parameters with these shapes, in bytes."""
+    return sum(_moment_bytes(optim, shape) for shape in shapes)
+
+
+def _moment_bytes(optim: OptimSection, shape: torch.Size) -> int:
+    count = shape.numel()
+    if optim.name == "sgd":
+        return 4 * count if optim.momentum else 0
+    if optim.name == "adafactor":  # of a matrix, the means of its rows and of its columns
+        return 4 * (count if len(shape) < 2 else count // shape[-1] + count // shape[-2])
+    if optim.name.endswith("8bit") and count >= _SMALLEST_8BIT:
+        return 2 * (count + 4 * -(-count // 256) + 4 * 256)  # with the scale of each block, and the table of values
+    return 8 * count

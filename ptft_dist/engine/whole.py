@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,32 @@ class Whole:
     def whole_weights(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def warm_up_backward(self, loss: torch.Tensor) -> None:
+    def warm_up_backward(self, loss: torch.Tensor) -> bool:
         (loss * 0.0).backward()
+        unused = any(each.requires_grad and each.grad is None for each in self.model.parameters())
         self.optimizer.zero_grad(set_to_none=True)
+        if not unused or not isinstance(self.module, DistributedDataParallel) or self.module.find_unused_parameters:
+            return False
+        self._expect_unused(self.module)
+        return True
+
+    def _expect_unused(self, wrapped: DistributedDataParallel) -> None:
+        """Let DDP look for parameters without a gradient at each backward pass; otherwise it waits for them.
+
+        Such as XLNet's mask_emb, which only its pretraining uses. The optimizer skips them, as in one process.
+        """
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of `broadcast_buffers`, which has no successor yet
+            self.module = DistributedDataParallel(
+                wrapped.module,
+                device_ids=wrapped.device_ids,
+                output_device=wrapped.output_device,
+                broadcast_buffers=wrapped.broadcast_buffers,
+                gradient_as_bucket_view=wrapped.gradient_as_bucket_view,
+                find_unused_parameters=True,
+            )
+        models = self.accelerator._models
+        models[:] = [self.module if each is wrapped else each for each in models]
 
     def save(self, folder: Path) -> Files:
         if not self.accelerator.is_main_process:

@@ -166,8 +166,9 @@ class Zero:
             finally:
                 offload._register_deepspeed_module(offload.module)
 
-    def warm_up_backward(self, loss: torch.Tensor) -> None:
+    def warm_up_backward(self, loss: torch.Tensor) -> bool:  # noqa: ARG002
         """Do nothing: DeepSpeed cannot discard reduced gradients, and its order of summation is fixed."""
+        return False
 
     def save(self, folder: Path) -> Files:
         try:

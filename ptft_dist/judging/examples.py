@@ -29,6 +29,7 @@ class RowResults:
     def __init__(self, out: Path | None, identity: Any, place: Place) -> None:
         self._results: list[PartResult] = []
         self._journal: Journal | None = None
+        self._is_main = place.is_main
         if out is not None:
             self._journal = Journal(out.with_name(f".{out.name}.rank-{place.rank}"), identity)
 
@@ -54,8 +55,15 @@ class RowResults:
             self._journal.close()
 
     def remove(self) -> None:
-        if self._journal is not None:
-            self._journal.remove()
+        """Delete the journals, also those of an interrupted evaluation on more processes."""
+        if self._journal is None:
+            return
+        self._journal.remove()
+        if self._is_main:
+            own = self._journal.path
+            for path in own.parent.iterdir():
+                if path.name.startswith(own.name.removesuffix("0")):
+                    path.unlink(missing_ok=True)
 
     def examples(
         self, engine: Engine, store: Store, numbered: str | None, task: Task, decode: Decode

@@ -13,6 +13,7 @@ import numpy as np
 
 from ptft_dist.config.recipe import ModelSection, Recipe, Source
 from ptft_dist.config.resolve import batch_shape
+from ptft_dist.data.cache import HashMemo, cache_root
 from ptft_dist.data.cleaning.edits import Edits
 from ptft_dist.data.encoder import EncoderContext, LeftOut, Outcome, RowError
 from ptft_dist.data.example_store import META, meta_bytes
@@ -85,7 +86,8 @@ def predict(
         predictor = Predictor(target, place, kind)
         count = predictor.check(file)
         stat = file.stat()
-        identity = [target.files(), str(file.absolute()), stat.st_size, stat.st_mtime_ns, predictor.recipe.own_values()]
+        identity = [target.files(), str(file.absolute()), stat.st_size, stat.st_mtime_ns]
+        identity += [predictor.recipe.own_values(), predictor.edits_contents()]
         journal = Journal(out.with_name(f".{out.name}.journal"), identity) if place.is_main else None
         if journal is not None:
             at_end.callback(journal.close)
@@ -149,6 +151,11 @@ class Predictor:
         self.encoder = kind(self.context)
         asked = tuple(role for role in self.recipe.settings.text_roles if role not in kind.answer_roles)
         self.edits = Edits(self.recipe, self.base, asked)
+
+    def edits_contents(self) -> list[Any]:
+        """The contents of files that the steps of data.steps read."""
+        memo = HashMemo(cache_root(self.recipe.data.cache_dir, self.base.absolute()) / "hashes.json")
+        return self.edits.contents(memo)
 
     def check(self, file: Path) -> int:
         """The number of rows of a file. Raises DataError, with all of the first bad rows."""

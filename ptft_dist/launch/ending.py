@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 
@@ -16,6 +17,7 @@ def end_now(code: int) -> None:
 
     for reader in multiprocessing.active_children():
         reader.kill()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader has ended, or the disk is full
+            stream.flush()
     os._exit(code)

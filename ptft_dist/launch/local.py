@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -19,7 +20,7 @@ from ptft_dist.launch.environment import EXIT_CODE_FILE, RUN_DIR, START_TOKEN, s
 from ptft_dist.launch.launch_file import LaunchFile
 from ptft_dist.launch.network import gloo_interface
 from ptft_dist.launch.result import VERSION_BEFORE, version_of_environment
-from ptft_dist.signals import STOP, ignore_stop_signals
+from ptft_dist.signals import BY_A_LAUNCHER, STOP, ignore_stop_signals
 
 
 def default_launch() -> str:
@@ -131,6 +132,8 @@ def launch(
     print("+ " + shlex.join(words), file=sys.stderr, flush=True)
     stop_file, token = run_dir / "stop", start_token(os.environ, address)
     run_dir.mkdir(parents=True, exist_ok=True)
+    if address is None:  # on several machines it may be of another launcher of this start
+        _forget_stop(stop_file)
     child: subprocess.Popen[bytes] | None = None
     signals = 0
 
@@ -175,6 +178,14 @@ def launch(
         reported = Path(name).read_text()
         Path(name).unlink(missing_ok=True)
     return own_exit_code(code, reported)
+
+
+def _forget_stop(stop_file: Path) -> None:
+    """Remove the stop file of a launcher that was killed before it could do so. All starts in an interactive Slurm job
+    have the same token, so it would stop this one."""
+    with contextlib.suppress(OSError):
+        if stop_file.read_text(encoding="utf-8", errors="replace").startswith(BY_A_LAUNCHER):
+            stop_file.unlink()
 
 
 def run_ranks(words: Sequence[str], threads: int, variables: Mapping[str, str]) -> int:

@@ -22,6 +22,7 @@ _POSITIVE = {
     *("decoder_layers", "decoder_attention_heads", "decoder_ffn_dim"),
 }
 """Sizes that are 1 or more; others, such as the number of shared experts, may be 0."""
+_OF_WEIGHTS = ("dtype", "torch_dtype")
 _LARGEST_SIZE = 2**31 - 1
 _ACTIVATIONS = {"hidden_act", "hidden_activation", "activation_function", "activation"}
 
@@ -49,6 +50,11 @@ def config_from_keys(
     config_class = CONFIG_MAPPING[model_type]
     known = set(config_class().to_dict()) | set(config_class.attribute_map)
     for key in keys:
+        if key in _OF_WEIGHTS:
+            raise RecipeError(
+                f"model.config.{key}: has no effect: new weights are trained in fp32. train.precision sets the data "
+                "type of the computation, save.dtype that of the exported weights"
+            )
         if key not in known:
             near = _nearest(key, known, 1, "model.config.")
             raise RecipeError(f"model.config.{key}: a {model_type} config has no such key{near}")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from ptft_dist.config.named_models import named_models
+from ptft_dist.config.places import local_directory
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.errors import CheckpointError, RecipeError
 
@@ -20,13 +21,26 @@ def directory_or_hub_name(path: str, base: Path, key: str) -> str:
     Raises:
         RecipeError: the name has the form of a path, and there is no such directory.
     """
-    given = Path(path).expanduser()
-    for candidate in (base / given, given.absolute()):
-        if candidate.is_dir():
-            return str(candidate)
-    if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
-        raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
-    return path
+    directory = local_directory(path, base, key)
+    return path if directory is None else str(directory)
+
+
+def check_revisions(recipe: Recipe, base: Path) -> None:
+    """Raises RecipeError if a local directory is named with a revision, which only a model of the Hub has.
+
+    base: the recipe's directory.
+    """
+    for named in named_models(recipe):
+        try:
+            local = named.revision is not None and local_directory(named.name, base, named.key)
+        except RecipeError:  # it may not exist yet, and is reported when it is read
+            continue
+        if local:
+            keys = [f"{key.rpartition('.')[0]}.revision" for key in named.key.split(", ")]
+            raise RecipeError(
+                f"{keys[0]}: has no effect on the local directory {local}; only models of the Hub have revisions. "
+                "Remove it, or rename that directory"
+            )
 
 
 def check_not_replaced(recipe: Recipe, base: Path) -> None:

@@ -7,7 +7,9 @@ Rank 0 shows all messages; other ranks show warnings, with their rank. Use `say`
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +18,7 @@ from typing import Any, TextIO
 from ptft_dist.config.secrets import hide
 
 LOGGER = logging.getLogger("ptft")
+_GONE = (errno.EPIPE, errno.EIO)
 PLAIN_EVERY_S = 10.0
 """Seconds between progress lines without a terminal, so that logs stay short."""
 
@@ -23,6 +26,21 @@ PLAIN_EVERY_S = 10.0
 def counted(count: int, noun: str) -> str:
     """`1 row`, `1,234 rows`."""
     return f"{count:,} {noun}" + "s" * (count != 1)
+
+
+def write_now(text: str, stream: TextIO, end: str = "\n") -> None:
+    """Write to stdout or stderr. Training must not fail because of it: the terminal may be closed, its reader may have
+    ended, as `tee` does at Ctrl-C, or the disk of a log may be full."""
+    try:
+        print(text, end=end, file=stream, flush=True)
+    except OSError as error:
+        _discard_if_gone(error, stream)
+
+
+def _discard_if_gone(error: OSError, stream: TextIO) -> None:
+    """Discard what follows if nobody can read it. Otherwise the interpreter fails when it flushes it at its end."""
+    if error.errno in _GONE:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _LiveLine:
@@ -34,7 +52,7 @@ class _LiveLine:
     def show(self, text: str) -> None:
         """Replace the line. An empty text shows none."""
         if text or self.text:
-            print(f"\r\x1b[2K{text}", end="", file=sys.stderr, flush=True)
+            write_now(f"\r\x1b[2K{text}", sys.stderr, end="")
         self.text = text
 
     def clear(self) -> str:
@@ -72,6 +90,13 @@ class _Stderr(logging.StreamHandler[TextIO]):
         line = LIVE.clear()
         super().emit(record)
         LIVE.show(line)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            _discard_if_gone(error, self.stream)
+        else:
+            super().handleError(record)
 
 
 def show_messages(rank: int = 0, *, quiet: bool = False) -> None:

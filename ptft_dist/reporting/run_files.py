@@ -34,6 +34,7 @@ from ptft_dist.errors import (
     RecipeError,
     StillRunningError,
     is_hardware_fault,
+    is_killed_worker,
 )
 from ptft_dist.launch.environment import Place, job_id, restarted_job, start_token, tell_launcher
 from ptft_dist.launch.result import ENVIRONMENT, RESULT, may_be_of_this_start, read_json, write_failure
@@ -241,6 +242,8 @@ class FailureReport:
             return what
         if is_hardware_fault(error):
             return f"{what}\nA GPU of {socket.gethostname()} or its connection is faulty."
+        if is_killed_worker(error):
+            return f"{what}\nPerhaps the machine ran out of memory: lower data.workers, or ask for more memory."
         if exit_code == EXIT_LOST and lost_hosts:
             return f"{what}\nLost: {', '.join(lost_hosts)}."
         if exit_code == EXIT_LOST:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ptft_dist.reporting.messages import LIVE, PLAIN_EVERY_S, clock
+from ptft_dist.reporting.messages import LIVE, PLAIN_EVERY_S, clock, write_now
 
 LONGEST_LINE = 100
 """Characters of the line of an evaluation."""
@@ -64,7 +64,7 @@ class Terminal:
         """A line that stays, above the bar."""
         LIVE.clear()
         prefix = "" if self.live else time.strftime("%m-%d %H:%M:%S  ")
-        print((prefix + text)[:LONGEST_LINE], file=sys.stderr, flush=True)
+        write_now((prefix + text)[:LONGEST_LINE], sys.stderr)
         if self.last is not None:
             LIVE.show(self._bar(*self.last))
 
@@ -76,9 +76,12 @@ class Terminal:
 
     def close(self) -> None:
         if bar := LIVE.clear():
-            print(bar, file=sys.stderr, flush=True)
+            write_now(bar, sys.stderr)
 
 
 def _columns() -> int:
-    """The width of the terminal that shows stderr; some terminals say 0."""
-    return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    """The width of the terminal that shows stderr; some terminals say 0, and one that was closed says nothing."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80

@@ -34,6 +34,7 @@ from ruamel.yaml.error import YAMLError
 from ptft_dist.api import input_fingerprint, load_recipe, values_of_environment
 from ptft_dist.config.consistency import no_metric
 from ptft_dist.config.load import Loaded
+from ptft_dist.config.places import expanded
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.section import Section
 from ptft_dist.config.shipped import find_shipped
@@ -221,7 +222,7 @@ def read_pipeline(name: str, out: str | None = None, again: Sequence[str] = ()) 
         raise RecipeError(
             "\n".join(f"{path}: {_place(each['loc'])}: {each['msg']}" for each in error.errors())
         ) from None
-    folder = Path(settings.out).absolute()
+    folder = expanded(settings.out).absolute()
     stages: dict[str, Stage] = {}
     for stage_name, each in settings.stages.items():
         if not re.fullmatch(r"[\w-]+", stage_name):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ptft_dist.config.cleaning import ExactDedupStep, NearDedupStep
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.data.cache import HashMemo
 from ptft_dist.data.cleaning.registry import text_step
 from ptft_dist.data.cleaning.stage import Named, Stage
 from ptft_dist.data.cleaning.tally import Tally
@@ -24,6 +26,11 @@ class Edits:
             if step.edits and not isinstance(step.settings, ExactDedupStep | NearDedupStep)
         ]
         self._stage = Stage(roles, tuple(steps))
+
+    def contents(self, memo: HashMemo) -> list[Any]:
+        """What affects the results besides the recipe, such as the module of a custom step."""
+        steps = [named.step for named in self._stage.steps]
+        return [step.contents(memo) for step in steps if hasattr(step, "contents")]
 
     def __call__(self, record: Record) -> Record:
         """The record after the steps.

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ptft_dist.config.places import expanded
 from ptft_dist.data.cleaning.texts import REASONING
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.common.chat_settings import CHATML as CHATML_TOKENS
@@ -107,7 +108,7 @@ def saved_template(settings: ChatSettings, base: Path, *, learned: bool) -> str 
     if name == "chatml":
         return CHATML
     if "/" in name or name.endswith((".jinja", ".j2", ".txt")):
-        path = base / Path(name).expanduser()
+        path = base / expanded(name)
         try:
             return path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
