@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -128,6 +128,7 @@ class TokenizerProvider:
             # As transformers adds them: words are looked for in the normalized text, so in any case if that is ignored.
             normalized = not special and token in self._recipe.tokenizer.add
             tokenizer.add_tokens([AddedToken(token, normalized=normalized, special=special)])
+        _check_ids(known, tokenizer, added)
         # Those of the directory were added by an earlier `build_changed`, and may be new to the network as well.
         return tokenizer, read_pieces(directory) | pieces_of(before, tokenizer)
 
@@ -152,6 +153,17 @@ class TokenizerProvider:
             texts = stream.training_texts(self._recipe, self._inputs.records, self._encoder)
             yield map(measured, first_megabytes(texts, megabytes))
         self._inputs.check_unchanged()
+
+
+def _check_ids(known: Mapping[str, int], tokenizer: Any, added: Iterable[str]) -> None:
+    """Raises RecipeError if an added token has the id of a known one: `tokenizers` counts tokens to find a free id."""
+    owners = {i: token for token, i in known.items()}
+    for token in added:
+        if token not in known and (owner := owners.get(i := tokenizer.convert_tokens_to_ids(token))) is not None:
+            raise RecipeError(
+                f"tokenizer: {token!r} would get the id {i}, which {owner!r} has, because smaller ids have no token. "
+                "Use a tokenizer without gaps in its ids, or add no tokens"
+            )
 
 
 def _is_control(token: str, template: str) -> bool:
