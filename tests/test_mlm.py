@@ -205,6 +205,15 @@ def test_special_tokens_do_not_count_in_the_share_of_spans(tokenizers: dict[str,
         assert (targets != -100).sum() == 30
 
 
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_short_rows_have_their_share_of_spans(tokenizers: dict[str, Any], length: int) -> None:
+    """15 % of their tokens over many rows, though no row has 15 % of a token."""
+    masker = make(tokenizers["bpe"], unit="span").rows.masker
+    ids, generator = np.full(length, 300), np.random.default_rng(0)
+    share = np.mean([masker.mask(ids, generator)[1] != -100 for _ in range(2000)])
+    assert 0.13 < share < 0.17
+
+
 def test_the_choice_follows_from_seed_epoch_and_row_alone(tokenizers: dict[str, Any]) -> None:
     task, rows = make(tokenizers["bpe"]), rows_of(tokenizers["bpe"], 4)
     together = task.collate(rows, [(3, i) for i in range(4)]).inputs

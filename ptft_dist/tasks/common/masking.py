@@ -68,9 +68,12 @@ def choose(
 
 
 def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Generator) -> np.ndarray:
-    """Draw spans of geometric length until the fraction is reached; no span contains a special token."""
+    """Draw spans of geometric length until the fraction is reached; no span contains a special token.
+
+    A part of a token is rounded up with its own probability, so that rows of few tokens are predicted as often.
+    """
     chosen = np.zeros(len(special), bool)
-    budget = round(settings.probability * int((~special).sum()))
+    budget = int(settings.probability * int((~special).sum()) + random.random())
     mean = settings.span_length or SPAN_LENGTH
     tries = 0
     while chosen.sum() < budget and tries < 20 * len(special):
