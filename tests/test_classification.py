@@ -252,6 +252,16 @@ def test_virtual_tokens_before_a_decoder(config: Any) -> None:
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("pair", "roles", "warned"), [(True, ("eos",), True), (True, ROLES, False), (False, ("eos",), False)]
+)
+def test_two_texts_without_a_token_between_them(pair: bool, roles: tuple[str, ...], warned: bool) -> None:
+    ours, words = recipe(pair=pair), tokenizer(roles)
+    warnings = ClassificationRows(EncoderContext.of(ours, words, survey())).warnings()
+    assert bool(warnings) == warned
+    assert all("no token between the two texts" in each for each in warnings)
+
+
 def test_a_config_with_another_padding_is_made_right() -> None:
     """A decoder whose config names another token than the one its rows are filled up with would read the padding."""
     words = tokenizer(("eos", "pad"))
