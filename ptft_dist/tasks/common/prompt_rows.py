@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 TOO_LONG = "longer than data.max_length"
 CUT = "without their beginning, to fit data.max_length"
 NO_COLUMN = "without the column {name!r} for reward functions ({why})"
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What every reward function gets besides the columns."""
 
 
 class PromptRows(RowEncoder):
@@ -104,6 +106,7 @@ class PromptRows(RowEncoder):
             ids, notes = ids[len(begin) + len(ids) - self.max_length :], (CUT,)
         others = {name: x for name, x in record.values.items() if name not in ("prompt", "messages")}
         left_out = {name: f"{why}; convert it to text" for name, why in not_json(others).items()}
+        left_out |= {name: "an argument of theirs has this name; rename it" for name in ARGUMENTS if name in others}
         notes += tuple(NO_COLUMN.format(name=name, why=why) for name, why in left_out.items())
         columns = {name: x for name, x in others.items() if name not in left_out}
         given = (prompt.prompt, None) if isinstance(prompt, Plain) else (prompt.messages, prompt.tools)
