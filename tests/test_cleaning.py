@@ -480,6 +480,8 @@ def test_damaged_records_are_named(tmp_path: Path, tokenizer: Path) -> None:
     ("steps", "message"),
     [
         (["unicod"], "did you mean unicode?"),
+        ([{"quality": {"rules": ["c4"], "min_words": 5}}], "min_words: has no effect here: it needs gopher in rules"),
+        ([{"quality": {"min_words": 9, "max_words": 5}}], "quality.min_words: 9 is more than max_words (5)"),
         ([{"unicode": {}, "html": {}}], "exactly one of"),
         ([{"exact_dedup": {"unit": "word"}}], "one of document, paragraph, line"),
         ([{"exact_dedup": {"min_characters": 9}}], "needs unit: paragraph or line"),
