@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from prepare_support import all_ids, prepare, recipe, save_tokenizer
 from support import fork_server
+from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.cleaning import ExactDedupStep, NearDedupStep
@@ -404,6 +405,22 @@ def test_conversations_with_other_tool_calls_are_no_duplicates(tmp_path: Path, t
 
     rows = [calling(city) for city in ("paris", "rome", "paris", "oslo")]
     assert cleaned(tmp_path, tokenizer, [step], rows) == [rows[0], rows[1], rows[3]]
+
+
+def test_relations_of_one_text_are_no_duplicates(tmp_path: Path) -> None:
+    """Rows with the same text and other entities are other examples."""
+    spans = [([0, 3], [8, 11]), ([8, 11], [0, 3]), ([0, 3], [8, 11])]
+    rows = [{"text": "Ann and Bob", "label": f"r{i}", "head": h, "tail": t} for i, (h, t) in enumerate(spans)]
+    raw = json.loads(write_tiny(tmp_path, "classification").read_text())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw["data"] |= {"train": [{"path": "rows.jsonl"}], "steps": ["exact_dedup"], "cache_dir": "cache"}
+    raw["classification"] = {"entities": True}
+    given = recipe_class().model_validate(raw)
+    found = records_of(given, tmp_path, encoder_class("classification")).of("train", 0)
+    assert [record.values["label"] for record in found] == ["r0", "r1"]
+    raw["data"]["steps"] = ["near_dedup"]
+    with pytest.raises(ValueError, match="near_dedup compares texts only, and rows of one text differ in head, tail"):
+        recipe_class().model_validate(raw)
 
 
 @pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])

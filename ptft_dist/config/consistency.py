@@ -60,6 +60,12 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
             if step.edits:
                 text = f"{step.name} changes texts, which task {task} does not allow: {settings.fixed_texts}"
                 yield Problem(("data", "steps", number), text)
+    if settings.compared_roles:
+        columns = ", ".join(settings.compared_roles)
+        for number, step in enumerate(recipe.data.steps):
+            if step.near_dedup is not None:
+                text = f"near_dedup compares texts only, and rows of one text differ in {columns}; use exact_dedup"
+                yield Problem(("data", "steps", number), text)
     if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
         yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
     if recipe.tokenizer.train is None:
