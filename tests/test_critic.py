@@ -16,7 +16,7 @@ from rl_support import llama as policy_of
 from rl_support import look, some_trajectories, task_for
 from support import Start, outcome, start, train_rows
 from tiny import write_tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
@@ -117,6 +117,16 @@ def test_it_is_trained_exported_and_resumed(
     again = done(start("train", "recipe.yaml", cwd=tmp_path / "ddp", cache=cache, ranks=2))
     assert "resumed from" in again.stderr
     assert outcome(run_dir) == expected
+
+
+def test_an_encoder_is_no_critic(tmp_path: Path) -> None:
+    """The value before a token would depend on the tokens after it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    judge = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=24, num_labels=1, **sizes))
+    judge.save_pretrained(tmp_path)
+    source = FrozenSource("ppo.critic", ModelSection(path=str(tmp_path), dtype="fp32"))
+    with pytest.raises(RecipeError, match=r"^ppo\.critic: .* cannot be a critic\. Use a decoder, or a reward model"):
+        add_critic(policy_of(0), source)
 
 
 def test_an_adapter_is_no_critic(tmp_path: Path) -> None:
