@@ -424,6 +424,15 @@ def test_relations_of_one_text_are_no_duplicates(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
+def test_nothing_is_left_to_compare(tmp_path: Path, tokenizer: Path, step: str) -> None:
+    """The step before drops all records."""
+    given = clm(
+        tokenizer, [{"language": {"keep": ["zh"]}}, step], train=write(tmp_path / "rows.jsonl", ["an English text"])
+    )
+    assert texts_of(given, tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
 def test_rows_without_text_are_not_compared(tmp_path: Path, tokenizer: Path, step: str) -> None:
     """Their content is what no step reads, so nothing says that they are equal."""
     empty = [conversation([{"type": "image", "image": name}], " ") for name in ("one", "two")]
