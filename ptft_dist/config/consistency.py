@@ -66,10 +66,10 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
             if step.near_dedup is not None:
                 text = f"near_dedup compares texts only, and rows of one text differ in {columns}; use exact_dedup"
                 yield Problem(("data", "steps", number), text)
-    for number, step in enumerate(recipe.data.steps if settings.texts_per_row > 1 else ()):
+    for number, step in enumerate(recipe.data.steps if settings.linked_texts else ()):
         if step.exact_dedup is not None and (unit := step.exact_dedup.unit) != "document":
-            text = f"exact_dedup of {unit}s removes from the rejected text what the chosen one has too, as their prompt"
-            yield Problem(("data", "steps", number), f"{text}; use unit: document")
+            text = f"exact_dedup drops {unit}s of one text only, and {settings.linked_texts}; use unit: document"
+            yield Problem(("data", "steps", number), text)
     if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
         yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
     if recipe.tokenizer.train is None:

@@ -92,6 +92,11 @@ class TaskSettings(Section):
         return ()
 
     @property
+    def linked_texts(self) -> str | None:
+        """Why exact_dedup may not drop lines of a text that another text of the row has; None: it may."""
+        return None
+
+    @property
     def fixed_texts(self) -> str | None:
         """Why data.steps may not change the texts; None: it may."""
         return None
