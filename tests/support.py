@@ -173,6 +173,9 @@ class Vocabulary:
     def __len__(self) -> int:
         return self.size
 
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(self.size)}
+
 
 # --- processes --------------------------------------------------------------------------------------------------------
 

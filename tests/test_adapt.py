@@ -38,6 +38,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, check_backend
 from ptft_dist.networks.adapt.adalora import Orthogonality
 from ptft_dist.networks.adapt.adapters import adapter_state, write_adapter
+from ptft_dist.networks.adapt.bottleneck import places
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
 from ptft_dist.networks.adapt.rates import lr_scales
 from ptft_dist.networks.export import cast_weights
@@ -490,6 +491,26 @@ def test_bottleneck_adapters_compute_the_papers_formula() -> None:
     pfeiffer = adapted(bert(), "bottleneck", task_type="SEQ_CLS")
     names = [name for name, module in pfeiffer.named_modules() if type(module).__name__ == "BottleneckLayer"]
     assert [name.split("layer.")[1] for name in names] == ["0.output.dense", "1.output.dense"]
+
+
+@pytest.mark.parametrize("kind", ["gptj", "gpt_neo", "phi", "mpt"])
+def test_houlsby_adapters_stand_after_both_layers(kind: str) -> None:
+    """Some networks have names of their own for them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind))
+    names = places(model, "houlsby")
+    assert names
+    blocks = [name.split(".")[2] for name in names]
+    assert all(blocks.count(block) == 2 for block in blocks)
+
+
+def test_bottleneck_adapters_need_known_places() -> None:
+    """Experts are no linear layers, and half of the adapters would be another method."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+    mixtral = network({"model_type": "mixtral", "vocab_size": 64, **sizes}, AutoModelForCausalLM)
+    with pytest.raises(RecipeError, match="set targets, because it is not known where houlsby adapters stand"):
+        adapted(mixtral, {"bottleneck": {"placement": "houlsby"}})
 
 
 @pytest.mark.parametrize("tied", [True, False])

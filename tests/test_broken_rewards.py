@@ -692,6 +692,18 @@ def test_columns_that_are_not_json_are_left_out_and_counted(session: Make, tmp_p
     assert "type Decimal" in parts
 
 
+def test_columns_with_the_names_of_arguments_are_left_out_and_counted(session: Make, tmp_path: Path) -> None:
+    """A function cannot get two arguments of one name."""
+    rows = [{"prompt": "the cat", "answer": "3", "completions": ["a", "b"], "completion_ids": [1]}] * 4
+    write_rows(tmp_path / "p.jsonl", rows)
+    found = session("ppo", {}, data={"train": [{"path": str(tmp_path / "p.jsonl")}]}, start=True)
+    assert found.store.row(0).meta["columns"] == {"answer": "3"}
+    assert list(found.prepared.report.notes) == [
+        f"without the column '{name}' for reward functions (an argument of theirs has this name; rename it)"
+        for name in ("completions", "completion_ids")
+    ]
+
+
 def test_half_a_surrogate_pair_in_a_column_is_kept(session: Make, tmp_path: Path) -> None:
     write_rows(tmp_path / "p.jsonl", [{"prompt": "the cat", "note": "a \ud83d"}])
     one = {"global_size": 1, "micro_size": 1}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from prepare_support import prepare
 from support import eval_rows, start
 from task_support import for_model, make_task
@@ -229,6 +231,35 @@ def test_padding_does_not_change_a_row(kind: str, roles: tuple[str, ...]) -> Non
                 by_hand.append(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(together, torch.cat(by_hand), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_before_a_decoder(config: Any) -> None:
+    """transformers would read the last column, also where it is padding. peft alone reads single rows."""
+    ours, words = recipe("llama"), tokenizer()
+    rows = encoded(ours, words, [{"text": text, "label": "thing"} for text in TEXTS])
+    task, model = made(ours, words)
+    single = copy.deepcopy(model)
+    single.score._forward_hooks.clear()
+    adapted = []
+    for each in (model, single):
+        torch.manual_seed(0)
+        adapted.append(get_peft_model(each, config(task_type="SEQ_CLS", num_virtual_tokens=3)).eval())
+    with torch.no_grad():
+        together = task.loss(adapted[0], task.collate(rows, keys(12)).inputs).predictions
+        alone = [adapted[1](input_ids=torch.from_numpy(row.input_ids)[None]).logits for row in rows]
+        task.probe().check(task.probe().outputs(adapted[0], task.probe().inputs))
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pair", "roles", "warned"), [(True, ("eos",), True), (True, ROLES, False), (False, ("eos",), False)]
+)
+def test_two_texts_without_a_token_between_them(pair: bool, roles: tuple[str, ...], warned: bool) -> None:
+    ours, words = recipe(pair=pair), tokenizer(roles)
+    warnings = ClassificationRows(EncoderContext.of(ours, words, survey())).warnings()
+    assert bool(warnings) == warned
+    assert all("no token between the two texts" in each for each in warnings)
 
 
 def test_a_config_with_another_padding_is_made_right() -> None:

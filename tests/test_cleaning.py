@@ -18,6 +18,7 @@ import pyarrow.parquet
 import pytest
 from prepare_support import all_ids, prepare, recipe, save_tokenizer
 from support import fork_server
+from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
 from ptft_dist.config.cleaning import ExactDedupStep, NearDedupStep
@@ -406,6 +407,31 @@ def test_conversations_with_other_tool_calls_are_no_duplicates(tmp_path: Path, t
     assert cleaned(tmp_path, tokenizer, [step], rows) == [rows[0], rows[1], rows[3]]
 
 
+def test_relations_of_one_text_are_no_duplicates(tmp_path: Path) -> None:
+    """Rows with the same text and other entities are other examples."""
+    spans = [([0, 3], [8, 11]), ([8, 11], [0, 3]), ([0, 3], [8, 11])]
+    rows = [{"text": "Ann and Bob", "label": f"r{i}", "head": h, "tail": t} for i, (h, t) in enumerate(spans)]
+    raw = json.loads(write_tiny(tmp_path, "classification").read_text())
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    raw["data"] |= {"train": [{"path": "rows.jsonl"}], "steps": ["exact_dedup"], "cache_dir": "cache"}
+    raw["classification"] = {"entities": True}
+    given = recipe_class().model_validate(raw)
+    found = records_of(given, tmp_path, encoder_class("classification")).of("train", 0)
+    assert [record.values["label"] for record in found] == ["r0", "r1"]
+    raw["data"]["steps"] = ["near_dedup"]
+    with pytest.raises(ValueError, match="near_dedup compares texts only, and rows of one text differ in head, tail"):
+        recipe_class().model_validate(raw)
+
+
+@pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
+def test_nothing_is_left_to_compare(tmp_path: Path, tokenizer: Path, step: str) -> None:
+    """The step before drops all records."""
+    given = clm(
+        tokenizer, [{"language": {"keep": ["zh"]}}, step], train=write(tmp_path / "rows.jsonl", ["an English text"])
+    )
+    assert texts_of(given, tmp_path) == []
+
+
 @pytest.mark.parametrize("step", ["exact_dedup", "near_dedup"])
 def test_rows_without_text_are_not_compared(tmp_path: Path, tokenizer: Path, step: str) -> None:
     """Their content is what no step reads, so nothing says that they are equal."""
@@ -441,6 +467,15 @@ def test_steps_that_change_texts_are_refused_where_answers_are_positions(tokeniz
     with pytest.raises(ValueError, match="changes texts, which task"):
         labelled(tokenizer, task, [step])
     labelled(tokenizer, task, ["exact_dedup", "near_dedup", {"language": {"keep": ["en"]}}])
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward", "kto", "seq2seq"])
+def test_parts_that_both_answers_have_are_not_removed_from_one(tokenizer: Path, task: str) -> None:
+    """Such as the prompt, which chosen and rejected begin with: it would be left in the chosen text only."""
+    for unit in ("line", "paragraph"):
+        with pytest.raises(ValueError, match=f"exact_dedup drops {unit}s of one text only, and "):
+            labelled(tokenizer, task, [{"exact_dedup": {"unit": unit}}])
+    labelled(tokenizer, task, ["exact_dedup", "near_dedup"])
 
 
 def test_the_report_counts_and_shows_what_changed(tmp_path: Path, tokenizer: Path) -> None:
@@ -480,6 +515,8 @@ def test_damaged_records_are_named(tmp_path: Path, tokenizer: Path) -> None:
     ("steps", "message"),
     [
         (["unicod"], "did you mean unicode?"),
+        ([{"quality": {"rules": ["c4"], "min_words": 5}}], "min_words: has no effect here: it needs gopher in rules"),
+        ([{"quality": {"min_words": 9, "max_words": 5}}], "quality.min_words: 9 is more than max_words (5)"),
         ([{"unicode": {}, "html": {}}], "exactly one of"),
         ([{"exact_dedup": {"unit": "word"}}], "one of document, paragraph, line"),
         ([{"exact_dedup": {"min_characters": 9}}], "needs unit: paragraph or line"),

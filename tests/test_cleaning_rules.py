@@ -363,6 +363,13 @@ def test_decontaminate(evaluation: Path) -> None:
     assert dropped(evaluation, "two three four", ngram=3) == "contaminated: shares 3 words with eval.jsonl"
 
 
+def test_decontaminate_by_a_text_that_is_a_list_of_words(tmp_path: Path) -> None:
+    """As those of .conll files, whose single words are too short to search for."""
+    words = "the european commission said on thursday it disagreed with german advice ."
+    (tmp_path / "eval.conll").write_text("".join(f"{word} O\n" for word in words.split()))
+    assert dropped(tmp_path, words.upper()) == "contaminated: shares 11 words with eval.conll"
+
+
 def test_decontaminate_beside_a_naive_search(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = [" ".join(rng.choices("abcd", k=rng.randint(1, 30))) for _ in range(20)]

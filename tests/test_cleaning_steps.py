@@ -276,7 +276,7 @@ def test_html_of_real_pages() -> None:
 def test_language_of(text: str, code: str) -> None:
     found, score = language_of(text)
     assert found == code
-    assert (score == 0) if code == "und" else (0.5 < score <= 1)
+    assert (score == 1) if code == "und" else (0.5 < score <= 1)
     assert language_of(text) == (found, score)
 
 
@@ -308,6 +308,8 @@ def test_language_step() -> None:
     drop = step("language", drop=["de"])
     assert [drop(text).dropped for text in (english, chinese)] == [None, None]
     assert drop(german).dropped == "language: de"
+    assert step("language", keep=["und"])("12:30 - 45%").dropped is None
+    assert keep("12:30 - 45%").dropped == "language: und"
     score = language_of("ok")[1]
     assert 0 < score < 0.9
     reason = "language: en, with a probability below 0.9"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from rl_support import llama as policy_of
 from rl_support import look, some_trajectories, task_for
 from support import Start, outcome, start, train_rows
 from tiny import write_tiny
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
 from ptft_dist.networks.critic import add_critic, token_values
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.frozen import FrozenSource
+from ptft_dist.tasks.ppo.task import Ppo
 
 FOUR: dict[str, Any] = {"train": {"max_steps": 4}, "eval": {"every": 2}, "save": {"every": 2}}  # updates
 
@@ -114,6 +117,24 @@ def test_it_is_trained_exported_and_resumed(
     again = done(start("train", "recipe.yaml", cwd=tmp_path / "ddp", cache=cache, ranks=2))
     assert "resumed from" in again.stderr
     assert outcome(run_dir) == expected
+
+
+def test_an_encoder_is_no_critic(tmp_path: Path) -> None:
+    """The value before a token would depend on the tokens after it."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    judge = AutoModelForSequenceClassification.from_config(BertConfig(vocab_size=24, num_labels=1, **sizes))
+    judge.save_pretrained(tmp_path)
+    source = FrozenSource("ppo.critic", ModelSection(path=str(tmp_path), dtype="fp32"))
+    with pytest.raises(RecipeError, match=r"^ppo\.critic: .* cannot be a critic\. Use a decoder, or a reward model"):
+        add_critic(policy_of(0), source)
+
+
+def test_an_adapter_is_no_critic(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    setup = task_for(policy_of(0), "ppo", {"kl": 0.0}).setup
+    setup = replace(setup, settings=setup.settings.model_copy(update={"critic": str(tmp_path)}))
+    with pytest.raises(RecipeError, match=r"^ppo\.critic: .* is an adapter, and a critic .* Merge it into its base"):
+        Ppo.check_setup(setup, {})
 
 
 def test_a_critic_that_does_not_fit_is_refused(tmp_path: Path, starts: Path, cache: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,16 @@ import pytest
 import torch
 from support import ROOT, outcome, start, train_rows, write_recipe
 from task_support import for_model, make_task
+from tokenizers import Tokenizer
 from transformers import AutoModelForMaskedLM, BertConfig, PreTrainedTokenizerFast, RobertaConfig
 
 from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.store import Row
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
-from ptft_dist.networks.load import build_model
+from ptft_dist.networks.load import build_config, build_model
 from ptft_dist.tasks.common.masking import word_beginnings
 from ptft_dist.tasks.mlm.settings import MlmSettings
 from ptft_dist.tasks.mlm.task import MaskedLM
@@ -160,6 +163,23 @@ def test_random_replacements_are_uniform(tokenizers: dict[str, Any]) -> None:
     assert times.max() < 70
 
 
+@pytest.mark.parametrize("unit", ["token", "word"])
+def test_ids_without_a_token(tokenizers: dict[str, Any], unit: str) -> None:
+    """Tokens were removed from the vocabulary, so that the largest id is beyond the number of tokens."""
+    backend = json.loads(tokenizers["wordpiece"].backend_tokenizer.to_str())
+    vocabulary = backend["model"]["vocab"]
+    last = max(vocabulary.values())
+    for token in [token for token, i in vocabulary.items() if last - 40 < i < last]:
+        del vocabulary[token]
+    gaps = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), mask_token="[MASK]")
+    assert id_count(gaps) == last + 1 > len(gaps) == last - 38
+    settings = recipe(unit=unit, probability=0.999, mask_share=0.0, random_share=1.0)
+    seen, targets = make_task(settings, gaps).rows.masker.mask(np.full(5000, last), np.random.default_rng(0))
+    assert (targets == last).any()
+    assert set(seen.tolist()) <= set(vocabulary.values())
+    assert build_config(settings.model, gaps, 32).vocab_size == last + 1
+
+
 def test_a_span_is_masked_replaced_or_kept_as_one(tokenizers: dict[str, Any]) -> None:
     task, fates = make(tokenizers["bpe"], unit="span"), {"masked": 0, "replaced": 0, "kept": 0}
     for i in range(40):
@@ -183,6 +203,15 @@ def test_special_tokens_do_not_count_in_the_share_of_spans(tokenizers: dict[str,
     for i in range(10):
         _, targets = task.rows.masker.mask(ids, np.random.default_rng((0, 0, i)))
         assert (targets != -100).sum() == 30
+
+
+@pytest.mark.parametrize("length", [1, 3, 7])
+def test_short_rows_have_their_share_of_spans(tokenizers: dict[str, Any], length: int) -> None:
+    """15 % of their tokens over many rows, though no row has 15 % of a token."""
+    masker = make(tokenizers["bpe"], unit="span").rows.masker
+    ids, generator = np.full(length, 300), np.random.default_rng(0)
+    share = np.mean([masker.mask(ids, generator)[1] != -100 for _ in range(2000)])
+    assert 0.13 < share < 0.17
 
 
 def test_the_choice_follows_from_seed_epoch_and_row_alone(tokenizers: dict[str, Any]) -> None:

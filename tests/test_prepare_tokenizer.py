@@ -106,6 +106,19 @@ def of_task(task: str, model_type: str) -> Recipe:
     return recipe_class().model_validate(raw)
 
 
+def test_an_added_token_does_not_get_the_id_of_another_one(tmp_path: Path) -> None:
+    """The ids of this tokenizer have a gap, and `tokenizers` counts tokens to find the next id."""
+    file = save_tokenizer(write_text(tmp_path) / "words") / "tokenizer.json"
+    state = json.loads(file.read_text())
+    last = max(state["model"]["vocab"], key=state["model"]["vocab"].get)
+    state["model"]["vocab"][last] += 1
+    file.write_text(json.dumps(state))
+    ours = recipe(file.parent)
+    added = ours.tokenizer.model_copy(update={"add": ("wizardry",)})
+    with pytest.raises(RecipeError, match=f"tokenizer: 'wizardry' would get the id 300, which {last!r} has"):
+        prepare(ours.model_copy(update={"tokenizer": added}), tmp_path)
+
+
 def test_two_tasks_over_one_source_learn_with_their_own_special_tokens(tmp_path: Path) -> None:
     base = write_text(tmp_path)
     causal = prepare(of_task("clm", "llama"), base)

@@ -43,6 +43,7 @@ from ptft_dist.rl.sampling import sample
 from ptft_dist.tasks.common.chat_template import CHATML
 from ptft_dist.tasks.common.generation import left_padded
 from ptft_dist.tasks.common.preference_rows import PreferenceRows, halves
+from ptft_dist.tasks.common.prompt_rows import PromptRows
 from ptft_dist.tasks.protocol import TaskSetup
 from ptft_dist.tasks.registry import task_class
 from ptft_dist.tasks.reward.settings import RewardSettings
@@ -566,6 +567,28 @@ def test_a_reward_model_gets_conversations_as_its_own_chat_template_writes_them(
 
 def said_by_assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
+
+
+def test_a_row_s_own_system_message_and_tools_are_read(tmp_path: Path) -> None:
+    """As dpo reads them; a reward model with another template gets them too."""
+    tokenizer = tokenizer_of(300, "{{ tools | tojson }}" + TEMPLATE)
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    chat = [{"role": "user", "content": "the cat"}]
+    rows = [{"prompt": chat, "system": "eats", "tools": json.dumps([tool])}, {"prompt": chat}]
+    made = recipe("ppo", {"system": "sleeps"}, data={"max_length": 300})
+    encoder = PromptRows(EncoderContext.of(made, tokenizer, {}))
+    for row, system, tools in zip(rows, ("eats", "sleeps"), ([tool], None), strict=True):
+        ((example,),) = [outcome.examples for outcome in encoder.outcomes([Record(row, "here")])]
+        messages = [{"role": "system", "content": system}, *chat]
+        expected = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"]
+        assert example.columns["input_ids"].tolist() == expected
+        assert (example.meta["prompt"], example.meta["tools"]) == (messages, tools)
+    tokenizer_of(300, "{{ tools | tojson }}-" + TEMPLATE).save_pretrained(tmp_path)
+    model = RewardModel("ppo.rewards.0.model", str(tmp_path), tokenizer)
+    each = said(tokenizer, chat, "eats", True)
+    each.prompt = dataclasses.replace(each.prompt, tools=[tool])
+    written = model.template_of.apply_chat_template([*chat, said_by_assistant("eats")], tools=[tool])["input_ids"]
+    assert model.texts([each])[0].tolist() == written
 
 
 def test_a_conversation_without_a_chat_template(policy_tokenizer: Any, tmp_path: Path) -> None:

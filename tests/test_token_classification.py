@@ -22,13 +22,13 @@ from transformers import AutoTokenizer, BertConfig, BertForTokenClassification, 
 
 from ptft_dist.config.recipe import Recipe
 from ptft_dist.config.tokenizer_section import TokenizerTraining
-from ptft_dist.data.formats import read_file
+from ptft_dist.data.formats import Record, read_file
 from ptft_dist.data.prepare import Prepared
 from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.tasks.common.scores.entities import AVERAGES, entities, entity_scores, score_names
 from ptft_dist.tasks.registry import recipe_class
-from ptft_dist.tasks.token_classification.encode import misplaced
+from ptft_dist.tasks.token_classification.encode import TaggedRows, misplaced, tag_names
 from ptft_dist.tasks.token_classification.task import TokenClassification
 from ptft_dist.training.batches import mask_all
 
@@ -371,6 +371,15 @@ def test_a_tag_that_training_does_not_know_is_named(tmp_path: Path) -> None:
 def test_sentences_without_words_are_left_out_and_counted(tmp_path: Path) -> None:
     prepared, _, _ = made(tmp_path, [*sentences(3), {"tokens": [], "tags": []}], sentences(2))
     assert prepared.report.dropped["without words"] == (1, [f"{tmp_path}/train.jsonl:4"])
+
+
+def test_a_row_without_tags_is_encoded_whatever_the_labels_are(tmp_path: Path) -> None:
+    """No tag of these labels is valid at every word, and no tags at all are valid for three words."""
+    settings = make_recipe(tmp_path, [], [], token_classification={"scheme": "bioes"}).settings
+    survey = {"labels": ["B-LOC", "E-LOC"]}
+    record = Record(TaggedRows.unanswered(settings, survey, {"tokens": ["a", "new", "york"]}), "here")
+    TaggedRows.check(settings, record)
+    assert set(tag_names(settings, record)) <= set(survey["labels"])
 
 
 @pytest.mark.parametrize(

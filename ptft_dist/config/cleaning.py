@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, model_validator
 
-from ptft_dist.config.section import Fraction, Section, Text, exactly_one
+from ptft_dist.config.section import Fraction, Section, Text, exactly_one, only_with
 
 QualityRules = Literal["gopher", "c4", "fineweb"]
 PersonalData = Literal["email", "ip", "phone", "chinese_id", "chinese_mobile"]
@@ -71,6 +71,13 @@ class QualityStep(Section):
     """Gopher: records with fewer words are dropped. In languages without spaces, each character is a word."""
     max_words: PositiveInt = 100_000
     """Gopher: records with more words are dropped."""
+
+    @model_validator(mode="after")
+    def _check(self) -> QualityStep:
+        only_with(self, ("min_words", "max_words"), "gopher" in self.rules, "gopher in rules")
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words: {self.min_words:,} is more than max_words ({self.max_words:,})")
+        return self
 
 
 class PiiStep(Section):

@@ -60,6 +60,16 @@ def _task(recipe: Recipe) -> Iterator[Problem]:
             if step.edits:
                 text = f"{step.name} changes texts, which task {task} does not allow: {settings.fixed_texts}"
                 yield Problem(("data", "steps", number), text)
+    if settings.compared_roles:
+        columns = ", ".join(settings.compared_roles)
+        for number, step in enumerate(recipe.data.steps):
+            if step.near_dedup is not None:
+                text = f"near_dedup compares texts only, and rows of one text differ in {columns}; use exact_dedup"
+                yield Problem(("data", "steps", number), text)
+    for number, step in enumerate(recipe.data.steps if settings.linked_texts else ()):
+        if step.exact_dedup is not None and (unit := step.exact_dedup.unit) != "document":
+            text = f"exact_dedup drops {unit}s of one text only, and {settings.linked_texts}; use unit: document"
+            yield Problem(("data", "steps", number), text)
     if recipe.data.bad_rows != "stop" and isinstance(settings, DocumentSettings):
         yield Problem(("data", "bad_rows"), f"{_NO_EFFECT} it needs a task with rows, and not {task}")
     if recipe.tokenizer.train is None:

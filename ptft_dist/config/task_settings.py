@@ -87,6 +87,16 @@ class TaskSettings(Section):
         return ("text",)
 
     @property
+    def compared_roles(self) -> tuple[str, ...]:
+        """The columns besides texts that make a row another one than one with equal texts, for exact_dedup."""
+        return ()
+
+    @property
+    def linked_texts(self) -> str | None:
+        """Why exact_dedup may not drop lines of a text that another text of the row has; None: it may."""
+        return None
+
+    @property
     def fixed_texts(self) -> str | None:
         """Why data.steps may not change the texts; None: it may."""
         return None

@@ -45,7 +45,7 @@ from ptft_dist.errors import DataError, RecipeError
 
 __all__ = ["PREPARE_VERSION", "Prepared", "describe", "prepare"]
 
-PREPARE_VERSION = 4
+PREPARE_VERSION = 5
 """Part of every fingerprint. Increase it when the same input gives different rows than before."""
 
 

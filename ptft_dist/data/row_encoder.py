@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ptft_dist.config.recipe import Source
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.data.columns import missing_columns
 from ptft_dist.data.encoder import Encoder, EncoderContext, Example, LeftOut, Outcome, RowError, Side
 from ptft_dist.data.example_store import META, ExampleStore, ExampleWriter, as_column, meta_bytes, token_dtype
@@ -51,7 +52,7 @@ class RowEncoder(Encoder):
             )
         self.backend = text_only_backend(tokenizer)
         self.backend.encode_special_tokens = self.text_only
-        token = token_dtype(max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1))
+        token = token_dtype(id_count(tokenizer))
         columns = {"input_ids": "token", **self.columns}
         self.dtypes = {name: token if dtype == "token" else dtype for name, dtype in columns.items()}
         unknown = tokenizer.unk_token_id

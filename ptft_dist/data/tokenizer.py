@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.config.tokenizer_section import TokenizerTraining
 from ptft_dist.data.cache import fingerprint
 from ptft_dist.data.fast_bpe import TextTokens
@@ -226,7 +227,7 @@ class DocumentEncoder:
             RecipeError: the tokenizer has no such token.
         """
         begin, end = boundaries
-        self.vocab_size = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+        self.vocab_size = id_count(tokenizer)
         self._prefix = [] if begin is None else [_special_id(tokenizer, begin)]
         self._end = _special_id(tokenizer, end)
         # Within a text, one of these would look like the boundary between two documents.

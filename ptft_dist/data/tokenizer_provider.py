@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -117,7 +117,8 @@ class TokenizerProvider:
             what = f"learning {extension.tokens:,} new tokens from the training texts"
             with self._texts(what, extension.max_megabytes) as texts:
                 tokenizer = extend(before, extension, texts)
-        _check_new(self._recipe.tokenizer.add, tokenizer)
+        known = tokenizer.get_vocab()
+        _check_new(self._recipe.tokenizer.add, tokenizer, known)
         if template is not None:
             tokenizer.chat_template = template
         control = str(tokenizer.chat_template or "")
@@ -126,6 +127,7 @@ class TokenizerProvider:
             # As transformers adds them: words are looked for in the normalized text, so in any case if that is ignored.
             normalized = not special and token in self._recipe.tokenizer.add
             tokenizer.add_tokens([AddedToken(token, normalized=normalized, special=special)])
+        _check_ids(known, tokenizer, added)
         # Those of the directory were added by an earlier `build_changed`, and may be new to the network as well.
         return tokenizer, read_pieces(directory) | pieces_of(before, tokenizer)
 
@@ -152,15 +154,25 @@ class TokenizerProvider:
         self._inputs.check_unchanged()
 
 
-def _check_new(words: Sequence[str], tokenizer: Any) -> None:
+def _check_new(words: Sequence[str], tokenizer: Any, known: Mapping[str, int]) -> None:
     """Raises RecipeError if a word is a token of the tokenizer, perhaps in the spelling of its bytes."""
-    known = tokenizer.get_vocab()
     for word in words:
         ids = [known[word]] if word in known else tokenizer.encode(word, add_special_tokens=False)
         if len(ids) == 1 and ids[0] != tokenizer.unk_token_id:
             spelling = tokenizer.convert_ids_to_tokens(ids[0])
             shown = "" if spelling == word else f", {spelling!r} in its vocabulary"
             raise RecipeError(f"tokenizer.add: {word!r} is already a token{shown}. Remove it.")
+
+
+def _check_ids(known: Mapping[str, int], tokenizer: Any, added: Iterable[str]) -> None:
+    """Raises RecipeError if an added token has the id of a known one: `tokenizers` counts tokens to find a free id."""
+    owners = {i: token for token, i in known.items()}
+    for token in added:
+        if token not in known and (owner := owners.get(i := tokenizer.convert_tokens_to_ids(token))) is not None:
+            raise RecipeError(
+                f"tokenizer: {token!r} would get the id {i}, which {owner!r} has, because smaller ids have no token. "
+                "Use a tokenizer without gaps in its ids, or add no tokens"
+            )
 
 
 def _is_control(token: str, template: str) -> bool:

@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.errors import RecipeError
 
 _SIZE = re.compile(r"^(num|n|d)_|_(size|layers|heads|dim|embeddings|rank)$")
@@ -60,7 +61,7 @@ def config_from_keys(
             raise RecipeError(f"model.config.{key}: a {model_type} config has no such key{near}")
     check_values(keys, config_class.attribute_map)
     defaults = {
-        "vocab_size": len(tokenizer),
+        "vocab_size": id_count(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

@@ -13,7 +13,9 @@ from ptft_dist.networks.load import build_network
 
 VALUE_HEAD, CRITIC = "value_head", "critic"
 """Names of the modules in the trained network."""
-_HEADS = ("score", "classifier")
+_HEAD = "score"
+"""The layer of decoders that reads the last hidden states. `classifier` reads something else: the pooled states of an
+encoder, or those of one more layer."""
 
 
 def add_value_head(model: Any, hidden_size: int) -> None:
@@ -33,11 +35,14 @@ def add_critic(model: Any, source: FrozenSource) -> PreTrainedModel:
     config = source.config()
     config.num_labels = 1
     critic, fresh = build_network(source.section, config, 0, AutoModelForSequenceClassification, key=source.key)
-    name = next((each for each in _HEADS if isinstance(getattr(critic, each, None), torch.nn.Linear)), None)
-    if name is None or any(not each.startswith(f"{name}.") for each in fresh):
-        raise RecipeError(f"{source.key}: {source.path} cannot be a critic. Use a causal network, or a reward model")
+    head = getattr(critic, _HEAD, None)
+    if not isinstance(head, torch.nn.Linear) or any(not each.startswith(f"{_HEAD}.") for each in fresh):
+        raise RecipeError(
+            f"{source.key}: {source.path} cannot be a critic. Use a decoder, or a reward model that is one, with a "
+            f"linear layer {_HEAD!r} on its last hidden states"
+        )
     if fresh:
-        for parameter in getattr(critic, name).parameters():
+        for parameter in head.parameters():
             torch.nn.init.zeros_(parameter)
     setattr(model, CRITIC, critic.requires_grad_())
     return critic
@@ -45,7 +50,7 @@ def add_critic(model: Any, source: FrozenSource) -> PreTrainedModel:
 
 def token_values(critic: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """The value after each token: fp32 [B, T]."""
-    head = next(getattr(critic, each) for each in _HEADS if hasattr(critic, each))
+    head = getattr(critic, _HEAD)
     states = critic.base_model(**inputs, use_cache=False).last_hidden_state
     values: torch.Tensor = head(states.to(head.weight.dtype))
     return values.float().squeeze(-1)

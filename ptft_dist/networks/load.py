@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.config_keys import config_from_keys
 from ptft_dist.networks.facts import NetworkFacts, input_embedding, labels_of
@@ -119,9 +120,9 @@ def check_positions(network: NetworkFacts, max_length: int) -> None:
 
 def _check_sizes(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, max_length: int, grown: bool) -> None:
     text_config = config.get_text_config()
-    if text_config.vocab_size < len(tokenizer) and not grown:
+    if text_config.vocab_size < (ids := id_count(tokenizer)) and not grown:
         raise RecipeError(
-            f"model: it has {text_config.vocab_size} token embeddings, but the tokenizer has {len(tokenizer)} tokens: "
+            f"model: it has {text_config.vocab_size} token embeddings, but the tokenizer has {ids} token ids: "
             "remove model.config.vocab_size, or use the model's own tokenizer. List tokens that were added to it "
             "in tokenizer.add"
         )

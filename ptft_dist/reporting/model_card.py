@@ -143,8 +143,9 @@ def usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
             *(bottleneck if adapt.bottleneck is not None else [""]),
             f'base = {auto_class}.from_pretrained("{recipe.model.path}"{options})',
             tokenizer,
-            "if base.config.get_text_config().vocab_size < len(tokenizer):",
-            "    base.resize_token_embeddings(len(tokenizer))",
+            "ids = max(tokenizer.get_vocab().values()) + 1",
+            "if base.config.get_text_config().vocab_size < ids:",
+            "    base.resize_token_embeddings(ids)",
             'model = PeftModel.from_pretrained(base, "DIRECTORY")',
         ]
     text = "```python\n" + "\n".join(code) + "\n```\n"

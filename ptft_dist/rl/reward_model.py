@@ -132,7 +132,7 @@ class RewardModel:
                 )
             messages = [*each.prompt.text, {"role": "assistant", "content": each.text}]
             try:
-                text = tokenizer.apply_chat_template(messages, tokenize=False)
+                text = tokenizer.apply_chat_template(messages, tools=each.prompt.tools, tokenize=False)
             except (TemplateError, TypeError, ValueError) as error:  # what templates raise
                 raise RecipeError(
                     f"{self.key}: the chat template of {self.path} refuses a conversation of this run: {error}. "

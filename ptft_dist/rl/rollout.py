@@ -83,6 +83,8 @@ class Prompt:
     """A text, or a list of messages."""
     columns: Mapping[str, Any]
     """The other columns of its row."""
+    tools: list[Any] | None = None
+    """JSON schemas of the functions that a conversation may call."""
 
 
 @dataclass

@@ -31,6 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.continual import ContinualSection
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.data.cache import build_once, fingerprint, writing
 from ptft_dist.data.column_store import ColumnStore
 from ptft_dist.data.store import Store
@@ -77,7 +78,7 @@ class OldNetwork:
         Raises:
             RecipeError: there are no such parameters.
         """
-        if self.config.get_text_config().vocab_size < len(self.setup.tokenizer):
+        if self.config.get_text_config().vocab_size < id_count(self.setup.tokenizer):
             raise RecipeError(
                 "continual: the tokenizer has more tokens than model.path, and their embeddings have no old values "
                 "for ewc or l2_sp. Use the model's own tokenizer"
@@ -163,7 +164,7 @@ class OldNetwork:
         """The network, and its task with minus the log-likelihood of the labels as its loss."""
         section = self.section.model_copy(update={"dtype": "auto", "quantize": None})
         config = copy.deepcopy(self.config)  # new embeddings change it
-        tokens = len(self.setup.tokenizer)
+        tokens = id_count(self.setup.tokenizer)
         model, fresh = build_network(section, config, self.setup.seed, self.task_class.auto_class, tokens)
         self.new_tokens.initialize(self.new_tokens.tables(model))
         settings = self.setup.settings

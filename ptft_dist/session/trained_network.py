@@ -12,6 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.load import Loaded
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.data.store import Store
 from ptft_dist.data.tokenizer import load_tokenizer
 from ptft_dist.data.tokenizer_files import ORIGIN, read_pieces, vocabulary_of
@@ -117,7 +118,8 @@ class TrainedNetwork:
 
     def _tokens_without_weights(self) -> set[int]:
         """The ids of tokens that the pretrained network has no embeddings for."""
-        beyond = range(read_config(self.section, {}).get_text_config().vocab_size, len(self.tokenizer))
+        embedded = read_config(self.section, {}).get_text_config().vocab_size
+        beyond = (i for i in self.tokenizer.get_vocab().values() if i >= embedded)
         return {*beyond, *self.new_tokens.pieces}
 
     def check_saved_adapter(self) -> None:
@@ -160,8 +162,8 @@ class TrainedNetwork:
 
     def add_tokens(self, model: Any, section: ModelSection) -> None:
         """Give the pretrained network of `section`, whole on this process, the embeddings of the added tokens."""
-        if model.config.get_text_config().vocab_size < len(self.tokenizer):
-            model.resize_token_embeddings(len(self.tokenizer), mean_resizing=False)
+        if model.config.get_text_config().vocab_size < (ids := id_count(self.tokenizer)):
+            model.resize_token_embeddings(ids, mean_resizing=False)
         new_tokens = self.new_tokens_of(section)
         new_tokens.initialize(new_tokens.tables(model))
 
@@ -184,7 +186,7 @@ class TrainedNetwork:
                 self.config,
                 recipe.train.seed,
                 self.task_class.auto_class,
-                len(self.tokenizer),
+                id_count(self.tokenizer),
                 say,
                 precision=recipe.train.precision,
                 whole=self.heads,

@@ -76,13 +76,15 @@ def _texts(files: Sequence[Path], base: Path) -> Iterator[tuple[str, str]]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All strings in a value of JSON."""
+    """All strings in a value of JSON, and lists of strings as one text, since they may be its words."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for each in value.values():
             yield from _strings(each)
     elif isinstance(value, list | tuple):
+        if value and all(isinstance(each, str) for each in value):
+            yield " ".join(value)
         for each in value:
             yield from _strings(each)
 

@@ -38,7 +38,7 @@ def language_of(text: str) -> tuple[str, float]:
             if share > 0.5:
                 return ("ja" if 10 * kana >= kana + han else "zh"), share
     if not _LETTER.search(text):
-        return UNKNOWN, 0.0
+        return UNKNOWN, 1.0
     best = _detector().detect(_SURROGATE.sub("", text), model="lite", k=1)
     if not best:
         return UNKNOWN, 0.0

@@ -115,7 +115,7 @@ class _Stacked:
         keys = np.concatenate([_mixed(shard[:, band]) for shard in self._shards])
         order = np.argsort(keys, kind="stable")
         keys = keys[order]
-        begins = np.concatenate(([True], keys[1:] != keys[:-1]))
+        begins = np.concatenate(([True], keys[1:] != keys[:-1]))[: len(keys)]
         first = np.maximum.accumulate(np.where(begins, np.arange(len(keys)), 0))
         yield order[first[~begins]], order[~begins]
         for distance in range(1, _NEIGHBORS + 1):

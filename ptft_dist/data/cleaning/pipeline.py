@@ -42,7 +42,7 @@ from ptft_dist.data.sources import fingerprint_source, unseen_column
 from ptft_dist.errors import DataError
 from ptft_dist.reporting.messages import progress
 
-CLEANING_VERSION = 2
+CLEANING_VERSION = 3
 """Part of every fingerprint. Increase it when the same steps give different records than before."""
 _COUNTS = "counts.json"
 
@@ -148,13 +148,14 @@ class CleanedRecords:
 
     def _split(self) -> Iterator[Stage]:
         """The stages of data.steps. A deduplication ends a stage; the last stage has none."""
-        roles = self._recipe.settings.text_roles
+        roles, compared = self._recipe.settings.text_roles, self._recipe.settings.compared_roles
         steps: list[Named] = []
         for section in self._recipe.data.steps:
             settings = section.settings
             if isinstance(settings, ExactDedupStep | NearDedupStep):
                 dedup = deduplication(settings)
-                yield Stage(roles, tuple(steps), Named(section.name, dedup, _identity(settings, dedup.libraries)))
+                named = Named(section.name, dedup, _identity(settings, dedup.libraries))
+                yield Stage(roles, tuple(steps), named, compared)
                 steps = []
                 continue
             step = text_step(settings, self._base)
@@ -206,6 +207,7 @@ class CleanedRecords:
             fingerprint_source(shard.source, self._base, self._memo),
             list(settings.roles),
             list(settings.text_roles),
+            list(settings.compared_roles),
             shard.side,
         ]
 

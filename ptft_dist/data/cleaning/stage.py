@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,11 +48,13 @@ class _Done(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """Text steps, and at most one deduplication after them. `roles`: the columns with texts."""
+    """Text steps, and at most one deduplication after them. `roles`: the columns with texts; `compared`: others whose
+    values make records with equal texts different ones."""
 
     roles: tuple[str, ...]
     steps: tuple[Named, ...] = ()
     dedup: Named | None = None
+    compared: tuple[str, ...] = ()
 
     @property
     def all(self) -> list[Named]:
@@ -97,7 +100,7 @@ class Stage:
         if self.dedup is None:
             return _Done(kept, tallies, None)
         dedup: Deduplication = self.dedup.step
-        texts = compared_texts if dedup.by_record else texts_of
+        texts = partial(compared_texts, others=self.compared) if dedup.by_record else texts_of
         units = [unit for record in kept for unit in dedup.units(texts(record.values, self.roles))]
         return _Done(kept, tallies, dedup.sign(units))
 

@@ -27,10 +27,12 @@ def with_texts(values: Mapping[str, Any], roles: Sequence[str], change: Callable
     return {role: changed.get(role, value) for role, value in values.items()}
 
 
-def compared_texts(values: Mapping[str, Any], roles: Sequence[str]) -> list[str]:
-    """What makes a record another one than the rest: its texts, and the tool calls of its messages as JSON."""
+def compared_texts(values: Mapping[str, Any], roles: Sequence[str], others: Sequence[str] = ()) -> list[str]:
+    """What makes a record another one than the rest: its texts, and as JSON the tool calls of its messages, and the
+    columns `others`."""
     calls = [call for role in roles for call in _tool_calls(values.get(role))]
-    as_json = [json.dumps(call, sort_keys=True, ensure_ascii=False, default=str) for call in calls]
+    more = [*calls, *(values[role] for role in others if role in values)]
+    as_json = [json.dumps(each, sort_keys=True, ensure_ascii=False, default=str) for each in more]
     return texts_of(values, roles) + as_json
 
 

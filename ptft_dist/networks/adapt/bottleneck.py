@@ -21,21 +21,25 @@ NAME = "BOTTLENECK"
 AFTER_ATTENTION = (
     *("attention.output.dense", "self_attn.o_proj", "attn.o_proj", "attn.Wo", "self_attn.out_proj", "attn.c_proj"),
     *("attention.out_lin", "attention.dense", "SelfAttention.o", "self_attention.dense", "attn.out_proj"),
+    *("attention.out_proj", "self_attn.dense", "attn.o"),
 )
 """Ends of the names of output projections of attention in common architectures."""
 AFTER_FEED_FORWARD = (
     *("mlp.down_proj", "mlp.c_proj", "mlp.Wo", "ffn.lin2", "mlp.dense_4h_to_h", "DenseReluDense.wo", "mlp.fc2"),
-    *("block_sparse_moe.w2", "layers.*.fc2", "layer.*.output.dense"),
+    *("block_sparse_moe.w2", "layers.*.fc2", "layer.*.output.dense", "mlp.fc_out", "ffn.down_proj"),
 )
 """Ends of the names of output projections of feed-forward layers; `*` is the number of a block."""
 _ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 
 
 def places(model: torch.nn.Module, placement: str) -> list[str]:
-    """The full names of the layers after which adapters are inserted. placement: houlsby or pfeiffer."""
+    """The full names of the layers after which adapters are inserted; empty unless both kinds that the placement needs
+    are known. placement: houlsby or pfeiffer."""
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
     after_attention = [name for name in names if _ends(name, AFTER_ATTENTION)]
     after = [name for name in names if _ends(name, AFTER_FEED_FORWARD) and name not in after_attention]
+    if not after or (placement == "houlsby" and not after_attention):
+        return []
     return [name for name in names if name in {*after, *(after_attention if placement == "houlsby" else ())}]
 
 

@@ -280,7 +280,11 @@ def _bottleneck(model: torch.nn.Module, settings: Any, setup: AdapterSetup) -> P
     else:
         names = bottleneck.places(model, settings.placement)
         if not names:
-            raise RecipeError(_no_layer(model, f"{key}: set targets, because in this network", settings.placement))
+            endings = dict.fromkeys(name.rpartition(".")[2] for name in linear_layers(model))
+            raise RecipeError(
+                f"{key}: set targets, because it is not known where {settings.placement} adapters stand in this "
+                f"network. Its linear layers end in: {', '.join(endings)}"
+            )
     return bottleneck.BottleneckConfig(target_modules=names, size=settings.size, activation=settings.activation)
 
 

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ptft_dist.config.adapt import Quantization
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import bottleneck
 from ptft_dist.networks.adapt.peft_configs import TASK_TYPES, changes_base
@@ -244,7 +245,7 @@ def load_adapters(
 
 
 def _embeddings(files: AdapterFiles) -> int:
-    return max(len(files.tokenizer), files.base_config().get_text_config().vocab_size)
+    return max(id_count(files.tokenizer), files.base_config().get_text_config().vocab_size)
 
 
 def same_base(one: AdapterFiles, other: AdapterFiles) -> bool:

@@ -58,6 +58,10 @@ class ClassificationSettings(LabelledText):
         return ("text", "label", "head", "tail") if self.entities else super().roles
 
     @property
+    def compared_roles(self) -> tuple[str, ...]:
+        return ("head", "tail") if self.entities else ()
+
+    @property
     def fixed_texts(self) -> str | None:
         return "its entities are positions in the text" if self.entities else None
 

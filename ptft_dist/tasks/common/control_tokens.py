@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.data.encoder import RowError
 from ptft_dist.tasks.common.chat import Conversation, Plain
 
@@ -42,7 +43,7 @@ class ControlTokens:
         longest_first = sorted(special.values(), key=len, reverse=True)
         self.pattern = re.compile("|".join(re.escape(token) for token in longest_first) or r"(?!)")
         self.names = {i: token for i, token in special.items() if i != tokenizer.unk_token_id}
-        self._is_control = np.zeros(max(len(tokenizer), max(special, default=0) + 1), bool)
+        self._is_control = np.zeros(id_count(tokenizer), bool)
         self._is_control[list(self.names)] = True
         self._expected: dict[str, list[int]] = {}
 

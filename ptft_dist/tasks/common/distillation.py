@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ptft_dist.config.distillation import DistillationSettings
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts, labels_of
@@ -220,7 +221,7 @@ def teacher_order(setup: TaskSetup, source: FrozenSource) -> list[int]:
                 "Use a teacher that was trained on all labels of the data."
             )
         return [teacher_ids[label] for label in setup.survey["labels"]]
-    return list(range(max(setup.tokenizer.get_vocab().values()) + 1))
+    return list(range(id_count(setup.tokenizer)))
 
 
 def check_positions(setup: TaskSetup, source: FrozenSource) -> None:

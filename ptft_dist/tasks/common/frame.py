@@ -56,6 +56,16 @@ class Frame:
                 part = text + 1
         return frame
 
+    def unmarked(self) -> list[str]:
+        """A warning for the data report if there is no token between two texts, as with GPT-2 and Qwen."""
+        if len(self.ids) < 3 or self.ids[1]:
+            return []
+        return [
+            "tokenizer: it puts no token between the two texts of a row, so the network cannot tell where the first "
+            "ends. End the first texts with a separator of your own, or use a model whose tokenizer has one, such as "
+            "BERT's"
+        ]
+
     def __len__(self) -> int:
         """The number of special tokens."""
         return sum(map(len, self.ids))

@@ -12,6 +12,7 @@ from transformers import AutoModelForSequenceClassification, PretrainedConfig, P
 from ptft_dist.data.store import Row
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
+from ptft_dist.tasks.common.last_token import LastToken
 from ptft_dist.tasks.common.losses import network_inputs
 from ptft_dist.tasks.common.padding import pad, pad_multiple
 from ptft_dist.tasks.common.padding_probe import (
@@ -32,6 +33,8 @@ class LabelledTextTask(BaseTask):
     auto_class: Any = AutoModelForSequenceClassification
     texts = 1
     """Number of texts in a row of the probe."""
+    ends_by_mask = False
+    """Decoders read the score at the last token by the attention mask, also where transformers reads another one."""
 
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         """Raises RecipeError if network and tokenizer have different padding tokens."""
@@ -42,6 +45,7 @@ class LabelledTextTask(BaseTask):
         self.pad_id = int(tokenizer.pad_token_id)
         self.pad_multiple = pad_multiple(device)
         self.has_types = network.has_token_types
+        self.last_token = LastToken(only_virtual=True)
         if network.position_padding_id not in (None, self.pad_id):
             raise RecipeError(
                 f"tokenizer: its PAD token has the id {self.pad_id}, but the network computes positions with the PAD "
@@ -71,6 +75,8 @@ class LabelledTextTask(BaseTask):
         if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
             config.decoder_start_token_id = self.pad_id  # as in T5
         config.get_text_config().pad_token_id = config.pad_token_id = self.pad_id
+        if self.auto_class is AutoModelForSequenceClassification:
+            self.last_token = LastToken.of(model, only_virtual=not self.ends_by_mask)
 
     def text_inputs(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         """Pad on the right: input_ids and attention_mask (1: a token) [B, T]; also token_type_ids if the network has
@@ -83,9 +89,9 @@ class LabelledTextTask(BaseTask):
             inputs["token_type_ids"] = pad([row.columns["token_type_ids"] for row in rows], 0, self.pad_multiple)
         return inputs
 
-    @staticmethod
-    def logits(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    def logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """The logits of the labels: fp32 [B, labels]."""
+        self.last_token.mask = inputs["attention_mask"]
         logits: torch.Tensor = model(**network_inputs(inputs)).logits
         return logits.float()
 

@@ -10,6 +10,7 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.row_encoder import RowEncoder, require_text
 from ptft_dist.data.tokenizer import check_can_pad
 from ptft_dist.errors import RecipeError
+from ptft_dist.tasks.common.frame import Frame
 from ptft_dist.tasks.common.labelled_text_settings import LabelledText
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class LabelledTextRows(RowEncoder):
         yield record.values["text"]
         if settings.pair:
             yield record.values["text_pair"]
+
+    def warnings(self) -> list[str]:
+        return Frame.of(self.tokenizer, self.backend, 2).unmarked() if self.settings.pair else []
 
     def pieces(self, record: Record) -> Sequence[Any]:
         values = record.values

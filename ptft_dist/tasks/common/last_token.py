@@ -23,13 +23,15 @@ class LastToken:
     left alone. Works inside of adapters and data-parallel wrappers, because it belongs to the head.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, only_virtual: bool = False) -> None:
+        """only_virtual: where there are no virtual tokens, the network reads its own position."""
         self.mask: torch.Tensor | None = None  # [B, T], set before each forward pass
+        self._only_virtual = only_virtual
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> LastToken:
+    def of(cls, model: PreTrainedModel, *, only_virtual: bool = False) -> LastToken:
         """Attach to the head of a sequence classification network, before anything wraps it."""
-        hook = cls()
+        hook = cls(only_virtual=only_virtual)
         for name in _HEADS:
             if isinstance(head := getattr(model, name, None), torch.nn.Linear):
                 head.register_forward_hook(hook)
@@ -42,7 +44,10 @@ class LastToken:
         """logits: [B, V + T, labels], after V virtual tokens."""
         if self.mask is None or logits.dim() != 3:
             return logits
-        ends = last_positions(self.mask) + logits.shape[1] - self.mask.shape[1]
+        virtual = logits.shape[1] - self.mask.shape[1]
+        if self._only_virtual and not virtual:
+            return logits
+        ends = last_positions(self.mask) + virtual
         rows = torch.arange(len(logits), device=logits.device)
         return logits[rows, ends].unsqueeze(1).expand_as(logits)
 

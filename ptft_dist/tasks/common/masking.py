@@ -10,6 +10,7 @@ import json
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.errors import RecipeError
 from ptft_dist.tasks.common.masking_settings import Masking
 from ptft_dist.tasks.protocol import IGNORE, TaskSetup
@@ -26,8 +27,9 @@ class Masker:
         if tokenizer.mask_token_id is None:
             raise RecipeError(f"tokenizer: it has no mask token, and task {setup.name} needs one (mask_token)")
         self.settings: Masking = setup.settings
-        self.mask_id, self.vocab_size = int(tokenizer.mask_token_id), len(tokenizer)
-        self.special = np.zeros(self.vocab_size, bool)
+        self.mask_id = int(tokenizer.mask_token_id)
+        self.ids = np.array(sorted(set(tokenizer.get_vocab().values())))
+        self.special = np.zeros(id_count(tokenizer), bool)
         self.special[tokenizer.all_special_ids] = True
         self.begins_word = word_beginnings(tokenizer, setup.name) if self.settings.unit == "word" else None
 
@@ -45,7 +47,7 @@ class Masker:
         seen = ids.copy()
         seen[chosen & (fate < settings.mask_share)] = self.mask_id
         replaced = chosen & (fate >= settings.mask_share) & (fate < settings.mask_share + settings.random_share)
-        seen[replaced] = random.integers(self.vocab_size, size=len(ids))[replaced]
+        seen[replaced] = self.ids[random.integers(len(self.ids), size=len(ids))[replaced]]
         return seen, np.where(chosen, ids, IGNORE)
 
 
@@ -66,9 +68,12 @@ def choose(
 
 
 def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Generator) -> np.ndarray:
-    """Draw spans of geometric length until the fraction is reached; no span contains a special token."""
+    """Draw spans of geometric length until the fraction is reached; no span contains a special token.
+
+    A part of a token is rounded up with its own probability, so that rows of few tokens are predicted as often.
+    """
     chosen = np.zeros(len(special), bool)
-    budget = round(settings.probability * int((~special).sum()))
+    budget = int(settings.probability * int((~special).sum()) + random.random())
     mean = settings.span_length or SPAN_LENGTH
     tries = 0
     while chosen.sum() < budget and tries < 20 * len(special):
@@ -83,7 +88,9 @@ def _choose_spans(special: np.ndarray, settings: Masking, random: np.random.Gene
 
 def word_beginnings(tokenizer: PreTrainedTokenizerBase, section: str) -> np.ndarray:
     """For each token id, whether a word begins with it: bool [V]. Raises RecipeError for an unknown tokenizer type."""
-    kind, tokens = None, tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    kind, tokens = None, [""] * id_count(tokenizer)
+    for token, i in tokenizer.get_vocab().items():
+        tokens[i] = token
     if tokenizer.is_fast:
         state = json.loads(tokenizer.backend_tokenizer.to_str())
         kind = (state["model"]["type"], "ByteLevel" in json.dumps(state["pre_tokenizer"]))

@@ -23,6 +23,10 @@ class PreferenceSettings(ChatSettings):
     (`cut`), as its DPO does. Both are counted. A pair whose prompt fills data.max_length is always dropped."""
 
     @property
+    def linked_texts(self) -> str | None:
+        return "chosen and rejected begin with the same prompt"
+
+    @property
     def roles(self) -> tuple[str, ...]:
         return "prompt", "chosen", "rejected", "margin", "conversations", "system", "tools"
 

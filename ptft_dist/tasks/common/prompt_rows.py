@@ -11,9 +11,10 @@ from ptft_dist.data.formats import Record
 from ptft_dist.data.json_values import not_json
 from ptft_dist.data.row_encoder import RowEncoder, require_list, require_text
 from ptft_dist.data.tokenizer import added_around, after_answer
-from ptft_dist.tasks.common.chat import Conversation, Plain, as_message
+from ptft_dist.tasks.common.chat import Conversation, Plain, as_message, tools_of
 from ptft_dist.tasks.common.chat_template import ChatTemplate, TemplateRefused, check_nothing_lost, saved_template
 from ptft_dist.tasks.common.control_tokens import ControlTokens
+from ptft_dist.tasks.common.preference_pairs import with_system
 from ptft_dist.tasks.common.rollout_settings import RolloutSettings
 
 if TYPE_CHECKING:
@@ -21,14 +22,18 @@ if TYPE_CHECKING:
 
 TOO_LONG = "longer than data.max_length"
 CUT = "without their beginning, to fit data.max_length"
-NOT_JSON = "without the column {name!r} for reward functions ({why}; convert it to text)"
+NO_COLUMN = "without the column {name!r} for reward functions ({why})"
+ARGUMENTS = ("prompts", "completions", "completion_ids")
+"""What every reward function gets besides the columns."""
 
 
 class PromptRows(RowEncoder):
-    """Encodes prompts: input_ids, and meta with the prompt as it was given and the row's other columns, if JSON.
+    """Encodes prompts: input_ids, and meta with the prompt as it was given, its tools, and the row's other columns, if
+    JSON.
 
-    A prompt is a text (`prompt`), which the tokenizer may begin with BOS, or a conversation (`prompt` or `messages`)
-    that ends with a message of the user or a tool. Assistant messages at its end are removed.
+    A prompt is a text (`prompt`), which the tokenizer may begin with BOS, or a conversation (`prompt` or `messages`,
+    with `system` and `tools`) that ends with a message of the user or a tool. Assistant messages at its end are
+    removed.
     """
 
     columns = {}
@@ -100,11 +105,13 @@ class PromptRows(RowEncoder):
                 raise LeftOut(TOO_LONG)
             ids, notes = ids[len(begin) + len(ids) - self.max_length :], (CUT,)
         others = {name: x for name, x in record.values.items() if name not in ("prompt", "messages")}
-        left_out = not_json(others)
-        notes += tuple(NOT_JSON.format(name=name, why=why) for name, why in left_out.items())
+        left_out = {name: f"{why}; convert it to text" for name, why in not_json(others).items()}
+        left_out |= {name: "an argument of theirs has this name; rename it" for name in ARGUMENTS if name in others}
+        notes += tuple(NO_COLUMN.format(name=name, why=why) for name, why in left_out.items())
         columns = {name: x for name, x in others.items() if name not in left_out}
-        given = prompt.prompt if isinstance(prompt, Plain) else prompt.messages
-        return [Example({"input_ids": [*begin, *ids]}, {"prompt": given, "columns": columns}, notes)]
+        given = (prompt.prompt, None) if isinstance(prompt, Plain) else (prompt.messages, prompt.tools)
+        meta = {**dict(zip(("prompt", "tools"), given, strict=True)), "columns": columns}
+        return [Example({"input_ids": [*begin, *ids]}, meta, notes)]
 
 
 def _read(settings: RolloutSettings, record: Record) -> Plain | Conversation:
@@ -124,6 +131,4 @@ def _read(settings: RolloutSettings, record: Record) -> Plain | Conversation:
         messages.pop()
     if not messages or messages[-1]["role"] == "system":
         raise RowError("the prompt has no message of a user to respond to. Correct or remove the row.")
-    if settings.system and messages[0]["role"] != "system":
-        messages.insert(0, {"role": "system", "content": settings.system})
-    return Conversation(messages)
+    return Conversation(with_system(messages, values, settings.system), tools_of(values))

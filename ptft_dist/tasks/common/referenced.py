@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.config.token_ids import id_count
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.switching import adapters_off, check_base_stays, check_no_dropout, check_start_is_base
 from ptft_dist.networks.facts import NetworkFacts
@@ -98,7 +99,7 @@ class ReferencedTask(NextTokenTask):
         turn_off_dropout(model)  # also that of an adapter which is trained on
 
     def prepare_frozen(self, role: str, model: PreTrainedModel, source: FrozenSource) -> None:  # noqa: ARG002
-        if model.config.get_text_config().vocab_size < len(self.tokenizer):
+        if model.config.get_text_config().vocab_size < id_count(self.tokenizer):
             raise RecipeError(
                 f"{self.setup.name}.reference: the network of {source.path} has no embeddings for the tokens that were "
                 "added to its tokenizer. Use cached"

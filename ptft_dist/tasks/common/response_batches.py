@@ -64,4 +64,4 @@ def from_bytes(rows: torch.Tensor) -> list[Any]:
 
 def prompt_of(row: Row, number: int) -> Prompt:
     """The prompt of a row of `PromptRows`. number: of the row in its store."""
-    return Prompt(number, row.input_ids, row.meta["prompt"], row.meta["columns"])
+    return Prompt(number, row.input_ids, row.meta["prompt"], row.meta["columns"], row.meta.get("tools"))

@@ -106,11 +106,11 @@ class RolloutSettings(ChatSettings):
 
     @property
     def roles(self) -> tuple[str, ...]:
-        return "prompt", "messages"
+        return "prompt", "messages", "system", "tools"
 
     @property
     def text_roles(self) -> tuple[str, ...]:
-        return "prompt", "messages"
+        return "prompt", "messages", "system"
 
     @property
     def metric_names(self) -> tuple[str, ...]:

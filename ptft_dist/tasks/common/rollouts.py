@@ -202,7 +202,7 @@ class RolloutTask(BaseTask):
             seeds = [response_seed(self.setup.seed, number, row, 0) for _, row in keys] or [0] * len(rows)
             inputs |= {PROMPT + "seeds": torch.tensor(seeds), "targets": torch.zeros(len(rows), dtype=torch.long)}
             if self.rewards.models:
-                inputs[PROMPT + "text"] = as_bytes([row.meta["prompt"] for row in rows])
+                inputs[PROMPT + "text"] = as_bytes([[row.meta["prompt"], row.meta.get("tools")] for row in rows])
             return Batch(inputs, len(rows), tokens)
         split = [(row.input_ids, int(row.columns["response"][0])) for row in rows]
         inputs = self._padded([ids[:-n] for ids, n in split], [ids[-n:] for ids, n in split])
@@ -376,7 +376,7 @@ class RolloutTask(BaseTask):
         counts = inputs["targets"] != IGNORE
         prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
         seeds = prompts.pop("seeds").tolist()
-        texts = from_bytes(prompts.pop("text")) if "text" in prompts else [""] * len(seeds)
+        texts = from_bytes(prompts.pop("text")) if "text" in prompts else [("", None)] * len(seeds)
         together = dist.is_initialized() and dist.get_world_size() > 1
         ids = sample(
             model, prompts, self.settings.sampling, seeds, pad_id=self.fill_id, eos_ids=self.eos_ids, together=together
@@ -384,8 +384,8 @@ class RolloutTask(BaseTask):
         found = [until_end(each, self.eos_ids) for each in ids.cpu().numpy()]
         masks = prompts["attention_mask"].bool()
         trajectories = [
-            Trajectory(Prompt(0, row[mask].cpu().numpy(), text, {}), 0, response, ended)
-            for row, mask, text, (response, ended) in zip(prompts["input_ids"], masks, texts, found, strict=True)
+            Trajectory(Prompt(0, row[mask].cpu().numpy(), text, {}, tools), 0, response, end)
+            for row, mask, (text, tools), (response, end) in zip(prompts["input_ids"], masks, texts, found, strict=True)
         ]
         metrics = {}
 

@@ -15,10 +15,11 @@ import numpy as np
 import torch
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.errors import RecipeError
 from ptft_dist.networks.critic import add_critic, add_value_head, token_values
 from ptft_dist.networks.facts import NetworkFacts, read_facts
 from ptft_dist.networks.frozen import FrozenSource
-from ptft_dist.networks.names import directory_or_hub_name
+from ptft_dist.networks.names import directory_or_hub_name, is_adapter
 from ptft_dist.rl.advantages import adapted_kl_coefficient, explained_variance, gae, token_rewards, whiten
 from ptft_dist.rl.losses import clipped_policy_loss, clipped_value_loss, detached
 from ptft_dist.rl.rollout import Trajectory
@@ -39,6 +40,11 @@ class Ppo(RolloutTask):
         """Also check the critic's config and tokenizer."""
         super().check_setup(setup, frozen)
         if (source := _critic_of(setup)) is not None:
+            if is_adapter(source.path):
+                raise RecipeError(
+                    f"{source.key}: {source.path} is an adapter, and a critic is trained as a whole network. Merge it "
+                    "into its base with ptft merge, and name the merged model"
+                )
             check_same_tokens(setup, source)
             positions = getattr(source.config().get_text_config(), "max_position_embeddings", None)
             if isinstance(positions, int) and positions > 0:

@@ -86,6 +86,9 @@ class QuestionRows(RowEncoder):
     ) -> dict[str, Any]:
         return {**values, "answers": {"text": [], "answer_start": []}}
 
+    def warnings(self) -> list[str]:
+        return self.frame.unmarked()
+
     def pieces(self, record: Record) -> Sequence[Any]:
         return [record.values["question"], record.values["context"]]
 

@@ -15,8 +15,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.dropout import turn_off_dropout
 from ptft_dist.tasks.common.labelled_text import LabelledTextTask
-from ptft_dist.tasks.common.last_token import LastToken, padding_token
-from ptft_dist.tasks.common.losses import network_inputs
+from ptft_dist.tasks.common.last_token import padding_token
 from ptft_dist.tasks.common.preference_rows import halves
 from ptft_dist.tasks.common.scores.preferences import preference_scores
 from ptft_dist.tasks.protocol import Batch, Judged, LossOut, TaskSetup
@@ -28,6 +27,8 @@ MARGIN = "targets_margin"
 class RewardModelling(LabelledTextTask):
     """Pairs of texts -> summed negative log-likelihood of the preferences (Bradley-Terry)."""
 
+    ends_by_mask = True
+
     def __init__(self, setup: TaskSetup, network: NetworkFacts, device: torch.device) -> None:
         pad_id = padding_token(setup.tokenizer, setup.survey.get("last_tokens", ()))
         if pad_id is None:
@@ -38,7 +39,6 @@ class RewardModelling(LabelledTextTask):
         if pad_id != setup.tokenizer.pad_token_id:
             setup.tokenizer.pad_token = setup.tokenizer.convert_ids_to_tokens(pad_id)
         super().__init__(setup, network, device)
-        self.last_token = LastToken()
 
     @classmethod
     def config_settings(cls, setup: TaskSetup) -> dict[str, Any]:  # noqa: ARG003
@@ -60,7 +60,6 @@ class RewardModelling(LabelledTextTask):
         `ptft score` reads this from task_specific_params.
         """
         super().prepare_network(model)
-        self.last_token = LastToken.of(model)
         if not self.settings.dropout:
             turn_off_dropout(model)
         others = getattr(model.config, "task_specific_params", None) or {}
@@ -74,12 +73,6 @@ class RewardModelling(LabelledTextTask):
         margins = np.nan_to_num(np.array([row.columns["margin"][0] for row in rows], np.float32))
         inputs = {**self.text_inputs(texts), MARGIN: torch.from_numpy(margins)}
         return Batch(inputs, len(rows), sum(len(row.input_ids) for row in rows))
-
-    def logits(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
-        """The rewards of texts: fp32 [B, 1]. Those of a decoder are read at the last token by the attention mask."""
-        self.last_token.mask = inputs["attention_mask"]
-        logits: torch.Tensor = model(**network_inputs(inputs)).logits
-        return logits.float()
 
     def loss(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> LossOut:
         """-log sigmoid(chosen - rejected - margin), plus the centring term; as TRL's RewardTrainer.

@@ -46,6 +46,10 @@ class Seq2SeqSettings(TaskSettings):
         return "eos", "pad"
 
     @property
+    def linked_texts(self) -> str | None:
+        return "a target belongs to its whole source"
+
+    @property
     def text_roles(self) -> tuple[str, ...]:
         return "source", "target"
 
