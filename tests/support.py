@@ -228,6 +228,7 @@ def as_started_by_a_user() -> None:
 def forked_rank(args: list[str], env: dict[str, str], cwd: str, output: str, patches: Sequence[str]) -> None:
     """The body of a forked process: `ptft *args`, after `apply` of each of `patches`."""
     as_started_by_a_user()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

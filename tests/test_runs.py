@@ -233,6 +233,7 @@ def test_a_signal_stops_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, number: signal.Signals
 ) -> None:
     """The process signals its parent, which forwards the signal."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     end, codes = ENDINGS[ending]
     body = (
         f"import os, signal, sys, time\nnumber = {int(number)}\n"
@@ -362,3 +363,10 @@ def test_generate_names_what_is_missing(tmp_path: Path, config: str | None, says
         (tmp_path / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=says):
         api.generate(tmp_path, "abc")
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with LocalExecutor().forwarding_signals():
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        assert callable(signal.getsignal(signal.SIGTERM))

@@ -20,7 +20,7 @@ from ptft_dist.launch.environment import EXIT_CODE_FILE, RUN_DIR, START_TOKEN, s
 from ptft_dist.launch.launch_file import LaunchFile
 from ptft_dist.launch.network import gloo_interface
 from ptft_dist.launch.result import VERSION_BEFORE, version_of_environment
-from ptft_dist.signals import BY_A_LAUNCHER, STOP, ignore_stop_signals
+from ptft_dist.signals import BY_A_LAUNCHER, handle_signals, ignore_stop_signals
 
 
 def default_launch() -> str:
@@ -149,7 +149,7 @@ def launch(
         elif number == signal.SIGINT and child is not None:
             os.killpg(child.pid, signal.SIGKILL)
 
-    previous = {number: signal.signal(number, on_signal) for number in (*STOP, signal.SIGINT)}
+    previous = handle_signals(on_signal)
     python = [sys.executable, "-m", "ptft_dist.launch.accelerate_launch", *words[2:]]
     environment = {
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5",  # seconds that torchrun waits after a rank has died
@@ -209,7 +209,7 @@ def run_ranks(words: Sequence[str], threads: int, variables: Mapping[str, str]) 
         def on_signal(number: int, _frame: FrameType | None) -> None:
             os.killpg(child.pid, signal.SIGTERM if number == signal.SIGINT else number)
 
-        previous = {number: signal.signal(number, on_signal) for number in (*STOP, signal.SIGINT)}
+        previous = handle_signals(on_signal)
         try:
             code = child.wait()
         finally:

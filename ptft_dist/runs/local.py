@@ -15,9 +15,8 @@ from typing import Protocol
 
 from ptft_dist.errors import EXIT_STOPPED
 from ptft_dist.reporting.messages import say
-from ptft_dist.signals import STOP
+from ptft_dist.signals import SIGNALS, handle_signals
 
-SIGNALS = (*STOP, signal.SIGINT)
 COMMAND = (sys.executable, "-m", "ptft_dist")
 WATCH_EVERY_S = 1.0
 
@@ -51,7 +50,7 @@ class LocalExecutor:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before = handle_signals(self._on_signal)
         try:
             yield
         finally:

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGUSR1, SIGUSR2, SIGINT, a file named `stop` in the run directory, or the end of the job.
+"""Stop requests: SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, SIGINT, a file named `stop` in the run directory, or the end of the job.
 
 During training a signal handler only sets a flag. The ranks sum their flags together with the counts of each update,
 so that all of them stop after the same update. Before training there is nothing to save: the process exits at once,
@@ -19,11 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ptft_dist.signals import BY_A_LAUNCHER, STOP
+from ptft_dist.signals import BY_A_LAUNCHER, SIGNALS, handle_signals
 
 LOOK_EVERY_S = 1.0  # the stop file may be on a slow shared disk
-SIGNALS = (*STOP, signal.SIGINT)
-
 
 MARGIN_S = 30.0
 """Seconds for what follows a save: the end of the processes, and of the job."""
@@ -74,7 +72,7 @@ class StopRequest:
             yield
             return
         global _training_began
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+        before = handle_signals(self._on_signal)
         _training_began = True
         try:
             yield
@@ -129,8 +127,7 @@ def _in_forked_child() -> None:
     """Detach a forked worker from the signal socket: a signal to the worker must not reach its parent."""
     if _ending_at_once:
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+        handle_signals(signal.SIG_DFL)  # type: ignore[arg-type]
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
@@ -151,7 +148,7 @@ def ending_at_once(end: Callable[[str], None]) -> Iterator[None]:
     writer.setblocking(False)
     previous_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     # The handler only prevents KeyboardInterrupt; the thread does the work.
-    before = {number: signal.signal(number, lambda _number, _frame: None) for number in SIGNALS}
+    before = handle_signals(lambda _number, _frame: None)
     _ending_at_once, _training_began = True, False
 
     def watch() -> None:

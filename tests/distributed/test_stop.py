@@ -60,7 +60,7 @@ def stopped_at(run_dir: Path, reason: str) -> int:
     return step
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
 def test_a_signal_to_one_process(
     tmp_path: Path, documents: Path, cache: Path, whole: Callable[[int], dict[str, Any]], number: int
 ) -> None:
