@@ -17,7 +17,7 @@ BY_A_LAUNCHER = "stopped by the launcher of"
 
 
 def handle_signals(handler: Callable[[int, FrameType | None], Any]) -> dict[signal.Signals, Any]:
-    """Handle SIGNALS; return the handlers before. A SIGHUP that `nohup` has told this process to ignore stays ignored."""
+    """Handle SIGNALS; return the handlers before. A SIGHUP that `nohup` made this process ignore stays ignored."""
     handled = [each for each in SIGNALS if each != signal.SIGHUP or signal.getsignal(each) != signal.SIG_IGN]
     return {number: signal.signal(number, handler) for number in handled}
 

@@ -1,4 +1,4 @@
-"""Stop requests: SIGTERM, SIGUSR1, SIGUSR2, SIGHUP, SIGINT, a file named `stop` in the run directory, or the end of the job.
+"""Stop requests: the signals of signals.py, a file named `stop` in the run directory, or the end of the job.
 
 During training a signal handler only sets a flag. The ranks sum their flags together with the counts of each update,
 so that all of them stop after the same update. Before training there is nothing to save: the process exits at once,
