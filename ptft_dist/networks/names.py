@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ptft_dist.config.named_models import named_models
@@ -23,10 +24,16 @@ def directory_or_hub_name(path: str, base: Path, key: str) -> str:
     given = Path(path).expanduser()
     for candidate in (base / given, given.absolute()):
         if candidate.is_dir():
-            return str(candidate)
+            return str(_without_dots(candidate))
     if given.is_absolute() or path.startswith(".") or path.count("/") > 1:
         raise RecipeError(f"{key}: there is no directory {path}, neither in {base} nor in {Path.cwd()}")
     return path
+
+
+def _without_dots(path: Path) -> Path:
+    """The directory without `..` in its path: an adapter names its base by it, also after the recipe was moved."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.is_dir() and plain.samefile(path) else path  # `..` after a link may lead elsewhere
 
 
 def check_not_replaced(recipe: Recipe, base: Path) -> None:
