@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkp
 from ptft_dist.checkpoint.identity import may_change, values_of_environment
 from ptft_dist.checkpoint.resume import Resume, after_requeue
 from ptft_dist.config.load import Loaded
+from ptft_dist.config.recipe import Recipe
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
 from ptft_dist.engine.trackers import make_tracker
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError
@@ -296,7 +297,7 @@ def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
         result.metrics,
         progress.first_metrics,
         trainer.recipe.eval.metric,
-        note=_about_the_best(result, exported=trainer.recipe.save.export == "best"),
+        note=_about_the_best(result, progress.first_metrics, trainer.recipe),
         model=result.model,
         samples=trainer.samples is not None,
         report=page,
@@ -304,13 +305,20 @@ def _finish(result: Result, trainer: Trainer, wall_s: float) -> str:
     )
 
 
-def _about_the_best(result: Result, *, exported: bool) -> str:
-    """Which evaluation the metrics are of, if that is a question."""
-    if result.best is None or result.best["step"] == result.steps:
+def _about_the_best(result: Result, first: Mapping[str, float], recipe: Recipe) -> str:
+    """Which evaluation the metrics are of, if that is a question; and whether the network was better at the start.
+
+    first: metrics of the first evaluation. The best one is an evaluation of trained weights.
+    """
+    best = result.best
+    if best is None or best["step"] == result.steps:
         return ""
-    if exported and result.model is not None:
-        return f"of update {result.metrics_step}, the best evaluation, whose weights are the model"
-    return f"the best {result.best['metric']} was {plain(result.best['value'])}, after update {result.best['step']}"
+    start, sign = first.get(f"eval/{best['metric']}"), 1 if recipe.eval.larger_is_better else -1
+    better_before = start is not None and sign * start > sign * best["value"]
+    before = f"; {plain(start)} before the training was better" if better_before else ""
+    if recipe.save.export == "best" and result.model is not None:
+        return f"of update {result.metrics_step}, the best evaluation, whose weights are the model{before}"
+    return f"the best {best['metric']} was {plain(best['value'])}, after update {best['step']}{before}"
 
 
 def _report(run_dir: Path) -> Path | None:

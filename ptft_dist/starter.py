@@ -80,7 +80,7 @@ def start_for(
     draft = _Draft(seen, chosen, fits[chosen], schema.task_sections()[chosen], folder, model)
     others = [each for each in fits if each != chosen]
     bad = draft.bad_rows()
-    lines = _seen(seen, fits[chosen])
+    lines = _seen(seen, fits[chosen], draft.settings)
     if bad:
         lines.append(f"{len(bad):,} rows cannot be used and are skipped, such as {bad[0]}")
     return Start(chosen, draft.text(skip=bool(bad)), lines, others, draft.first())
@@ -224,7 +224,8 @@ class _Draft:
 
     def _totals(self) -> list[int]:
         """Estimated tokens of each row."""
-        return [sum(counts) for counts in zip(*(self._column(name).tokens for name in self.fit.texts), strict=True)]
+        columns = (self._column(name).tokens for name in (*self.fit.texts, *self.fit.optional))
+        return [sum(counts) for counts in zip(*columns, strict=True)]
 
     def _data(self, length: int) -> dict[str, Any]:
         validation = self._validation()
@@ -337,19 +338,20 @@ def _shipped_recipe(task: str, settings: type[TaskSettings]) -> dict[str, Any]:
     raise AssertionError(f"no shipped recipe is like {task}")
 
 
-def _seen(survey: Survey, fit: Fit) -> list[str]:
+def _seen(survey: Survey, fit: Fit, settings: TaskSettings) -> list[str]:
     """What was seen, as lines of text."""
     many = f"{survey.rows:,} rows" if survey.complete else f"more than {survey.rows:,} rows; the first ones were read"
     files = f", {len(survey.files)} files" if len(survey.files) > 1 else ""
     unit = f", each a {survey.unit}" if survey.unit else ""
     lines = [f"{survey.pattern}: {many}{files}{unit}"]
-    languages = sum(survey.languages.values())
-    most = survey.languages.most_common(3)
-    known = [f"{code} {count / languages:.0%}" for code, count in most if count >= 0.01 * languages]
+    languages = survey.languages(fit.texts)
+    texts = languages.total()
+    known = [f"{code} {count / texts:.0%}" for code, count in languages.most_common(3) if count >= 0.01 * texts]
     lines.append(f"languages: {', '.join(known)}")
-    roles = {column: role for role, column in fit.fields.items()}
+    roles = {column: role for role, column in fit.fields.items()} | {name: name for name in fit.optional}
+    rest = " (not used)" if settings.rollout_prompts is None else " (for reward functions)"
     for column in survey.columns.values():
-        used = f" -> {roles[column.name]}" if column.name in roles else " (not used)"
+        used = f" -> {roles[column.name]}" if column.name in roles else rest
         lines.append(f"column {column.name}: {_described(column, survey.rows, column.name == fit.label)}{used}")
     return lines
 

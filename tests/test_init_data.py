@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +156,25 @@ def test_columns_and_the_task(
     write_rows(tmp_path / "rows.jsonl", [row] * 3)
     proposed, fit = next(iter(fitting_tasks(survey(tmp_path / "rows.jsonl")).items()))
     assert (proposed, fit.renamed, fit.settings) == (task, fields, settings)
+
+
+def test_what_was_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Languages are those of the texts, not of tags; columns that are read without a mapping are not called unused."""
+    monkeypatch.chdir(tmp_path)
+    Path("tags.conll").write_text("".join(f"{word}\tB-PERSON.NAME\n" for word in "北京大学") + "\n")
+    turns = [{"from": "human", "value": "天气怎么样？"}, {"from": "gpt", "value": "天气很好。"}]
+    tools = json.dumps([{"name": "weather", "description": "The weather of a city. " * 20, "parameters": {}}])
+    write_rows(tmp_path / "calls.jsonl", [{"conversations": turns, "tools": tools, "id": "a"}])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": "二加二？", "answer": 4}])
+    made_from(tmp_path, "tags.conll")
+    assert "languages: zh 100%" in capsys.readouterr().out
+    assert made_from(tmp_path, "calls.jsonl")["data"]["max_length"] > 100  # the tools are in the prompt
+    said = capsys.readouterr().out
+    assert "languages: zh 100%" in said
+    assert re.search("^column tools: .* -> tools$", said, re.MULTILINE)
+    assert re.search(r"^column id: .* \(not used\)$", said, re.MULTILINE)
+    init("grpo", data=Path("prompts.jsonl"))
+    assert re.search(r"^column answer: .* \(for reward functions\)$", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_labels(tmp_path: Path) -> None:

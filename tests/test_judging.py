@@ -21,6 +21,7 @@ import torch
 from adapt_support import METHODS, write_adapted
 from peft import AutoPeftModelForSequenceClassification
 from preloaded_ranks import forked_ptft
+from safetensors.torch import load_file, save_file
 from seqeval.metrics import classification_report
 from support import eval_rows, make_recipe, start
 from tiny import ALL, made, write_tiny
@@ -747,16 +748,21 @@ def test_evaluations_are_compared_example_by_example(run_of: Any) -> None:
 # --- adapters and several processes -----------------------------------------------------------------------------------
 
 
-def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path) -> None:
-    """As peft does, row by row; the run, and its adapter directory with the recipe. The base has no labels."""
+def test_an_adapter_predicts_on_its_base(run_of: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """As peft does, row by row; the run, and its adapter directory with the recipe. The base has no labels and no head:
+    that of the adapter is not said to be random."""
     base = shutil.copytree(run_of("classification") / "model", tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    save_file({name: x for name, x in weights.items() if "classifier" not in name}, base / "model.safetensors")
     config = json.loads((base / "config.json").read_text())
     labels = list(config.pop("id2label").values())
     (base / "config.json").write_text(json.dumps(config))
     recipe = write_adapted(tmp_path, base, "classification", METHODS["lora"], **SHORT)
-    api.train(recipe, quiet=True)
+    api.train(recipe)
+    assert "initialized at random" in capfd.readouterr().err
     file, rows = validation_rows(run_of("classification"), "classification", 10)
     api.predict("run", file, "out.jsonl")
+    assert "initialized at random" not in capfd.readouterr().err
     shutil.copytree("run/model", "elsewhere")
     api.predict("elsewhere", file, "same.jsonl", source=recipe)
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "same.jsonl").read_bytes()

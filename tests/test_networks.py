@@ -30,6 +30,7 @@ from ptft_dist.networks import preview
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.frozen import FrozenSource, files_identity, frozen_source
 from ptft_dist.networks.load import build_config, build_model
+from ptft_dist.networks.names import directory_or_hub_name
 from ptft_dist.networks.preview import check_weights, preview_network
 
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
@@ -241,6 +242,17 @@ def test_a_frozen_network_is_identified_by_its_files(tmp_path: Path) -> None:
     assert sources["a"].identity(digests) != identity["a"]
     (tmp_path / "same/model.safetensors").rename(tmp_path / "same/model-1.safetensors")
     assert sources["same"].identity(digests) != identity["same"]
+
+
+def test_the_path_of_a_model_does_not_lead_through_the_directory_of_the_recipe(tmp_path: Path) -> None:
+    """An adapter names its base by it, and the recipe's directory may be moved. But `..` may follow a link."""
+    for name in ("models/base", "project", "far/off/place", "far/off/models/base"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "far/off/place")
+    found = directory_or_hub_name("../models/base", tmp_path / "project", "model.path")
+    assert found == str(tmp_path / "models/base")
+    behind = directory_or_hub_name("../models/base", tmp_path / "link", "model.path")
+    assert Path(behind).samefile(tmp_path / "far/off/models/base")
 
 
 def test_the_identity_of_a_hub_model_is_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tiny import write_tiny
 
 from ptft_dist.api import load_recipe
 from ptft_dist.data.prepare import describe
-from ptft_dist.data.report import BadRows, Entry, Notes, Report, SideReport, StepReport
+from ptft_dist.data.report import BadRows, Entry, Notes, Report, SideReport, StepReport, _size
 from ptft_dist.errors import DataError
 from ptft_dist.launch.environment import place
 from ptft_dist.session import Session
@@ -44,6 +44,11 @@ def made(**changes: Any) -> Report:
 def test_the_report_survives_json(changes: dict[str, Any]) -> None:
     report = made(**changes)
     assert Report.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_small_data_have_a_size() -> None:
+    sizes = (99_960, 100_000, 0)
+    assert [_size(count) for count in sizes] == ["100.0 kB", "0.1 MB", "0.0 kB"]
 
 
 def test_every_line_for_people() -> None:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from ptft_dist.data.tokenizer import train_tokenizer
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, adapted_facts
 from ptft_dist.networks.adapt.peft_configs import AdapterSetup
-from ptft_dist.networks.adapt.switching import shares_base
+from ptft_dist.networks.adapt.switching import add_frozen_scorer, read_scorer, shares_base
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.rl.advantages import adapted_kl_coefficient
 from ptft_dist.rl.reward_model import RewardModel, check_reward_model, read_scores
@@ -823,6 +824,22 @@ def test_a_reward_adapter_on_another_revision_of_the_base_is_not_read_on_the_pol
     save_file({"base_model.model.score.weight": torch.zeros(1, 4)}, tmp_path / "adapter_model.safetensors")
     section = ModelSection(path="some/model", revision=revision, adapt={"lora": {}})
     assert shares_base(str(tmp_path), section) == same
+
+
+def test_a_reward_adapter_is_added_without_warnings(tmp_path: Path) -> None:
+    """It excludes its head from the adapted layers, and peft warns of excluded layers that a network does not have."""
+    from transformers import AutoModelForSequenceClassification
+
+    size = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("llama", vocab_size=16, num_labels=1, pad_token_id=0, **size)
+    lora = LoraConfig(r=2, target_modules=["q_proj"], exclude_modules=["score"], modules_to_save=["score"])
+    get_peft_model(AutoModelForSequenceClassification.from_config(config), lora).save_pretrained(tmp_path)
+    policy = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=["q_proj"]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        add_frozen_scorer(policy, str(tmp_path), "scorer")
+    inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    assert read_scorer(policy, inputs, "scorer").shape == (1,)
 
 
 # --- what cannot work -------------------------------------------------------------------------------------------------

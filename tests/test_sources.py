@@ -83,7 +83,7 @@ def test_jsonl(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes]) 
 def test_json(tmp_path: Path, suffix: str, compress: Callable[[bytes], bytes], indent: int | None) -> None:
     text = "\n" + json.dumps([{"text": text} for text in TEXTS], indent=indent) + "\n"
     (tmp_path / f"x.json{suffix}").write_bytes(compress(text.encode()))
-    lines = [2, 2, 2, 2] if indent is None else [3, 6, 9, 12]
+    lines = ["2", "2 (row 2)", "2 (row 3)", "2 (row 4)"] if indent is None else ["3", "6", "9", "12"]
     assert read(tmp_path, f"x.json{suffix}") == [
         (text, f"x.json{suffix}:{line}") for text, line in zip(TEXTS, lines, strict=True)
     ]
@@ -246,6 +246,11 @@ def test_broken_nested_squad(tmp_path: Path) -> None:
     (tmp_path / "dev.json").write_text(json.dumps(broken))
     with pytest.raises(DataError, match=r"data\[0\]\.paragraphs\[0\]\.qas\[0\]\.answers: there is no 'answer_start'"):
         list(read_records(Source(path="dev.json"), tmp_path, ("question",)))
+
+
+def test_rows_of_an_array_that_share_a_line_have_numbers(tmp_path: Path) -> None:
+    (tmp_path / "y.json").write_text('[{"text": "a"},\n{"text": "b"}, {"text": "c"}]')
+    assert [where for _, where in read(tmp_path, "y.json")] == ["y.json:1", "y.json:2", "y.json:2 (row 3)"]
 
 
 def test_rows_within_an_object(tmp_path: Path) -> None:

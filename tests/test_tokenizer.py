@@ -154,13 +154,16 @@ def test_wordpiece_merges_as_a_naive_loop() -> None:
     assert learned.get_vocab() == naive_wordpiece(words, ["[UNK]"], 120, 2)
 
 
-def test_letters_that_are_not_kept_are_unknown() -> None:
-    """1,000 letters at most, and the most frequent ones; of equal ones, the first in Unicode."""
+@pytest.mark.parametrize(("size", "known"), [(1500, 990), (2250, 1129), (2500, 1200)])
+def test_letters_that_are_not_kept_are_unknown(size: int, known: int) -> None:
+    """1,000 letters or half of the vocabulary, and the most frequent ones; of equal ones, the first in Unicode. More,
+    as far as words leave room: here all Latin ones need 1,120 tokens."""
     letters = [chr(0x4E00 + i) for i in range(1200)]
-    texts = ["".join(letters[:600]) * 2, " ".join(letters[600:])]
-    learned = learn(TokenizerTraining(algorithm="wordpiece", vocab_size=1500), texts, {"unk": "[UNK]"}, [])
-    known = [letter for letter in letters if learned.encode(letter).tokens != ["[UNK]"]]
-    assert known == letters[:1000]
+    latin = ["".join(each) for each in itertools.product("abcdefghij", repeat=3)]
+    texts = ["".join(letters[:600]) * 2, " ".join(letters[600:]), " ".join(latin * 3)]
+    learned = learn(TokenizerTraining(algorithm="wordpiece", vocab_size=size), texts, {"unk": "[UNK]"}, [])
+    assert [each for each in letters if learned.encode(each).tokens != ["[UNK]"]] == letters[:known]
+    assert len(learned.get_vocab()) == size or known == len(letters)
 
 
 def test_unigram_pieces_are_those_of_sentencepiece_on_all_words(tmp_path: Path) -> None:

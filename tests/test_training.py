@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import in_process
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from support import eval_rows, file_digest, make_recipe, merge, outcome, start, train_rows, write_recipe
 
 from ptft_dist.checkpoint.checkpoint import read_checkpoint
+from ptft_dist.run import Result, _about_the_best
 from ptft_dist.training.progress import Judge, RunProgress
 from ptft_dist.training.trainer import Trainer
 from ptft_dist.training.validation import Validation
@@ -169,6 +171,23 @@ def test_another_judge_begins_a_new_count_of_worse_evaluations() -> None:
     assert dropped is not None
     assert (dropped.step, dropped.value) == (1, 3.0)
     assert (progress.best, progress.worse_evaluations) == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("goal", "start", "said"),
+    [
+        ("min", 3.0, "the best loss was 2, after update 4"),
+        ("min", 1.5, "the best loss was 2, after update 4; 1.5 before the training was better"),
+        ("max", 1.5, "the best loss was 2, after update 4"),
+        ("max", 3.0, "the best loss was 2, after update 4; 3 before the training was better"),
+    ],
+)
+def test_the_best_evaluation_is_not_called_the_best_if_the_network_was_better_before(
+    goal: str, start: float, said: str
+) -> None:
+    result = Result("finished", "", 6, Path(), None, {}, 6, {"metric": "loss", "value": 2.0, "step": 4}, [])
+    recipe = SimpleNamespace(eval=SimpleNamespace(larger_is_better=goal == "max"), save=SimpleNamespace(export="last"))
+    assert _about_the_best(result, {"eval/loss": start}, recipe) == said  # type: ignore[arg-type]
 
 
 def test_a_manifest_whose_best_cannot_be_compared_starts_patience_again() -> None:

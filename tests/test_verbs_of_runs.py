@@ -180,13 +180,14 @@ def test_the_card(small: Path, tmp_path: Path) -> None:
     assert ModelCard(own).data.license is None
 
 
-def test_the_card_of_an_adapter_loads_the_revision_of_its_base() -> None:
-    model = ModelSection(path="org/base", revision="abc", adapt={"lora": {}})  # type: ignore[arg-type]
+def test_the_card_of_an_adapter_loads_its_base() -> None:
+    """In its revision, and from any directory: a relative model.path starts at the recipe."""
+    model = ModelSection(path="../base", revision="abc", adapt={"lora": {}})  # type: ignore[arg-type]
     recipe = SimpleNamespace(model=model, settings=SimpleNamespace(writes=False))
-    code = usage(recipe, "AutoModelForTokenClassification", 3)
+    code = usage(recipe, "org/base", "AutoModelForTokenClassification", 3)
     assert 'AutoModelForTokenClassification.from_pretrained("org/base", num_labels=3, revision="abc")' in code
-    recipe.model = ModelSection(path="org/base", adapt={"lora": {}})  # type: ignore[arg-type]
-    assert 'AutoModelForCausalLM.from_pretrained("org/base")' in usage(recipe, "AutoModelForCausalLM", 2)
+    recipe.model = ModelSection(path="../base", adapt={"lora": {}})  # type: ignore[arg-type]
+    assert 'AutoModelForCausalLM.from_pretrained("/a/base")' in usage(recipe, "/a/base", "AutoModelForCausalLM", 2)
 
 
 def test_the_card_of_a_run_from_a_model_of_the_current_directory(

@@ -56,7 +56,8 @@ def check_columns(columns: Sequence[str], has: Sequence[str], where: str) -> Non
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its location for messages: "file:line", "file", "file#row" or "hub:name[split]#row"."""
+    """A text and its location for messages: "file:line", "file:line (row 2)" of an array in one line, "file",
+    "file#row" or "hub:name[split]#row"."""
 
     text: str
     where: str
@@ -151,7 +152,10 @@ def _read_jsonl(lines: Iterator[str], path: Path) -> Iterator[Record]:
 
 
 def _read_json(text: str, path: Path) -> Iterator[Record]:
-    """Parses the objects of an array one by one, so that each error can name its line; or the rows in an object."""
+    """Parses the objects of an array one by one, so that each error can name its line; or the rows in an object.
+
+    Of several rows in a line, as where the whole array is one, those after the first are also named by their number.
+    """
     if text.lstrip(_SPACE).startswith("{"):
         yield from _read_object(text, path)
         return
@@ -174,15 +178,17 @@ def _read_json(text: str, path: Path) -> Iterator[Record]:
     position = skip(position + 1)
     if text[position : position + 1] == "]":
         return
-    while True:
+    last = 0
+    for number in itertools.count(1):
         line, counted = line + text.count("\n", counted, position), position
+        where, last = f"{path}:{line}" + f" (row {number})" * (line == last), line
         try:
             row, end = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise refuse(error.pos, f"not JSON ({error.msg}, column {error.colno})") from None
         except (RecursionError, ValueError) as error:
-            raise DataError(f"{path}:{line}: {unusable(error)}") from None
-        yield as_record(row, f"{path}:{line}")
+            raise DataError(f"{where}: {unusable(error)}") from None
+        yield as_record(row, where)
         position = skip(end)
         separator = text[position : position + 1]
         if separator == "]":

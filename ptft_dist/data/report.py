@@ -275,7 +275,7 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
     sides = report.sides
     unit = report.unit or ("document" if report.reads == "document" else "example")
     lines = [
-        (name, f"{counted(side.examples, unit)}, {side.text_bytes / 1e6:,.1f} MB of text, {side.tokens:,} tokens")
+        (name, f"{counted(side.examples, unit)}, {_size(side.text_bytes)} of text, {side.tokens:,} tokens")
         for name, side in sides.items()
     ]
     layout = "packed" if report.packing else f"each of one {unit}"
@@ -296,6 +296,10 @@ def describe(report: Report, *, from_cache: bool = False) -> str:
         lines.append(("warning", f"{report.unknown_tokens:,} unknown tokens: the tokenizer cannot encode this text"))
     lines.append(("prepared in", f"{report.seconds:,.1f} s" + ", loaded from the cache" * from_cache))
     return "\n".join(f"{name + ':' if name else '':<13}{text}" for name, text in lines)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:,.1f} MB" if count >= 100_000 else f"{count / 1e3:,.1f} kB"
 
 
 def _steps(report: Report) -> list[tuple[str, str]]:

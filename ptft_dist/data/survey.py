@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 
 from ptft_dist.config.places import expanded
 from ptft_dist.config.recipe import Source
-from ptft_dist.data.formats import FORMATS, KNOWN, DocumentUnit, Record, file_format, read_file
+from ptft_dist.data.formats import FORMATS, KNOWN, DocumentUnit, file_format, read_file
 from ptft_dist.data.sources import source_files
 from ptft_dist.errors import DataError
 
@@ -97,8 +97,13 @@ class Survey:
     complete: bool
     """Whether these are all rows."""
     columns: dict[str, Column]
-    languages: Counter[str]
-    """ISO 639 code -> number of rows, of the first 200."""
+
+    def languages(self, columns: Iterable[str]) -> Counter[str]:
+        """ISO 639 code -> number of texts in the first 200 values of these columns."""
+        from ptft_dist.data.cleaning.language import language_of
+
+        values = chain.from_iterable(self.columns[name].first[:_LANGUAGE_ROWS] for name in columns)
+        return Counter(language_of(text_of(value))[0] for value in values)
 
 
 def survey(path: Path) -> Survey:
@@ -112,17 +117,14 @@ def survey(path: Path) -> Survey:
     unit = _unit(files[0])
     records = chain.from_iterable(read_file(file, columns=(), unit=unit or "file") for file in files)
     columns: dict[str, Column] = {}
-    languages: Counter[str] = Counter()
     rows = 0
     for record in islice(records, MOST_ROWS):
         for name in record.values:
             columns.setdefault(name, Column(name, tokens=[0] * rows))
         for name, column in columns.items():
             column.add(record.values.get(name))
-        if rows < _LANGUAGE_ROWS:
-            languages[_language(record)] += 1
         rows += 1
-    return Survey(str(pattern), files, unit, rows, next(records, None) is None, columns, languages)
+    return Survey(str(pattern), files, unit, rows, next(records, None) is None, columns)
 
 
 def _pattern(path: Path) -> Path:
@@ -193,13 +195,6 @@ def estimated_tokens(text: str) -> int:
     """About how many tokens a tokenizer makes of a text: one and a half for each word, punctuation mark or Han
     character."""
     return round(_TOKENS_PER_PIECE * sum(1 for _ in _PIECE.finditer(text)))
-
-
-def _language(record: Record) -> str:
-    from ptft_dist.data.cleaning.language import language_of
-
-    longest = max((text_of(value) for value in record.values.values()), key=len, default="")
-    return language_of(longest)[0]
 
 
 def counted(values: Counter[str], most: int = 6) -> Iterator[str]:

@@ -23,7 +23,7 @@ from ptft_dist.errors import RecipeError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-LEARNING_VERSION = 1
+LEARNING_VERSION = 2
 """Part of the fingerprint of wordpiece and unigram tokenizers. Increase it when the same texts give another one."""
 
 LLAMA3 = (
@@ -88,13 +88,33 @@ def _learn_bpe(settings: TokenizerTraining, texts: Iterable[str], special: Mappi
 def _learn_wordpiece(
     settings: TokenizerTraining, texts: Iterable[str], special: Mapping[str, str], tokens: list[str]
 ) -> Any:
-    """BPE on letters; one inside a word begins with ##. Words with a letter that is not kept are left out."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    """BPE on letters; one inside a word begins with ##. Words with a letter that is not kept are left out.
 
-    words = count_words(settings, texts)
-    letters, inner = _letters(settings, words, settings.vocab_size - len(tokens))
-    numbered = [*tokens, *sorted(letters), *sorted(f"##{letter}" for letter in inner)]
-    learner = Tokenizer(models.WordPiece(unk_token=special["unk"]))
+    If the words do not fill the vocabulary, as where each Chinese character is a word, more letters are kept.
+    """
+    words, most = count_words(settings, texts), _most_letters(settings)
+    while True:
+        letters, inner = _letters(settings, words, settings.vocab_size - len(tokens), most)
+        numbered = [*tokens, *sorted(letters), *sorted(f"##{letter}" for letter in inner)]
+        vocabulary = _wordpieces(settings, words, letters, numbered)
+        left = settings.vocab_size - len(vocabulary)
+        if left <= 0 or len(letters) < most:
+            break
+        most += left
+    from tokenizers import Tokenizer, decoders, models
+
+    backend = Tokenizer(models.WordPiece(vocabulary, unk_token=special["unk"]))
+    backend.decoder = decoders.WordPiece()
+    return _with_words(backend, settings)
+
+
+def _wordpieces(
+    settings: TokenizerTraining, words: Mapping[str, int], letters: set[str], numbered: list[str]
+) -> dict[str, int]:
+    """Token -> id: those of `numbered`, and what is learned from the words of these letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    learner = Tokenizer(models.WordPiece(unk_token=numbered[0]))
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.WordPieceTrainer(
         vocab_size=settings.vocab_size,
@@ -104,9 +124,8 @@ def _learn_wordpiece(
         show_progress=False,
     )
     learner.train_from_iterator(_repeated(word for word in words.items() if letters.issuperset(word[0])), trainer)
-    backend = Tokenizer(models.WordPiece(learner.get_vocab(), unk_token=special["unk"]))
-    backend.decoder = decoders.WordPiece()
-    return _with_words(backend, settings)
+    vocabulary: dict[str, int] = learner.get_vocab()
+    return vocabulary
 
 
 def _learn_unigram(
@@ -121,7 +140,7 @@ def _learn_unigram(
             words[part] += count
     raw_bytes = [f"<0x{byte:02X}>" for byte in range(256)] if settings.byte_fallback else []
     free = settings.vocab_size - len(tokens) - len(raw_bytes)
-    letters, _ = _letters(settings, words, free)
+    letters, _ = _letters(settings, words, free, _most_letters(settings))
     kept = {word: count for word, count in sorted(words.items()) if letters.issuperset(word)}
     taken = {*tokens, *raw_bytes}
     pieces = [(piece, score) for piece, score in _sentencepieces(kept, free) if piece not in taken] if kept else []
@@ -190,12 +209,14 @@ def count_words_of(backend: Tokenizer, texts: Iterable[str]) -> dict[str, int]:
     return dict(sorted(words.items()))
 
 
-def _letters(settings: TokenizerTraining, words: Mapping[str, int], free: int) -> tuple[set[str], set[str]]:
-    """The most frequent letters of the words that fit into `free` tokens, and those of them that occur inside words.
+def _most_letters(settings: TokenizerTraining) -> int:
+    """With the usual 1,000 letters, most text in a script with thousands of letters would be unknown."""
+    return max(1000, settings.vocab_size // 2)
 
-    At most max(1000, half the vocabulary): with the usual 1,000 letters, most text in a script with thousands of
-    letters would be unknown.
-    """
+
+def _letters(settings: TokenizerTraining, words: Mapping[str, int], free: int, most: int) -> tuple[set[str], set[str]]:
+    """The most frequent letters of the words, at most `most`, that fit into `free` tokens; and those of them that occur
+    inside words."""
     counts: Counter[str] = Counter()
     inner: set[str] = set()
     for word, count in words.items():
@@ -207,7 +228,7 @@ def _letters(settings: TokenizerTraining, words: Mapping[str, int], free: int) -
     letters: set[str] = set()
     for letter, _ in sorted(counts.items(), key=lambda each: (-each[1], each[0])):
         free -= 2 if letter in inner else 1
-        if free < 0 or len(letters) == max(1000, settings.vocab_size // 2):
+        if free < 0 or len(letters) == most:
             break
         letters.add(letter)
     return letters, inner & letters

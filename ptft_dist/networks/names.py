@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from ptft_dist.config.named_models import named_models
@@ -22,7 +23,7 @@ def directory_or_hub_name(path: str, base: Path, key: str) -> str:
         RecipeError: the name has the form of a path, and there is no such directory.
     """
     directory = local_directory(path, base, key)
-    return path if directory is None else str(directory)
+    return path if directory is None else str(_without_dots(directory))
 
 
 def check_revisions(recipe: Recipe, base: Path) -> None:
@@ -41,6 +42,12 @@ def check_revisions(recipe: Recipe, base: Path) -> None:
                 f"{keys[0]}: has no effect on the local directory {local}; only models of the Hub have revisions. "
                 "Remove it, or rename that directory"
             )
+
+
+def _without_dots(path: Path) -> Path:
+    """The directory without `..` in its path: an adapter names its base by it, also after the recipe was moved."""
+    plain = Path(os.path.normpath(path))
+    return plain if plain.is_dir() and plain.samefile(path) else path  # `..` after a link may lead elsewhere
 
 
 def check_not_replaced(recipe: Recipe, base: Path) -> None:

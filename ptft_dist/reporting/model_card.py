@@ -55,7 +55,7 @@ def model_card(
         f"---\n{notice}{front}---\n",
         f"# {what}{parent}\n\nTask: `{recipe.task}`, after update {step:,}. Trained with ptft_dist.\n",
         *([] if license_id else [f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n"]),
-        f"## Use\n\n{usage(recipe, task_type, num_labels)}",
+        f"## Use\n\n{usage(recipe, base, task_type, num_labels)}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
         f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(given_values(loaded))}```\n",
@@ -122,8 +122,12 @@ def _sources(recipe: Any) -> list[Any]:
     return [*recipe.data.train, *(validation if isinstance(validation, tuple | list) else ())]
 
 
-def usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
-    """How to load the exported directory."""
+def usage(recipe: Any, base: str | None, auto_class: str, num_labels: int | None) -> str:
+    """How to load the exported directory.
+
+    base: the directory or Hub name of the model that an adapter belongs to. A relative model.path would not do: it
+    starts at the recipe's directory.
+    """
     adapt = recipe.model.adapt
     imports = [f"from transformers import {auto_class}, AutoTokenizer"]
     tokenizer = 'tokenizer = AutoTokenizer.from_pretrained("DIRECTORY")'
@@ -141,7 +145,7 @@ def usage(recipe: Any, auto_class: str, num_labels: int | None) -> str:
             "from peft import PeftModel",
             *imports,
             *(bottleneck if adapt.bottleneck is not None else [""]),
-            f'base = {auto_class}.from_pretrained("{recipe.model.path}"{options})',
+            f'base = {auto_class}.from_pretrained("{base}"{options})',
             tokenizer,
             "ids = max(tokenizer.get_vocab().values()) + 1",
             "if base.config.get_text_config().vocab_size < ids:",

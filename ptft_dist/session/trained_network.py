@@ -187,7 +187,7 @@ class TrainedNetwork:
                 recipe.train.seed,
                 self.task_class.auto_class,
                 id_count(self.tokenizer),
-                say,
+                say if section.adapt.adapter is None else _ignore,  # a saved adapter has these weights, or is refused
                 precision=recipe.train.precision,
                 whole=self.heads,
             )
@@ -227,3 +227,6 @@ class TrainedNetwork:
                 inputs = {"input_ids": pad(texts, pad_id(self.tokenizer.pad_token_id))}
             tokens = torch.arange(inputs["input_ids"].shape[1]) < lengths
         initialize_from_activations(cast(Any, self.model), {**inputs, "tokens": tokens})
+
+
+def _ignore(_text: str) -> None: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ptft_dist.data.columns import ANSWERS, LABELS, QUESTIONS, TEXTS
@@ -43,6 +43,8 @@ _SIDES = (
     ("article", "summary"),
     ("input", "target"),
 )
+_TURNS = ("system", "tools")
+_OPTIONAL = {"sft": _TURNS, "dpo": _TURNS, "kto": _TURNS, "reward": (*_TURNS, "margin")}
 _FEW = 60  # different labels of a classification
 _MOST_COLUMNS = 3  # of a file whose two longest texts are taken for source and target
 _SCALAR = ("text", "number", "boolean")
@@ -60,6 +62,8 @@ class Fit:
     """The columns whose texts are in one row of tokens."""
     label: str | None = None
     """The column with the labels."""
+    optional: Sequence[str] = ()
+    """Further columns that the task reads if a file has them, such as `tools`."""
 
     @property
     def renamed(self) -> dict[str, str]:
@@ -254,6 +258,8 @@ def _with_own(task: str, fit: Fit, columns: Columns) -> Fit:
     """The fit with what only this task needs."""
     if task == "sft" and list(fit.fields) == ["text"]:
         return Fit(fit.fields, {"shape": "text"}, fit.texts)
+    if optional := [name for name in _OPTIONAL.get(task, ()) if name in columns]:
+        return replace(fit, optional=optional)
     if task == "seq2seq":
         longest = max(8, columns[fit.fields["target"]].at_quantile(0.99))
         return Fit(fit.fields, {"max_target_length": 8 * -(-longest // 8)}, fit.texts)

@@ -121,6 +121,8 @@ def add_frozen_scorer(model: Any, path: str, name: str) -> None:
     if len(heads) != 1 or state[heads[0]].shape[0] != 1:
         raise RecipeError(f"{path}: this adapter has no head with one label; train it with task: reward")
     weight = state.pop(heads[0])
+    if isinstance(excluded := getattr(config, "exclude_modules", None), set):  # the policy has no such head
+        config.exclude_modules = excluded - {heads[0].split(".")[-2]} or None
     model.add_adapter(name, config)
     loaded: Any = set_peft_model_state_dict(model, state, adapter_name=name)
     if unexpected := loaded.unexpected_keys:
