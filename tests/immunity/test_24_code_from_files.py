@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import start, write_recipe
+from support import Vocabulary, start, write_recipe
 
 from ptft_dist.config.recipe import ModelSection, TokenizerSection
 from ptft_dist.errors import RecipeError
@@ -71,7 +71,7 @@ def test_code_of_a_model_repository_runs_only_on_wish(tmp_path: Path) -> None:
     assert not section.trust_remote_code
     assert not TokenizerSection(path="x").trust_remote_code
     with pytest.raises(RecipeError, match=r"model\.path"):
-        build_config(section, [None] * 8, 8)  # type: ignore[arg-type]  # only its length is looked at
+        build_config(section, Vocabulary(8, 0), 8)  # type: ignore[arg-type]
     assert not ran.exists()
-    build_config(ModelSection(path=str(tmp_path), trust_remote_code=True), [None] * 8, 8)  # type: ignore[arg-type]
+    build_config(ModelSection(path=str(tmp_path), trust_remote_code=True), Vocabulary(8, 0), 8)  # type: ignore[arg-type]
     assert ran.exists()
