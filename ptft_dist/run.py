@@ -239,9 +239,7 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
                 warn(f"save.export: best: {error}. The last weights are exported instead")
     card, trained = None, session.trained
     if engine.is_main:
-        task_type, labels = trained.task_class.auto_class.__name__, trained.config.num_labels
-        base = trained.section.path
-        card = model_card(session.loaded, target.parent, step, base=base, task_type=task_type, num_labels=labels)
+        card = model_card(session.loaded, target.parent, step, **trained.card_facts)
     export(engine, Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card), target)
 
 

@@ -184,10 +184,11 @@ def test_the_card_of_an_adapter_loads_its_base() -> None:
     """In its revision, and from any directory: a relative model.path starts at the recipe."""
     model = ModelSection(path="../base", revision="abc", adapt={"lora": {}})  # type: ignore[arg-type]
     recipe = SimpleNamespace(model=model, settings=SimpleNamespace(writes=False))
-    code = usage(recipe, "org/base", "AutoModelForTokenClassification", 3)
-    assert 'AutoModelForTokenClassification.from_pretrained("org/base", num_labels=3, revision="abc")' in code
+    code = usage(recipe, "org/base", "AutoModelForTokenClassification", ["O", "B-时间"])
+    labels = "{0: 'O', 1: 'B-时间'}"
+    assert f'AutoModelForTokenClassification.from_pretrained("org/base", id2label={labels}, revision="abc")' in code
     recipe.model = ModelSection(path="../base", adapt={"lora": {}})  # type: ignore[arg-type]
-    assert 'AutoModelForCausalLM.from_pretrained("/a/base")' in usage(recipe, "/a/base", "AutoModelForCausalLM", 2)
+    assert 'AutoModelForCausalLM.from_pretrained("/a/base")' in usage(recipe, "/a/base", "AutoModelForCausalLM", [])
 
 
 def test_the_card_of_a_run_from_a_model_of_the_current_directory(

@@ -82,17 +82,7 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, license_id: str | 
         run = SavedRun(run_dir, checkpoint)
         state = run.load()
         trained = run.trained
-        task_type, labels = trained.task_class.auto_class.__name__, trained.config.num_labels
-        base = trained.section.path
-        card = model_card(
-            run.loaded,
-            run_dir,
-            checkpoint.step,
-            base=base,
-            task_type=task_type,
-            num_labels=labels,
-            license_id=license_id,
-        )
+        card = model_card(run.loaded, run_dir, checkpoint.step, **trained.card_facts, license_id=license_id)
         content = Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card)
         out.parent.mkdir(parents=True, exist_ok=True)
         export(state, content, out)

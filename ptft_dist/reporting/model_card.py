@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ def model_card(
     *,
     base: str | None,
     task_type: str,
-    num_labels: int | None,
+    labels: Sequence[str],
     license_id: str | None = None,
 ) -> str:
     """The card of the weights of one update: YAML front matter and Markdown.
@@ -31,7 +31,7 @@ def model_card(
         step: the update. Its metrics are read from metrics.jsonl, if it was evaluated.
         base: the directory or Hub name of the model that training started from; None if it had random weights.
         task_type: the transformers class that loads the model, or its base, such as AutoModelForCausalLM.
-        num_labels: of a classifier's head.
+        labels: of a classifier's head, in the order of their ids.
         license_id: an identifier of the Hub, such as apache-2.0.
     """
     recipe = loaded.recipe
@@ -55,7 +55,7 @@ def model_card(
         f"---\n{notice}{front}---\n",
         f"# {what}{parent}\n\nTask: `{recipe.task}`, after update {step:,}. Trained with ptft_dist.\n",
         *([] if license_id else [f"{_LICENSE[:1].upper()}{_LICENSE[1:]}.\n"]),
-        f"## Use\n\n{usage(recipe, base, task_type, num_labels)}",
+        f"## Use\n\n{usage(recipe, base, task_type, labels)}",
         f"## Metrics\n\n{_table(metrics, 'metric')}" if metrics else "## Metrics\n\nThis update was not evaluated.\n",
         f"## Data\n\n{_data(_report(run_dir))}",
         f"## Recipe\n\nAll other keys have their default values.\n\n```yaml\n{to_yaml(given_values(loaded))}```\n",
@@ -122,11 +122,11 @@ def _sources(recipe: Any) -> list[Any]:
     return [*recipe.data.train, *(validation if isinstance(validation, tuple | list) else ())]
 
 
-def usage(recipe: Any, base: str | None, auto_class: str, num_labels: int | None) -> str:
+def usage(recipe: Any, base: str | None, auto_class: str, labels: Sequence[str]) -> str:
     """How to load the exported directory.
 
     base: the directory or Hub name of the model that an adapter belongs to. A relative model.path would not do: it
-    starts at the recipe's directory.
+    starts at the recipe's directory. labels: see `model_card`.
     """
     adapt = recipe.model.adapt
     imports = [f"from transformers import {auto_class}, AutoTokenizer"]
@@ -134,7 +134,7 @@ def usage(recipe: Any, base: str | None, auto_class: str, num_labels: int | None
     if not adapt.adds_adapter:
         code = [*imports, "", f'model = {auto_class}.from_pretrained("DIRECTORY")', tokenizer]
     else:
-        options = f", num_labels={num_labels}" if auto_class.endswith("Classification") else ""
+        options = f", id2label={dict(enumerate(labels))}" if auto_class.endswith("Classification") else ""
         options += f', revision="{recipe.model.revision}"' if recipe.model.revision else ""
         bottleneck = [
             "from ptft_dist.networks.adapt import bottleneck",

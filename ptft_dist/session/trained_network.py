@@ -20,7 +20,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
 from ptft_dist.networks.export import export_dtype
-from ptft_dist.networks.facts import NetworkFacts, read_facts
+from ptft_dist.networks.facts import NetworkFacts, labels_of, read_facts
 from ptft_dist.networks.frozen import Digests, files_identity
 from ptft_dist.networks.load import build_config, build_network, check_positions, local_or_hub, read_config
 from ptft_dist.networks.new_tokens import NewTokens
@@ -76,6 +76,12 @@ class TrainedNetwork:
         check_placement(self.section.quantize, kind, recipe.train.precision)
         check_backend(self.section, kind, recipe.train.precision)
         self._preview()
+
+    @property
+    def card_facts(self) -> dict[str, Any]:
+        """What its model card says about loading it: arguments of `model_card`."""
+        task_type = self.task_class.auto_class.__name__
+        return {"base": self.section.path, "task_type": task_type, "labels": labels_of(self.config)}
 
     @property
     def tokenizer_origin(self) -> Path:

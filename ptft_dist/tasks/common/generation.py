@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,9 @@ from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.generation_settings import GenerationSettings
 from ptft_dist.tasks.common.scores.text import text_scores
 from ptft_dist.tasks.protocol import Judged, TaskSetup
+
+PROMPT = "prompt/"
+"""Prefix of the batch inputs of prompts, at evaluations."""
 
 
 def check_room(setup: TaskSetup, config: PretrainedConfig) -> None:
@@ -117,6 +120,33 @@ def generate(
     ends = torch.isin(ids, torch.tensor(eos_ids, device=ids.device)).long()
     ids = ids.masked_fill(ends.cumsum(1) > ends, pad_id)  # beam search pads shorter texts with EOS
     return F.pad(ids, (0, settings.max_new_tokens - ids.size(1)), value=pad_id)
+
+
+def prompts_of(inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The inputs of a batch that belong to its prompts, without PROMPT in their names."""
+    return {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
+
+
+class Generates(Protocol):
+    """A task that generates texts after prompts at evaluations."""
+
+    settings: Any
+    tokenizer: PreTrainedTokenizerBase
+    fill_id: int
+    """Pads generated texts."""
+    eos_ids: list[int]
+
+
+def generate_answers(task: Generates, model: Any, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """A text after each prompt of a batch, as `task.settings.generation` says: see `generate`."""
+    return generate(
+        model,
+        prompts_of(inputs),
+        task.settings.generation,
+        pad_id=task.fill_id,
+        eos_ids=task.eos_ids,
+        tokenizer=task.tokenizer,
+    )
 
 
 _OF_WHOLE_ROWS = {

@@ -48,7 +48,7 @@ from ptft_dist.rl.sampling import response_seed, sample, until_end
 from ptft_dist.rl.scoring import Rewards, functions_of
 from ptft_dist.rl.vllm import VllmSampler, check_vllm
 from ptft_dist.tasks.common.dropout import turn_off_dropout
-from ptft_dist.tasks.common.generation import end_ids, end_texts_with, left_padded
+from ptft_dist.tasks.common.generation import PROMPT, end_ids, end_texts_with, left_padded, prompts_of
 from ptft_dist.tasks.common.network_checks import check_room
 from ptft_dist.tasks.common.padding import pad_id, pad_multiple
 from ptft_dist.tasks.common.response_batches import as_bytes, from_bytes, padded_columns, padded_responses, prompt_of
@@ -58,8 +58,6 @@ from ptft_dist.tasks.protocol import IGNORE, BaseTask, Batch, FrozenRole, LossOu
 REFERENCE = "reference"
 SCORER = "reward_"
 """Prefix of the names of adapters that are reward models, and of their heads."""
-PROMPT = "prompt/"
-"""Prefix of the batch inputs of prompts, at evaluations."""
 
 
 class RolloutTask(BaseTask):
@@ -374,7 +372,7 @@ class RolloutTask(BaseTask):
         Returns predictions [B, N + M], fp64: the response's ids padded with -1, and the scores of the M reward models.
         """
         counts = inputs["targets"] != IGNORE
-        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
+        prompts = prompts_of(inputs)
         seeds = prompts.pop("seeds").tolist()
         texts = from_bytes(prompts.pop("text")) if "text" in prompts else [("", None)] * len(seeds)
         together = dist.is_initialized() and dist.get_world_size() > 1

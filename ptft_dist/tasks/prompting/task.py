@@ -17,10 +17,11 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
+    PROMPT,
     check_room,
     check_room_left,
     end_ids,
-    generate,
+    generate_answers,
     generated_text,
     judged_text,
     left_padded,
@@ -31,9 +32,6 @@ from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.common.scores.labels import classification_scores
 from ptft_dist.tasks.prompting.prompts import Prompts
 from ptft_dist.tasks.protocol import IGNORE, Batch, Judged, LossOut, TaskSetup
-
-PROMPT = "prompt/"
-"""Prefix of the batch inputs that hold prompts for generation."""
 
 
 class Prompting(NextTokenTask):
@@ -134,15 +132,7 @@ class Prompting(NextTokenTask):
         return super().predict(model, inputs) if self.labels else self._generated(model, inputs)
 
     def _generated(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        return generate(
-            model,
-            prompts,
-            self.settings.generation,
-            pad_id=self.fill_id,
-            eos_ids=self.eos_ids,
-            tokenizer=self.tokenizer,
-        )
+        return generate_answers(self, model, inputs)
 
     def _content_free(self, model: torch.nn.Module, device: torch.device) -> torch.Tensor | float:
         """The log-likelihoods of the labels after the content-free prompt: fp32 [labels]; 0 without calibration.

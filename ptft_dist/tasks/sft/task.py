@@ -14,11 +14,12 @@ from ptft_dist.data.store import Row
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.tasks.common.causal import NextTokenTask
 from ptft_dist.tasks.common.generation import (
+    PROMPT,
     check_room,
     check_room_left,
     end_ids,
     end_texts_with,
-    generate,
+    generate_answers,
     generated_text,
     generation_scores,
     judged_text,
@@ -26,9 +27,6 @@ from ptft_dist.tasks.common.generation import (
 )
 from ptft_dist.tasks.common.padding import pad
 from ptft_dist.tasks.protocol import EVALUATION_EPOCH, IGNORE, Batch, Judged, LossOut, TaskSetup
-
-PROMPT = "prompt/"
-"""Prefix of the batch inputs that hold prompts for generation."""
 
 
 class SupervisedFineTuning(NextTokenTask):
@@ -95,15 +93,7 @@ class SupervisedFineTuning(NextTokenTask):
 
     def predict(self, model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Generated token ids: int64 [B, max_new_tokens]."""
-        prompts = {key.removeprefix(PROMPT): x for key, x in inputs.items() if key.startswith(PROMPT)}
-        return generate(
-            model,
-            prompts,
-            self.settings.generation,
-            pad_id=self.fill_id,
-            eos_ids=self.eos_ids,
-            tokenizer=self.tokenizer,
-        )
+        return generate_answers(self, model, inputs)
 
     def scores(
         self, predictions: Mapping[int, Any], row: Callable[[int], Row]
