@@ -749,6 +749,20 @@ def test_too_few_prompts_for_a_rollout(session: Make) -> None:
         made.plan  # noqa: B018
 
 
+def test_virtual_tokens_must_leave_positions_for_prompt_and_response(session: Make, silent: Path) -> None:
+    """64 positions; prompt and response have up to 20 tokens."""
+
+    def start(tokens: int) -> None:
+        model = {"path": str(silent), "adapt": {"prompt_tuning": {"tokens": tokens}}}
+        session("ppo", {}, start=True, model=model)
+        reset_accelerate()
+
+    start(44)
+    says = "have up to 20 tokens, more than the 19 positions of the model with its adapter: lower one of them"
+    with pytest.raises(RecipeError, match=rf"^ppo\.sampling\.max_new_tokens: .* {says}"):
+        start(45)
+
+
 # --- groups, weights and names ----------------------------------------------------------------------------------------
 
 
