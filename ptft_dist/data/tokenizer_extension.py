@@ -33,8 +33,8 @@ EXTENSION_VERSION = 2
 
 _KEY = "tokenizer.extend"
 _FOR_EACH_CUT = 1e-3
-"""By how much the log-probability of a Unigram word exceeds that of its pieces, for each cut between two. So a word
-also wins against a shorter new word and its rest, whose sum would be the same."""
+"""The log-probability of a new Unigram word is the sum of those of its pieces, plus this for each border between two
+pieces. So the whole word is also more probable than a shorter new word followed by the rest."""
 _NEVER = -1000.0  # the score of special tokens in a Unigram vocabulary
 
 Words = list[tuple[list[int], int]]

@@ -45,7 +45,8 @@ def check_revisions(recipe: Recipe, base: Path) -> None:
 
 
 def _without_dots(path: Path) -> Path:
-    """The directory without `..` in its path: an adapter names its base by it, also after the recipe was moved."""
+    """The path of a directory without `..`. An adapter stores it as its base, and must find it after a move of the
+    recipe's directory."""
     plain = Path(os.path.normpath(path))
     return plain if plain.is_dir() and plain.samefile(path) else path  # `..` after a link may lead elsewhere
 

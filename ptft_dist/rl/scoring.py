@@ -49,8 +49,11 @@ class Rewards:
             judge(phase, trajectories, name, model.texts(trajectories), partial(model.scores, policy), model.padded)
 
     def call_functions(self, phase: Phase, trajectories: Sequence[Trajectory]) -> None:
-        """Add the rewards of the functions. Each rank calls them for its share, since they may be slow: for all
-        responses to every so many prompts, because a function may compare the responses to a prompt."""
+        """Add the rewards of the functions.
+
+        The prompts are divided among the ranks, since functions may be slow. All responses to a prompt stay together,
+        because a function may compare them.
+        """
         if not self.functions:
             return
         ranks = len(phase.processes.gather_objects(None))

@@ -12,9 +12,10 @@ from ptft_dist.networks.facts import read_facts
 
 
 def hide_virtual_tokens(model: PeftModel) -> None:
-    """Let a network with virtual tokens behave as one without: outputs and padding are those of the input.
+    """Let a network with virtual tokens be called like one without.
 
-    Networks without virtual tokens, and encoder-decoders, stay as they are.
+    Its outputs have the positions of the input, and padding on the left takes no positions. Networks without virtual
+    tokens, and encoder-decoders, stay as they are.
     """
     base: Any = model.get_base_model()
     if not model.active_peft_config.is_prompt_learning or base.config.is_encoder_decoder:
@@ -47,8 +48,10 @@ def _positions_without_padding(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Forward pre-hook of the base: positions that do not count padding on the left.
 
-    It lies between virtual tokens and prompt. peft gives no positions, and the base would count it, so that a text
-    would depend on the prompts beside it. offset: the position id of a row's first token.
+    This padding lies between the virtual tokens and the prompt. peft passes no position ids, and the base would count
+    the padding, so a generated text would depend on the other prompts of its batch.
+
+    offset: the position id of a row's first token.
     """
     mask, tokens = inputs.get("attention_mask"), inputs.get("inputs_embeds")
     tokens = inputs.get("input_ids") if tokens is None else tokens
