@@ -93,6 +93,8 @@ PRELOADED = [
     "torch.distributed.run",
     "torch.profiler._cupti_monitor",
     "torch.utils.tensorboard",
+    "trl.chat_template_utils",
+    "trl.trainer.utils",
     "transformers.convert_slow_tokenizer",
     "transformers.integrations.deepspeed",
     "transformers.integrations.mistral",

@@ -245,3 +245,14 @@ def test_each_start_tells_its_failure_once(tmp_path: Path, capfd: pytest.Capture
         assert [told(0, began + 120), told(1)] == [1, 0]
         variables["TORCHELASTIC_RESTART_COUNT"] = "1"
         assert [told(0), told(1)] == [1, 0]
+
+
+def test_a_failure_removes_what_old_ones_have_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    report = FailureReport(tmp_path, Place(0, 1, 0, launched=False))
+    old, young = report.claim.with_name("failed-old"), report.claim.with_name("failed-young")
+    for path, hours in ((old, 25), (young, 23)):
+        path.touch()
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    report.write(RecipeError("a wrong key"), 2, 0.0)
+    assert sorted(path.name for path in report.claim.parent.iterdir()) == sorted([young.name, report.claim.name])

@@ -90,6 +90,23 @@ def test_a_page_has_every_part(tmp_path: Path) -> None:
     assert {"metrics.jsonl", "resolved.yaml"} <= {attributes.get("href") for _, attributes in page.elements}
 
 
+@pytest.mark.parametrize(
+    ("losses", "metric", "value", "worse"),
+    [
+        ((1.5, 2.0, 2.5), "loss", 2.0, ", 1.5 before the training was better"),
+        ((3.0, 2.0, 2.5), "loss", 2.0, ""),
+        ((1.0, 2.0, 2.5), "accuracy", 0.5, ", 1 before the training was better"),
+        ((4.0, 2.0, 2.5), "accuracy", 0.5, ""),
+    ],
+)
+def test_a_page_says_that_the_network_was_better_before_the_training(
+    tmp_path: Path, losses: tuple[float, ...], metric: str, value: float, worse: str
+) -> None:
+    run = write_run(tmp_path / "run", losses=losses, best={"metric": metric, "value": value, "step": 2})
+    page = ptft_dist.report(run).read_text()
+    assert re.findall(rf"best {metric} {value:g} \(update 2\)(.*?)</p>", page) == [worse]
+
+
 def test_a_page_loads_nothing(tmp_path: Path) -> None:
     page = ptft_dist.report(write_run(tmp_path / "run")).read_text()
     for _, attributes in Elements(page).elements:

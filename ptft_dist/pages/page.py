@@ -24,6 +24,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptft_dist import __version__
+from ptft_dist.config.recipe import goal_of
 from ptft_dist.config.secrets import hide
 from ptft_dist.data.report import Report, describe
 from ptft_dist.errors import PtftError
@@ -175,10 +176,23 @@ def _verdict(run: RunFiles) -> str:
     if "peak_memory_bytes" in result:
         parts.append(f"{result['peak_memory_bytes'] / 1e9:.2f} GB peak memory")
     if best := result.get("best"):
-        parts.append(f"best {best['metric']} {number(best['value'])} (update {best['step']:,})")
+        parts.append(
+            f"best {best['metric']} {number(best['value'])} (update {best['step']:,})" + _better_before(run, best)
+        )
     if "error" in result:
         parts.append(str(result["error"]))
     return " · ".join(parts)
+
+
+def _better_before(run: RunFiles, best: Mapping[str, Any]) -> str:
+    """Whether the network was better before the training; the best evaluation is one of trained weights."""
+    step, metrics = run.evaluations[0] if run.evaluations else (-1, {})
+    start, name = metrics.get(best["metric"]), best["metric"]
+    if step or start is None:
+        return ""
+    larger_is_better = (run.values.get("eval.goal") or goal_of(name)) == "max"
+    better = start > best["value"] if larger_is_better else start < best["value"]
+    return f", {number(start)} before the training was better" if better else ""
 
 
 def _metrics_table(run: RunFiles) -> Table:

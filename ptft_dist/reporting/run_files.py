@@ -222,6 +222,7 @@ class FailureReport:
     def _is_first(self) -> bool:
         """Whether no other rank of this machine has failed before in this start."""
         with _reporting(self.claim):
+            _remove_old_claims(self.claim.parent)
             with contextlib.suppress(FileNotFoundError):
                 if self.claim.stat().st_mtime < psutil.Process().create_time() - _RANKS_BEGIN_WITHIN_S:
                     self.claim.unlink(missing_ok=True)
@@ -256,10 +257,15 @@ def _scratch() -> Path:
     folder = Path(tempfile.gettempdir()) / f"ptft-{os.getuid()}"
     with contextlib.suppress(OSError):
         folder.mkdir(mode=0o700, exist_ok=True)
-        for old in folder.glob("failed-*"):
-            if time.time() - old.stat().st_mtime > _DAY_S:
-                old.unlink(missing_ok=True)
     return folder
+
+
+def _remove_old_claims(folder: Path) -> None:
+    """Remove the claims of starts that failed more than a day ago."""
+    for old in folder.glob("failed-*"):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            if time.time() - old.stat().st_mtime > _DAY_S:
+                old.unlink()
 
 
 @contextlib.contextmanager
