@@ -28,26 +28,29 @@ if hasattr(os, "SCHED_BATCH"):
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
-# Begun first, so that no process is left with them alone: those that wait for Slurm, and then all that start processes.
+# Begun first, so that no process is left with them alone. Tests of Slurm mostly wait, in one of the three processes.
+# Meanwhile the two others need tests that do not: those of `distributed` do, for each other's ranks.
 LONG = (
     "tests/slurm/",
-    "tests/distributed/",
     "tests/test_training.py::test_a_compiled_network",
     "tests/test_new_tokens.py::test_smollm2",
     "tests/test_real_models.py",
+    "tests/test_docs_commands.py",
+    "tests/test_recipes.py",
     "tests/test_launch.py",
     "tests/immunity/",
     "tests/test_sweep.py",
-    "tests/test_trackers.py",
-    "tests/test_docs_commands.py",
-    "tests/test_recipes.py",
-    "tests/test_srun_rank.py",
     "tests/test_gpu_dry.py",
+    "tests/distributed/",
+    "tests/test_srun_rank.py",
+    "tests/test_trackers.py",
     "tests/test_prefetch.py",
     "tests/test_verbs_of_runs.py",
     "tests/test_pipeline.py",
     "tests/test_harness.py",
     "tests/test_critic.py",
+    "tests/test_tokenizer_extension.py::test_two_processes",
+    "tests/test_generation.py::test_every_row",
 )
 
 
