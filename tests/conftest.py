@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import kill_leftovers, write_documents
+from support import kill_leftovers, share_fork_server, write_documents
 
 from ptft_dist.config import secrets
 from ptft_dist.reporting.messages import hide_messages
@@ -52,6 +52,11 @@ LONG = (
     "tests/test_tokenizer_extension.py::test_two_processes",
     "tests/test_generation.py::test_every_row",
 )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", 0) and not hasattr(config, "workerinput"):
+        share_fork_server()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ QUIET_MACHINE = {
 }
 COMMAND = [sys.executable, "-m", "ptft_dist"]
 NOT_OF_A_USER = ("PYTHONDONTWRITEBYTECODE",)  # each interpreter would compile the whole package
+FORK_SERVER = "PTFT_TEST_FORK_SERVER"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 # Imported once by the server. What a forked process finds here it does not import again.
@@ -184,7 +185,9 @@ class Vocabulary:
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a user on a machine without accelerators."""
-    plain = {key: value for key, value in os.environ.items() if key not in (*LAUNCHER_VARIABLES, *NOT_OF_A_USER)}
+    plain = {
+        key: value for key, value in os.environ.items() if key not in (*LAUNCHER_VARIABLES, *NOT_OF_A_USER, FORK_SERVER)
+    }
     return plain | QUIET_MACHINE | dict(extra or {})
 
 
@@ -208,13 +211,26 @@ def ptft(
 
 @functools.cache
 def fork_server() -> ForkServerContext:
+    """A server that forks processes: that of `share_fork_server`, or one of this process's own."""
     context = multiprocessing.get_context("forkserver")
+    server: Any = forkserver._forkserver  # type: ignore[attr-defined]
+    if address := os.environ.get(FORK_SERVER):
+        server._forkserver_address = address
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # the one that started the server keeps it alive
+        server.ensure_running = resource_tracker.ensure_running
+        return context
     context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         # The server does not take sys.path, but `preloaded` is there, and this package rather than an installed one.
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), str(ROOT)]))
         forkserver.ensure_running()
     return context
+
+
+def share_fork_server() -> None:
+    """Start the server that pytest's processes have in common, since each would need many seconds for its own."""
+    fork_server()
+    os.environ[FORK_SERVER] = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
 
 
 def as_started_by_a_user() -> None:
