@@ -25,11 +25,11 @@ demo: $(STAMP)
 # Each process would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Four processes of one thread fill two cores: one waits for Slurm, the others for ranks and disks. Tests that share a module's fixture
+# Three processes of one thread fill two cores, because tests of Slurm mostly wait. Tests that share a module's fixture
 # stay together (tests/conftest.py, which also says which begin). PYTEST_ARGS="-n 0 tests/FILE.py" runs one file without
 # the start of further processes.
 test: $(STAMP) slurm
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 # tests/slurm start a private cluster, and are skipped where its programs cannot be had. Installed are Debian's
 # packages; they start no cluster by themselves.

@@ -28,6 +28,7 @@ REMEDIES = {
 # text, since this module imports no torch.
 _NETWORK_CLASSES = ("DistNetworkError", "DistStoreError")  # a port in use, or no answer
 _NETWORK = (
+    "gloo/transport/",  # the file that an error of gloo's connections begins with
     "closed by peer",
     "reset by peer",
     "connectFullMesh failed",

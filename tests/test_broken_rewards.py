@@ -4,6 +4,7 @@ remedy; or the result that the same input has elsewhere."""
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,6 +205,14 @@ def test_what_is_no_reward_names_the_function_and_the_completion(name: str) -> N
             [[5], []],
             {"wanted": [1, 2]},
         )
+
+
+@pytest.mark.parametrize("key", ["answer", "prompts"])
+def test_an_argument_with_the_name_of_a_column_is_an_error(key: str) -> None:
+    """The column would replace it."""
+    function = functools.partial(lambda **given: [1.0 for _ in given["prompts"]], **{key: "5"})
+    with pytest.raises(RecipeError, match=rf"^f: the rows have a column {key}, and its `arguments` a key of this name"):
+        call_function(function, "f", ["a"], ["b"], [[1]], {"answer": ["7"]})
 
 
 @pytest.mark.parametrize(

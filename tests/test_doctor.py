@@ -44,6 +44,13 @@ def test_this_machine(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_home_in_hf_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hub").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HOME", "~/hub")
+    assert by_name(list(places(tmp_path)))["Hub downloads"][1].startswith(f"{tmp_path / 'hub'}: ")
+
+
 def test_two_processes_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHON_EXEC", preloaded()["PYTHON_EXEC"])
     (found,) = shake_hands(0)

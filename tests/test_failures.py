@@ -49,6 +49,11 @@ CUDA = IN_NCCL.format(
     "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nCuda failure {}",
 )
 GLOO = "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.77.0.2]:1"
+CUT_OFF = (
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [10.77.0.2]:1: Connection timed out",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Read error [10.77.0.2]:1: No route to host",
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1000ms for recv operation",
+)
 
 
 def full(number: int = errno.ENOSPC) -> OSError:
@@ -154,7 +159,7 @@ def test_a_faulty_gpu(text: str) -> None:
     assert exit_code_of(error, cause=1) == EXIT_LOST  # it does not follow from what another rank has said
 
 
-@pytest.mark.parametrize("text", [GLOO, REMOTE, SYSTEM])
+@pytest.mark.parametrize("text", [GLOO, REMOTE, SYSTEM, *CUT_OFF])
 def test_a_lost_peer_follows_from_the_failure_that_was_announced_first(text: str) -> None:
     error = torch.distributed.DistBackendError(text)
     assert not is_hardware_fault(error)  # another machine may be the cause

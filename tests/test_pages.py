@@ -107,6 +107,20 @@ def test_a_page_says_that_the_network_was_better_before_the_training(
     assert re.findall(rf"best {metric} {value:g} \(update 2\)(.*?)</p>", page) == [worse]
 
 
+def test_losses_per_token_of_other_tokenizers_are_not_tested(tmp_path: Path) -> None:
+    runs = two(tmp_path)
+    for run, tokens in zip(runs, (3, 2), strict=True):
+        write_evaluation(run, [1.0, 2.0, 4.0])
+        rows = [
+            {"row": i, "id": f"same-{i}", "values": {"loss": [x * tokens, tokens], "bits_per_byte": [x, 8]}}
+            for i, x in enumerate((1.0, 2.0, 4.0))
+        ]
+        write_json_lines(run / "evaluation.rows.jsonl", rows)
+    (tested,) = Comparison(read_runs(runs)).tests
+    assert isinstance(tested, dict)
+    assert set(tested) == {"bits_per_byte"}
+
+
 def test_a_page_loads_nothing(tmp_path: Path) -> None:
     page = ptft_dist.report(write_run(tmp_path / "run")).read_text()
     for _, attributes in Elements(page).elements:

@@ -369,6 +369,12 @@ def test_the_answer_of_a_row_is_replaced_whatever_its_speaker_is_called(role: st
     assert with_answer(values, ".")["conversations"] == [asked, {"from": "gpt", "value": "."}]
 
 
+@pytest.mark.parametrize("messages", [[], [{"role": "assistant", "content": "a red cat"}]])
+def test_a_conversation_without_a_message_to_answer_is_an_error(messages: list[dict[str, str]]) -> None:
+    with pytest.raises(RowError, match=r"messages has no message to answer\. Begin"):
+        with_answer({"messages": messages}, ".")
+
+
 def test_a_lone_answer_and_an_empty_prompt_can_be_evaluated(tokenizer: Any) -> None:
     alone = encode(tokenizer, {"messages": [ASSISTANT]})
     assert alone.meta["source"] == ""

@@ -12,3 +12,4 @@ import importlib.metadata
 gc.disable()  # nothing of the imports that follow is garbage; preloaded.py enables it again
 
 importlib.metadata.version = functools.cache(importlib.metadata.version)
+importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)

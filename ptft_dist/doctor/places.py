@@ -36,7 +36,7 @@ def places(folder: Path) -> Iterator[Finding]:
         yield disk("cache", cache_root(None, folder), "the environment variable PTFT_CACHE")
     except RecipeError as error:
         yield Finding("disk", "cache", "error", str(error))
-    hub = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
+    hub = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     yield disk("Hub downloads", hub, "the environment variable HF_HOME")
     if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
         yield Finding(

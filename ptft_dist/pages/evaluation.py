@@ -70,10 +70,11 @@ def _stacked(evaluation: Evaluation, names: Sequence[str]) -> np.ndarray:
 
 
 def paired(first: Evaluation, second: Evaluation) -> dict[str, Tested]:
-    """second - first for each metric that both have, over the same examples. See `why_not_paired`."""
-    names = [
-        n for n, v in first.values.items() if n in second.values and v[:, 1].sum() and second.values[n][:, 1].sum()
-    ]
+    """second - first for each metric that both have, over the same examples. See `why_not_paired`.
+
+    Losses per token are left out if an example has other numbers of tokens in them: the tokenizers differ.
+    """
+    names = [n for n in first.values if n in second.values and _comparable(n, first.values[n], second.values[n])]
     if not names:
         return {}
     both = np.stack([_stacked(first, names), _stacked(second, names)], axis=1)  # [N, 2, M, 2]
@@ -85,6 +86,13 @@ def paired(first: Evaluation, second: Evaluation) -> dict[str, Tested]:
         )
         for i, name in enumerate(names)
     }
+
+
+def _comparable(name: str, first: np.ndarray, second: np.ndarray) -> bool:
+    """Whether two runs' sums and counts [N, 2] of a metric may be subtracted."""
+    return bool(
+        first[:, 1].sum() and second[:, 1].sum() and not (name.endswith("loss") and (first[:, 1] != second[:, 1]).any())
+    )
 
 
 def why_no_intervals(evaluation: Evaluation | None, run_dir: Path) -> str | None:

@@ -125,15 +125,22 @@ def call_function(
 
     Raises:
         RecipeError: the function raised an error, or returned something else than one finite number or None for each
-            completion.
+            completion; or a key of its `arguments` is a column too.
     """
+    given = {"completions": completions, "prompts": prompts, "completion_ids": ids, **columns}
+    fixed = function.keywords if isinstance(function, functools.partial) else {}  # see load_function
+    if twice := [key for key in fixed if key in given]:
+        raise RecipeError(
+            f"{name}: the rows have a column {twice[0]}, and its `arguments` a key of this name. Rename the key, or "
+            "leave the column out"
+        )
     try:
-        returned: Any = function(completions=completions, prompts=prompts, completion_ids=ids, **columns)
+        returned: Any = function(**given)
         rewards = list(returned) if isinstance(returned, Iterable) else None
     except PtftError:
         raise
     except (Exception, SystemExit) as error:
-        arguments = ", ".join(["completions", "prompts", "completion_ids", *columns])
+        arguments = ", ".join(given)
         shape = "" if isinstance(completions[0], str) else ". A completion is a list of messages: each[-1]['content']"
         raise RecipeError(
             f"{name} failed: {_described(error)}. Correct it; its arguments are {arguments}{shape}"

@@ -138,7 +138,7 @@ def with_answer(values: Mapping[str, Any], text: str) -> dict[str, Any]:
     """The row with this text as its last answer, instead of its own.
 
     Raises:
-        RowError: the row has neither messages, nor an instruction, nor a prompt.
+        RowError: the row has neither messages, nor an instruction, nor a prompt; or no message to answer.
     """
     filled = dict(values)
     for column, role, content, speakers in (
@@ -149,6 +149,8 @@ def with_answer(values: Mapping[str, Any], text: str) -> dict[str, Any]:
             asked = list(messages)
             while asked and isinstance(asked[-1], dict) and asked[-1].get(role) in speakers:
                 asked.pop()
+            if not asked:
+                raise RowError(f"{column} has no message to answer. Begin with one of another role than {speakers[0]}.")
             filled[column] = [*asked, {role: speakers[0], content: text}]
             return filled
     if values.get("instruction") is not None:
