@@ -37,7 +37,8 @@ from ptft_dist.launch.environment import (
     user_command,
 )
 from ptft_dist.launch.result import write_result
-from ptft_dist.networks.export import Export, export
+from ptft_dist.networks.export import export
+from ptft_dist.networks.rounding import KEEP_ALL, little_kept
 from ptft_dist.pages.page import write_report
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
 from ptft_dist.reporting.metrics import METRICS, JsonLines, Sink
@@ -240,7 +241,9 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
     card, trained = None, session.trained
     if engine.is_main:
         card = model_card(session.loaded, target.parent, step, **trained.card_facts)
-    export(engine, Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card), target)
+    kept = export(engine, trained.content(card), target)
+    if note := little_kept(kept, trained.export_dtype, KEEP_ALL):
+        warn(note)
 
 
 def _result(trainer: Trainer, outcome: Outcome, run_dir: Path) -> Result:

@@ -259,7 +259,8 @@ class SaveSection(Section):
     export: Literal["last", "best"] = "last"
     """Which weights are exported to run_dir/model."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Data type of the exported weights. `auto`: that of the weights in model.path; fp32 with model.config."""
+    """Data type of the exported weights. `auto`: that of the weights in model.path; fp32 with model.config. bf16 and
+    fp16 can lose a training with a small learning rate; a warning says how much."""
 
     @model_validator(mode="after")
     def _check(self) -> SaveSection:

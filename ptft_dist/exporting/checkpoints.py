@@ -16,9 +16,10 @@ from ptft_dist.config.load import Loaded, read_resolved
 from ptft_dist.data.report import Report
 from ptft_dist.engine import SavedState
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
-from ptft_dist.networks.export import Export, export, require_free
+from ptft_dist.networks.export import export, require_free
 from ptft_dist.networks.frozen import read_digests
 from ptft_dist.networks.names import adapter_base, is_adapter
+from ptft_dist.networks.rounding import KEEP_ALL, little_kept
 from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.run import libraries_restored
@@ -83,9 +84,10 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, license_id: str | 
         state = run.load()
         trained = run.trained
         card = model_card(run.loaded, run_dir, checkpoint.step, **trained.card_facts, license_id=license_id)
-        content = Export(trained.model, trained.tokenizer, trained.facts, trained.export_dtype, card)
         out.parent.mkdir(parents=True, exist_ok=True)
-        export(state, content, out)
+        kept = export(state, trained.content(card), out)
+    if note := little_kept(kept, trained.export_dtype, KEEP_ALL):
+        warn(note)
     say(f"exported update {checkpoint.step} of {run_dir} to {out}")
     return out
 

@@ -19,7 +19,8 @@ from ptft_dist.networks.frozen import files_identity, read_digests
 from ptft_dist.networks.load import DTYPES
 from ptft_dist.networks.names import is_adapter
 from ptft_dist.networks.preview import preview_network
-from ptft_dist.reporting.messages import say
+from ptft_dist.networks.rounding import little_kept
+from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import CARD, merged_card
 from ptft_dist.run import libraries_restored
 
@@ -35,7 +36,7 @@ def merge_run(run: Path, out: Path, *, dtype: str | None) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            difference, tolerance = merge(files, wanted, partial)
+            merged = merge(files, wanted, partial)
             card = files.path / CARD
             text = card.read_text(encoding="utf-8") if card.is_file() else None
             (partial / CARD).write_text(merged_card(text, files.base, files.auto_class.__name__), encoding="utf-8")
@@ -44,7 +45,11 @@ def merge_run(run: Path, out: Path, *, dtype: str | None) -> Path:
             shutil.rmtree(partial, ignore_errors=True)
     name = str(wanted).removeprefix("torch.")
     say(f"merged {files.path} into {files.base}: {out} ({name})")
-    say(f"largest difference of logits: {difference:.2e} of the largest logit (tolerance {tolerance:.1e})")
+    say(
+        f"largest difference of logits: {merged.difference:.2e} of the largest logit (tolerance {merged.tolerance:.1e})"
+    )
+    if note := little_kept(merged.kept, wanted, "Merge with --dtype fp32 to keep all of it"):
+        warn(note)
     return out
 
 

@@ -19,6 +19,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.critic import CRITIC, VALUE_HEAD
 from ptft_dist.networks.facts import NetworkFacts
 from ptft_dist.networks.load import DTYPES
+from ptft_dist.networks.rounding import kept_change
 
 NO_LIMIT = 10**9
 """Tokenizers without a limit have model_max_length 10^30."""
@@ -57,10 +58,15 @@ class Export:
     """Data type of the weights."""
     card: str | None = None
     """The text of README.md."""
+    start: ModelSection | None = None
+    """The network that was trained on from, to see how much of the change remains."""
 
 
-def export(engine: Writer, content: Export, target: Path) -> None:
+def export(engine: Writer, content: Export, target: Path) -> float | None:
     """Write the current weights to `target`, atomically. All ranks must call it.
+
+    Returns:
+        On rank 0, the share of the weights' change that their data type keeps, if it is known; see `kept_change`.
 
     Raises:
         RecipeError: the weights overflow the data type.
@@ -72,6 +78,7 @@ def export(engine: Writer, content: Export, target: Path) -> None:
     engine.barrier()
     adapter = hasattr(content.model, "peft_config")
     state = engine.trained_state_dict() if adapter else engine.full_state_dict()
+    kept = None
     if engine.is_main:
         head = {name: state.pop(name) for name in list(state) if name.startswith(f"{VALUE_HEAD}.")}
         critic = {name: state.pop(name) for name in list(state) if name.startswith(f"{CRITIC}.")}
@@ -82,6 +89,8 @@ def export(engine: Writer, content: Export, target: Path) -> None:
             _write_tokenizer(content, partial)
         else:
             write_model(content, state, partial)
+            if content.start is not None:
+                kept = kept_change(content.start, content.model.base_model_prefix, state, content.dtype)
         if head:
             save_file({name: x.contiguous().cpu() for name, x in head.items()}, partial / f"{VALUE_HEAD}.safetensors")
             _give_usual_modes(partial)
@@ -95,6 +104,7 @@ def export(engine: Writer, content: Export, target: Path) -> None:
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+    return kept
 
 
 def require_free(target: Path) -> None:

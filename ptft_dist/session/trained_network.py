@@ -19,7 +19,7 @@ from ptft_dist.data.tokenizer_files import ORIGIN, read_pieces, vocabulary_of
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt import adapt_network, adapted_facts, check_backend, check_positions_left, convert_trained
 from ptft_dist.networks.adapt.quantized import check_placement, heads
-from ptft_dist.networks.export import export_dtype
+from ptft_dist.networks.export import Export, export_dtype
 from ptft_dist.networks.facts import NetworkFacts, labels_of, read_facts
 from ptft_dist.networks.frozen import Digests, files_identity
 from ptft_dist.networks.load import build_config, build_network, check_positions, local_or_hub, read_config
@@ -82,6 +82,10 @@ class TrainedNetwork:
         """What its model card says about loading it: arguments of `model_card`."""
         task_type = self.task_class.auto_class.__name__
         return {"base": self.section.path, "task_type": task_type, "labels": labels_of(self.config)}
+
+    def content(self, card: str | None) -> Export:
+        """What is exported. card: the text of README.md."""
+        return Export(self.model, self.tokenizer, self.facts, self.export_dtype, card, self.section)
 
     @property
     def tokenizer_origin(self) -> Path:

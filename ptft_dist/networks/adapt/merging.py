@@ -6,16 +6,18 @@ import gc
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 
+from ptft_dist.config.recipe import ModelSection
 from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.reading import AdapterFiles, load_adapters
 from ptft_dist.networks.export import Export, write_model
 from ptft_dist.networks.facts import read_facts
 from ptft_dist.networks.load import DTYPES
+from ptft_dist.networks.rounding import kept_change
 
 ROWS, LENGTH = 4, 16
 """The size of the token rows whose logits are compared."""
@@ -44,9 +46,18 @@ def check_mergeable(files: AdapterFiles) -> None:
         raise RecipeError(f"{files.path}: {reason}. Use the adapter directory itself, for example with ptft generate")
 
 
-def merge(files: AdapterFiles, dtype: torch.dtype, folder: Path) -> tuple[float, float]:
-    """Write the merged model with the adapter's tokenizer to `folder`; return the largest difference of logits and the
-    tolerance, both relative to the largest logit (or to 1 if that is smaller).
+class Merged(NamedTuple):
+    """What is known of a merged model. Differences are relative to the largest logit, or to 1 if that is smaller."""
+
+    difference: float
+    """The largest difference of logits from those of base and adapter."""
+    tolerance: float
+    kept: float | None
+    """The share of the adapter's change that the data type keeps, see `kept_change`; None if it is unknown."""
+
+
+def merge(files: AdapterFiles, dtype: torch.dtype, folder: Path) -> Merged:
+    """Write the merged model with the adapter's tokenizer to `folder`.
 
     Weights are merged in fp32, which must change no logit by more than rounding does, and then rounded to `dtype`
     once. The model that is read from `folder` is compared with the base, quantized if it was quantized in training,
@@ -73,13 +84,16 @@ def merge(files: AdapterFiles, dtype: torch.dtype, folder: Path) -> tuple[float,
     _compare(files, _outputs(merged, inputs), expected, FP32_TOLERANCE * _growth(merged.config), "fp32")
     auto_class = files.auto_class
     merged.config.architectures = [type(merged).__name__]
-    write_model(Export(merged, files.tokenizer, read_facts(merged), dtype), merged.state_dict(), folder)
-    del merged, adapted
+    state = merged.state_dict()
+    write_model(Export(merged, files.tokenizer, read_facts(merged), dtype), state, folder)
+    base = ModelSection(path=files.base, revision=files.revision)
+    kept = kept_change(base, merged.base_model_prefix, state, dtype) if files.quantize is None else None
+    del state, merged, adapted
     gc.collect()
     again = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=files.trust_remote_code).eval()
     tolerance = _tolerance(files, dtype) * _growth(again.config)
     difference = _compare(files, _outputs(again, inputs), trained, tolerance, _name(dtype))
-    return difference, tolerance
+    return Merged(difference, tolerance, kept)
 
 
 def _name(dtype: torch.dtype) -> str:
