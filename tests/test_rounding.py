@@ -48,7 +48,10 @@ def by_hand(weights: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize(("by", "least", "most"), [(1e-5, 0.0, 0.1), (1e-3, 0.2, 0.9), (0.1, 0.99, 1.01)])
-def test_it_is_the_share_of_the_change_that_is_stored(tmp_path: Path, by: float, least: float, most: float) -> None:
+def test_it_is_the_share_of_the_change_that_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: float, least: float, most: float
+) -> None:
+    monkeypatch.setattr(rounding, "CHUNK", 300)
     weights = start_weights(tmp_path)
     trained = moved(weights, by)
     kept = kept_change(ModelSection(path=str(tmp_path)), "model", trained, torch.bfloat16)

@@ -18,6 +18,8 @@ from ptft_dist.config.recipe import ModelSection
 
 SAMPLED = 2**27
 """Weights that are compared, at least; of a larger network, every n-th tensor."""
+CHUNK = 2**24
+"""Weights in fp64 at a time."""
 KEEP_ALL = "Set save.dtype: fp32 and give the same command again: it exports the last checkpoint once more"
 LITTLE = 0.9
 """Less of a change than this is told."""
@@ -55,10 +57,11 @@ def kept_change(
             kept = whole = 0.0
             for name in names[:: max(1, total // SAMPLED)]:
                 file, stored = tensors[name]
-                start, now = file.get_tensor(stored).double(), rounded[name].detach().cpu()
-                change = now.double() - start
-                kept += float(((now.to(dtype).double() - start) * change).sum())
-                whole += float((change * change).sum())
+                both = file.get_tensor(stored), rounded[name].detach().cpu()
+                for old, new in zip(*(tensor.flatten().split(CHUNK) for tensor in both), strict=True):
+                    change = new.double() - old
+                    kept += float(((new.to(dtype).double() - old) * change).sum())
+                    whole += float((change * change).sum())
     except (OSError, SafetensorError):
         return None
     return kept / whole if whole > 0 else None
