@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ from ptft_dist.launch.environment import (
 )
 from ptft_dist.launch.result import write_result
 from ptft_dist.networks.export import export
-from ptft_dist.networks.rounding import KEEP_ALL, little_kept
+from ptft_dist.networks.rounding import little_kept
 from ptft_dist.pages.page import write_report
 from ptft_dist.reporting.messages import messages_shown, plain, say, warn
 from ptft_dist.reporting.metrics import METRICS, JsonLines, Sink
@@ -242,7 +243,8 @@ def _export(session: Session, trainer: Trainer, target: Path) -> None:
     if engine.is_main:
         card = model_card(session.loaded, target.parent, step, **trained.card_facts)
     kept = export(engine, trained.content(card), target)
-    if note := little_kept(kept, trained.export_dtype, KEEP_ALL):
+    again = f"ptft export {shlex.quote(str(target.parent))} --step {step} --out DIR --dtype fp32"
+    if note := little_kept(kept, trained.export_dtype, f"To keep all of it: {again}; or set save.dtype: fp32"):
         warn(note)
 
 

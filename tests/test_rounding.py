@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("lr", "told"), [(1e-6, True), (0.01, False)])
 def test_a_run_says_that_its_export_has_lost_it(tmp_path: Path, cache: Path, lr: float, told: bool) -> None:
-    """With the remedy that it names, the finished run exports what was trained."""
+    """The command that it names exports what was trained."""
     torch.manual_seed(0)
     network = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**LLAMA, "vocab_size": 320}))
     network.to(torch.bfloat16).save_pretrained(tmp_path / "source")
@@ -119,10 +121,14 @@ def test_a_run_says_that_its_export_has_lost_it(tmp_path: Path, cache: Path, lr:
     assert run.wait() == 0, run.stderr
     assert (SAYS in run.stderr) == told
     if told:
-        again = start("train", str(recipe), "save.dtype=fp32", cwd=tmp_path, cache=cache)
+        (named,) = re.findall(r"ptft (export .*); or set save", run.stderr)
+        again = start(*shlex.split(named.replace("DIR", "exported")), cwd=tmp_path, cache=cache)
         assert again.wait() == 0, again.stderr
         assert SAYS not in again.stderr
-        exported, source = (load_file(tmp_path / each / "model.safetensors") for each in ("run/model", "source"))
+        plain = start("export", "run", "--out", "plain", cwd=tmp_path, cache=cache)
+        assert plain.wait() == 0, plain.stderr
+        assert SAYS in plain.stderr
+        exported, source = (load_file(tmp_path / each / "model.safetensors") for each in ("exported", "source"))
         changed = {name for name, x in exported.items() if not x.equal(source[name].float())}
         assert {x.dtype for x in exported.values()} == {torch.float32}
         assert len(changed) == len(exported)

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from ptft_dist.config.load import as_json
 from ptft_dist.config.secrets import hide
-from ptft_dist.errors import PtftError
+from ptft_dist.errors import PtftError, RecipeError
 
 Source = str | Path | Mapping[str, Any]
 """A recipe: a file, the name of a shipped recipe, or its contents as nested dictionaries."""
@@ -52,3 +52,9 @@ def as_words(overrides: Overrides) -> Sequence[str]:
 def quiet_imports() -> None:
     """Hide warnings about kernels that are missing on a CPU, which bitsandbytes logs when it is imported."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raises RecipeError unless it is the name of a data type of weights, or None."""
+    if dtype not in (None, "fp32", "bf16", "fp16"):
+        raise RecipeError(f"dtype: expected fp32, bf16 or fp16, got {dtype!r}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from ptft_dist.api.calls import hiding_secrets, quiet_imports
+from ptft_dist.api.calls import check_dtype, hiding_secrets, quiet_imports
 from ptft_dist.errors import DataError, RecipeError
 from ptft_dist.networks.names import model_of
 from ptft_dist.tasks.common.preference_settings import PreferenceSettings
@@ -177,15 +177,10 @@ def merge(run: str | Path, out: str | Path, *, dtype: str | None = None) -> Path
         RecipeError: the adapter cannot be merged, its base is missing, the logits differ, or `out` is not empty.
         CheckpointError: there is no adapter, or the base has changed since the training.
     """
-    _check_dtype(dtype)
+    check_dtype(dtype)
     quiet_imports()
     from ptft_dist.exporting.merging import merge_run
     from ptft_dist.reporting.messages import messages
 
     with messages(0):
         return merge_run(Path(run), Path(out).absolute(), dtype=dtype)
-
-
-def _check_dtype(dtype: str | None) -> None:
-    if dtype not in (None, "fp32", "bf16", "fp16"):
-        raise RecipeError(f"dtype: expected fp32, bf16 or fp16, got {dtype!r}")

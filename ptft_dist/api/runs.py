@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ptft_dist.api.calls import hiding_secrets, quiet_imports
+from ptft_dist.api.calls import check_dtype, hiding_secrets, quiet_imports
 from ptft_dist.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def export(
     out: str | Path,
     *,
     step: int | None = None,
+    dtype: str | None = None,
     license_id: str | None = None,
     push: str | None = None,
     private: bool = False,
@@ -88,24 +89,26 @@ def export(
         run: a run directory.
         out: the target; must not exist, or be empty.
         step: the update of the checkpoint. Default: the newest one.
+        dtype: fp32, bf16 or fp16, for the weights. Default: as the recipe's `save.dtype` says.
         license_id: an identifier of the Hub for the model card, such as apache-2.0.
         push: upload the directory to this repository of the Hub, with the token in HF_TOKEN or of `hf auth login`.
         private: the repository is private, if it is created.
 
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or the base has changed.
-        RecipeError: the base is missing, or `out` is not empty.
+        RecipeError: the base is missing, `out` is not empty, or there is no such data type.
         PtftError: the upload failed.
     """
     if private and push is None:
         raise RecipeError("private: applies to a repository of the Hub. Name it with `push`")
+    check_dtype(dtype)
     quiet_imports()
     from ptft_dist.exporting.checkpoints import export_run
     from ptft_dist.exporting.checkpoints import push as upload
     from ptft_dist.reporting.messages import messages
 
     with messages(0):
-        folder = export_run(Path(run), Path(out).absolute(), step=step, license_id=license_id)
+        folder = export_run(Path(run), Path(out).absolute(), step=step, dtype=dtype, license_id=license_id)
         if push is not None:
             upload(folder, push, private=private)
     return folder

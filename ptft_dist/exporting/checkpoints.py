@@ -8,6 +8,7 @@ data_report.json the survey of the training rows, such as the labels. The base o
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from ptft_dist.engine import SavedState
 from ptft_dist.errors import CheckpointError, PtftError, RecipeError
 from ptft_dist.networks.export import export, require_free
 from ptft_dist.networks.frozen import read_digests
+from ptft_dist.networks.load import DTYPES
 from ptft_dist.networks.names import adapter_base, is_adapter
-from ptft_dist.networks.rounding import KEEP_ALL, little_kept
+from ptft_dist.networks.rounding import little_kept
 from ptft_dist.reporting.messages import say, warn
 from ptft_dist.reporting.model_card import model_card
 from ptft_dist.run import libraries_restored
@@ -75,7 +77,7 @@ def load_run(run_dir: Path) -> Loaded:
     return read_resolved(file, recipe_class())
 
 
-def export_run(run_dir: Path, out: Path, *, step: int | None, license_id: str | None) -> Path:
+def export_run(run_dir: Path, out: Path, *, step: int | None, dtype: str | None, license_id: str | None) -> Path:
     """Export the weights of one checkpoint; see `api.export`."""
     require_free(out)
     checkpoint = _choose(run_dir, step)
@@ -85,8 +87,9 @@ def export_run(run_dir: Path, out: Path, *, step: int | None, license_id: str | 
         trained = run.trained
         card = model_card(run.loaded, run_dir, checkpoint.step, **trained.card_facts, license_id=license_id)
         out.parent.mkdir(parents=True, exist_ok=True)
-        kept = export(state, trained.content(card), out)
-    if note := little_kept(kept, trained.export_dtype, KEEP_ALL):
+        wanted = trained.export_dtype if dtype is None else DTYPES[dtype]
+        kept = export(state, replace(trained.content(card), dtype=wanted), out)
+    if note := little_kept(kept, wanted, "Export with --dtype fp32 to keep all of it"):
         warn(note)
     say(f"exported update {checkpoint.step} of {run_dir} to {out}")
     return out

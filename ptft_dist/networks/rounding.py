@@ -20,7 +20,6 @@ SAMPLED = 2**27
 """Weights that are compared, at least; of a larger network, every n-th tensor."""
 CHUNK = 2**24
 """Weights in fp64 at a time."""
-KEEP_ALL = "Set save.dtype: fp32 and give the same command again: it exports the last checkpoint once more"
 LITTLE = 0.9
 """Less of a change than this is told."""
 
