@@ -51,6 +51,10 @@ LONG = (
     "tests/test_critic.py",
     "tests/test_tokenizer_extension.py::test_two_processes",
     "tests/test_generation.py::test_every_row",
+    "tests/test_training.py",
+    "tests/test_token_classification.py",
+    "tests/test_vllm.py",
+    "tests/test_wheel.py",
 )
 
 

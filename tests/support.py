@@ -229,6 +229,8 @@ def fork_server() -> ForkServerContext:
 
 def share_fork_server() -> None:
     """Start the server that pytest's processes have in common, since each would need many seconds for its own."""
+    if hasattr(forkserver._forkserver, "_forkserver_authkey"):  # type: ignore[attr-defined]
+        return  # Python 3.14 forks only for the process that has started the server
     fork_server()
     os.environ[FORK_SERVER] = forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
 
