@@ -87,6 +87,15 @@ def test_names_without_the_prefix_and_weights_of_another_shape(tmp_path: Path) -
     assert kept_change(section, "bert", grown, torch.bfloat16) == pytest.approx(by_hand(only, known, torch.bfloat16))
 
 
+def test_a_base_in_float8(tmp_path: Path) -> None:
+    """Which has no arithmetic in PyTorch."""
+    weights = {"a": start_weights(tmp_path, ("a",))["a"].to(torch.float8_e4m3fn)}
+    save_file(weights, tmp_path / "model.safetensors")
+    trained = {"a": weights["a"].float() + 1e-3}
+    kept = kept_change(ModelSection(path=str(tmp_path)), "model", trained, torch.bfloat16)
+    assert kept == pytest.approx(by_hand({"a": weights["a"].float()}, trained, torch.bfloat16), rel=1e-6)
+
+
 def test_of_a_large_network_some_tensors_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = start_weights(tmp_path, tuple("abcdef"))
     trained = moved(weights, 1e-3)
@@ -105,7 +114,7 @@ def test_where_nothing_is_known_nothing_is_said(tmp_path: Path) -> None:
     (tmp_path / "base/model.safetensors").write_bytes(b"damaged")
     assert kept_change(section, "model", trained, torch.bfloat16) is None
     assert little_kept(None, torch.bfloat16, "") is little_kept(0.95, torch.bfloat16, "") is None
-    assert str(little_kept(0.021, torch.bfloat16, "Do X")).startswith(f"bfloat16 keeps 2% {SAYS}: ")
+    assert str(little_kept(0.021, torch.bfloat16, "Do X")).startswith(f"bf16 keeps 2% {SAYS}: ")
 
 
 @pytest.mark.parametrize(("lr", "told"), [(1e-6, True), (0.01, False)])

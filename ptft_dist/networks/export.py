@@ -89,8 +89,6 @@ def export(engine: Writer, content: Export, target: Path) -> float | None:
             _write_tokenizer(content, partial)
         else:
             write_model(content, state, partial)
-            if content.start is not None:
-                kept = kept_change(content.start, content.model.base_model_prefix, state, content.dtype)
         if head:
             save_file({name: x.contiguous().cpu() for name, x in head.items()}, partial / f"{VALUE_HEAD}.safetensors")
             _give_usual_modes(partial)
@@ -104,6 +102,8 @@ def export(engine: Writer, content: Export, target: Path) -> float | None:
             target.rename(old)
         partial.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+        if content.start is not None and not adapter:
+            kept = kept_change(content.start, content.model.base_model_prefix, state, content.dtype)
     return kept
 
 

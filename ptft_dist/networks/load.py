@@ -20,6 +20,11 @@ from ptft_dist.networks.names import directory_or_hub_name
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name that recipes use for a data type."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
+
+
 def local_or_hub(section: ModelSection, base: Path, key: str = "model.path") -> ModelSection:
     """The section with an absolute model.path if that is a directory; see `directory_or_hub_name`."""
     if section.path is None:

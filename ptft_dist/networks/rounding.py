@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils.hub import cached_file
 
 from ptft_dist.config.recipe import ModelSection
+from ptft_dist.networks.load import dtype_name
 
 SAMPLED = 2**27
 """Weights that are compared, at least; of a larger network, every n-th tensor."""
@@ -58,8 +59,9 @@ def kept_change(
                 file, stored = tensors[name]
                 both = file.get_tensor(stored), rounded[name].detach().cpu()
                 for old, new in zip(*(tensor.flatten().split(CHUNK) for tensor in both), strict=True):
-                    change = new.double() - old
-                    kept += float(((new.to(dtype).double() - old) * change).sum())
+                    before = old.double()  # float8 has no arithmetic
+                    change = new.double() - before
+                    kept += float(((new.to(dtype).double() - before) * change).sum())
                     whole += float((change * change).sum())
     except (OSError, SafetensorError):
         return None
@@ -70,10 +72,9 @@ def little_kept(kept: float | None, dtype: torch.dtype, remedy: str) -> str | No
     """What to say about the result of `kept_change`; None: nothing."""
     if kept is None or kept >= LITTLE:
         return None
-    name = str(dtype).removeprefix("torch.")
     return (
-        f"{name} keeps {max(kept, 0.0):.0%} of what the training has changed in the weights: most changes are smaller "
-        f"than the steps between its numbers. {remedy}"
+        f"{dtype_name(dtype)} keeps {max(kept, 0.0):.0%} of what the training has changed in the weights: most changes "
+        f"are smaller than the steps between its numbers. {remedy}"
     )
 
 

@@ -16,7 +16,7 @@ from ptft_dist.errors import RecipeError
 from ptft_dist.networks.adapt.reading import AdapterFiles, load_adapters
 from ptft_dist.networks.export import Export, write_model
 from ptft_dist.networks.facts import read_facts
-from ptft_dist.networks.load import DTYPES
+from ptft_dist.networks.load import dtype_name
 from ptft_dist.networks.rounding import kept_change
 
 ROWS, LENGTH = 4, 16
@@ -92,12 +92,8 @@ def merge(files: AdapterFiles, dtype: torch.dtype, folder: Path) -> Merged:
     gc.collect()
     again = auto_class.from_pretrained(folder, dtype=torch.float32, trust_remote_code=files.trust_remote_code).eval()
     tolerance = _tolerance(files, dtype) * _growth(again.config)
-    difference = _compare(files, _outputs(again, inputs), trained, tolerance, _name(dtype))
+    difference = _compare(files, _outputs(again, inputs), trained, tolerance, dtype_name(dtype))
     return Merged(difference, tolerance, kept)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return next(name for name, each in DTYPES.items() if each == dtype)
 
 
 def _compare(
