@@ -21,7 +21,7 @@ from ptft_dist.checkpoint.checkpoint import Checkpoint, Checkpoints, read_checkp
 from ptft_dist.checkpoint.identity import may_change, values_of_environment
 from ptft_dist.checkpoint.resume import Resume, after_requeue
 from ptft_dist.config.load import Loaded
-from ptft_dist.config.recipe import Recipe
+from ptft_dist.config.recipe import Recipe, is_better
 from ptft_dist.engine import Engine, reset_accelerate, why_not_loadable
 from ptft_dist.engine.trackers import make_tracker
 from ptft_dist.errors import EXIT_FINISHED, EXIT_STOPPED, CheckpointError
@@ -316,9 +316,9 @@ def _about_the_best(result: Result, first: Mapping[str, float], recipe: Recipe) 
     best = result.best
     if best is None or best["step"] == result.steps:
         return ""
-    start, sign = first.get(f"eval/{best['metric']}"), 1 if recipe.eval.larger_is_better else -1
-    better_before = start is not None and sign * start > sign * best["value"]
-    before = f"; {plain(start)} before the training was better" if better_before else ""
+    start, before = first.get(f"eval/{best['metric']}"), ""
+    if start is not None and is_better(start, best["value"], larger_is_better=recipe.eval.larger_is_better):
+        before = f"; {plain(start)} before the training was better"
     if recipe.save.export == "best" and result.model is not None:
         return f"of update {result.metrics_step}, the best evaluation, whose weights are the model{before}"
     return f"the best {best['metric']} was {plain(best['value'])}, after update {best['step']}{before}"

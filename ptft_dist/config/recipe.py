@@ -217,6 +217,11 @@ class TrainSection(Section):
         return self
 
 
+def is_better(value: float, than: float, *, larger_is_better: bool) -> bool:
+    """Whether a metric is better than another value of it."""
+    return value > than if larger_is_better else value < than
+
+
 def goal_of(metric: str) -> Literal["min", "max"]:
     """Whether a metric, named without `eval/`, is to be minimized or maximized, unless eval.goal says it."""
     smaller = ("loss", "perplexity", "mse", "mae", "divergence", "ece", "brier")

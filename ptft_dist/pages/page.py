@@ -24,7 +24,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ptft_dist import __version__
-from ptft_dist.config.recipe import goal_of
+from ptft_dist.config.recipe import goal_of, is_better
 from ptft_dist.config.secrets import hide
 from ptft_dist.data.report import Report, describe
 from ptft_dist.errors import PtftError
@@ -186,13 +186,12 @@ def _verdict(run: RunFiles) -> str:
 
 def _better_before(run: RunFiles, best: Mapping[str, Any]) -> str:
     """Whether the network was better before the training; the best evaluation is one of trained weights."""
-    step, metrics = run.evaluations[0] if run.evaluations else (-1, {})
-    start, name = metrics.get(best["metric"]), best["metric"]
-    if step or start is None:
+    step, first = run.evaluations[0] if run.evaluations else (-1, {})
+    start = first.get(best["metric"]) if step == 0 else None
+    larger_is_better = (run.values.get("eval.goal") or goal_of(best["metric"])) == "max"
+    if start is None or not is_better(start, best["value"], larger_is_better=larger_is_better):
         return ""
-    larger_is_better = (run.values.get("eval.goal") or goal_of(name)) == "max"
-    better = start > best["value"] if larger_is_better else start < best["value"]
-    return f", {number(start)} before the training was better" if better else ""
+    return f", {number(start)} before the training was better"
 
 
 def _metrics_table(run: RunFiles) -> Table:

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ptft_dist.config.recipe import is_better
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -17,7 +19,7 @@ class Judge:
     """Identifies the validation rows."""
 
     def is_better(self, value: float, than: float) -> bool:
-        return value > than if self.larger_is_better else value < than
+        return is_better(value, than, larger_is_better=self.larger_is_better)
 
 
 @dataclass(frozen=True)
