@@ -11,15 +11,18 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engine_ranks import on_ranks, start_ranks
 from test_engine import cross_entropy, half_frozen, llama, rows, section
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import ptft_dist.engine as module
-from ptft_dist.engine import Engine, announce_failure, complete_deepspeed_config, first_failure
+from ptft_dist.engine import Engine, Precision, announce_failure, complete_deepspeed_config, first_failure
+from ptft_dist.engine.zero_files import read_module
 from ptft_dist.errors import CheckpointError, Failure
 
 KINDS = {"ddp": "cpu", "zero2": "cpu_zero2", "zero3": "cpu_zero3", "fsdp2": "fsdp2"}
@@ -27,13 +30,14 @@ LAYER = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16  # elements of one layer of the netwo
 HALF = LAYER + 16  # trained elements of half_frozen(tied=True): one layer and the final norm
 
 
-def make_engine(limit: float | None = 1.0) -> Engine:
-    """The engine for the environment of this rank."""
+def make_engine(limit: float | None = 1.0, precision: Precision = "fp32", **zero: Any) -> Engine:
+    """The engine for the environment of this rank, with changes of zero_optimization."""
     config = None
     if "ACCELERATE_DEEPSPEED_CONFIG_FILE" in os.environ:
         launch = json.loads(Path(os.environ["ACCELERATE_DEEPSPEED_CONFIG_FILE"]).read_text())
-        config = complete_deepspeed_config(launch, "fp32", limit, 2, 1)
-    return Engine("fp32", config)
+        launch["zero_optimization"] |= zero
+        config = complete_deepspeed_config(launch, precision, limit, 2, 1)
+    return Engine(precision, config)
 
 
 def update(engine: Engine, step: int, micro_batches: int = 1, scale: float = 1.0) -> float:
@@ -306,6 +310,88 @@ def test_padding_of_shards_is_zero(tmp_path: Path) -> None:
     assert len(shards) == 3
     for shard in shards:
         assert_trained_only(torch.load(shard, map_location="cpu", weights_only=False))
+
+
+def train_in_bf16(zero: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+    """Two updates and a save; on rank 0 the weights of the network, of an adapter's export and of a model's export."""
+    engine = make_engine(precision="bf16", **zero)
+    engine.prepare(half_frozen(tied=True), section())
+    for step in range(2):
+        update(engine, step)
+    Path("saved").mkdir(exist_ok=True)
+    engine.barrier()
+    engine.save_state(Path("saved"))
+    exported = engine.trained_state_dict(), engine.full_state_dict()
+    with engine.whole(list(engine.model.parameters())):
+        network = {name: x.detach().float() for name, x in engine.model.named_parameters() if x.requires_grad}
+        if engine.is_main:
+            tied = (exported[1][name].data_ptr() for name in ("lm_head.weight", "model.embed_tokens.weight"))
+            assert len(set(tied)) == 1
+    if not engine.is_main:
+        return []
+    return [{name: x.float().numpy() for name, x in state.items()} for state in (network, *exported)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "ranks", "zero"),
+    [
+        (1, 2, {}),
+        (2, 3, {"round_robin_gradients": True}),
+        (2, 2, {"parameter_alignment": True}),
+        (3, 3, {}),
+    ],
+)
+def test_weights_in_bf16_are_exported_as_the_optimizer_has_them(
+    tmp_path: Path, stage: int, ranks: int, zero: dict[str, Any]
+) -> None:
+    """In a run and from its checkpoint. DeepSpeed's own program reads the expected weights from the checkpoint."""
+    arguments: dict[str, Any] = {"folder": tmp_path, "ranks": ranks, "kind": f"cpu_zero{stage}"}
+    network, trained, whole = on_ranks(train_in_bf16, zero, **arguments)[0]
+    read = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "saved"), tag="deepspeed")
+    expected = {name.removeprefix("model."): value.detach().numpy() for name, value in read.items()}
+    saved = {name: value.detach().numpy() for name, value in read_module(tmp_path / "saved/deepspeed").items()}
+    plain = half_frozen(tied=True)
+    assert whole.keys() == plain.state_dict().keys()
+    frozen = {name: x.bfloat16().float() for name, x in plain.state_dict().items() if name not in network}
+    assert network.keys() == trained.keys() == saved.keys()
+    for name, value in network.items():
+        rounded = torch.from_numpy(expected[name]).bfloat16().float().numpy()
+        assert not np.array_equal(expected[name], rounded)
+        np.testing.assert_array_equal(value, rounded)
+        for other in (trained, whole, saved):
+            np.testing.assert_array_equal(other[name], expected[name])
+    for name, start_value in frozen.items():
+        np.testing.assert_array_equal(whole[name], start_value.numpy())
+
+
+def change_by_hand(zero: dict[str, Any]) -> list[dict[str, np.ndarray]]:
+    """Gradients, weights after they were set and before the update, and the network after it, on rank 0."""
+    engine = make_engine(**zero)
+    engine.prepare(half_frozen(tied=True), section(name="sgd", momentum=0.0))
+    backend, parameters = engine.backend, {n: p for n, p in engine.model.named_parameters() if p.requires_grad}
+    with engine.micro_batch(last=True):
+        (loss,) = engine.forward(cross_entropy, rows(engine.rank))
+        engine.backward(loss)
+    gradients = {name: backend.whole_gradient(each).clone() for name, each in parameters.items()}
+    for number, each in enumerate(parameters.values()):
+        backend.set_weight(each, backend.whole_weight(each) + number)
+        backend.add_gradient(each, torch.full(each.shape, 0.1 * number))
+    weights = {name: backend.whole_weight(each).clone() for name, each in parameters.items()}
+    engine.step(0.01)
+    state = engine.full_state_dict()
+    return [{name: x.numpy() for name, x in each.items()} for each in (gradients, weights, state)]
+
+
+def test_round_robin_gradients_change_no_weight_or_gradient(tmp_path: Path) -> None:
+    """DeepSpeed 0.19.8 reads and sets those of other parameters with them."""
+    (plain, _), (other, _) = (
+        on_ranks(change_by_hand, zero, folder=tmp_path, kind="cpu_zero2")
+        for zero in ({}, {"round_robin_gradients": True})
+    )
+    for expected, found in zip(plain, other, strict=True):
+        assert expected.keys() == found.keys()
+        for name, value in found.items():
+            np.testing.assert_allclose(value, expected[name], rtol=1e-6, atol=1e-7, err_msg=name)
 
 
 def load_into_another() -> str:

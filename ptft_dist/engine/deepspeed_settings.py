@@ -25,10 +25,8 @@ def complete_deepspeed_config(
         launch_config: ZeRO settings only.
         max_grad_norm: None: gradients are not clipped.
     """
-    zero = {**launch_config["zero_optimization"], "stage3_gather_16bit_weights_on_model_save": True}
     return {
         **launch_config,
-        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": micro_size,
         "gradient_accumulation_steps": max(2, accumulation),
         "gradient_clipping": 0.0 if max_grad_norm is None else max_grad_norm,

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ptft_dist.engine.deepspeed_settings import Precision
 from ptft_dist.engine.parameters import first_names, require_stored, stored_tensors
 from ptft_dist.engine.state import WEIGHTS
 from ptft_dist.errors import CheckpointError
@@ -33,12 +32,11 @@ class SavedState:
 
     def barrier(self) -> None: ...
 
-    def load(self, model: torch.nn.Module, folder: Path, kind: str, precision: Precision) -> None:
+    def load(self, model: torch.nn.Module, folder: Path, kind: str) -> None:
         """Load the files of Engine.save_state, whose hashes were verified, into a network that is not wrapped.
 
         Args:
             kind: the backend that wrote them.
-            precision: train.precision of the run that wrote them.
 
         Raises:
             CheckpointError: they contain other parameters than those that the network trains, or code.
@@ -46,7 +44,7 @@ class SavedState:
         if kind.startswith("zero"):
             from ptft_dist.engine.zero_files import read_module
 
-            weights = read_module(folder / "deepspeed", precision)
+            weights = read_module(folder / "deepspeed")
         elif (folder / WEIGHTS).is_file():
             weights = load_file(folder / WEIGHTS)
         else:

@@ -22,6 +22,7 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_grad,
 )
+from deepspeed.utils.mixed_precision_linkage import link_hp_params
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -37,6 +38,7 @@ class SafeFiles(TorchCheckpointEngine):
     def __init__(self, model: PreTrainedModel, prefix: str) -> None:
         """prefix: precedes the names of the network's parameters in DeepSpeed's state dict."""
         super().__init__()
+        self.zipfile_serialization = True  # DeepSpeed's default, which its zero_to_fp32.py needs
         self.model, self.prefix = model, prefix
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
@@ -80,6 +82,8 @@ class Zero:
         self.module.checkpoint_engine = SafeFiles(model, prefix=PREFIX)
         if self.module.zero_optimization_partition_weights():
             self._zero_padding()
+        elif self.module.zero_round_robin_gradients():
+            self._link_weights()
 
     def _zero_padding(self) -> None:
         """Set ZeRO-3's padding to zero. ZeRO-3 pads each parameter to a multiple of the number of ranks, with
@@ -93,6 +97,29 @@ class Zero:
                 own = min(max(parameter.ds_numel - self.accelerator.process_index * size, 0), size)
                 flat.data[begin + own : end].zero_()
                 parameter.ds_tensor.data[own:].zero_()
+
+    def _link_weights(self) -> None:
+        """Link the weights of the network with those of the optimizer again, in the order of round_robin_gradients.
+
+        DeepSpeed 0.19.8 links them as if they had the order of the network, so its functions that read and set fp32
+        weights and gradients would use those of other parameters.
+        """
+        optimizer: Any = self.optimizer
+        for index, parameters in enumerate(optimizer.round_robin_bit16_groups):
+            if any(optimizer.round_robin_bit16_padding[index]):
+                continue  # DeepSpeed has linked it by offsets, which are right
+            size = optimizer.single_partition_of_fp32_groups[index].numel()
+            link_hp_params(
+                lp_param_list=parameters,
+                flat_hp_partition=optimizer.single_partition_of_fp32_groups[index],
+                gradient_dict=optimizer.averaged_gradients,
+                offload_gradient_dict=optimizer.offload_gradient_dict,
+                use_offload=optimizer.cpu_offload,
+                param_group_index=index,
+                partition_start=self.accelerator.process_index * size,
+                partition_size=size,
+                dp_group=optimizer.real_dp_process_group[index],
+            )
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -194,23 +221,33 @@ class Zero:
             raise CheckpointError(f"{folder} contains no DeepSpeed state; restore the checkpoint")
 
     def full_state_dict(self) -> dict[str, Any]:
-        state = self.accelerator.get_state_dict(self.module) or {}
-        return {name.removeprefix(PREFIX): value for name, value in state.items()}
+        return self._whole(self.model.state_dict(keep_vars=True))
 
     def trained_state_dict(self) -> dict[str, Any]:
-        stored = stored_tensors(self.model)
-        if not self.module.zero_optimization_partition_weights():
-            return stored
+        return self._whole(stored_tensors(self.model))
+
+    def _whole(self, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Unsharded tensors on rank 0. Trained parameters are the fp32 weights of DeepSpeed's optimizer: in bf16 and
+        fp16 those of the network are rounded."""
+        sharded = self.module.zero_optimization_partition_weights()
         parameters: list[Any] = list(self.model.parameters())
-        if any(parameter.ds_status == ZeroParamStatus.INFLIGHT for parameter in parameters):
+        if sharded and any(parameter.ds_status == ZeroParamStatus.INFLIGHT for parameter in parameters):
             # A parameter that the last forward pass fetched in advance, and did not use.
             self.module.optimizer.parameter_offload.partition_all_parameters()
-        whole: dict[str, Any] = {}
-        for name, tensor in stored.items():  # one after the other, so that at most one is whole on the device
-            with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
-                if self.accelerator.is_main_process:
-                    whole[name] = tensor.detach().cpu().clone()
-        return whole
+        whole: dict[int, torch.Tensor] = {}
+        for tensor in tensors.values():  # one after the other, so that at most one is whole on each device
+            if id(tensor) in whole:  # another name of a tied parameter
+                continue
+            if tensor.requires_grad and tensor.dtype != torch.float32:
+                weight = self.whole_weight(tensor)
+                whole[id(tensor)] = weight.cpu() if self.accelerator.is_main_process else weight.new_empty(0)
+            elif not hasattr(tensor, "ds_id"):
+                whole[id(tensor)] = tensor.detach()
+            else:
+                with deepspeed.zero.GatheredParameters([tensor]):
+                    kept = tensor if self.accelerator.is_main_process else tensor.new_empty(0)
+                    whole[id(tensor)] = kept.detach().cpu().clone()
+        return {name: whole[id(tensor)] for name, tensor in tensors.items()}
 
 
 def gathered(parameters: list[torch.nn.Parameter]) -> Any:

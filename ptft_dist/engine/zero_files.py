@@ -1,4 +1,4 @@
-"""Reads DeepSpeed's checkpoint files safely, and puts weights together from the shards of ZeRO."""
+"""Reads DeepSpeed's checkpoint files safely, and puts fp32 weights together from the shards of ZeRO."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
 
-from ptft_dist.engine.deepspeed_settings import Precision
 from ptft_dist.errors import CheckpointError
 
 PREFIX = "model."
@@ -32,23 +31,19 @@ def load_safely(path: str | Path, map_location: Any = None) -> Any:
         ) from None
 
 
-def read_module(folder: Path, precision: Precision) -> dict[str, torch.Tensor]:
+def read_module(folder: Path) -> dict[str, torch.Tensor]:
     """The trained parameters and buffers in a checkpoint of ZeRO-1, 2 or 3, by the network's own names.
 
-    They have the data type that the network had in training. Under ZeRO-3 they are put together from the fp32 weights
-    in the optimizer files of all ranks, and rounded as DeepSpeed rounds them after each update.
+    Parameters are put together from the fp32 weights in the optimizer files of all ranks: in bf16 and fp16 those of the
+    network are rounded.
     """
     paths = sorted(folder.glob("*mp_rank_00_model_states.pt"), key=_rank)
-    if not paths:
+    shards = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=_rank)
+    if not paths or not shards:
         raise CheckpointError(f"{folder} contains no DeepSpeed state; restore the checkpoint")
     state = load_safely(paths[0], "cpu")
-    module: dict[str, torch.Tensor] = state["module"]
-    shards = sorted(folder.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt"), key=_rank)
-    if state.get("param_shapes") and any(not tensor.numel() for tensor in module.values()):
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        shapes = {name: shape for group in state["param_shapes"] for name, shape in group.items()}
-        whole = {name: tensor.to(dtype) for name, tensor in _gathered(shards, shapes).items()}
-        module = {name: whole.get(name, tensor) for name, tensor in module.items()}
+    weights = _put_together(shards, state["param_shapes"])
+    module: dict[str, torch.Tensor] = {name: weights.get(name, tensor) for name, tensor in state["module"].items()}
     return {name.removeprefix(PREFIX): tensor for name, tensor in module.items()}
 
 
@@ -58,26 +53,44 @@ def _rank(path: Path) -> int:
     return int(rest.partition("_")[0]) if found else 0
 
 
-def _gathered(paths: list[Path], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The fp32 weights of ZeRO-3.
+def _shard(path: Path) -> dict[str, Any]:
+    """What an optimizer file says of weights, without the moments."""
+    state = load_safely(path, "cpu")["optimizer_state_dict"]
+    wanted = ("fp32_flat_groups", "single_partition_of_fp32_groups", "param_alignment_paddings")
+    return {key: state[key] for key in wanted if key in state}
 
-    Each rank has one part of every parameter, in the order of `shapes`, one after the other. The parts of a parameter
-    have equal sizes; the last ones end with padding.
+
+def _put_together(paths: list[Path], groups: list[dict[str, torch.Size]]) -> dict[str, torch.Tensor]:
+    """The fp32 weights by name.
+
+    Args:
+        paths: the optimizer file of each rank.
+        groups: name -> shape of the parameters of each parameter group, in DeepSpeed's order.
+
+    Raises:
+        CheckpointError: the files have more or fewer weights.
     """
-    flat = []
-    for path in paths:
-        groups = load_safely(path, "cpu")["optimizer_state_dict"]["fp32_flat_groups"]
-        flat.append(torch.cat([group.flatten() for group in groups]))
-    weights, begin = {}, 0
-    for name, shape in shapes.items():
-        size = -(-shape.numel() // len(flat))
-        parts = [each[begin : begin + size] for each in flat]
-        if any(len(part) != size for part in parts):
-            raise CheckpointError(
-                f"{paths[0].parent}: the shards are smaller than the parameters; restore the checkpoint"
-            )
-        weights[name] = torch.cat(parts)[: shape.numel()].view(shape)
-        begin += size
-    if any(len(each) != begin for each in flat):
-        raise CheckpointError(f"{paths[0].parent}: the shards are larger than the parameters; restore the checkpoint")
+    weights: dict[str, torch.Tensor] = {}
+    states = [_shard(path) for path in paths]
+    try:
+        if "fp32_flat_groups" in states[0]:
+            # ZeRO-3: each rank has one part of every parameter. The parts have equal sizes; the last end with padding.
+            flat = [torch.cat([part.flatten() for part in state["fp32_flat_groups"]]) for state in states]
+            shapes = {name: shape for group in groups for name, shape in group.items()}
+            sizes = [-(-shape.numel() // len(flat)) for shape in shapes.values()]
+            parts = zip(*(each.split(sizes) for each in flat), strict=True)
+            for (name, shape), own in zip(shapes.items(), parts, strict=True):
+                weights[name] = torch.cat(own)[: shape.numel()].view(shape)
+        else:
+            # ZeRO-1 and 2: the parameters of a group, each with padding, are one vector; each rank has a part of it.
+            vectors = zip(*(state["single_partition_of_fp32_groups"] for state in states), strict=True)
+            paddings = states[0]["param_alignment_paddings"]
+            for group, own, padding in zip(groups, vectors, paddings, strict=True):
+                sizes = [shape.numel() + more for shape, more in zip(group.values(), padding, strict=True)]
+                for (name, shape), part in zip(group.items(), torch.cat(own).split(sizes), strict=True):
+                    weights[name] = part[: shape.numel()].view(shape)
+    except (ValueError, RuntimeError) as error:  # of zip and split
+        raise CheckpointError(
+            f"{paths[0].parent}: the shards do not contain the parameters ({error}); restore the checkpoint"
+        ) from None
     return weights

@@ -64,8 +64,7 @@ class SavedRun:
                 "without them. Resume the run to its end; it then writes the adapter to its model directory"
             )
         self.trained.build(state)
-        kind, precision = self.checkpoint.entry("kind", str), self.loaded.recipe.train.precision
-        state.load(self.trained.model, self.checkpoint.path, kind, precision)
+        state.load(self.trained.model, self.checkpoint.path, self.checkpoint.entry("kind", str))
         return state
 
 
