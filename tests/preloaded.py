@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from deepspeed.utils import nvtx
+from rehearsal import rehearse
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from ptft_dist.cli import command
 from ptft_dist.engine import hardware
 from ptft_dist.reporting.run_files import PACKAGES
 from ptft_dist.tasks.registry import recipe_class
@@ -39,14 +39,14 @@ def use_huge_pages() -> None:
 
 
 recipe_class().model_rebuild()
-command()
 for package in PACKAGES:
-    importlib.metadata.version(package)  # kept by versions_once.py
+    importlib.metadata.version(package), importlib.metadata.metadata(package)  # kept by versions_once.py
 get_checkpoint_conversion_mapping("llama")  # compiles hundreds of regular expressions, needed by every export
 torch.set_num_threads(1)  # a process with more of them cannot be forked
 hardware.measure_matmul_flops = functools.cache(hardware.measure_matmul_flops)
 hardware.measure_matmul_flops()
 nvtx.enable_nvtx = False  # marks for a profiler of GPUs
+rehearse()
 use_huge_pages()
 gc.freeze()
 gc.enable()  # disabled by versions_once.py

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
@@ -48,9 +49,8 @@ def named_models(recipe: Recipe) -> list[NamedModel]:
 
 
 def _in_section(section: BaseModel, path: KeyPath) -> Iterator[NamedModel]:
-    for key, field in type(section).model_fields.items():
+    for key, marker in _markers(type(section)).items():
         value = getattr(section, key)
-        marker = _marker(field.annotation) or next((m for m in field.metadata if isinstance(m, NamesModel)), None)
         if marker is not None and value is not None:
             revision = getattr(section, "revision", None)
             yield NamedModel(dotted((*path, key)), value, revision, marker.weights, not marker.weights)
@@ -60,6 +60,15 @@ def _in_section(section: BaseModel, path: KeyPath) -> Iterator[NamedModel]:
             for i, item in enumerate(value):
                 if isinstance(item, BaseModel):
                     yield from _in_section(item, (*path, key, i))
+
+
+@functools.cache
+def _markers(section: type[BaseModel]) -> dict[str, NamesModel | None]:
+    """Each key of a section, and what its type says of the model that it names."""
+    return {
+        key: _marker(field.annotation) or next((m for m in field.metadata if isinstance(m, NamesModel)), None)
+        for key, field in section.model_fields.items()
+    }
 
 
 def _marker(annotation: Any) -> NamesModel | None:

@@ -259,9 +259,12 @@ def gathered(parameters: list[torch.nn.Parameter]) -> Any:
 def _quiet_deepspeed() -> Iterator[None]:
     """Hide DeepSpeed's log line for each file. Errors are raised as exceptions."""
     logger = logging.getLogger("DeepSpeed")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_warning)  # a change of the level would make thousands of loggers forget theirs
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_warning)
+
+
+def _is_warning(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING

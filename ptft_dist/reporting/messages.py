@@ -101,20 +101,26 @@ class _Stderr(logging.StreamHandler[TextIO]):
 
 def show_messages(rank: int = 0, *, quiet: bool = False) -> None:
     """Send the messages of this process to stderr, until `hide_messages`. quiet: warnings only."""
-    hide_messages()
+    _remove_handlers()
     handler = _Stderr()
     handler.setFormatter(_Format(rank))
     LOGGER.addHandler(handler)
-    LOGGER.setLevel(logging.WARNING if rank or quiet else logging.INFO)
+    level = logging.WARNING if rank or quiet else logging.INFO
+    if LOGGER.level != level:  # a change costs a millisecond, because thousands of loggers forget their levels
+        LOGGER.setLevel(level)
     LOGGER.propagate = False
 
 
 def hide_messages() -> None:
     """Undo `show_messages`."""
-    for handler in [handler for handler in LOGGER.handlers if isinstance(handler, _Stderr)]:
-        LOGGER.removeHandler(handler)
+    _remove_handlers()
     LOGGER.setLevel(logging.NOTSET)
     LOGGER.propagate = True
+
+
+def _remove_handlers() -> None:
+    for handler in [handler for handler in LOGGER.handlers if isinstance(handler, _Stderr)]:
+        LOGGER.removeHandler(handler)
 
 
 def say(text: str) -> None:
