@@ -38,7 +38,6 @@ class SafeFiles(TorchCheckpointEngine):
     def __init__(self, model: PreTrainedModel, prefix: str) -> None:
         """prefix: precedes the names of the network's parameters in DeepSpeed's state dict."""
         super().__init__()
-        self.zipfile_serialization = True  # DeepSpeed's default, which its zero_to_fp32.py needs
         self.model, self.prefix = model, prefix
 
     def save(self, state_dict: dict[str, Any], path: str) -> None:
@@ -47,7 +46,13 @@ class SafeFiles(TorchCheckpointEngine):
             stored = {self.prefix + name for name in stored_tensors(self.model)}
             module = {name: tensor for name, tensor in state_dict["module"].items() if name in stored}
             state_dict = {**state_dict, "module": module}
-        super().save(state_dict, path)
+        try:
+            with Path(path).open("wb") as file:
+                torch.save(state_dict, file)  # in the zip format, which DeepSpeed's zero_to_fp32.py needs
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # such as a full disk; torch only says that it has failed
+                raise error.__context__ from None
+            raise
 
     def load(self, path: str, map_location: Any = None) -> Any:
         """Read a file. Raises CheckpointError if it contains code, or the state of other parameters."""
