@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from support import ROOT
 
+from ptft_dist.engine import planned_kind
 from ptft_dist.errors import RecipeError
 from ptft_dist.launch.deepspeed_config import (
     check_deepspeed_config,
@@ -220,6 +221,16 @@ def test_inline_offloading() -> None:
 def test_inline_fields_that_cannot_work(fields: dict[str, str], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         resolve_deepspeed_config(fields, "mine.yaml")
+
+
+@pytest.mark.parametrize(("part", "processes"), [(2, 3), (8, 4), (2, 1)])
+def test_parts_of_machines_divide_the_processes(part: int, processes: int) -> None:
+    """DeepSpeed would fail with an assertion without the name of the key, after the group has formed."""
+    zero = {"stage": 3, "zero_hpz_partition_size": part}
+    with pytest.raises(RecipeError, match=f"zero_hpz_partition_size: {part}: .* multiple of it, not {processes}"):
+        planned_kind(processes, {"zero_optimization": zero})
+    for fitting in (0, 1, processes):
+        assert planned_kind(processes, {"zero_optimization": {**zero, "zero_hpz_partition_size": fitting}}) == "zero3"
 
 
 # --- where a file is found --------------------------------------------------------------------------------------------

@@ -24,8 +24,18 @@ STORE_GONE = Failure(-1, "", EXIT_FAILED, "the process with the rendezvous store
 
 
 def planned_kind(world_size: int, deepspeed_config: dict[str, Any] | None) -> str:
-    """The backend that the launcher's environment selects: single, ddp, fsdp2, zero1, zero2 or zero3."""
+    """The backend that the launcher's environment selects: single, ddp, fsdp2, zero1, zero2 or zero3.
+
+    Raises:
+        RecipeError: it cannot run on this number of processes, or it is FSDP version 1.
+    """
     if deepspeed_config is not None:
+        part = deepspeed_config["zero_optimization"].get("zero_hpz_partition_size", 1) or 1
+        if world_size % part:
+            raise RecipeError(
+                f"zero_hpz_partition_size: {part}: the number of processes must be a multiple of it, not {world_size}. "
+                "It is usually the number of GPUs of a machine"
+            )
         return f"zero{deepspeed_config['zero_optimization']['stage']}"
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         if os.environ.get("FSDP_VERSION", "1") != "2":

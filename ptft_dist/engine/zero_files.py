@@ -31,6 +31,7 @@ def load_safely(path: str | Path, map_location: Any = None) -> Any:
         ) from None
 
 
+@torch.no_grad()
 def read_module(folder: Path) -> dict[str, torch.Tensor]:
     """The trained parameters and buffers in a checkpoint of ZeRO-1, 2 or 3, by the network's own names.
 
