@@ -85,6 +85,18 @@ def test_a_critic_from_a_language_model_begins_with_zeros(starts: Path) -> None:
         assert torch.equal(critic.model(ids).last_hidden_state, body(ids).last_hidden_state)
 
 
+def test_a_critic_is_loaded_as_the_policy_is(starts: Path) -> None:
+    """model.attention and model.trust_remote_code are of both."""
+    policy = policy_of(0)
+    task = task_for(policy, "ppo", {"kl": 0.0})
+    settings = task.settings.model_copy(update={"critic": str(starts / "reward/run/model")})
+    for attention in ("eager", "sdpa"):
+        section = ModelSection(path="policy", attention=attention)
+        task.setup = replace(task.setup, settings=settings, model=section)
+        task.extend_network(policy, section)
+        assert policy.critic.config._attn_implementation == attention
+
+
 @pytest.mark.parametrize(("adapt", "sharded"), [("full", "cpu_zero3"), ("lora", "fsdp2")])
 def test_it_is_trained_exported_and_resumed(
     tmp_path: Path, starts: Path, cache: Path, adapt: str, sharded: str

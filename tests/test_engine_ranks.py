@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from engine_ranks import on_ranks, start_ranks
 from test_engine import cross_entropy, half_frozen, llama, rows, section
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -347,6 +346,8 @@ def test_weights_in_bf16_are_exported_as_the_optimizer_has_them(
     """In a run and from its checkpoint. DeepSpeed's own program reads the expected weights from the checkpoint."""
     arguments: dict[str, Any] = {"folder": tmp_path, "ranks": ranks, "kind": f"cpu_zero{stage}"}
     network, trained, whole = on_ranks(train_in_bf16, zero, **arguments)[0]
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     read = get_fp32_state_dict_from_zero_checkpoint(str(tmp_path / "saved"), tag="deepspeed")
     expected = {name.removeprefix("model."): value.detach().numpy() for name, value in read.items()}
     saved = {name: value.detach().numpy() for name, value in read_module(tmp_path / "saved/deepspeed").items()}

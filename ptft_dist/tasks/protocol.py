@@ -98,12 +98,17 @@ class TaskSetup:
     seed: int
     precision: str
     """fp32, bf16 or fp16."""
-    config_keys: frozenset[str] | None
-    """The keys of model.config in the recipe; None: the network is pretrained."""
+    model: ModelSection
+    """How the trained network is loaded. Networks beside it are loaded with the same attention and trust."""
     learned_tokenizer: bool
     """The tokenizer was trained on the training texts."""
     base: Path = Path()
     """The recipe's directory, where relative paths start."""
+
+    @property
+    def config_keys(self) -> frozenset[str] | None:
+        """The keys of model.config in the recipe; None: the network is pretrained."""
+        return None if self.model.config is None else frozenset(self.model.config)
 
     @classmethod
     def of(
@@ -118,7 +123,7 @@ class TaskSetup:
             max_length=recipe.data.max_length,
             seed=recipe.train.seed,
             precision=recipe.train.precision,
-            config_keys=None if recipe.model.config is None else frozenset(recipe.model.config),
+            model=recipe.model,
             learned_tokenizer=recipe.tokenizer.train is not None,
             base=base,
         )

@@ -147,7 +147,10 @@ def test_a_sweep_is_an_array_that_goes_on(cluster: Cluster, tmp_path: Path, docu
     for task in tasks:
         assert task.wait() == ("COMPLETED", "0:0"), task.log
     history = [json.loads(line) for line in (tmp_path / "run/slurm.jsonl").read_text().splitlines()]
-    assert [row["exit_code"] for row in history] == [75, 75, 0, 0]
+    codes: dict[str, list[int]] = {}
+    for row in history:  # one task may end before the other is requeued
+        codes.setdefault(row["job"], []).append(row["exit_code"])
+    assert list(codes.values()) == [[75, 0], [75, 0]]
     trials = json.loads((tmp_path / "run/sweep.json").read_text())["trials"]
     assert sorted(trial["parameters"]["optim.lr"] for trial in trials) == choices
     assert {trial["status"] for trial in trials} == {"finished"}

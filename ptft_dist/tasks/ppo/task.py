@@ -139,8 +139,14 @@ class Ppo(RolloutTask):
 
 
 def _critic_of(setup: TaskSetup) -> FrozenSource | None:
-    """What the critic is initialized from; None for a head on the policy."""
+    """What the critic is initialized from, which is loaded as the policy is; None for a head on the policy."""
     key, path = f"{setup.name}.critic", setup.settings.critic
     if path is None:
         return None
-    return FrozenSource(key, ModelSection(path=directory_or_hub_name(path, setup.base, key), dtype="fp32"))
+    section = ModelSection(
+        path=directory_or_hub_name(path, setup.base, key),
+        dtype="fp32",
+        attention=setup.model.attention,
+        trust_remote_code=setup.model.trust_remote_code,
+    )
+    return FrozenSource(key, section)
