@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import support
 from support import evaluated_quickly, merge
 
 WORDS = [
@@ -205,7 +206,7 @@ def write_tiny(folder: Path, task: str, dropout: float = 0.0, layers: int = 1, *
         "model": {"config": config},
         "tokenizer": {"train": {"vocab_size": 320}},
         "data": {"train": [{"path": "rows.jsonl"}], "validation": 0.1, "max_length": 32} | special.get("data", {}),
-        "batch": {"global_size": 12, "micro_size": 3},
+        "batch": {"global_size": 12, "micro_size": support.MICRO_SIZE},
         "optim": {"lr": 0.01, "warmup": 3, "max_grad_norm": 0.4} | special.get("optim", {}),
         "train": {"max_steps": 8, "precision": "fp32"},
         "eval": {"every": 4},
