@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import environment, make_recipe
+from support import MICRO_SIZE, environment, make_recipe
 
 import ptft_dist
 from ptft_dist.errors import CheckpointError, DataError, RecipeError
@@ -108,11 +108,11 @@ def test_an_evaluation_needs_no_optimizer_and_writes_nothing(recipe: dict[str, A
         ptft_dist.evaluate(recipe | {"eval": {}}, {"data.validation": None})
 
 
-@pytest.mark.parametrize(("changes", "rows"), [({}, 3), ({"eval.micro_size": 5}, 5)])
+@pytest.mark.parametrize(("changes", "rows"), [({}, MICRO_SIZE), ({"eval.micro_size": 5}, 5)])
 def test_evaluations_have_micro_batches_of_their_own_size(
     recipe: dict[str, Any], changes: dict[str, Any], rows: int
 ) -> None:
-    """eval.micro_size; the default is batch.micro_size, which is 3 here."""
+    """eval.micro_size; the default is batch.micro_size."""
     with libraries_restored():
         session = Session(ptft_dist.load_recipe(recipe, changes), place())
         session.start(training=False)
