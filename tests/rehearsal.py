@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from support import make_recipe
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch.utils.data.datapipes.datapipe import IterDataPipe, MapDataPipe
@@ -44,24 +45,6 @@ IN_TRACES = (
     *("ptft_dist.session.trained_network", "typer._click.core", "typer.core", "typer.main"),
 )
 """Modules whose lines torch.manual_seed reads, which keeps a trace of its caller."""
-LLAMA = {
-    "model_type": "llama",
-    "vocab_size": 8,
-    "hidden_size": 8,
-    "intermediate_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 1,
-}
-RECIPE = {
-    "task": "clm",
-    "model": {"config": LLAMA},
-    "data": {"train": [{"path": "rows.jsonl"}], "max_length": 8},
-    "tokenizer": {"path": "tokenizer"},
-    "optim": {"lr": 1e-3},
-    "batch": {"global_size": 1, "micro_size": 1},
-    "train": {"max_steps": 1},
-    "run_dir": "run",
-}
 
 
 def rehearse() -> None:
@@ -74,7 +57,8 @@ def rehearse() -> None:
     for section in (Source, TokenizerSection, TokenizerTraining):
         section.model_rebuild()
     read_command_lines()
-    loaded = read_recipe(RECIPE, ["train.seed=1"], recipe_class())
+    recipe = make_recipe(Path("text.txt"))
+    loaded = read_recipe(recipe, ["train.seed=1"], recipe_class())
     named_models(loaded.recipe)
     assert loaded.resolved
     for kind in (type(None), bool, int, float, str, list, Batch):
@@ -84,7 +68,7 @@ def rehearse() -> None:
     with tempfile.TemporaryDirectory() as folder, libraries_restored():
         read_tokenizer(Path(folder))
         with torch.device("meta"):
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**LLAMA))
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**recipe["model"]["config"]))
 
 
 def keep_memory() -> None:

@@ -277,7 +277,9 @@ def test_frozen_parameters_are_not_stored_and_resume_is_exact(tmp_path: Path, na
     files = [path for path in (tmp_path / "saved").rglob("*") if path.is_file()]
     # 12 bytes for a weight and its two moments, and ZeRO-2's second copy of it; the frozen half would add 4 each.
     expected = (16 if name == "zero2" else 12) * HALF
-    assert expected < sum(path.stat().st_size for path in files) < expected + 70_000
+    written = sum(path.stat().st_size for path in files if path.suffix != ".py")  # DeepSpeed adds programs
+    headers = 24_000 if name.startswith("zero") else 8_000  # the frozen half has 13,600
+    assert expected < written < expected + headers
     for path in files:
         if path.suffix == ".pt":
             assert_trained_only(torch.load(path, map_location="cpu", weights_only=False))
